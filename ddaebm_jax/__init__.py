@@ -1,0 +1,3 @@
+"""Denoising Diffusion Adversarial Energy-Based Models in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,162 @@
+"""Checkpoints of a run, by Orbax: asynchronous, the newest few kept.
+
+A checkpoint holds two items: `state`, the whole TrainState, and `info`, plain JSON
+(format version, the config, what the data need, such as a table's standardisation).
+A step's data and noise are functions of (seed, step), so that the state alone fixes
+how a run goes on: a resumed run is bit-identical to an unbroken one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.minimax import TrainState
+
+FORMAT_VERSION = 1
+_STATE, _INFO = "state", "info"
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing or does not fit what is asked of it."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Attributes:
+      directory: `<workdir>/checkpoints`.
+    """
+
+    def __init__(
+        self, workdir: str | Path, keep: int = 3, read_only: bool = False
+    ) -> None:
+        """Opens the checkpoints of a run.
+
+        Args:
+          workdir: the run directory.
+          keep: newest checkpoints kept.
+          read_only: for modes that only restore; nothing is created or cleaned.
+
+        Raises:
+          CheckpointError: with `read_only`, if there is no checkpoint directory.
+        """
+        self.directory = Path(workdir).resolve() / "checkpoints"
+        if read_only and not self.directory.is_dir():
+            raise CheckpointError(no_checkpoint(workdir))
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=True,
+                # A process killed while saving leaves an unfinished directory.
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            )
+        self._manager = ocp.CheckpointManager(
+            self.directory, item_names=(_STATE, _INFO), options=options
+        )
+
+    def latest_step(self) -> int | None:
+        """Returns the newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, info: dict[str, Any]) -> None:
+        """Starts saving; device buffers may be reused as soon as this returns.
+
+        Args:
+          state: to be saved under its own step.
+          info: JSON values that travel along.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _STATE: ocp.args.StandardSave(state),
+                    _INFO: ocp.args.JsonSave({"format": FORMAT_VERSION, **info}),
+                }
+            ),
+            force=True,
+        )
+
+    def info(self, step: int) -> dict[str, Any]:
+        """Returns the JSON values saved at `step`.
+
+        Raises:
+          CheckpointError: if they are of another format.
+        """
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**{_INFO: ocp.args.JsonRestore()})
+        )
+        info = restored[_INFO]
+        if info.get("format") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{self.directory}/{step} has format {info.get('format')!r}; this "
+                f"version reads {FORMAT_VERSION}: use the version that wrote it"
+            )
+        return info
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """Restores a state.
+
+        Args:
+          like: a state of the same shapes, with the shardings wanted.
+          step: which; None: the newest.
+
+        Raises:
+          CheckpointError: if there is none, or its arrays differ from `like`'s.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(no_checkpoint(self.directory.parent))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)}),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise CheckpointError(
+                f"{self.directory}/{step} does not hold the state that this run's "
+                f"config describes ({first}); use the config that made it, or another "
+                "--workdir"
+            ) from error
+        logging.info("restored step %d from %s", step, self.directory)
+        return restored[_STATE]
+
+    def wait(self) -> None:
+        """Waits until every started save is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves and releases the directory."""
+        self._manager.close()
+
+
+def no_checkpoint(workdir: str | Path) -> str:
+    """Returns the message for a run directory without a checkpoint."""
+    return (
+        f"{workdir} holds no checkpoint; train first, with "
+        f"--mode=train --workdir={workdir}"
+    )
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that a crash leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Writes JSON; see `write_text_atomically`."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,413 @@
+"""The base config, every field explained once, and its validation.
+
+A recipe (`configs/*.py`) is `base()` with a few fields changed. Configs are data:
+nothing here is computed from anything else.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from ddaebm_jax import diffusion, objective
+from ddaebm_jax.data import synthetic
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.models import NETWORKS, mlp
+
+TABLES = ("breast_cancer", "table")
+DATASETS = (*synthetic.SYNTHETIC, *TABLES)
+RATE_SCHEDULES = ("constant", "cosine")
+
+
+def base() -> ml_collections.ConfigDict:
+    """Returns the config from which every recipe starts."""
+    config = ml_collections.ConfigDict()
+    # Seeds everything: weights, noise, data order, splits.
+    config.seed = 0
+
+    config.data = data = ml_collections.ConfigDict()
+    # A distribution of data/synthetic.py, `breast_cancer`, or `table` (with `path`).
+    data.name = "gaussians25"
+    # CSV or NPZ file of `table`.
+    data.path = ""
+    # Column (CSV) or array (NPZ) of a table that marks outliers with 1, inliers
+    # with 0; training then uses inliers only. Empty: there is none.
+    data.label_column = ""
+    # Share of a table's rows held out for testing.
+    data.test_fraction = 0.3
+    # Global batch, over all devices.
+    data.batch_size = 200
+
+    config.diffusion = process = ml_collections.ConfigDict()
+    # T, the number of denoising steps.
+    process.num_steps = 4
+    # `vp`, `geometric` or `cosine`; see diffusion.marginal_variance.
+    process.variance = "vp"
+    # Range of β of `vp` and `geometric`.
+    process.beta_min = 0.1
+    process.beta_max = 20.0
+    # `uniform` or `lsun`; see diffusion.diffusion_times.
+    process.time = "uniform"
+    # Time of level 0 for uniform times: the trace of noise that data carries.
+    process.time_eps = 1e-3
+    # β_k is clipped to at most this.
+    process.max_beta = 0.999
+    # log s_t² is clipped below at the log of this (1e-4 on images); None: not.
+    process.min_posterior_var = config_dict.placeholder(float)
+
+    config.model = model = ml_collections.ConfigDict()
+    # Which networks: `mlp` (points and tables).
+    model.name = "mlp"
+    # Width of the latent z.
+    model.nz = 2
+    model.mlp = ml_collections.ConfigDict()
+    # Widths of the point's encoder, the last without activation.
+    model.mlp.x_widths = (16, 32)
+    # Width of the sinusoidal time embedding, even.
+    model.mlp.t_embed_dim = 16
+    # Widths of the time's encoder, the last without activation.
+    model.mlp.t_widths = (16, 32)
+    # Widths of the hidden layers after point and time are joined.
+    model.mlp.hidden = (300, 300)
+    # Width from which the posterior's two heads read.
+    model.mlp.posterior_features = 16
+    # `prelu`, `relu`, `silu`, `gelu` or `softplus`.
+    model.mlp.activation = "prelu"
+    # Of generator and posterior: `batch` or `none`. The energy has none.
+    model.mlp.norm = "none"
+    # Octaves of Fourier features appended to the point, in generator and posterior,
+    # and in the energy; 0: none.
+    model.mlp.fourier_octaves = 0
+    model.mlp.energy_fourier_octaves = 0
+
+    config.game = game = ml_collections.ConfigDict()
+    # γ, weight of the gradient penalty; 0 leaves it out.
+    game.gamma = 0.02
+    # Decay γ geometrically over the run to this; None: constant. The penalty widens
+    # modes narrower than about √γ, but early on it keeps the game stable.
+    game.gamma_final = config_dict.placeholder(float)
+    # Apply the penalty at every n-th step (not multiplied by n).
+    game.lazy_reg = 1
+    # λ_z, weight of the bound on the generator's entropy (1 in the derivation, 0.1 in
+    # the released recipes).
+    game.lambda_z = 0.1
+    # λ_f, weight of the forward divergence.
+    game.lambda_f = 1.0
+    # Reconstruction: `nll`, `weighted_nll` or `mse`.
+    game.recon = "nll"
+    # The reconstruction's z: `posterior` (as derived) or `prior` (no second pass).
+    game.recon_latent = "posterior"
+    # Least variance of the reconstruction's nll; None: s_1² (images).
+    game.recon_floor = 1e-2
+    # Ablation: False sets z ≡ 0 and drops the posterior.
+    game.latent = True
+    # Ablation: False drops the posterior's terms; reconstruction from the prior z.
+    game.posterior = True
+    # Ablation: `jeffreys`, or `reverse_kl` to drop the forward divergence.
+    game.divergence = "jeffreys"
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    # Adam's rate for generator and posterior.
+    optimizer.learning_rate = 1e-4
+    # Adam's rate for the energy; None: the same.
+    optimizer.energy_learning_rate = config_dict.placeholder(float)
+    # `constant`, or `cosine` over the run's steps down to `final_learning_rate`.
+    optimizer.schedule = "constant"
+    optimizer.final_learning_rate = 1e-5
+    optimizer.beta1 = 0.0
+    optimizer.beta2 = 0.9
+    # Clip each player's gradient to this global norm; None: no clipping.
+    optimizer.max_grad_norm = config_dict.placeholder(float)
+    # Decay of the moving average of all three networks; 0: no averaging.
+    optimizer.ema_decay = 0.0
+
+    config.train = train = ml_collections.ConfigDict()
+    # Steps of the whole run.
+    train.num_steps = 100_000
+    # K, steps per dispatch; 0: chosen by backend and model.
+    train.steps_per_dispatch = 0
+    # Steps between lines of metrics.
+    train.report_every = 500
+    # Steps between pictures; 0: only at the end.
+    train.picture_every = 5_000
+    # Steps between evaluations on the way; 0: only at the end.
+    train.evaluate_every = 0
+    # Steps between checkpoints; the last step is always saved.
+    train.checkpoint_every = 5_000
+    # Newest checkpoints kept.
+    train.keep_checkpoints = 3
+    # Also write TensorBoard event files (needs TensorFlow).
+    train.tensorboard = True
+
+    config.parallel = parallel = ml_collections.ConfigDict()
+    # Devices over which the batch is split; 0: all.
+    parallel.num_devices = 0
+
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    # Samples drawn for the figures.
+    evaluation.num_samples = 10_000
+    # Random directions of the sliced Wasserstein distance.
+    evaluation.num_projections = 500
+
+    config.compilation_cache = cache = ml_collections.ConfigDict()
+    # Keep compiled programs between runs.
+    cache.enabled = True
+    # Where; empty: ddaebm_jax in the user's cache directory.
+    cache.directory = ""
+    return config
+
+
+class ConfigError(InputError):
+    """A config that cannot be run; the message names every field at fault."""
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _type_problem(field: str, value: Any, default: Any) -> str | None:
+    """Says what is wrong with a value's type, judged by the base's value."""
+    optional = default is None
+    if optional and value is None:
+        return None
+    if isinstance(default, bool):
+        wanted, fits = "True or False", isinstance(value, bool)
+    elif isinstance(default, int):
+        wanted = "a whole number"
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(default, float) or optional:
+        wanted = "a finite number" + (" or None" if optional else "")
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and math.isfinite(value)
+    elif isinstance(default, tuple):
+        wanted = "a tuple of whole numbers, each at least 1"
+        fits = isinstance(value, tuple | list) and all(
+            isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value
+        )
+        fits = fits and len(value) > 0
+    else:
+        wanted, fits = "a string", isinstance(value, str)
+    return None if fits else f"{field} is {value!r}; {wanted} is needed"
+
+
+def _choice(field: str, value: str, allowed: tuple[str, ...]) -> str | None:
+    if value in allowed:
+        return None
+    close = difflib.get_close_matches(value, allowed, n=1)
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return f"{field} is '{value}'; allowed: {', '.join(allowed)}{hint}"
+
+
+# Field: (least, greatest, whether the least itself is allowed).
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "data.test_fraction": (0, 0.9, False),
+    "data.batch_size": (1, math.inf, True),
+    "diffusion.num_steps": (1, 1000, True),
+    "diffusion.beta_min": (0, math.inf, False),
+    "diffusion.beta_max": (0, math.inf, False),
+    "diffusion.time_eps": (0, 0.5, True),
+    "diffusion.max_beta": (0, 0.999999, False),
+    "diffusion.min_posterior_var": (0, math.inf, False),
+    "model.nz": (1, math.inf, True),
+    "model.mlp.t_embed_dim": (4, math.inf, True),
+    "model.mlp.posterior_features": (1, math.inf, True),
+    "model.mlp.fourier_octaves": (0, 16, True),
+    "model.mlp.energy_fourier_octaves": (0, 16, True),
+    "game.gamma": (0, math.inf, True),
+    "game.gamma_final": (0, math.inf, False),
+    "game.lazy_reg": (1, math.inf, True),
+    "game.lambda_z": (0, math.inf, True),
+    "game.lambda_f": (0, math.inf, True),
+    "game.recon_floor": (0, math.inf, False),
+    "optimizer.learning_rate": (0, math.inf, False),
+    "optimizer.energy_learning_rate": (0, math.inf, False),
+    "optimizer.final_learning_rate": (0, math.inf, True),
+    "optimizer.beta1": (0, 0.999999, True),
+    "optimizer.beta2": (0, 0.999999, True),
+    "optimizer.max_grad_norm": (0, math.inf, False),
+    "optimizer.ema_decay": (0, 0.999999, True),
+    "train.num_steps": (1, 2**31 - 1, True),
+    "train.steps_per_dispatch": (0, math.inf, True),
+    "train.report_every": (1, math.inf, True),
+    "train.picture_every": (0, math.inf, True),
+    "train.evaluate_every": (0, math.inf, True),
+    "train.checkpoint_every": (1, math.inf, True),
+    "train.keep_checkpoints": (1, math.inf, True),
+    "parallel.num_devices": (0, math.inf, True),
+    "evaluation.num_samples": (1, 10**8, True),
+    "evaluation.num_projections": (1, 10**6, True),
+    "seed": (0, 2**31 - 1, True),
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "data.name": DATASETS,
+    "diffusion.variance": diffusion.VARIANCES,
+    "diffusion.time": diffusion.TIMES,
+    "model.name": NETWORKS,
+    "model.mlp.activation": mlp.ACTIVATIONS,
+    "model.mlp.norm": mlp.NORMS,
+    "game.recon": objective.RECONSTRUCTIONS,
+    "game.recon_latent": objective.RECON_LATENTS,
+    "game.divergence": objective.DIVERGENCES,
+    "optimizer.schedule": RATE_SCHEDULES,
+}
+
+
+def _range_problem(field: str, value: float) -> str | None:
+    least, greatest, closed = _RANGES[field]
+    above = value >= least if closed else value > least
+    if above and value <= greatest:
+        return None
+    bounds = f"{'at least' if closed else 'above'} {least}"
+    if greatest != math.inf:
+        bounds += f" and at most {greatest}"
+    return f"{field} is {value}; it must be {bounds}"
+
+
+def _combination_problems(config: Any) -> Iterator[str]:
+    """Problems between fields that are each fine by themselves."""
+    process, optimizer = config.diffusion, config.optimizer
+    if process.variance != "cosine" and not process.beta_min < process.beta_max:
+        yield (
+            f"diffusion.beta_min is {process.beta_min} and diffusion.beta_max is "
+            f"{process.beta_max}; the first must be below the second"
+        )
+    if process.variance == "geometric" and process.beta_max >= 1:
+        yield (
+            f"diffusion.beta_max is {process.beta_max}; with diffusion.variance "
+            "'geometric' it must be below 1"
+        )
+    if process.time == "lsun" and process.num_steps < 2:
+        yield (
+            f"diffusion.num_steps is {process.num_steps}; diffusion.time 'lsun' needs "
+            "at least 2 (or use diffusion.time='uniform')"
+        )
+    if process.min_posterior_var is None and (
+        process.time == "lsun" or process.time_eps == 0
+    ):
+        yield (
+            "diffusion.min_posterior_var is None; times that start at 0 need a value, "
+            "for example 1e-4"
+        )
+    if config.game.recon_floor is None and process.num_steps < 2:
+        yield (
+            "game.recon_floor is None, which stands for s_1², but there is one step "
+            "only (diffusion.num_steps=1); give a number, for example 1e-2"
+        )
+    if config.game.gamma_final is not None and config.game.gamma == 0:
+        yield (
+            f"game.gamma is 0 and game.gamma_final is {config.game.gamma_final}; γ "
+            "decays from a positive number: set game.gamma, or gamma_final to None"
+        )
+    if config.model.mlp.t_embed_dim % 2:
+        yield f"model.mlp.t_embed_dim is {config.model.mlp.t_embed_dim}; even is needed"
+    if optimizer.schedule == "cosine":
+        rates = {
+            "learning_rate": optimizer.learning_rate,
+            "energy_learning_rate": optimizer.energy_learning_rate,
+        }
+        for name, rate in rates.items():
+            if rate is not None and optimizer.final_learning_rate > rate:
+                yield (
+                    "optimizer.final_learning_rate is "
+                    f"{optimizer.final_learning_rate}, above optimizer.{name} {rate}; "
+                    "a cosine schedule decays"
+                )
+    if config.data.name == "table" and not config.data.path:
+        yield "data.path is empty; data.name 'table' needs a CSV or NPZ file"
+    if config.data.name != "table":
+        for field in ("path", "label_column"):
+            if config.data[field]:
+                yield (
+                    f"data.{field} is '{config.data[field]}', which data.name "
+                    f"'{config.data.name}' would ignore; use data.name='table'"
+                )
+
+
+def problems(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns everything that is wrong with a config, a line each; [] if nothing."""
+    default, given = dict(_leaves(base())), dict(_leaves(config))
+    found = []
+    for field in given.keys() - default.keys():
+        close = difflib.get_close_matches(field, default, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; see ddaebm_jax/config.py"
+        found.append(f"{field} is not a field of the config{hint}")
+    for field in default.keys() - given.keys():
+        found.append(f"{field} is missing; start the config from config.base()")
+    for field in sorted(default.keys() & given.keys()):
+        value = given[field]
+        problem = _type_problem(field, value, default[field])
+        if problem is None and value is not None:
+            if field in _RANGES:
+                problem = _range_problem(field, value)
+            elif field in _CHOICES:
+                problem = _choice(field, value, _CHOICES[field])
+        if problem:
+            found.append(problem)
+    return sorted(found) if found else list(_combination_problems(config))
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks fields, types, ranges and combinations, before any device is touched.
+
+    Raises:
+      ConfigError: naming every problem, what is allowed, and what to try.
+    """
+    found = problems(config)
+    if found:
+        raise ConfigError("; ".join(found))
+
+
+# Sections and fields that may differ when a run is resumed: they change how long and
+# how loudly it trains, not what is trained on what.
+FREE_ON_RESUME = ("train.", "parallel.", "evaluation.", "compilation_cache.")
+
+
+def differences(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields in which two configs differ: name → (old, new)."""
+    first, second = dict(_leaves(old)), dict(_leaves(new))
+    fields = sorted(first.keys() | second.keys())
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    pairs = {f: (plain(first.get(f)), plain(second.get(f))) for f in fields}
+    return {f: pair for f, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the config as readable JSON; see `from_json`."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """Reads and validates what `to_json` wrote.
+
+    Raises:
+      ConfigError: if the text is not JSON or the config is not one of this version.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the config is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("the config is not a JSON object")
+    config = ml_collections.ConfigDict(_with_tuples(values))
+    validate(config)
+    return config
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value

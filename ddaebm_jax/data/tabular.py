@@ -1,0 +1,276 @@
+"""Tables: rows of numbers, split, standardised, and read back for scoring.
+
+A table comes from scikit-learn's breast-cancer data, or from any CSV or NPZ file.
+Where rows are labelled 0 (inlier) or 1 (outlier), a model trains on inliers only and
+is tested on held-out inliers and on every outlier. Standardisation is fitted on the
+training rows alone.
+
+Files are read by `table_files`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ddaebm_jax.data.table_files import INLIER, OUTLIER, read_table_file
+
+_LARGEST = float(np.finfo(np.float32).max)
+_LEAST_TRAIN_ROWS = 2
+
+
+class Standardizer(NamedTuple):
+    """Moves and scales columns to mean 0 and standard deviation 1.
+
+    A column whose fitted standard deviation is 0 (a constant one) is moved but not
+    scaled: its `std` is 1.
+
+    Attributes:
+      mean: of each column, in the column's unit.
+      std: of each column, in the column's unit; positive.
+    """
+
+    mean: Float[np.ndarray, " d"]
+    std: Float[np.ndarray, " d"]
+
+    @classmethod
+    def fit(cls, rows: Float[np.ndarray, "n d"]) -> "Standardizer":
+        """Returns the standardizer of these rows, computed in float64.
+
+        The standard deviation divides by n.
+
+        Raises:
+          ValueError: if there are no rows.
+        """
+        if not len(rows):
+            raise ValueError("a standardizer needs at least 1 row to fit; found 0")
+        rows = np.asarray(rows, np.float64)
+        # Rounding gives a constant column a tiny spread: compare values instead.
+        constant = (rows == rows[0]).all(axis=0)
+        mean = np.where(constant, rows[0], rows.mean(axis=0))
+        std = np.where(constant, 1.0, rows.std(axis=0))
+        return cls(mean, np.where(std > 0.0, std, 1.0))
+
+    def transform(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        """Returns (rows − mean) / std, computed in float64, stored as float32.
+
+        Raises:
+          ValueError: if the rows' width differs, or a result leaves float32's range.
+        """
+        _check_width(rows.shape[1], len(self.mean), "the rows to standardise")
+        scaled = (np.asarray(rows, np.float64) - self.mean) / self.std
+        beyond = np.argwhere(~(np.abs(scaled) <= _LARGEST))
+        if len(beyond):
+            i, j = beyond[0]
+            raise ValueError(
+                f"row {i} of those given, column {j} (both from 0) is {rows[i, j]}, "
+                f"which is {scaled[i, j]:.3g} once standardised; finite values below "
+                f"{_LARGEST:.2g} are allowed; correct or drop the row"
+            )
+        return scaled.astype(np.float32)
+
+    def inverse(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        """Returns rows·std + mean in the columns' units, float64.
+
+        Raises:
+          ValueError: if the rows' width differs.
+        """
+        _check_width(rows.shape[1], len(self.mean), "the rows to bring back")
+        return np.asarray(rows, np.float64) * self.std + self.mean
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Returns {'mean': […], 'std': […]}, which JSON keeps exactly."""
+        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Standardizer":
+        """Returns the standardizer that `to_dict` saved.
+
+        Raises:
+          ValueError: if a key is missing, or the values are not two equally long
+            lists of finite numbers with std > 0.
+        """
+        try:
+            mean, std = (np.asarray(saved[key], np.float64) for key in ("mean", "std"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"a saved standardizer needs 'mean' and 'std', lists of numbers "
+                f"({type(error).__name__}: {error}); save it again with to_dict"
+            ) from error
+        if mean.ndim != 1 or mean.shape != std.shape:
+            raise ValueError(
+                f"a saved standardizer has mean of shape {mean.shape} and std of "
+                f"shape {std.shape}; two equally long lists are needed"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise ValueError(
+                "a saved standardizer holds a value that is not finite, or a std "
+                f"that is not positive (least std: {std.min()}); save it again"
+            )
+        return cls(mean, std)
+
+
+class Table(NamedTuple):
+    """A table, split and standardised.
+
+    Attributes:
+      columns: names of the d columns; `column_0`, … where the file has none.
+      train: rows to train on, float32, standardised. Inliers only, if labelled.
+      test: rows to test on, float32, standardised by the same standardizer.
+      test_labels: 0 for an inlier, 1 for an outlier; None for an unlabelled table.
+      standardizer: fitted on the training rows.
+    """
+
+    columns: tuple[str, ...]
+    train: Float[np.ndarray, "n d"]
+    test: Float[np.ndarray, "m d"]
+    test_labels: Int[np.ndarray, " m"] | None
+    standardizer: Standardizer
+
+
+def load_breast_cancer(seed: int, test_fraction: float) -> Table:
+    """Loads scikit-learn's breast-cancer table: 569 rows, 30 columns.
+
+    357 rows are benign (inliers), 212 malignant (outliers). Training uses benign
+    rows only; the test set is the held-out benign rows, then all malignant rows.
+
+    Args:
+      seed: of the split; the result is a pure function of it.
+      test_fraction: share of the benign rows that is held out, in (0, 1).
+
+    Raises:
+      ValueError: for a fraction out of range, or one that leaves too few rows.
+      ModuleNotFoundError: without scikit-learn.
+    """
+    from sklearn import datasets
+
+    raw = datasets.load_breast_cancer()
+    # scikit-learn's target is 1 for benign.
+    labels = np.where(raw.target == 1, INLIER, OUTLIER)
+    columns = tuple(str(name) for name in raw.feature_names)
+    rows = np.asarray(raw.data, np.float64)
+    return _split(
+        "scikit-learn's breast-cancer table", columns, rows, labels, seed, test_fraction
+    )
+
+
+def load_table(
+    path: str | Path,
+    seed: int,
+    test_fraction: float,
+    label_column: str | None = None,
+) -> Table:
+    """Loads a table from a file, splits it and standardises it.
+
+    CSV: comma-separated numbers in UTF-8. The first line is a header if none of its
+    cells is a number; without one the columns are `column_0`, `column_1`, ….
+    `label_column` names the column of labels.
+
+    NPZ: the table is the array `x`, or the only 2-D array. `label_column` names the
+    1-D array of labels; where it is None, an array `labels` is used if present.
+
+    Labels are 0 (inlier) or 1 (outlier). With them, training uses inliers only, and
+    the test set is the held-out inliers, then all outliers. Without, the split is of
+    all rows.
+
+    Args:
+      path: ends in `.csv` or `.npz`.
+      seed: of the split; the result is a pure function of it and of the file.
+      test_fraction: share of the rows (of the inliers) that is held out, in (0, 1).
+      label_column: where the labels are; None: see above.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file or a fraction that cannot be used; the message names the
+        file, the place and the value found.
+    """
+    path = Path(path)
+    table = read_table_file(path, label_column, labelled=True)
+    return _split(
+        str(path), table.columns, table.rows, table.labels, seed, test_fraction
+    )
+
+
+def read_rows(
+    path: str | Path,
+    dim: int | None = None,
+    standardizer: Standardizer | None = None,
+) -> Float[np.ndarray, "n d"]:
+    """Reads the rows of a CSV or NPZ file, to be scored; formats as in `load_table`.
+
+    Labels are not looked for: a CSV must hold the model's columns only.
+
+    Args:
+      path: ends in `.csv` or `.npz`.
+      dim: the width that the rows must have; None: any (or the standardizer's).
+      standardizer: the training table's. With it the rows are standardised before
+        they are rounded to float32, exactly as the training rows were; None: they
+        stay in the columns' units.
+
+    Returns:
+      float32 rows.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file that cannot be used, or rows of another width.
+    """
+    path = Path(path)
+    rows = read_table_file(path).rows
+    if dim is None and standardizer is not None:
+        dim = len(standardizer.mean)
+    if dim is not None:
+        _check_width(rows.shape[1], dim, str(path))
+    if standardizer is None:
+        return rows.astype(np.float32)
+    try:
+        return standardizer.transform(rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_width(found: int, wanted: int, what: str) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{what}: {found} columns found, {wanted} needed; give the columns that "
+            "the model was trained on, in the same order and without labels"
+        )
+
+
+def _split(
+    name: str,
+    columns: tuple[str, ...],
+    rows: np.ndarray,
+    labels: np.ndarray | None,
+    seed: int,
+    test_fraction: float,
+) -> Table:
+    """Holds out a random share of the inliers; all outliers are for testing."""
+    if not 0.0 < test_fraction < 1.0:
+        raise ValueError(
+            f"test_fraction is {test_fraction}; a number between 0 and 1 is needed, "
+            "for example 0.3"
+        )
+    inliers = np.arange(len(rows)) if labels is None else np.flatnonzero(labels == 0)
+    num_test = round(len(inliers) * test_fraction)
+    num_train = len(inliers) - num_test
+    if num_test < 1 or num_train < _LEAST_TRAIN_ROWS:
+        kind = "rows" if labels is None else "rows labelled 0"
+        raise ValueError(
+            f"{name}: {len(inliers)} {kind} split with test_fraction {test_fraction} "
+            f"into {num_train} to train on and {num_test} to test on; at least "
+            f"{_LEAST_TRAIN_ROWS} and 1 are needed; give more rows or another fraction"
+        )
+    order = np.random.default_rng(seed).permutation(inliers)
+    held_out, kept = np.sort(order[:num_test]), np.sort(order[num_test:])
+    if labels is None:
+        test, test_labels = held_out, None
+    else:
+        test = np.concatenate([held_out, np.flatnonzero(labels == OUTLIER)])
+        test_labels = labels[test].astype(np.int64)
+    standardizer = Standardizer.fit(rows[kept])
+    try:
+        train_rows, test_rows = map(standardizer.transform, (rows[kept], rows[test]))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return Table(columns, train_rows, test_rows, test_labels, standardizer)

@@ -1,0 +1,85 @@
+"""Energies, scores, and densities normalised on a grid."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddaebm_jax import objective
+from ddaebm_jax.models import Networks
+
+
+def energy_at_data(
+    networks: Networks, variables: Any, x: Float[Array, "batch *shape"]
+) -> Float[Array, " batch"]:
+    """Returns f(x, 0), the unnormalised log density of data, nats.
+
+    Args:
+      networks: the apply functions.
+      variables: the energy's.
+      x: points.
+    """
+    return networks.energy(variables, x, jnp.zeros((x.shape[0],), jnp.int32))
+
+
+def score_at_data(
+    networks: Networks, variables: Any, x: Float[Array, "batch *shape"]
+) -> Float[Array, "batch *shape"]:
+    """Returns ∇_x f(x, 0), the model's score."""
+    return objective.energy_and_score(
+        lambda points: energy_at_data(networks, variables, points), x
+    )[1]
+
+
+def grid_points(extent: float, cells: int) -> Float[Array, "cells*cells 2"]:
+    """Returns the centres of cells×cells squares that tile [−extent, extent]².
+
+    The first coordinate varies slowest.
+    """
+    width = 2.0 * extent / cells
+    centres = -extent + width * (jnp.arange(cells) + 0.5)
+    first, second = jnp.meshgrid(centres, centres, indexing="ij")
+    return jnp.stack([first.ravel(), second.ravel()], axis=1)
+
+
+def evaluate_in_chunks(
+    function: Callable[[Array], Array], x: Array, chunk: int = 20_000
+) -> Array:
+    """Applies a jitted row-wise function to many rows, a chunk at a time.
+
+    The last chunk is padded with its first row, so that one program serves all.
+    """
+    rows = x.shape[0]
+    chunk = min(chunk, rows)
+    parts = []
+    for start in range(0, rows, chunk):
+        part = x[start : start + chunk]
+        missing = chunk - part.shape[0]
+        if missing:
+            padding = jnp.repeat(part[:1], missing, axis=0)
+            part = jnp.concatenate([part, padding])
+        parts.append(function(part)[: chunk - missing])
+    return jnp.concatenate(parts)
+
+
+def log_density_on_grid(
+    log_density: Callable[[Array], Array], extent: float, cells: int
+) -> tuple[Float[Array, "cells cells"], Float[Array, ""]]:
+    """Normalises an unnormalised log density on a grid.
+
+    Args:
+      log_density: rows [n, 2] → [n].
+      extent: the grid covers [−extent, extent]².
+      cells: cells a side.
+
+    Returns:
+      (log density, normalised so that the cells' masses sum to one; log Z by the
+      midpoint rule).
+    """
+    points = grid_points(extent, cells)
+    values = evaluate_in_chunks(jax.jit(log_density), points).reshape(cells, cells)
+    area = (2.0 * extent / cells) ** 2
+    log_z = jax.scipy.special.logsumexp(values) + jnp.log(area)
+    return values - log_z, log_z

@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend; the command line prints them as one line."""
+
+
+class InputError(ValueError):
+    """Bad input: names the field or file, what was found, and what to try."""

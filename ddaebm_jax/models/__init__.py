@@ -1,0 +1,121 @@
+"""Builds the three networks from a config, as pure functions of their variables."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ddaebm_jax.models import mlp
+
+NETWORKS = ("mlp",)
+
+
+class Players(NamedTuple):
+    """One value for each network: variables, gradients, or averages.
+
+    Attributes:
+      energy: of f_θ.
+      generator: of G_φ.
+      posterior: of q_ψ; an empty dict where the game has no encoder.
+    """
+
+    energy: Any
+    generator: Any
+    posterior: Any
+
+
+class Networks(NamedTuple):
+    """Pure functions of the networks' variables.
+
+    `variables` are Flax's: a dict with `params` and, with batch norm, the running
+    averages `batch_stats`. `rngs` are per-example dropout keys, or None for none.
+
+    Attributes:
+      init: key → Players of variables.
+      energy: (variables, x, t, rngs=None) → f, [batch].
+      generator: (variables, x_next, t, z, rngs=None) → x̂_0, like x_next. Uses the
+        running averages: a row of the result depends on that row only.
+      posterior: (variables, x_t, x_next, t) → (μ, logvar), each [batch, nz].
+      train_generator: as `generator` but by batch statistics, → (x̂_0, batch_stats).
+      train_posterior: as `posterior` but by batch statistics,
+        → ((μ, logvar), batch_stats).
+      event_shape: shape of one example.
+      nz: width of the latent.
+    """
+
+    init: Callable[[Array], Players]
+    energy: Callable[..., Array]
+    generator: Callable[..., Array]
+    posterior: Callable[..., tuple[Array, Array]]
+    train_generator: Callable[..., tuple[Array, Any]]
+    train_posterior: Callable[..., tuple[tuple[Array, Array], Any]]
+    event_shape: tuple[int, ...]
+    nz: int
+
+
+def _mlp_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
+    (dim,) = event_shape
+    nz = model.nz
+    trunk = {
+        "x_widths": tuple(model.mlp.x_widths),
+        "t_embed_dim": model.mlp.t_embed_dim,
+        "t_widths": tuple(model.mlp.t_widths),
+        "hidden": tuple(model.mlp.hidden),
+        "act": model.mlp.activation,
+    }
+    normed = dict(trunk, norm=model.mlp.norm, fourier_octaves=model.mlp.fourier_octaves)
+    energy = mlp.Energy(dict(trunk, fourier_octaves=model.mlp.energy_fourier_octaves))
+    generator = mlp.Generator(dim, normed)
+    posterior = mlp.Posterior(nz, model.mlp.posterior_features, normed)
+
+    def init(key: Array) -> Players:
+        x, z = jnp.zeros((1, dim)), jnp.zeros((1, nz))
+        t = jnp.zeros((1,), jnp.int32)
+        keys = jax.random.split(key, 3)
+        return Players(
+            energy=energy.init(keys[0], x, t),
+            generator=generator.init(keys[1], x, t, z),
+            posterior=posterior.init(keys[2], x, x, t),
+        )
+
+    def train_generator(variables, x_next, t, z, rngs=None):
+        x0, updates = generator.apply(
+            variables, x_next, t, z, train=True, mutable=["batch_stats"]
+        )
+        return x0, updates.get("batch_stats", {})
+
+    def train_posterior(variables, x_t, x_next, t):
+        moments, updates = posterior.apply(
+            variables, x_t, x_next, t, train=True, mutable=["batch_stats"]
+        )
+        return moments, updates.get("batch_stats", {})
+
+    return Networks(
+        init=init,
+        energy=lambda variables, x, t, rngs=None: energy.apply(variables, x, t),
+        generator=lambda variables, x_next, t, z, rngs=None: generator.apply(
+            variables, x_next, t, z
+        ),
+        posterior=posterior.apply,
+        train_generator=train_generator,
+        train_posterior=train_posterior,
+        event_shape=event_shape,
+        nz=nz,
+    )
+
+
+def build(model: Any, event_shape: tuple[int, ...]) -> Networks:
+    """Builds the networks.
+
+    Args:
+      model: the config's `model` section (see `config.base`).
+      event_shape: shape of one example.
+
+    Raises:
+      ValueError: for an unknown `model.name`.
+    """
+    if model.name == "mlp":
+        return _mlp_networks(model, event_shape)
+    raise ValueError(f"model.name is '{model.name}'; allowed: {', '.join(NETWORKS)}")

@@ -1,0 +1,202 @@
+"""Multilayer perceptrons for points in the plane and for rows of tables.
+
+All three networks share one shape (`Trunk`): the point and the time are encoded
+separately, concatenated, and passed through hidden layers. Widths and the data's
+dimension are free. Geng et al. 2024, the released 2-D networks.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ddaebm_jax.models.layers import BatchNorm, PReLU, sinusoidal_embedding
+
+NORMS = ("none", "batch")
+ACTIVATIONS = ("prelu", "relu", "silu", "gelu", "softplus")
+
+
+def uniform_fan_in(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    """Draws a Dense kernel [in, out] uniformly from ±1/√in."""
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class UniformDense(nn.Module):
+    """A Dense layer whose kernel and bias both start uniform in ±1/√fan_in.
+
+    Attributes:
+      features: width of the output.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch inputs"]) -> Float[Array, "batch out"]:
+        bound = x.shape[-1] ** -0.5
+
+        def bias_init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        return nn.Dense(
+            self.features,
+            kernel_init=uniform_fan_in,
+            bias_init=bias_init,
+            name="dense",
+        )(x)
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """Returns a fresh activation; `prelu` carries one learned slope a layer."""
+    if name == "prelu":
+        return PReLU()
+    return {
+        "relu": nn.relu,
+        "silu": nn.silu,
+        "gelu": nn.gelu,
+        "softplus": nn.softplus,
+    }[name]
+
+
+class FourierFeatures(nn.Module):
+    """Appends sin and cos of the coordinates at octaves π/4·2^j to the point.
+
+    Lets a small network draw modes much narrower than the data's range (Tancik et
+    al. 2020, arXiv 2006.10739).
+
+    Attributes:
+      octaves: number of frequencies per coordinate; 0 leaves x as it is.
+    """
+
+    octaves: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch dim"]) -> Float[Array, "batch out"]:
+        if self.octaves == 0:
+            return x
+        frequencies = jnp.pi / 4 * 2.0 ** jnp.arange(self.octaves)
+        phase = (x[:, :, None] * frequencies[None, None, :]).reshape(x.shape[0], -1)
+        return jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=1)
+
+
+class Trunk(nn.Module):
+    """Encodes a point and its time and maps both to `out` numbers.
+
+    Attributes:
+      out: width of the output.
+      x_widths: widths of the point's encoder; the last has no activation.
+      t_embed_dim: width of the sinusoidal time embedding.
+      t_widths: widths of the time's encoder; the last has no activation.
+      hidden: widths of the hidden layers after concatenation.
+      act: name of the activation.
+      norm: `batch`: batch norm after every hidden Dense of the point's encoder and
+        of the hidden layers, before the activation; `none`.
+      fourier_octaves: see `FourierFeatures`.
+    """
+
+    out: int
+    x_widths: Sequence[int]
+    t_embed_dim: int
+    t_widths: Sequence[int]
+    hidden: Sequence[int]
+    act: str
+    norm: str
+    fourier_octaves: int
+
+    def _hidden_layer(
+        self, h: Float[Array, "batch inputs"], width: int, norm: bool, train: bool
+    ) -> Float[Array, "batch width"]:
+        h = UniformDense(width)(h)
+        if norm:
+            h = BatchNorm()(h, train=train)
+        return activation(self.act)(h)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch dim"],
+        t: Int[Array, " batch"],
+        train: bool = False,
+    ) -> Float[Array, "batch out"]:
+        batch_norm = self.norm == "batch"
+        h = FourierFeatures(self.fourier_octaves)(x)
+        for width in self.x_widths[:-1]:
+            h = self._hidden_layer(h, width, batch_norm, train)
+        h = UniformDense(self.x_widths[-1])(h)
+        s = sinusoidal_embedding(t, self.t_embed_dim)
+        for width in self.t_widths[:-1]:
+            s = self._hidden_layer(s, width, False, train)
+        s = UniformDense(self.t_widths[-1])(s)
+        h = jnp.concatenate([h, s], axis=1)
+        for width in self.hidden:
+            h = self._hidden_layer(h, width, batch_norm, train)
+        return UniformDense(self.out)(h)
+
+
+class Energy(nn.Module):
+    """f(x, t), one number per example; larger is more likely.
+
+    Attributes:
+      trunk: keyword arguments of `Trunk`, without `out` and `norm`.
+    """
+
+    trunk: dict
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch dim"], t: Int[Array, " batch"]
+    ) -> Float[Array, " batch"]:
+        return Trunk(out=1, norm="none", **self.trunk)(x, t)[:, 0]
+
+
+class Generator(nn.Module):
+    """G(x_{t+1}, t, z) → x̂_0.
+
+    Attributes:
+      dim: D, width of the data.
+      trunk: keyword arguments of `Trunk`, without `out`.
+    """
+
+    dim: int
+    trunk: dict
+
+    @nn.compact
+    def __call__(
+        self,
+        x_next: Float[Array, "batch dim"],
+        t: Int[Array, " batch"],
+        z: Float[Array, "batch nz"],
+        train: bool = False,
+    ) -> Float[Array, "batch dim"]:
+        inputs = jnp.concatenate([x_next, z], axis=1)
+        return Trunk(out=self.dim, **self.trunk)(inputs, t, train)
+
+
+class Posterior(nn.Module):
+    """q(z | x_t, x_{t+1}, t) → (μ, log σ²), the variational encoder.
+
+    Attributes:
+      nz: width of the latent.
+      features: width of the trunk's output, from which two Dense heads read.
+      trunk: keyword arguments of `Trunk`, without `out`.
+    """
+
+    nz: int
+    features: int
+    trunk: dict
+
+    @nn.compact
+    def __call__(
+        self,
+        x_t: Float[Array, "batch dim"],
+        x_next: Float[Array, "batch dim"],
+        t: Int[Array, " batch"],
+        train: bool = False,
+    ) -> tuple[Float[Array, "batch nz"], Float[Array, "batch nz"]]:
+        inputs = jnp.concatenate([x_t, x_next], axis=1)
+        h = Trunk(out=self.features, **self.trunk)(inputs, t, train)
+        mu = UniformDense(self.nz, name="mu")(h)
+        logvar = UniformDense(self.nz, name="logvar")(h)
+        return mu, logvar

@@ -1,0 +1,154 @@
+"""The terms of the game, each its own function (Geng et al. 2024, section 4).
+
+Energy step, descent in θ:
+  E[f(x̃_t) − f(x_t)] + γ/2·E‖∇_{x_t}[f(x_t) + log q(x_{t+1}|x_t)]‖²
+Generator step, descent in φ and ψ together:
+  reverse_potential + λ_z·latent_log_prob + λ_f·(reconstruction + latent_kl)
+
+Nothing here knows of networks' insides, optimisers or data: terms take what the
+networks gave, or an apply function.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ddaebm_jax import diffusion
+from ddaebm_jax.diffusion import Schedule
+
+RECONSTRUCTIONS = ("nll", "weighted_nll", "mse")
+RECON_LATENTS = ("posterior", "prior")
+DIVERGENCES = ("jeffreys", "reverse_kl")
+
+# Keeps (z−μ)²/σ² finite where the encoder's variance underflows.
+_LATENT_VARIANCE_FLOOR = 1e-6
+
+
+def sum_over_dims(x: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
+    """Returns the sum over every axis but the first."""
+    return x.reshape(x.shape[0], -1).sum(axis=1)
+
+
+def energy_and_score(
+    energy: Callable[[Float[Array, "batch *shape"]], Float[Array, " batch"]],
+    x: Float[Array, "batch *shape"],
+) -> tuple[Float[Array, " batch"], Float[Array, "batch *shape"]]:
+    """Returns f(x) and ∇_x f(x), example by example, from one forward pass.
+
+    Args:
+      energy: x → f(x); row i of the result may depend on row i of x only.
+      x: the points.
+    """
+    f, pullback = jax.vjp(energy, x)
+    (score,) = pullback(jnp.ones_like(f))
+    return f, score
+
+
+def gradient_penalty(
+    score: Float[Array, "batch *shape"],
+) -> Float[Array, ""]:
+    """Returns ½·E‖score‖², the penalty before its weight γ.
+
+    Args:
+      score: ∇_{x_t}[f(x_t, t) + log q(x_{t+1}|x_t)] at real x_t, the score of the
+        conditional model density.
+    """
+    return 0.5 * sum_over_dims(score**2).mean()
+
+
+def reverse_potential(
+    schedule: Schedule,
+    f_fake: Float[Array, " batch"],
+    x_fake: Float[Array, "batch *shape"],
+    x_next: Float[Array, "batch *shape"],
+    t: Int[Array, " batch"],
+) -> Float[Array, ""]:
+    """Returns −E[f(x̃_t, t) + log q(x_{t+1}|x̃_t)], the potential of KL(p_φ ‖ p_θ)."""
+    return -(f_fake + diffusion.log_q(schedule, x_next, x_fake, t)).mean()
+
+
+def latent_log_prob(
+    z: Float[Array, "batch nz"],
+    mu: Float[Array, "batch nz"],
+    logvar: Float[Array, "batch nz"],
+) -> Float[Array, ""]:
+    """Returns −E log q_ψ(z | x̃_t, x_{t+1}) without its constant.
+
+    ½Σ logvar + ½Σ (z−μ)²/(1e-6 + exp logvar): the bound on the generator's entropy,
+    H(p_φ) ≥ const − this.
+    """
+    squares = (z - mu) ** 2 / (_LATENT_VARIANCE_FLOOR + jnp.exp(logvar))
+    return 0.5 * (logvar + squares).sum(axis=1).mean()
+
+
+def latent_kl(
+    mu: Float[Array, "batch nz"], logvar: Float[Array, "batch nz"]
+) -> Float[Array, ""]:
+    """Returns E KL(N(μ, diag exp logvar) ‖ N(0, I)), nats per example."""
+    return 0.5 * (jnp.exp(logvar) + mu**2 - 1.0 - logvar).sum(axis=1).mean()
+
+
+def sample_latent(
+    mu: Float[Array, "batch nz"],
+    logvar: Float[Array, "batch nz"],
+    eps: Float[Array, "batch nz"],
+) -> Float[Array, "batch nz"]:
+    """Returns z = μ + exp(½ logvar)·ε, a reparameterised draw from q_ψ."""
+    return mu + jnp.exp(0.5 * logvar) * eps
+
+
+def reconstruction_nll(
+    schedule: Schedule,
+    x_t: Float[Array, "batch *shape"],
+    x0_pred: Float[Array, "batch *shape"],
+    x_next: Float[Array, "batch *shape"],
+    t: Int[Array, " batch"],
+    floor: Float[Array, ""] | float,
+    weight: Float[Array, " levels"] | None = None,
+) -> Float[Array, ""]:
+    """Returns −E log N(x_t; c1 x̂_0 + c2 x_{t+1}, max(s_t², floor)), nats per example.
+
+    Args:
+      schedule: the diffusion.
+      x_t: what is to be reconstructed.
+      x0_pred: x̂_0.
+      x_next: x_{t+1}.
+      t: which step.
+      floor: least variance; see `variance_floor`.
+      weight: w_k by level; the example's term is multiplied by w_{t+1}.
+    """
+    log_var = jnp.maximum(schedule.posterior_log_var, jnp.log(floor))[t]
+    log_var = diffusion.per_example(log_var, x_t)
+    mean = diffusion.posterior_mean(schedule, x0_pred, x_next, t)
+    nll = 0.5 * ((x_t - mean) ** 2 * jnp.exp(-log_var) + log_var + jnp.log(2 * jnp.pi))
+    per_row = sum_over_dims(nll)
+    if weight is not None:
+        per_row = per_row * weight[t + 1]
+    return per_row.mean()
+
+
+def reconstruction_mse(
+    schedule: Schedule,
+    x_t: Float[Array, "batch *shape"],
+    x0_pred: Float[Array, "batch *shape"],
+    x_next: Float[Array, "batch *shape"],
+    t: Int[Array, " batch"],
+) -> Float[Array, ""]:
+    """Returns E Σ_dims (x_t − (c1 x̂_0 + c2 x_{t+1}))²."""
+    mean = diffusion.posterior_mean(schedule, x0_pred, x_next, t)
+    return sum_over_dims((x_t - mean) ** 2).mean()
+
+
+def variance_floor(schedule: Schedule, floor: float | None) -> Float[Array, ""] | float:
+    """Returns the least variance of the reconstruction.
+
+    Args:
+      schedule: the diffusion.
+      floor: the variance itself (1e-2 on 2-D data), or None for s_1², the
+        posterior's own value for t = 1 (images).
+    """
+    if floor is not None:
+        return floor
+    return jnp.exp(schedule.posterior_log_var[1])

@@ -1,0 +1,84 @@
+"""From noise to data: the few-step sampler (Geng et al. 2024, algorithm 2)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddaebm_jax import diffusion
+from ddaebm_jax.diffusion import Schedule
+from ddaebm_jax.models import Networks
+
+
+def denoise(
+    schedule: Schedule,
+    networks: Networks,
+    variables: Any,
+    key: Array,
+    x_last: Float[Array, "batch *shape"],
+    latent: bool = True,
+) -> Float[Array, "levels batch *shape"]:
+    """Takes x_T to x_0 by T calls of the generator.
+
+    Example i's randomness comes from fold_in(key, i) alone.
+
+    Args:
+      schedule: the diffusion.
+      networks: the apply functions.
+      variables: the generator's.
+      key: source of the latents and of the posterior's noise.
+      x_last: x_T.
+      latent: False: z ≡ 0 (the paper's ablation).
+
+    Returns:
+      x_T, …, x_0, in this order, T+1 levels.
+    """
+    batch, event_shape = x_last.shape[0], x_last.shape[1:]
+    num_steps = schedule.num_steps
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+
+    def normals(t: int, call: int, shape: tuple[int, ...]) -> Array:
+        return jax.vmap(
+            lambda k: jax.random.normal(jax.random.fold_in(k, 2 * t + call), shape)
+        )(keys)
+
+    x, levels = x_last, [x_last]
+    for step in reversed(range(num_steps)):
+        t = jnp.full((batch,), step, jnp.int32)
+        z = normals(step, 0, (networks.nz,))
+        z = z if latent else jnp.zeros_like(z)
+        x0 = networks.generator(variables, x, t, z)
+        eps = normals(step, 1, event_shape)
+        x = diffusion.sample_posterior(schedule, x0, x, t, eps)
+        levels.append(x)
+    return jnp.stack(levels)
+
+
+def sample_trajectory(
+    schedule: Schedule,
+    networks: Networks,
+    variables: Any,
+    key: Array,
+    num_samples: int,
+    latent: bool = True,
+) -> Float[Array, "levels num_samples *shape"]:
+    """Draws x_T ~ N(0, I) and returns x_T, …, x_0; see `denoise`."""
+    key_last, key_steps = jax.random.split(key)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key_last, i))(jnp.arange(num_samples))
+    x_last = jax.vmap(lambda k: diffusion.sample_prior(k, networks.event_shape))(keys)
+    return denoise(schedule, networks, variables, key_steps, x_last, latent)
+
+
+def sample(
+    schedule: Schedule,
+    networks: Networks,
+    variables: Any,
+    key: Array,
+    num_samples: int,
+    latent: bool = True,
+) -> Float[Array, "num_samples *shape"]:
+    """Draws samples of the data; see `sample_trajectory`."""
+    return sample_trajectory(schedule, networks, variables, key, num_samples, latent)[
+        -1
+    ]

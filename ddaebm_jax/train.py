@@ -1,0 +1,471 @@
+"""The loop: wires config, data, networks, steps, writers and checkpoints together.
+
+It owns no mathematics. State is in plain sight, every dispatch is a pure function
+of it, and all randomness is a function of (seed, step).
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+from jaxtyping import Array
+
+from ddaebm_jax import (
+    config as config_lib,
+)
+from ddaebm_jax import (
+    diffusion,
+    evaluation,
+    minimax,
+    models,
+    parallel,
+    writers,
+)
+from ddaebm_jax.checkpointing import (
+    Checkpoints,
+    write_json_atomically,
+    write_text_atomically,
+)
+from ddaebm_jax.data import Source, open_source
+from ddaebm_jax.errors import InputError
+
+CONFIG_FILE = "config.json"
+REPORT_FILE = "report.json"
+
+# Steps a dispatch where the config leaves the choice: small networks are bound by
+# the time of a dispatch; matrix products lose nothing inside a scan.
+_STEPS_PER_DISPATCH = {"mlp": 100}
+
+
+class TrainingError(InputError):
+    """Training cannot go on; the message says at which step and why."""
+
+
+class Experiment(NamedTuple):
+    """What a config describes, built; nothing here has touched a device's state.
+
+    Attributes:
+      config: the config.
+      source: the data.
+      schedule: the diffusion.
+      networks: the apply functions.
+      game: weights and switches.
+      optimizers: one a player.
+    """
+
+    config: ml_collections.ConfigDict
+    source: Source
+    schedule: diffusion.Schedule
+    networks: models.Networks
+    game: minimax.Game
+    optimizers: minimax.Optimizers
+
+
+def learning_rate(
+    optimizer: ml_collections.ConfigDict, rate: float, num_steps: int
+) -> optax.ScalarOrSchedule:
+    """Returns the rate's schedule over a run of `num_steps`."""
+    if optimizer.schedule == "constant":
+        return rate
+    return optax.cosine_decay_schedule(
+        rate, num_steps, alpha=optimizer.final_learning_rate / rate
+    )
+
+
+def build_game(game: ml_collections.ConfigDict, num_steps: int) -> minimax.Game:
+    """Returns the game, with γ's decay over a run of `num_steps`."""
+    values = dict(game)
+    final = values.pop("gamma_final")
+    if final is not None:
+        ratio = final / game.gamma
+        values["gamma"] = lambda step: game.gamma * ratio ** (step / num_steps)
+    return minimax.Game(**values)
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+    """Builds what a valid config describes.
+
+    Raises:
+      InputError: if the data cannot be opened.
+    """
+    source = open_source(config.data, config.seed)
+    optimizer, steps = config.optimizer, config.train.num_steps
+    energy_rate = optimizer.energy_learning_rate
+    if energy_rate is None:
+        energy_rate = optimizer.learning_rate
+    return Experiment(
+        config=config,
+        source=source,
+        schedule=diffusion.make_schedule(**config.diffusion),
+        networks=models.build(config.model, source.event_shape),
+        game=build_game(config.game, steps),
+        optimizers=minimax.make_optimizers(
+            learning_rate(optimizer, optimizer.learning_rate, steps),
+            learning_rate(optimizer, energy_rate, steps),
+            optimizer.beta1,
+            optimizer.beta2,
+            optimizer.max_grad_norm,
+        ),
+    )
+
+
+def init_state(experiment: Experiment) -> minimax.TrainState:
+    """Returns the state before the first step, a function of the seed."""
+    return minimax.init_state(
+        jax.random.key(experiment.config.seed),
+        experiment.networks,
+        experiment.optimizers,
+        experiment.game,
+    )
+
+
+def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
+    """Returns (state, arrays, index, length) → (state, metrics), K steps on device.
+
+    Batches and noise are drawn inside, each example's from its own key.
+    """
+    step = minimax.make_step(
+        experiment.game,
+        experiment.schedule,
+        experiment.networks,
+        experiment.optimizers,
+        experiment.config.optimizer.ema_decay,
+    )
+    seed = experiment.config.seed
+    networks, num_steps = experiment.networks, experiment.schedule.num_steps
+
+    def dispatch(state, arrays, index, length):
+        data_key, noise_key = jax.random.split(jax.random.key(seed + 1))
+
+        def one(state, _):
+            keys = minimax.example_keys(data_key, state.step, index)
+            x0 = experiment.source.draw(arrays, keys)
+            noise = minimax.draw_noise(
+                noise_key,
+                state.step,
+                index,
+                num_steps,
+                networks.event_shape,
+                networks.nz,
+            )
+            return step(state, x0, noise)
+
+        return minimax.scan_steps(one, state, None, length)
+
+    return dispatch
+
+
+class Dispatcher:
+    """Compiles the dispatch for each length once, and keeps count of the time.
+
+    Attributes:
+      compile_seconds: spent compiling so far.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        config = experiment.config
+        self._mesh = parallel.make_mesh(
+            config.parallel.num_devices, config.data.batch_size
+        )
+        sharding = parallel.replicated(self._mesh)
+        self._jitted = jax.jit(
+            make_dispatch(experiment),
+            static_argnums=3,
+            donate_argnums=0,
+            out_shardings=(sharding, sharding),
+        )
+        self._inputs = (
+            jax.device_put(experiment.source.arrays, sharding),
+            parallel.batch_index(self._mesh, config.data.batch_size),
+        )
+        self._compiled: dict[int, Any] = {}
+        self.compile_seconds = 0.0
+
+    def place(self, state: minimax.TrainState) -> minimax.TrainState:
+        """Puts a copy of the state on every device of the mesh."""
+        return jax.device_put(state, parallel.replicated(self._mesh))
+
+    def __call__(self, state: minimax.TrainState, length: int):
+        """Takes `length` steps; the given state's buffers are used up."""
+        if length not in self._compiled:
+            start = time.monotonic()
+            lowered = self._jitted.lower(state, *self._inputs, length)
+            self._compiled[length] = lowered.compile()
+            self.compile_seconds += time.monotonic() - start
+        return self._compiled[length](state, *self._inputs)
+
+
+def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
+    """Turns JAX's persistent compilation cache on, unless the config says no.
+
+    A directory in JAX_COMPILATION_CACHE_DIR stands where the config names none.
+    """
+    if not cache.enabled:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    directory = cache.directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not directory:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        directory = Path(home).expanduser() / "ddaebm_jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def next_stop(step: int, per_dispatch: int, total: int, intervals: list[int]) -> int:
+    """Returns where the dispatch that starts at `step` ends.
+
+    At the next multiple of `per_dispatch` or of an interval (0: never), so that
+    the cuts are the same in a resumed run as in an unbroken one.
+    """
+    candidates = [n for n in (per_dispatch, *intervals) if n > 0]
+    return min(total, *((step // n + 1) * n for n in candidates))
+
+
+def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Checks that a directory is new, or a run of this very config; writes nothing.
+
+    Raises:
+      InputError: if the directory holds something else, or a run whose config
+        differs in a field that changes the model or the data.
+    """
+    path = workdir / CONFIG_FILE
+    if not workdir.exists():
+        return
+    if not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is a file; name a directory")
+    if not path.exists():
+        if any(workdir.iterdir()):
+            raise InputError(
+                f"--workdir={workdir} is not empty and holds no {CONFIG_FILE}, so it "
+                "is not a run; name a new directory"
+            )
+        return
+    changed = config_lib.differences(read_config(workdir), config)
+    refused = {
+        name: pair
+        for name, pair in changed.items()
+        if not name.startswith(config_lib.FREE_ON_RESUME)
+    }
+    if refused:
+        listed = ", ".join(
+            f"{n} (was {o!r}, is {w!r})" for n, (o, w) in refused.items()
+        )
+        raise InputError(
+            f"--workdir={workdir} belongs to another config: {listed}; give these "
+            "fields their old values, or name a new --workdir"
+        )
+    for name, (old, new) in changed.items():
+        logging.info("resuming with %s = %r (was %r)", name, new, old)
+
+
+def read_config(workdir: Path) -> ml_collections.ConfigDict:
+    """Reads the config of a run directory.
+
+    Raises:
+      InputError: if there is none, or it is not a config of this version.
+    """
+    path = workdir / CONFIG_FILE
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); --workdir must name a run "
+            "directory that --mode=train has made"
+        ) from error
+    try:
+        return config_lib.from_json(text)
+    except config_lib.ConfigError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def log_parameters(variables: models.Players) -> dict[str, int]:
+    """Logs an overview of each network's parameters; returns their numbers."""
+    try:
+        from clu import parameter_overview
+    except ImportError:
+        parameter_overview = None
+    counts = {}
+    for name, value in variables._asdict().items():
+        params = value["params"]
+        counts[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        if params and parameter_overview is not None:
+            table = parameter_overview.get_parameter_overview(
+                params, include_stats=False
+            )
+            logging.info("%s\n%s", name, table)
+    logging.info("parameters: %s", counts)
+    return counts
+
+
+def _checked(step: int, metrics: dict[str, Any]) -> dict[str, float]:
+    """Fetches metrics; raises TrainingError if one is not finite."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"{', '.join(bad)} not finite in the steps up to {step}; the last "
+            "checkpoint before is intact. Try a lower optimizer.learning_rate, a "
+            "higher game.gamma, or optimizer.max_grad_norm"
+        )
+    return values
+
+
+class _Average:
+    """The mean of metrics between two reports, kept on the device."""
+
+    def __init__(self) -> None:
+        self._sum: Any = None
+        self._steps = 0
+
+    def add(self, metrics: dict[str, Array], steps: int) -> None:
+        weighted = jax.tree.map(lambda m: m * steps, metrics)
+        if self._sum is None:
+            self._sum = weighted
+        else:
+            self._sum = jax.tree.map(jnp.add, self._sum, weighted)
+        self._steps += steps
+
+    def take(self) -> dict[str, Array]:
+        mean = jax.tree.map(lambda m: m / self._steps, self._sum)
+        self._sum, self._steps = None, 0
+        return mean
+
+
+def dispatches(
+    config: ml_collections.ConfigDict, start: int
+) -> Iterator[tuple[int, int]]:
+    """Yields (first step, step after the last) of every dispatch that is left."""
+    train = config.train
+    per_dispatch = train.steps_per_dispatch or _STEPS_PER_DISPATCH[config.model.name]
+    intervals = [
+        train.report_every,
+        train.picture_every,
+        train.evaluate_every,
+        train.checkpoint_every,
+    ]
+    while start < train.num_steps:
+        stop = next_stop(start, per_dispatch, train.num_steps, intervals)
+        yield start, stop
+        start = stop
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains, or goes on training, in a run directory.
+
+    Args:
+      config: the recipe.
+      workdir: the run directory: new, or one of the same config, whose newest
+        checkpoint is then taken up.
+
+    Returns:
+      The final figures, as written to `report.json`.
+
+    Raises:
+      InputError: for a bad config, bad data, or a directory that is not this run's;
+        nothing has been written then.
+      TrainingError: if a loss or gradient stops being finite.
+    """
+    workdir = Path(workdir)
+    started = time.monotonic()
+    config_lib.validate(config)
+    open_workdir(workdir, config)
+    use_compilation_cache(config.compilation_cache)
+    experiment = build(config)
+    dispatcher = Dispatcher(experiment)
+    state = dispatcher.place(init_state(experiment))
+    counts = log_parameters(state.variables)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    if checkpoints.latest_step() is not None:
+        state = checkpoints.restore(state)
+    write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
+    first = int(state.step)
+    total = config.train.num_steps
+    if first > total:
+        raise InputError(
+            f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
+            f"{total}; raise it, or name a new --workdir"
+        )
+    info = {
+        "config": config.to_dict(),
+        "data": experiment.source.metadata(),
+    }
+    output = writers.Writers(workdir, first, total, config.train.tensorboard)
+    output.message(
+        f"training from step {first} to {total} in {workdir} on "
+        f"{jax.device_count()} {jax.default_backend()} device(s)"
+    )
+    try:
+        state = _loop(
+            config, experiment, workdir, state, dispatcher, checkpoints, output, info
+        )
+        seconds = time.monotonic() - started
+        report = {
+            "step": total,
+            "figures": evaluation.evaluate(experiment, state.ema),
+            "parameters": counts,
+            "seconds": seconds,
+            "compile_seconds": dispatcher.compile_seconds,
+            "resumed_from_step": first,
+            "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            "versions": {"jax": jax.__version__},
+        }
+        evaluation.draw_pictures(experiment, state.ema, workdir / "samples", total)
+        output.scalars(total, {f"final/{k}": v for k, v in report["figures"].items()})
+        write_json_atomically(workdir / REPORT_FILE, report)
+    finally:
+        checkpoints.close()
+        output.close()
+    return report
+
+
+def _loop(
+    config: ml_collections.ConfigDict,
+    experiment: Experiment,
+    workdir: Path,
+    state: minimax.TrainState,
+    dispatcher: Dispatcher,
+    checkpoints: Checkpoints,
+    output: writers.Writers,
+    info: dict[str, Any],
+) -> minimax.TrainState:
+    """Takes all steps that are left, with reports, pictures and checkpoints."""
+    train, total = config.train, config.train.num_steps
+    average = _Average()
+    told_compile_time = False
+
+    def due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    for start, step in dispatches(config, int(state.step)):
+        state, metrics = dispatcher(state, step - start)
+        average.add(metrics, step - start)
+        if not told_compile_time:
+            told_compile_time = True
+            output.message(f"compiled in {dispatcher.compile_seconds:.1f} s")
+            output.restart_clock(start)
+        save = due(step, train.checkpoint_every) or step == total
+        if due(step, train.report_every) or save:
+            output.report(step, _checked(step, average.take()))
+        if save:
+            checkpoints.save(state, info)
+        if due(step, train.evaluate_every) and step < total:
+            figures = evaluation.evaluate(experiment, state.ema)
+            output.scalars(step, {f"evaluation/{k}": v for k, v in figures.items()})
+            output.restart_clock(step)
+        if due(step, train.picture_every) and step < total:
+            pictures = evaluation.draw_pictures(
+                experiment, state.ema, workdir / "samples", step
+            )
+            for name, path in pictures.items():
+                output.picture(step, name, path)
+            output.restart_clock(step)
+    return state

@@ -1,0 +1,304 @@
+"""What a run leaves for people: metrics, a progress line, pictures.
+
+`metrics.jsonl` is always written; TensorBoard event files (clu) where TensorFlow is
+installed.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from ddaebm_jax.checkpointing import write_text_atomically
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a report, in the order of steps."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Opens the file for a run that goes on from `resume_step`.
+
+        Lines of later steps, and a line cut short by a crash, are dropped: the run
+        will write them again. Lines are never written twice.
+
+        Args:
+          path: the file.
+          resume_step: the step of the restored state, 0 for a new run.
+        """
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+            write_text_atomically(
+                path, "".join(json.dumps(line) + "\n" for line in kept)
+            )
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line: the step, then the values."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a metrics file; a line cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def open_tensorboard(directory: Path) -> Any | None:
+    """Returns clu's TensorBoard writer, or None, said once, without TensorFlow.
+
+    TensorFlow's own devices are hidden first, so that it never takes the memory of
+    a GPU on which JAX trains.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it logs at import
+    try:
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "TPU")
+        from clu import metric_writers
+    except ImportError as error:
+        logging.warning("no TensorBoard files (%s); metrics.jsonl has all", error)
+        return None
+    return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(directory))])
+
+
+class Writers:
+    """All the places where a run reports: metrics file, TensorBoard, progress."""
+
+    def __init__(
+        self, workdir: Path, resume_step: int, total_steps: int, tensorboard: bool
+    ) -> None:
+        """Opens them.
+
+        Args:
+          workdir: the run directory.
+          resume_step: the step from which the run goes on.
+          total_steps: of the whole run, for the time left.
+          tensorboard: whether to write event files.
+        """
+        self._metrics = MetricsFile(workdir / "metrics.jsonl", resume_step)
+        self._tensorboard = open_tensorboard(workdir) if tensorboard else None
+        self._total = total_steps
+        self._clock = (resume_step, time.monotonic())
+        self._interactive = sys.stderr.isatty()
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what was done since the last report out of the next rate."""
+        self._clock = (step, time.monotonic())
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a report of training, with its rate, and the progress line."""
+        last_step, last_time = self._clock
+        now = time.monotonic()
+        rate = (step - last_step) / max(now - last_time, 1e-9)
+        self._clock = (step, now)
+        self.scalars(step, {**values, "steps_per_second": rate})
+        left = (self._total - step) / max(rate, 1e-9)
+        line = (
+            f"step {step}/{self._total} ({step / self._total:.0%})  "
+            f"{rate:.1f} steps/s  {format_seconds(left)} left  "
+            f"energy {values['energy/loss']:+.3f}  "
+            f"generator {values['generator/loss']:+.3f}"
+        )
+        if self._interactive:
+            end = "\n" if step >= self._total else ""
+            sys.stderr.write(f"\r\x1b[K{line}{end}")
+            sys.stderr.flush()
+        else:
+            logging.info(line)
+
+    def message(self, text: str) -> None:
+        """Logs a line, clear of the progress line."""
+        if self._interactive:
+            sys.stderr.write("\r\x1b[K")
+        logging.info(text)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers to the metrics file and to TensorBoard."""
+        self._metrics.write(step, values)
+        if self._tensorboard is not None:
+            self._tensorboard.write_scalars(step, dict(values))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Shows a picture file in TensorBoard as well."""
+        if self._tensorboard is None:
+            return
+        from PIL import Image
+
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._tensorboard.write_images(step, {name: pixels[None]})
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns a duration as people read it: `45s`, `12m 30s`, `3h 05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Returns a report's figures as a two-column table."""
+    rows = []
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            rows += [(f"{name}/{key}", item) for key, item in value.items()]
+        else:
+            rows.append((name, value))
+    shown = [
+        (name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in rows
+    ]
+    width = max(len(name) for name, _ in shown)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown)
+
+
+def _figure(columns: int, rows: int = 1, side: float = 3.2):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(side * columns, side * rows + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.ravel())
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Saves through a temporary name: a crash never leaves half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=110, format="png")
+    partial.replace(path)
+
+
+def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
+    axis.plot(points[:, 0], points[:, 1], ".", markersize=1.2, alpha=0.5, color="k")
+    axis.set(
+        title=title,
+        xlim=(-extent, extent),
+        ylim=(-extent, extent),
+        aspect="equal",
+        xticks=[],
+        yticks=[],
+    )
+
+
+def plot_plane(
+    path: Path,
+    data: np.ndarray,
+    samples: np.ndarray,
+    log_density: np.ndarray,
+    extent: float,
+    title: str,
+) -> None:
+    """Draws data, samples, and the model's density exp f(·, 0) side by side.
+
+    Args:
+      path: of the PNG.
+      data: points [n, 2].
+      samples: the model's points [n, 2].
+      log_density: on a square grid over [−extent, extent]², first axis first
+        coordinate.
+      extent: half the side of what is shown.
+      title: of the whole picture.
+    """
+    figure, axes = _figure(3)
+    _scatter(axes[0], data, "data", extent)
+    _scatter(axes[1], samples, "samples", extent)
+    axes[2].imshow(
+        np.exp(log_density - log_density.max()).T,
+        origin="lower",
+        extent=(-extent, extent, -extent, extent),
+        cmap="magma",
+    )
+    axes[2].set(title="density  exp f(·, 0)", xticks=[], yticks=[])
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_levels(path: Path, levels: np.ndarray, extent: float, title: str) -> None:
+    """Draws a strip of the denoising steps, x_T … x_0.
+
+    Args:
+      path: of the PNG.
+      levels: [T+1, n, 2], from noise to data.
+      extent: half the side of what is shown.
+      title: of the whole picture.
+    """
+    figure, axes = _figure(len(levels), side=2.6)
+    last = len(levels) - 1
+    for place, (axis, points) in enumerate(zip(axes, levels, strict=True)):
+        _scatter(axis, points, f"$x_{{{last - place}}}$", extent)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_table(
+    path: Path,
+    data: np.ndarray,
+    samples: np.ndarray,
+    energies: Mapping[str, np.ndarray],
+    title: str,
+) -> None:
+    """Draws a table's rows and samples on the data's principal axes, and energies.
+
+    Args:
+      path: of the PNG.
+      data: standardised rows [n, d].
+      samples: the model's rows [m, d].
+      energies: name of a set of rows → their f(x, 0).
+      title: of the whole picture.
+    """
+    centre = data.mean(axis=0)
+    axes_of_data = np.linalg.svd(data - centre, full_matrices=False)[2][:2].T
+    figure, (left, right) = _figure(2, side=4.0)
+    for points, name, colour in ((data, "data", "k"), (samples, "samples", "C1")):
+        flat = (points - centre) @ axes_of_data
+        second = flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
+        left.plot(flat[:, 0], second, ".", ms=2.5, alpha=0.6, color=colour, label=name)
+    left.set(title="on the data's principal axes", xticks=[], yticks=[])
+    left.legend()
+    # Outliers reach far down; the bulk of all sets is what a reader compares.
+    low = min(np.quantile(values, 0.05) for values in energies.values())
+    high = max(values.max() for values in energies.values())
+    bins = np.linspace(low, max(high, low + 1e-6), 40)
+    for name, values in energies.items():
+        right.hist(np.maximum(values, low), bins, alpha=0.6, density=True, label=name)
+    right.set(title="energy f(x, 0); larger is more likely", yticks=[])
+    right.legend()
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:
+    """Draws points of the plane."""
+    figure, (axis,) = _figure(1, side=4.5)
+    _scatter(axis, samples, title, extent)
+    _save(figure, path)

@@ -1,0 +1,117 @@
+"""Trains a DDAEBM, or samples, scores and evaluates with a trained one.
+
+python launch/main.py --config=configs/gaussians25.py
+python launch/main.py --config=configs/gaussians25.py --config.game.gamma=0.01
+python launch/main.py --mode=sample --workdir=runs/gaussians25/… --num_samples=1000
+python launch/main.py --mode=score --workdir=… --input=rows.csv
+python launch/main.py --mode=evaluate --workdir=…
+"""
+
+import logging as std_logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ddaebm_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, for --mode=train; --config.a.b=c changes a field."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run directory. Default: runs/<config>/<time>."
+)
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "sample", "score", "evaluate"], "What to do."
+)
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "How many samples to draw.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
+_INPUT = flags.DEFINE_string("input", None, "CSV or NPZ rows to score.")
+_OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: in --workdir.")
+
+
+def _run() -> None:
+    from ddaebm_jax import modes, train, writers
+
+    if _MODE.value == "train":
+        if _CONFIG.value is None:
+            raise InputError(
+                "--mode=train needs --config, for example "
+                "--config=configs/gaussians25.py"
+            )
+        workdir = _WORKDIR.value or _new_workdir()
+        report = train.train(_CONFIG.value, workdir)
+        print(f"{workdir}\n{writers.format_report(report)}")
+        return
+    if not _WORKDIR.value:
+        raise InputError(f"--mode={_MODE.value} needs --workdir, a run directory")
+    if _MODE.value == "sample":
+        print(
+            modes.sample(_WORKDIR.value, _NUM_SAMPLES.value, _SEED.value, _OUTPUT.value)
+        )
+    elif _MODE.value == "score":
+        if not _INPUT.value:
+            raise InputError("--mode=score needs --input, a CSV or NPZ of rows")
+        print(modes.score(_WORKDIR.value, _INPUT.value, _OUTPUT.value))
+    else:
+        print(writers.format_report(modes.evaluate(_WORKDIR.value)))
+
+
+def _new_workdir() -> str:
+    recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return str(Path("runs") / recipe / time.strftime("%Y%m%d-%H%M%S"))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; a bad one, a bad config field included, ends in one line."""
+    try:
+        remaining = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _ = _CONFIG.value.items  # A recipe that could not be loaded fails here.
+    except flags.Error as error:
+        _fail(f"{error}; --help lists the flags")
+    except (KeyError, AttributeError, TypeError) as error:
+        _fail(
+            f"in --config or a --config.field override: {error.args[0]}; "
+            "ddaebm_jax/config.py lists the fields"
+        )
+    except OSError as error:
+        _fail(f"--config: {error.__cause__ or error}")
+    return remaining
+
+
+def _in_one_line(action: Callable[[], None]) -> None:
+    """Runs an action; an error of the user's ends the program with one line."""
+    try:
+        action()
+    except (InputError, FileNotFoundError) as error:
+        logging.debug("where it came from", exc_info=True)
+        _fail(str(error))
+
+
+def _without_orbax_chatter(record: std_logging.LogRecord) -> bool:
+    """Drops Orbax's notes on its insides; its warnings pass."""
+    return "orbax" not in record.pathname or record.levelno > std_logging.INFO
+
+
+def main(argv: list[str]) -> None:
+    """Runs the chosen mode."""
+    if len(argv) > 1:
+        _fail(f"what is {argv[1]!r}? Flags start with --")
+    logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+    if logging.get_verbosity() == logging.INFO:
+        logging.get_absl_handler().addFilter(_without_orbax_chatter)
+    _in_one_line(_run)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)
