@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -76,6 +77,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        if jax.default_backend() == "cpu":
+            # There NumPy sees device memory itself, which the next step reuses.
+            state = jax.tree.map(jnp.copy, state)
         self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -97,6 +97,9 @@ def base() -> ml_collections.ConfigDict:
     game.lambda_z = 0.1
     # λ_f, weight of the forward divergence.
     game.lambda_f = 1.0
+    # α, weight of E f(x_t, t)² at real points; 0 leaves it out (the paper). Steadies
+    # the heights of separate modes; see objective.energy_magnitude.
+    game.energy_l2 = 0.0
     # Reconstruction: `nll`, `weighted_nll` or `mse`.
     game.recon = "nll"
     # The reconstruction's z: `posterior` (as derived) or `prior` (no second pass).
@@ -226,6 +229,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "game.lazy_reg": (1, math.inf, True),
     "game.lambda_z": (0, math.inf, True),
     "game.lambda_f": (0, math.inf, True),
+    "game.energy_l2": (0, math.inf, True),
     "game.recon_floor": (0, math.inf, False),
     "optimizer.learning_rate": (0, math.inf, False),
     "optimizer.energy_learning_rate": (0, math.inf, False),
@@ -261,7 +265,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _range_problem(field: str, value: float) -> str | None:
+def _range_problem(field: str, value: int | float) -> str | None:
     least, greatest, closed = _RANGES[field]
     above = value >= least if closed else value > least
     if above and value <= greatest:

@@ -33,7 +33,7 @@ def score_at_data(
     )[1]
 
 
-def grid_points(extent: float, cells: int) -> Float[Array, "cells*cells 2"]:
+def grid_points(extent: float, cells: int) -> Float[Array, "points 2"]:
     """Returns the centres of cells×cells squares that tile [−extent, extent]².
 
     The first coordinate varies slowest.

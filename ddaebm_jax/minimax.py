@@ -30,6 +30,8 @@ class Game(NamedTuple):
       lazy_reg: apply the penalty at every n-th step, not multiplied by n.
       lambda_z: λ_z, weight of the entropy bound.
       lambda_f: λ_f, weight of the forward divergence; 0 leaves it out.
+      energy_l2: α, weight of E f(x_t, t)² in the energy's loss; 0 (the paper) leaves
+        it out. See `objective.energy_magnitude`.
       recon: `nll`, `weighted_nll` or `mse`.
       recon_latent: where the reconstruction takes z from: `posterior` or `prior`.
       recon_floor: least variance of the nll; None: s_1².
@@ -42,6 +44,7 @@ class Game(NamedTuple):
     lazy_reg: int
     lambda_z: float
     lambda_f: float
+    energy_l2: float
     recon: str
     recon_latent: str
     recon_floor: float | None
@@ -234,6 +237,7 @@ def energy_loss(
     x_fake: Float[Array, "batch *shape"],
     noise: Noise,
     gamma: Float[Array, ""] | float | None,
+    energy_l2: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Returns the energy's loss and its parts.
 
@@ -246,6 +250,7 @@ def energy_loss(
       x_fake: the generator's points at level t.
       noise: of this step; t and the dropout keys are read.
       gamma: γ, the weight of the gradient penalty; None: it is not computed.
+      energy_l2: α, the weight of the energy's magnitude.
     """
     t = noise.t
 
@@ -264,6 +269,8 @@ def energy_loss(
         f_real = energy_of(x_t, DROPOUT_ENERGY_REAL)
         penalty = jnp.zeros(())
     loss = f_fake.mean() - f_real.mean() + (0.0 if gamma is None else gamma) * penalty
+    if energy_l2 > 0:
+        loss = loss + energy_l2 * objective.energy_magnitude(f_real)
     return loss, {
         "energy/loss": loss,
         "energy/real": f_real.mean(),
@@ -423,6 +430,7 @@ def make_step(
                     x_fake,
                     noise,
                     gamma,
+                    game.energy_l2,
                 )
 
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -446,8 +454,8 @@ def make_step(
             grads, state.opt_energy, variables["params"]
         )
         params = optax.apply_updates(variables["params"], updates)
-        metrics["energy/grad_norm"] = optax.global_norm(grads)
-        metrics["energy/update_norm"] = optax.global_norm(updates)
+        metrics["energy/grad_norm"] = optax.tree.norm(grads)
+        metrics["energy/update_norm"] = optax.tree.norm(updates)
         return _with_params(variables, params), opt_state, metrics
 
     def play_generator(state, variables, x0_pred, pull_back, x_t, x_next, noise):
@@ -482,11 +490,11 @@ def make_step(
             grads, state.opt_generator, params
         )
         generator, posterior = optax.apply_updates(params, updates)
-        metrics["generator/grad_norm"] = optax.global_norm(grads[0])
-        metrics["generator/update_norm"] = optax.global_norm(updates[0])
+        metrics["generator/grad_norm"] = optax.tree.norm(grads[0])
+        metrics["generator/update_norm"] = optax.tree.norm(updates[0])
         if game.has_encoder:
-            metrics["posterior/grad_norm"] = optax.global_norm(grads[1])
-            metrics["posterior/update_norm"] = optax.global_norm(updates[1])
+            metrics["posterior/grad_norm"] = optax.tree.norm(grads[1])
+            metrics["posterior/update_norm"] = optax.tree.norm(updates[1])
         variables = variables._replace(
             generator=_with_params(variables.generator, generator),
             posterior=_with_stats(_with_params(variables.posterior, posterior), stats),

@@ -58,6 +58,17 @@ def gradient_penalty(
     return 0.5 * sum_over_dims(score**2).mean()
 
 
+def energy_magnitude(f_real: Float[Array, " batch"]) -> Float[Array, ""]:
+    """Returns E f(x_t, t)² at real points, before its weight α; not in the paper.
+
+    The game fixes f only through the generator's response. Between separate modes
+    that response is weak, so their heights drift and swing; this term pulls them
+    back, and makes f's constant 0 on data. Du & Mordatch 2019 (arXiv 1903.08689)
+    regularise real and generated energies so.
+    """
+    return (f_real**2).mean()
+
+
 def reverse_potential(
     schedule: Schedule,
     f_fake: Float[Array, " batch"],

@@ -38,7 +38,7 @@ class MetricsFile:
             )
         self._file = path.open("a", buffering=1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Appends a line: the step, then the values."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -77,7 +77,9 @@ def open_tensorboard(directory: Path) -> Any | None:
     except ImportError as error:
         logging.warning("no TensorBoard files (%s); metrics.jsonl has all", error)
         return None
-    return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(directory))])
+    return metric_writers.AsyncMultiWriter(
+        [metric_writers.SummaryWriter(str(directory))]
+    )
 
 
 class Writers:
@@ -104,7 +106,7 @@ class Writers:
         """Leaves what was done since the last report out of the next rate."""
         self._clock = (step, time.monotonic())
 
-    def report(self, step: int, values: Mapping[str, float]) -> None:
+    def report(self, step: int, values: Mapping[str, float | int]) -> None:
         """Writes a report of training, with its rate, and the progress line."""
         last_step, last_time = self._clock
         now = time.monotonic()
@@ -131,7 +133,7 @@ class Writers:
             sys.stderr.write("\r\x1b[K")
         logging.info(text)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
         """Writes numbers to the metrics file and to TensorBoard."""
         self._metrics.write(step, values)
         if self._tensorboard is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from ddaebm_jax import density, sampling, writers
 from ddaebm_jax.data import tabular, test_rows
@@ -57,7 +58,7 @@ def _local(variables: Any) -> Any:
     return jax.tree.map(np.asarray, variables)
 
 
-def energies(experiment: Any, variables: Players, x: np.ndarray) -> np.ndarray:
+def energies(experiment: Any, variables: Players, x: np.ndarray | Array) -> np.ndarray:
     """Returns f(x, 0) of rows, a chunk at a time."""
     function = jax.jit(
         lambda params, points: density.energy_at_data(

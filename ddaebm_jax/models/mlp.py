@@ -5,7 +5,8 @@ separately, concatenated, and passed through hidden layers. Widths and the data'
 dimension are free. Geng et al. 2024, the released 2-D networks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -142,7 +143,7 @@ class Energy(nn.Module):
       trunk: keyword arguments of `Trunk`, without `out` and `norm`.
     """
 
-    trunk: dict
+    trunk: Mapping[str, Any]
 
     @nn.compact
     def __call__(
@@ -160,7 +161,7 @@ class Generator(nn.Module):
     """
 
     dim: int
-    trunk: dict
+    trunk: Mapping[str, Any]
 
     @nn.compact
     def __call__(
@@ -185,7 +186,7 @@ class Posterior(nn.Module):
 
     nz: int
     features: int
-    trunk: dict
+    trunk: Mapping[str, Any]
 
     @nn.compact
     def __call__(

@@ -1,0 +1,105 @@
+"""Runs the command line, many times from one import.
+
+A child that has imported everything, but has not yet started a device, forks for each
+command; so a command costs its own work and not the seconds of the imports.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = ROOT / "launch" / "main.py"
+
+_FORKER = """
+import json, os, runpy, sys, tempfile
+sys.path.insert(0, {root!r})
+import ddaebm_jax.modes
+for line in sys.stdin:
+    argv = json.loads(line)
+    out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.argv = [{main!r}, *argv]
+        runpy.run_path({main!r}, run_name="__main__")
+        sys.stdout.flush()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    out.seek(0)
+    err.seek(0)
+    print(json.dumps([code, out.read(), err.read()]), flush=True)
+"""
+
+
+class Result(NamedTuple):
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+class CommandLine:
+    """Runs `launch/main.py`; see the module."""
+
+    def __init__(self, cwd: Path = ROOT) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _FORKER.format(root=str(ROOT), main=str(MAIN))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            env=environment(),
+        )
+
+    def __call__(self, *argv: str) -> Result:
+        """Runs one command to its end."""
+        self._process.stdin.write(json.dumps(argv) + "\n")
+        self._process.stdin.flush()
+        return Result(*json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """Ends the child."""
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Returns the environment of a child with so many virtual devices."""
+    flags = [
+        flag
+        for flag in os.environ.get("XLA_FLAGS", "").split()
+        if "host_platform_device_count" not in flag
+    ]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "XLA_FLAGS": " ".join(flags),
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+    }
+
+
+def tiny(config: str, **fields: object) -> list[str]:
+    """Returns flags of a recipe made so small that it trains in a second."""
+    small = {
+        "model.mlp.hidden": "(8,8)",
+        "model.mlp.x_widths": "(4,4)",
+        "data.batch_size": 8,
+        "train.num_steps": 40,
+        "train.steps_per_dispatch": 10,
+        "train.report_every": 10,
+        "train.picture_every": 0,
+        "train.checkpoint_every": 20,
+        "train.tensorboard": False,
+        "evaluation.num_samples": 100,
+        "evaluation.num_projections": 10,
+    }
+    small.update({name.replace("__", "."): value for name, value in fields.items()})
+    flags = [f"--config.{name}={value}" for name, value in small.items()]
+    return [f"--config={config}", *flags]

@@ -1,0 +1,56 @@
+"""Sets the stage: what must be in the environment before JAX is first imported.
+
+Subprocesses that tests start inherit all of it, the compilation cache included.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import pytest
+
+assert "jax" not in sys.modules, "jax was imported before tests/conftest.py set it up"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+# One cache a run, not one a machine: a stale program must not make a test pass.
+# pytest-xdist's workers share the one that their controller made.
+_OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
+if _OWNS_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ddaebm-jax-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+jaxtyping.install_import_hook("ddaebm_jax", "typechecking.check_functions")
+
+# Repeatable, and without a time limit that a busy machine would break.
+hypothesis.settings.register_profile(
+    "tests", max_examples=15, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes this run's compilation cache."""
+    del config
+    if _OWNS_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def compilation_cache() -> Path:
+    """This run's compilation cache, which subprocesses inherit too."""
+    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of reference numbers."""
+    return Path(__file__).parent / "data"

@@ -1,0 +1,159 @@
+"""Tiny games and networks that several of the tests play with."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddaebm_jax import diffusion, minimax, models
+
+DIM, NZ, STEPS, HIDDEN = 2, 3, 4, 5
+
+SCHEDULE = diffusion.make_schedule(STEPS, min_posterior_var=1e-4)
+
+# Every term takes part, with a weight of its own.
+GAME = minimax.Game(
+    gamma=0.3,
+    lazy_reg=1,
+    lambda_z=0.7,
+    lambda_f=0.6,
+    energy_l2=0.0,
+    recon="nll",
+    recon_latent="posterior",
+    recon_floor=1e-2,
+    latent=True,
+    posterior=True,
+    divergence="jeffreys",
+)
+
+
+def mlp_config(**changes: Any) -> SimpleNamespace:
+    """Returns a tiny `model` section; `changes` go to `mlp`, but for `nz`."""
+    nz = changes.pop("nz", NZ)
+    mlp = dict(
+        x_widths=(4, 4),
+        t_embed_dim=4,
+        t_widths=(4, 4),
+        hidden=(8, 8),
+        activation="prelu",
+        fourier_octaves=0,
+        energy_fourier_octaves=0,
+        norm="none",
+        posterior_features=4,
+    )
+    mlp.update(changes)
+    return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp))
+
+
+def filled_variables(networks: models.Networks, seed: int = 0) -> models.Players:
+    """Returns variables of the right shapes without compiling the initialisers.
+
+    Parameters are small normal numbers, running averages 0 (means) and 1.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "batch_stats" in name:
+            return jnp.full(leaf.shape, 0.0 if "mean" in name else 1.0, leaf.dtype)
+        return jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    shapes = jax.eval_shape(networks.init, jax.random.key(0))
+    return jax.tree.map_with_path(fill, shapes)
+
+
+def smooth_layer(params: dict, x: jax.Array, t: jax.Array) -> jax.Array:
+    """Returns tanh(x·w + b_t)·v + c_t, one hidden layer that knows the time."""
+    hidden = jnp.tanh(x @ params["w"] + params["b"][t])
+    return hidden @ params["v"] + params["c"][t]
+
+
+def _smooth_params(rng: np.random.Generator, inputs: int, out: int) -> dict:
+    shapes = dict(
+        w=(inputs, HIDDEN), b=(STEPS, HIDDEN), v=(HIDDEN, out), c=(STEPS, out)
+    )
+    return {k: jnp.asarray(0.5 * rng.normal(size=s), "f") for k, s in shapes.items()}
+
+
+def smooth_networks(
+    dim: int = DIM, nz: int = NZ, running_averages: bool = False
+) -> models.Networks:
+    """Returns networks of one smooth layer each: quick to compile, everywhere C^∞.
+
+    Args:
+      dim: width of the data.
+      nz: width of the latent.
+      running_averages: the generator and the posterior keep a running average of
+        the input that they are trained on, as batch norm does.
+    """
+
+    def init(key: jax.Array) -> models.Players:
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        variables = [
+            {"params": _smooth_params(rng, inputs, out)}
+            for inputs, out in ((dim, 1), (dim + nz, dim), (2 * dim, 2 * nz))
+        ]
+        if running_averages:
+            for one in variables[1:]:
+                one["batch_stats"] = {"seen": jnp.zeros((dim,))}
+        return models.Players(*variables)
+
+    def energy(variables, x, t, rngs=None):
+        return smooth_layer(variables["params"], x, t)[:, 0]
+
+    def generator(variables, x_next, t, z, rngs=None):
+        inputs = jnp.concatenate([x_next, z], axis=1)
+        return smooth_layer(variables["params"], inputs, t)
+
+    def posterior(variables, x_t, x_next, t):
+        inputs = jnp.concatenate([x_t, x_next], axis=1)
+        moments = smooth_layer(variables["params"], inputs, t)
+        return moments[:, :nz], moments[:, nz:]
+
+    def seen(variables, x):
+        if not running_averages:
+            return {}
+        return {"seen": 0.5 * variables["batch_stats"]["seen"] + 0.5 * x.mean(axis=0)}
+
+    return models.Networks(
+        init=init,
+        energy=energy,
+        generator=generator,
+        posterior=posterior,
+        train_generator=lambda variables, x_next, t, z, rngs=None: (
+            generator(variables, x_next, t, z),
+            seen(variables, x_next + z[:, :1]),
+        ),
+        train_posterior=lambda variables, x_t, x_next, t: (
+            posterior(variables, x_t, x_next, t),
+            seen(variables, x_t),
+        ),
+        event_shape=(dim,),
+        nz=nz,
+    )
+
+
+def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.0):
+    """Asserts that two pytrees have one structure and nearly the same numbers."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            a, b, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def assert_trees_equal(actual: Any, expected: Any):
+    """Asserts that two pytrees are the same, bit for bit."""
+    assert_trees_close(actual, expected, rtol=0.0)
+
+
+def differ(first: Any, second: Any) -> bool:
+    """Returns whether any leaf of two pytrees of one structure differs."""
+    return any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )

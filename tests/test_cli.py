@@ -1,0 +1,279 @@
+"""The command line from end to end, and what it says of bad input."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import ROOT, CommandLine, tiny
+from PIL import Image
+
+PLANE, TABLE = "configs/gaussians25.py", "configs/breast_cancer.py"
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[CommandLine]:
+    command_line = CommandLine()
+    yield command_line
+    command_line.close()
+
+
+@pytest.fixture(scope="module")
+def plane_run(run: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in the plane, trained in two goes, with TensorBoard files."""
+    workdir = tmp_path_factory.mktemp("plane") / "run"
+    flags = tiny(PLANE, train__picture_every=20, train__tensorboard=True)
+    first = run(*flags, f"--workdir={workdir}", "--config.train.num_steps=20")
+    assert first.code == 0, first.err
+    second = run(*flags, f"--workdir={workdir}")
+    assert second.code == 0, second.err
+    assert "from step 20 to 40" in second.err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def table_run(run: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("table") / "run"
+    result = run(*tiny(TABLE), f"--workdir={workdir}")
+    assert result.code == 0, result.err
+    return workdir
+
+
+def _looks_like_a_picture(path: Path) -> bool:
+    with Image.open(path) as image:
+        return min(image.size) > 100 and np.asarray(image.convert("L")).std() > 5
+
+
+def test_a_run_directory_holds_what_is_promised(plane_run: Path):
+    lines = (plane_run / "metrics.jsonl").read_text().splitlines()
+    reports = [json.loads(line) for line in lines]
+    assert [r["step"] for r in reports if "energy/loss" in r] == [10, 20, 30, 40]
+    assert (plane_run / "checkpoints" / "40").is_dir()
+    assert list(plane_run.glob("events.out.tfevents.*"))
+    pictures = sorted(path.name for path in (plane_run / "samples").iterdir())
+    assert pictures == [
+        f"{name}_{step:08d}.png" for name in ("plane", "steps") for step in (20, 40)
+    ]
+    for name in pictures:
+        assert _looks_like_a_picture(plane_run / "samples" / name)
+    report = json.loads((plane_run / "report.json").read_text())
+    assert report["resumed_from_step"] == 20
+    assert report["figures"]["modes"] == 25
+    assert 0 <= report["figures"]["jensen_shannon"] <= np.log(2)
+
+
+def test_training_a_finished_run_again_changes_no_weights(
+    run: CommandLine, plane_run: Path
+):
+    before = json.loads((plane_run / "report.json").read_text())["figures"]
+    flags = tiny(PLANE, train__picture_every=20, train__tensorboard=True)
+    result = run(*flags, f"--workdir={plane_run}")
+    assert result.code == 0, result.err
+    assert json.loads((plane_run / "report.json").read_text())["figures"] == before
+
+
+def test_sample_is_a_function_of_the_seed(
+    run: CommandLine, plane_run: Path, tmp_path: Path
+):
+    drawn = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = tmp_path / f"{name}.npz"
+        flags = (f"--workdir={plane_run}", f"--output={path}", f"--seed={seed}")
+        result = run("--mode=sample", "--num_samples=50", *flags)
+        assert result.code == 0, result.err
+        assert _looks_like_a_picture(path.with_suffix(".png"))
+        drawn.append(np.load(path)["x"])
+    assert drawn[0].shape == (50, 2)
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_a_file_without_a_name_given_never_replaces_another(
+    run: CommandLine, plane_run: Path
+):
+    names = []
+    for _ in range(2):
+        result = run("--mode=sample", "--num_samples=5", f"--workdir={plane_run}")
+        assert result.code == 0, result.err
+        names.append(result.out.strip())
+    assert len(set(names)) == 2
+    assert all(Path(name).exists() for name in names)
+
+
+def test_evaluate_repeats_the_final_figures(run: CommandLine, plane_run: Path):
+    result = run("--mode=evaluate", f"--workdir={plane_run}")
+    assert result.code == 0, result.err
+    figures = json.loads((plane_run / "evaluation.json").read_text())["figures"]
+    assert figures == json.loads((plane_run / "report.json").read_text())["figures"]
+    assert "jensen_shannon" in result.out
+
+
+def test_a_table_is_scored_in_its_own_units(
+    run: CommandLine, table_run: Path, tmp_path: Path
+):
+    """The run's own standardisation applies: typical rows get typical energies."""
+    from sklearn.datasets import load_breast_cancer
+
+    rows = load_breast_cancer().data[:20]
+    np.savetxt(tmp_path / "rows.csv", rows, delimiter=",")
+    np.savez(tmp_path / "rows.npz", x=rows)
+    scores = []
+    for source, output in (("rows.csv", "a.csv"), ("rows.npz", "b.npz")):
+        result = run(
+            "--mode=score",
+            f"--workdir={table_run}",
+            f"--input={tmp_path / source}",
+            f"--output={tmp_path / output}",
+        )
+        assert result.code == 0, result.err
+    scores = np.loadtxt(tmp_path / "a.csv", skiprows=1)
+    np.testing.assert_allclose(scores, np.load(tmp_path / "b.npz")["energy"], rtol=1e-5)
+    assert scores.shape == (20,)
+    # Raw columns reach 4,000; unstandardised they would give far larger energies.
+    assert np.abs(scores).max() < 100
+
+
+def test_a_table_is_sampled_in_its_own_units(
+    run: CommandLine, table_run: Path, tmp_path: Path
+):
+    path = tmp_path / "s.npz"
+    flags = (f"--workdir={table_run}", f"--output={path}")
+    result = run("--mode=sample", "--num_samples=30", *flags)
+    assert result.code == 0, result.err
+    samples = np.load(path)["x"]
+    assert samples.shape == (30, 30)
+    assert samples.mean(axis=0).max() > 100  # `worst area` is about 560 when benign
+
+
+def test_a_table_is_evaluated_beside_the_baselines(table_run: Path):
+    figures = json.loads((table_run / "report.json").read_text())["figures"]
+    aurocs = {name: v for name, v in figures.items() if name.startswith("auroc")}
+    assert len(aurocs) == 5
+    assert all(0 <= value <= 1 for value in aurocs.values())
+
+
+def test_the_default_workdir_is_named_after_the_recipe(tmp_path: Path):
+    command_line = CommandLine(cwd=tmp_path)
+    result = command_line(*tiny(str(ROOT / PLANE), train__num_steps=10))
+    command_line.close()
+    assert result.code == 0, result.err
+    made = Path(result.out.splitlines()[0])
+    assert made.parts[:2] == ("runs", "gaussians25")
+    assert (tmp_path / made / "report.json").exists()
+
+
+BAD_INPUT = {
+    "no config": (["--mode=train"], "--config"),
+    "unknown field": ([f"--config={PLANE}", "--config.optimzer.lr=1"], "optimizer"),
+    "unknown flag": ([f"--config={PLANE}", "--wrkdir=x"], "wrkdir"),
+    "stray word": ([f"--config={PLANE}", "train"], "'train'"),
+    "no such recipe": (["--config=configs/nope.py"], "configs/nope.py"),
+    "no steps": ([f"--config={PLANE}", "--config.diffusion.num_steps=0"], "at least 1"),
+    "not a number": ([f"--config={PLANE}", "--config.diffusion.num_steps=x"], "'x'"),
+    "beta out of order": (
+        [
+            f"--config={PLANE}",
+            "--config.diffusion.variance=vp",
+            "--config.diffusion.beta_min=3.0",
+            "--config.diffusion.beta_max=2.0",
+        ],
+        "diffusion.beta_min is 3.0 and diffusion.beta_max is 2.0",
+    ),
+    "too many devices": (
+        [f"--config={PLANE}", "--config.parallel.num_devices=64"],
+        "parallel.num_devices is 64",
+    ),
+    "no workdir": (["--mode=sample"], "--workdir"),
+    "workdir not there": (["--mode=evaluate", "--workdir=/nowhere/run"], "/nowhere"),
+    "table without a path": (
+        [f"--config={TABLE}", "--config.data.name=table"],
+        "data.path is empty",
+    ),
+    "table not there": (
+        [
+            f"--config={TABLE}",
+            "--config.data.name=table",
+            "--config.data.path=/nowhere.csv",
+        ],
+        "/nowhere.csv",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_makes_nothing(
+    run: CommandLine, tmp_path: Path, case: str
+):
+    argv, expected = BAD_INPUT[case]
+    workdir = tmp_path / "run"
+    if case not in ("no workdir", "workdir not there"):
+        argv = [*argv, f"--workdir={workdir}"]
+    _is_one_line_error(run(*argv), expected)
+    assert not workdir.exists()
+
+
+def _is_one_line_error(result, expected: str) -> None:
+    assert result.code == 2, result.err
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.err
+    assert "Traceback" not in result.err
+    assert expected in errors[0]
+
+
+def test_bad_rows_are_named_and_no_scores_are_written(
+    run: CommandLine, table_run: Path, tmp_path: Path
+):
+    rows = np.ones((3, 30))
+    rows[1, 4] = np.nan
+    np.savetxt(tmp_path / "nan.csv", rows, delimiter=",")
+    np.savetxt(tmp_path / "narrow.csv", rows[:1, :7], delimiter=",")
+    (tmp_path / "words.csv").write_text("1,2\nthree,4\n")
+    np.savez(tmp_path / "empty.npz")
+    output = tmp_path / "scores.csv"
+    for name in ("nan.csv", "narrow.csv", "words.csv", "empty.npz", "missing.csv"):
+        result = run(
+            "--mode=score",
+            f"--workdir={table_run}",
+            f"--input={tmp_path / name}",
+            f"--output={output}",
+        )
+        _is_one_line_error(result, name)
+        assert not output.exists()
+
+
+def test_an_existing_output_is_left_alone(
+    run: CommandLine, plane_run: Path, tmp_path: Path
+):
+    path = tmp_path / "mine.npz"
+    path.write_text("mine")
+    result = run("--mode=sample", f"--workdir={plane_run}", f"--output={path}")
+    _is_one_line_error(result, "exists already")
+    assert path.read_text() == "mine"
+
+
+def test_a_directory_of_something_else_is_left_alone(run: CommandLine, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    result = run(*tiny(PLANE), f"--workdir={tmp_path}")
+    _is_one_line_error(result, "not a run")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_of_another_config_is_left_alone(run: CommandLine, plane_run: Path):
+    before = {p: p.stat().st_mtime_ns for p in plane_run.rglob("*") if p.is_file()}
+    result = run(*tiny(PLANE, game__gamma=0.5), f"--workdir={plane_run}")
+    _is_one_line_error(result, "game.gamma")
+    after = {p: p.stat().st_mtime_ns for p in plane_run.rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_a_run_without_a_checkpoint_says_so(run: CommandLine, tmp_path: Path):
+    from ddaebm_jax import config as config_lib
+
+    (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.base()))
+    for mode in ("sample", "evaluate"):
+        result = run(f"--mode={mode}", f"--workdir={tmp_path}")
+        _is_one_line_error(result, "no checkpoint")
+    (tmp_path / "checkpoints").mkdir()
+    result = run("--mode=sample", f"--workdir={tmp_path}")
+    _is_one_line_error(result, "no checkpoint")

@@ -1,0 +1,296 @@
+"""The diffusion against Bayes' rule, integrals, and the authors' numbers."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate, stats
+
+from ddaebm_jax import diffusion
+
+num_steps = st.integers(1, 8)
+beta_min = st.floats(0.01, 1.0)
+beta_max = st.floats(2.0, 25.0)
+standardised = st.floats(-3.0, 3.0)
+
+
+@st.composite
+def schedules(draw) -> diffusion.Schedule:
+    """Any schedule that can be asked for."""
+    variance = draw(st.sampled_from(diffusion.VARIANCES))
+    time = draw(st.sampled_from(diffusion.TIMES))
+    steps = draw(st.integers(2 if time == "lsun" else 1, 8))
+    low, high = draw(beta_min), draw(beta_max)
+    if variance == "geometric":
+        low, high = low / 20, high / 26
+    return diffusion.make_schedule(
+        steps, variance, low, high, time, min_posterior_var=1e-4
+    )
+
+
+def as_float64(schedule: diffusion.Schedule) -> diffusion.Schedule:
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), schedule)
+
+
+def vp_level(tau: float, low: float, high: float) -> tuple[float, float]:
+    """Returns (A, S) at time τ by integrating dx = −½β x dt + √β dW numerically."""
+    total, _ = integrate.quad(lambda s: low + s * (high - low), 0.0, tau)
+    return np.exp(-0.5 * total), np.sqrt(-np.expm1(-total))
+
+
+# Properties of every schedule.
+
+
+@given(schedules())
+def test_levels_compose(schedule: diffusion.Schedule):
+    s = as_float64(schedule)
+    a, beta = s.a, s.beta
+    np.testing.assert_allclose(a**2 + beta, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(s.sigma**2, beta, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(s.a_cum**2 + s.sigma_cum**2, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(s.a_cum[0], a[0], rtol=1e-6)
+    np.testing.assert_allclose(s.a_cum[1:], a[1:] * s.a_cum[:-1], rtol=1e-6)
+    noise = a[1:] ** 2 * s.sigma_cum[:-1] ** 2 + beta[1:]
+    np.testing.assert_allclose(s.sigma_cum[1:] ** 2, noise, rtol=1e-6)
+    assert (beta[1:] > 0).all() and (np.diff(s.sigma_cum) > 0).all()
+    assert schedule.num_steps == len(s.posterior_c1) == len(s.beta) - 1
+
+
+@given(schedules())
+def test_posterior_averages_to_the_marginal(schedule: diffusion.Schedule):
+    """x_t drawn through x_{t+1} has the law of x_t drawn from x_0."""
+    s = as_float64(schedule)
+    mean = s.posterior_c1 + s.posterior_c2 * s.a_cum[1:]
+    var = s.posterior_c2**2 * s.sigma_cum[1:] ** 2 + s.posterior_var
+    np.testing.assert_allclose(mean, s.a_cum[:-1], rtol=1e-5)
+    np.testing.assert_allclose(var, s.sigma_cum[:-1] ** 2, rtol=1e-5, atol=1e-12)
+
+
+@given(schedules())
+def test_log_variance_is_clipped_and_nothing_else(schedule: diffusion.Schedule):
+    s = as_float64(schedule)
+    clipped = np.log(np.maximum(s.posterior_var, 1e-4))
+    np.testing.assert_allclose(s.posterior_log_var, clipped, rtol=1e-5, atol=1e-6)
+
+
+@given(num_steps, beta_min, beta_max, standardised, standardised, standardised)
+def test_posterior_is_bayes_rule(steps, low, high, x0, u, w):
+    """c1, c2 and s² against Bayes' rule, integrated on a grid in one dimension."""
+    schedule = diffusion.make_schedule(steps, beta_min=low, beta_max=high, max_beta=1.0)
+    s = as_float64(schedule)
+    tau = 1e-3 + (1 - 1e-3) * np.arange(steps + 1) / steps
+    levels = [vp_level(x, low, high) for x in tau]
+    for t in range(steps):
+        (a_now, s_now), (a_next, _) = levels[t], levels[t + 1]
+        a = a_next / a_now
+        sigma = np.sqrt(1 - a**2)
+        x_next = a * (a_now * x0 + s_now * u) + sigma * w
+        x = a_now * x0 + s_now * np.linspace(-14.0, 14.0, 20_001)
+        log_joint = stats.norm.logpdf(x, a_now * x0, s_now) + stats.norm.logpdf(
+            x_next, a * x, sigma
+        )
+        mass = np.exp(log_joint - log_joint.max())
+        mass /= mass.sum()
+        mean = (mass * x).sum()
+        var = (mass * (x - mean) ** 2).sum()
+        ours = s.posterior_c1[t] * x0 + s.posterior_c2[t] * x_next
+        np.testing.assert_allclose(ours, mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(s.posterior_var[t], var, rtol=1e-5)
+
+
+# Variances and times.
+
+
+@given(num_steps, beta_min, beta_max)
+def test_vp_variance_integrates_beta(steps, low, high):
+    s = as_float64(
+        diffusion.make_schedule(steps, beta_min=low, beta_max=high, max_beta=1.0)
+    )
+    tau = diffusion.diffusion_times(steps)
+    levels = np.array([vp_level(x, low, high) for x in tau])
+    np.testing.assert_allclose(s.a_cum, levels[:, 0], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(s.sigma_cum, levels[:, 1], rtol=1e-5)
+
+
+@given(st.floats(1e-3, 0.1), st.floats(0.2, 0.99), st.floats(0.0, 1.0))
+def test_geometric_variance_is_linear_in_its_log(low, high, tau):
+    v = diffusion.marginal_variance(np.array([0.0, tau, 1.0]), "geometric", low, high)
+    line = (1 - tau) * np.log(low) + tau * np.log(high)
+    np.testing.assert_allclose(np.log(v), [np.log(low), line, np.log(high)])
+
+
+def test_cosine_variance():
+    tau = np.array([0.0, 0.25, 0.5, 1.0])
+    v = diffusion.marginal_variance(tau, "cosine", 0.1, 20.0)
+    ratio = [np.cos((x + 0.008) / 1.008 * np.pi / 2) ** 2 for x in tau]
+    np.testing.assert_allclose(v, 1 - np.array(ratio) / ratio[0], atol=1e-15)
+    np.testing.assert_allclose(v[[0, 3]], [0.0, 1.0], atol=1e-15)
+    assert 0.49 < v[2] < 0.52
+
+
+@given(num_steps, st.floats(1e-5, 0.1))
+def test_uniform_times(steps, eps):
+    tau = diffusion.diffusion_times(steps, time_eps=eps)
+    assert tau.dtype == np.float64 and len(tau) == steps + 1
+    np.testing.assert_allclose(tau[[0, -1]], [eps, 1.0])
+    np.testing.assert_allclose(np.diff(tau), (1 - eps) / steps)
+
+
+def test_lsun_times():
+    tau = diffusion.diffusion_times(4, "lsun")
+    np.testing.assert_allclose(tau * 999, [0, 166, 332, 498, 999])
+    np.testing.assert_allclose(
+        diffusion.diffusion_times(2, "lsun") * 999, [0, 500, 999]
+    )
+
+
+def test_lsun_schedule_starts_at_the_data():
+    s = diffusion.make_schedule(4, time="lsun", min_posterior_var=1e-4)
+    assert float(s.a_cum[0]) == 1.0 and float(s.sigma_cum[0]) == 0.0
+    np.testing.assert_allclose(s.posterior_log_var[0], np.log(1e-4), rtol=1e-6)
+    assert float(s.posterior_var[0]) == 0.0
+    with pytest.raises(ValueError, match="min_posterior_var"):
+        diffusion.make_schedule(4, time="lsun")
+
+
+def test_reconstruction_weights():
+    """w(τ) = 0.6·τ^p with w(½) = 0.2 fixes p."""
+    s = diffusion.make_schedule(2, time_eps=0.0, min_posterior_var=1e-4)
+    np.testing.assert_allclose(s.recon_weight, [0.0, 0.2, 0.6], rtol=1e-6)
+
+
+def test_beta_is_clipped():
+    free = diffusion.make_schedule(1, max_beta=1.0)
+    clipped = diffusion.make_schedule(1)
+    assert float(free.beta[1]) > 0.9999
+    np.testing.assert_allclose(clipped.beta[1], 0.999, rtol=1e-6)
+    np.testing.assert_allclose(clipped.a[1] ** 2, 0.001, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (dict(num_steps=0), "num_steps is 0"),
+        (dict(num_steps=1, time="lsun"), "at least 2"),
+        (dict(variance="linear"), "linear.*vp, geometric, cosine"),
+        (dict(time="log"), "log.*uniform, lsun"),
+        (dict(variance="geometric"), "beta_max is 20"),
+        (dict(beta_min=0.0), "beta_min is 0"),
+        (dict(beta_min=3.0, beta_max=2.0), "beta_min is 3"),
+    ],
+)
+def test_errors_name_the_field(arguments: dict, named: str):
+    with pytest.raises(ValueError, match=named):
+        diffusion.make_schedule(**arguments)
+
+
+def test_schedule_of_the_released_code(test_data: Path):
+    """Norm-wise: the authors computed theirs in float32."""
+    reference = np.load(test_data / "reference_schedule.npz")
+    s = diffusion.make_schedule(4, "vp", 0.1, 20.0, min_posterior_var=1e-4)
+    ours = {
+        "sigmas": s.sigma,
+        "a_s": s.a,
+        "a_s_cum": s.a_cum,
+        "sigmas_cum": s.sigma_cum,
+        "betas": s.beta,
+        "posterior_variance": s.posterior_var,
+        "posterior_mean_coef1": s.posterior_c1,
+        "posterior_mean_coef2": s.posterior_c2,
+        "posterior_log_variance_clipped": s.posterior_log_var,
+        "recon_weight": s.recon_weight,
+    }
+    assert set(ours) == set(reference)
+    for name, value in ours.items():
+        gap = np.linalg.norm(np.asarray(value) - reference[name])
+        assert gap <= 1e-4 * np.linalg.norm(reference[name]), name
+
+
+# The forward process and its posterior, on batches of any shape.
+
+SHAPES = [(2,), (4, 4, 3)]
+
+
+@pytest.fixture(scope="module")
+def schedule() -> diffusion.Schedule:
+    return diffusion.make_schedule(4, min_posterior_var=1e-4)
+
+
+def normals(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_diffuse_scales_each_example_by_its_level(schedule, shape):
+    x0, eps = normals(0, 5, *shape), normals(1, 5, *shape)
+    x = diffusion.diffuse(schedule, x0, jnp.arange(5), eps)
+    for k in range(5):
+        expected = schedule.a_cum[k] * x0[k] + schedule.sigma_cum[k] * eps[k]
+        np.testing.assert_allclose(x[k], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pair_is_two_draws_of_one_chain(schedule, shape):
+    x0, eps, eps_next = (normals(i, 4, *shape) for i in range(3))
+    t = jnp.array([3, 0, 1, 2])
+    x_t, x_next = diffusion.diffuse_pair(schedule, x0, t, eps, eps_next)
+    np.testing.assert_array_equal(x_t, diffusion.diffuse(schedule, x0, t, eps))
+    for i, k in enumerate([3, 0, 1, 2]):
+        expected = schedule.a[k + 1] * x_t[i] + schedule.sigma[k + 1] * eps_next[i]
+        np.testing.assert_allclose(x_next[i], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_log_q_is_a_density(schedule):
+    """exp log q(· | x_t) integrates to one, for every t."""
+    grid = jnp.linspace(-8.0, 8.0, 4001)[:, None]
+    for k in range(4):
+        t = jnp.full((4001,), k)
+        log = diffusion.log_q(schedule, grid, jnp.full_like(grid, 0.7), t)
+        np.testing.assert_allclose(np.exp(log).sum() * 16 / 4000, 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_q_and_its_score(schedule, shape):
+    x_t, x_next, t = normals(0, 4, *shape), normals(1, 4, *shape), jnp.arange(4)
+    log = diffusion.log_q(schedule, x_next, x_t, t)
+    score = diffusion.score_log_q(schedule, x_next, x_t, t)
+    for k in range(4):
+        expected = stats.norm.logpdf(
+            x_next[k], schedule.a[k + 1] * x_t[k], schedule.sigma[k + 1]
+        )
+        np.testing.assert_allclose(log[k], expected.sum(), rtol=1e-5)
+    autodiff = jax.grad(lambda x: diffusion.log_q(schedule, x_next, x, t).sum())(x_t)
+    np.testing.assert_allclose(score, autodiff, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_posterior_sample_has_noise_only_above_level_0(schedule, shape):
+    x0, x_next, eps = (normals(i, 4, *shape) for i in range(3))
+    t = jnp.arange(4)
+    mean = diffusion.posterior_mean(schedule, x0, x_next, t)
+    x_t = diffusion.sample_posterior(schedule, x0, x_next, t, eps)
+    np.testing.assert_array_equal(x_t[0], mean[0])
+    for k in range(4):
+        expected = schedule.posterior_c1[k] * x0[k]
+        expected += schedule.posterior_c2[k] * x_next[k]
+        np.testing.assert_allclose(mean[k], expected, rtol=1e-5, atol=1e-6)
+        std = 0.0 if k == 0 else np.sqrt(schedule.posterior_var[k])
+        np.testing.assert_allclose(x_t[k] - mean[k], std * eps[k], atol=1e-5)
+
+
+def test_prior_is_standard_normal():
+    x = np.asarray(diffusion.sample_prior(jax.random.key(0), (5000, 2))).ravel()
+    assert stats.kstest(x, "norm").pvalue > 0.01
+
+
+def test_rank_promotion_and_wrong_shapes_raise(schedule):
+    """The checks that all the other tests rely on are on."""
+    assert jax.device_count() == 8
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.ones((3, 2)) + jnp.ones((2,))
+    with pytest.raises(TypeError):
+        diffusion.diffuse(schedule, normals(0, 3, 2), jnp.arange(2), normals(0, 3, 2))

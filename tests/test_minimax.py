@@ -1,0 +1,599 @@
+"""One step of the game against a naive one, and what must not change it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    DIM,
+    GAME,
+    NZ,
+    SCHEDULE,
+    STEPS,
+    assert_trees_close,
+    assert_trees_equal,
+    differ,
+    filled_variables,
+    mlp_config,
+    smooth_networks,
+)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddaebm_jax import minimax, models
+from ddaebm_jax.minimax import Game, Noise, TrainState
+from ddaebm_jax.models import Networks, Players
+
+BATCH = 8
+RATE, ENERGY_RATE = 0.05, 0.2
+
+# Plain descent: a parameter's change is its gradient, so comparing states compares
+# gradients, without Adam's division by small ones.
+SGD = minimax.Optimizers(energy=optax.sgd(ENERGY_RATE), generator=optax.sgd(RATE))
+
+VARIANTS = {
+    "nll of posterior z": GAME,
+    "mse of prior z": GAME._replace(recon="mse", recon_latent="prior"),
+    "weighted nll": GAME._replace(recon="weighted_nll", recon_floor=None, lambda_f=1.0),
+    "no latent": GAME._replace(latent=False),
+    "no posterior": GAME._replace(posterior=False, recon="mse"),
+    "reverse KL": GAME._replace(divergence="reverse_kl"),
+    "no penalty, no entropy bound": GAME._replace(gamma=0.0, lambda_z=0.0),
+}
+
+
+def start(game: Game = GAME, networks: Networks | None = None, seed: int = 0):
+    networks = networks or smooth_networks()
+    return minimax.init_state(jax.random.key(seed), networks, SGD, game)
+
+
+@jax.jit
+def draw_at(seed: jax.Array, step: jax.Array, index: jax.Array) -> Noise:
+    return minimax.draw_noise(jax.random.key(seed), step, index, STEPS, (DIM,), NZ)
+
+
+def draw(step: int = 0, first: int = 0, size: int = BATCH, seed: int = 1) -> Noise:
+    return draw_at(seed, jnp.int32(step), jnp.arange(first, first + size))
+
+
+def batch(seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(BATCH, DIM)), "f")
+
+
+@functools.cache
+def compiled(game: Game = GAME, ema_decay: float = 0.9) -> minimax.Step:
+    """A jitted step with the smooth networks, compiled once for all the tests."""
+    return jax.jit(minimax.make_step(game, SCHEDULE, smooth_networks(), SGD, ema_decay))
+
+
+# A step of section 2 of the paper, as one would first write it down.
+
+
+def naive_step(
+    game: Game,
+    networks: Networks,
+    ema_decay: float,
+    state: TrainState,
+    x0: jax.Array,
+    noise: Noise,
+) -> TrainState:
+    """Two generator passes where two players need one, and plain `jax.grad`."""
+    s, t = SCHEDULE, noise.t
+    z = noise.z if game.latent else 0.0 * noise.z
+    encoder = game.latent and game.posterior
+
+    def column(values):
+        return values[:, None]
+
+    x_t = column(s.a_cum[t]) * x0 + column(s.sigma_cum[t]) * noise.eps_t
+    x_next = column(s.a[t + 1]) * x_t + column(s.sigma[t + 1]) * noise.eps_next
+
+    def log_q(x):
+        squares = ((x_next - column(s.a[t + 1]) * x) ** 2).sum(axis=1)
+        beta = s.beta[t + 1]
+        return -0.5 * squares / beta - 0.5 * DIM * jnp.log(2 * jnp.pi * beta)
+
+    def mean(x0_pred):
+        return column(s.posterior_c1[t]) * x0_pred + column(s.posterior_c2[t]) * x_next
+
+    def fake(generator, z):
+        x0_pred, stats = networks.train_generator(generator, x_next, t, z)
+        std = jnp.where(t == 0, 0.0, jnp.sqrt(s.posterior_var[t]))
+        return x0_pred, mean(x0_pred) + column(std) * noise.eps_post, stats
+
+    def with_params(variables, params):
+        return {**variables, "params": params}
+
+    def descend(params, gradient, rate):
+        return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+
+    old = state.variables
+
+    def loss_of_energy(params):
+        energy = with_params(old.energy, params)
+        x_fake = fake(old.generator, z)[1]
+
+        def conditional(x):
+            return (networks.energy(energy, x, t) + log_q(x)).sum()
+
+        loss = networks.energy(energy, x_fake, t) - networks.energy(energy, x_t, t)
+        if game.gamma:
+            score = jax.grad(conditional)(x_t)
+            loss = loss + 0.5 * game.gamma * (score**2).sum(axis=1)
+        return loss.mean()
+
+    energy = descend(
+        old.energy["params"],
+        jax.grad(loss_of_energy)(old.energy["params"]),
+        ENERGY_RATE,
+    )
+    energy = with_params(old.energy, energy)
+
+    def loss_of_generator(params):
+        generator = with_params(old.generator, params[0])
+        posterior = with_params(old.posterior, params[1])
+        x0_pred, x_fake, generator_stats = fake(generator, z)
+        loss = -(networks.energy(energy, x_fake, t) + log_q(x_fake))
+        if encoder and game.lambda_z:
+            (mu, logvar), stats = networks.train_posterior(posterior, x_fake, x_next, t)
+            if stats:
+                posterior = {**posterior, "batch_stats": stats}
+            squares = (noise.z - mu) ** 2 / (1e-6 + jnp.exp(logvar))
+            loss = loss + 0.5 * game.lambda_z * (logvar + squares).sum(axis=1)
+        if game.divergence == "jeffreys":
+            forward = jnp.zeros_like(loss)
+            if encoder:
+                (mu, logvar), stats = networks.train_posterior(
+                    posterior, x_t, x_next, t
+                )
+                if stats:
+                    posterior = {**posterior, "batch_stats": stats}
+                kl = jnp.exp(logvar) + mu**2 - 1 - logvar
+                forward = forward + 0.5 * kl.sum(axis=1)
+                if game.recon_latent == "posterior":
+                    drawn = mu + jnp.sqrt(jnp.exp(logvar)) * noise.eps_z
+                    x0_pred = fake(generator, drawn)[0]
+            gap = ((x_t - mean(x0_pred)) ** 2).sum(axis=1)
+            if game.recon == "mse":
+                forward = forward + gap
+            else:
+                floor = game.recon_floor or s.posterior_var[1]
+                var = jnp.maximum(s.posterior_var[t], floor)
+                nll = 0.5 * gap / var + 0.5 * DIM * jnp.log(2 * jnp.pi * var)
+                weighted = game.recon == "weighted_nll"
+                forward = forward + nll * (s.recon_weight[t + 1] if weighted else 1.0)
+            loss = loss + game.lambda_f * forward
+        stats = (generator_stats, posterior.get("batch_stats", {}))
+        return loss.mean(), stats
+
+    params = (old.generator["params"], old.posterior["params"])
+    gradient, stats = jax.grad(loss_of_generator, has_aux=True)(params)
+    generator, posterior = descend(params, gradient, RATE)
+    generator = with_params(old.generator, generator)
+    posterior = with_params(old.posterior, posterior)
+    if stats[0]:
+        generator["batch_stats"] = stats[0]
+    if stats[1]:
+        posterior["batch_stats"] = stats[1]
+    new = Players(energy, generator, posterior)
+    return state.replace(
+        step=state.step + 1,
+        variables=new,
+        ema=jax.tree.map(
+            lambda a, b: ema_decay * a + (1 - ema_decay) * b, state.ema, new
+        ),
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_is_the_naive_step(variant: str):
+    game = VARIANTS[variant]
+    state, networks = start(game), smooth_networks()
+    naive = jax.jit(functools.partial(naive_step, game, networks, 0.9))
+    expected = naive(state, batch(), draw())
+    actual, metrics = compiled(game)(state, batch(), draw())
+    assert_trees_close(actual, expected, rtol=1e-4, atol=2e-6)
+    # Every network that takes part has moved, so the comparison is of something.
+    assert differ(actual.variables.energy, state.variables.energy)
+    assert differ(actual.variables.generator, state.variables.generator)
+    if game.has_encoder:
+        assert differ(actual.variables.posterior, state.variables.posterior)
+    assert all(np.isfinite(x) and x.shape == () for x in metrics.values())
+
+
+def test_step_threads_running_averages():
+    """The generator's from its first pass, the posterior's from x̃_t, then x_t."""
+    networks = smooth_networks(running_averages=True)
+    state = start(networks=networks)
+    step = jax.jit(minimax.make_step(GAME, SCHEDULE, networks, SGD, 0.9))
+    naive = jax.jit(functools.partial(naive_step, GAME, networks, 0.9))
+    actual, _ = step(state, batch(), draw())
+    expected = naive(state, batch(), draw())
+    assert_trees_close(actual, expected, rtol=1e-4, atol=2e-6)
+    for player in actual.variables[1:]:
+        assert differ(player["batch_stats"], {"seen": jnp.zeros(DIM)})
+
+
+def test_metrics_are_the_losses():
+    state = start()
+    _, metrics = compiled()(state, batch(), draw())
+    m = {k: float(v) for k, v in metrics.items()}
+    np.testing.assert_allclose(
+        m["energy/loss"],
+        m["energy/fake"] - m["energy/real"] + GAME.gamma * m["energy/gradient_penalty"],
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        m["generator/loss"],
+        m["generator/reverse_potential"]
+        + GAME.lambda_z * m["generator/latent_log_prob"]
+        + GAME.lambda_f * (m["generator/latent_kl"] + m["generator/reconstruction"]),
+        rtol=1e-5,
+    )
+    # Plain descent: an update is the rate times the gradient.
+    for player, rate in (("energy", ENERGY_RATE), ("generator", RATE)):
+        np.testing.assert_allclose(
+            m[f"{player}/update_norm"], rate * m[f"{player}/grad_norm"], rtol=1e-5
+        )
+
+
+def test_generator_meets_the_updated_energy():
+    """A step = the energy's update, then a step in which the energy stands still."""
+    state = start()
+    whole, _ = compiled()(state, batch(), draw())
+    frozen = minimax.Optimizers(energy=optax.sgd(0.0), generator=SGD.generator)
+    step = jax.jit(minimax.make_step(GAME, SCHEDULE, smooth_networks(), frozen))
+    updated = state.replace(
+        variables=state.variables._replace(energy=whole.variables.energy)
+    )
+    second, _ = step(updated, batch(), draw())
+    assert_trees_close(second.variables, whole.variables, rtol=1e-5, atol=1e-7)
+    stale, _ = step(state, batch(), draw())
+    assert differ(stale.variables.generator, whole.variables.generator)
+
+
+# Ablations switch off what they name.
+
+
+def changed(noise: Noise, field: str) -> Noise:
+    return noise.replace(**{field: getattr(noise, field) + 1.0})
+
+
+READS = {
+    "nll of posterior z": {"z", "eps_z"},
+    "mse of prior z": {"z"},
+    "no latent": set(),
+    "no posterior": {"z"},
+    "reverse KL": {"z"},
+}
+
+
+@pytest.mark.parametrize("variant", READS)
+def test_which_latent_noise_is_read(variant: str):
+    game = VARIANTS[variant]
+    state = start(game)
+    usual, _ = compiled(game)(state, batch(), draw())
+    for field in ("z", "eps_z"):
+        other, _ = compiled(game)(state, batch(), changed(draw(), field))
+        assert differ(other, usual) == (field in READS[variant]), field
+    for field in ("eps_t", "eps_next", "eps_post"):
+        other, _ = compiled(game)(state, batch(), changed(draw(), field))
+        assert differ(other, usual), field
+
+
+FORWARD = {"generator/latent_kl", "generator/reconstruction"}
+LATENT = {"generator/latent_kl", "generator/latent_log_prob"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent"),
+    [
+        (dict(), set()),
+        (dict(latent=False), LATENT),
+        (dict(posterior=False), LATENT),
+        (dict(divergence="reverse_kl"), FORWARD),
+        (dict(lambda_f=0.0), FORWARD),
+        (dict(lambda_z=0.0), {"generator/latent_log_prob"}),
+    ],
+)
+def test_terms_that_are_left_out(changes: dict, absent: set[str]):
+    game = GAME._replace(**changes)
+    step = minimax.make_step(game, SCHEDULE, smooth_networks(), SGD)
+    _, metrics = jax.eval_shape(step, start(game), batch(), draw())
+    assert {k for k in FORWARD | LATENT if k not in metrics} == absent
+
+
+@pytest.mark.parametrize("switch", ["latent", "posterior"])
+def test_no_encoder_has_no_encoder_variables(switch: str):
+    game = GAME._replace(**{switch: False})
+    state = start(game)
+    assert state.variables.posterior == {"params": {}}
+    networks = smooth_networks()._replace(train_posterior=None, posterior=None)
+    step = minimax.make_step(game, SCHEDULE, networks, SGD)
+    after, metrics = jax.eval_shape(step, state, batch(), draw())
+    assert after.variables.posterior == {"params": {}}
+    assert not any(name.startswith("posterior/") for name in metrics)
+
+
+def counted(networks: Networks) -> tuple[Networks, dict[str, int]]:
+    """Counts the calls of the networks, each of which is traced once a step."""
+    calls = dict.fromkeys(("energy", "train_generator", "train_posterior"), 0)
+
+    def count(name):
+        function = getattr(networks, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    return networks._replace(**{name: count(name) for name in calls}), calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "generator", "posterior"),
+    [
+        (dict(), 2, 2),
+        (dict(recon_latent="prior"), 1, 2),
+        (dict(lambda_z=0.0), 2, 1),
+        (dict(latent=False), 1, 0),
+        (dict(posterior=False), 1, 0),
+        (dict(divergence="reverse_kl"), 1, 1),
+        (dict(lambda_f=0.0), 1, 1),
+    ],
+)
+def test_no_pass_is_paid_for_twice(changes: dict, generator: int, posterior: int):
+    """The first pass of the generator serves both players."""
+    game = GAME._replace(**changes)
+    networks, calls = counted(smooth_networks())
+    step = minimax.make_step(game, SCHEDULE, networks, SGD)
+    jax.eval_shape(step, start(game), batch(), draw())
+    assert calls == dict(energy=3, train_generator=generator, train_posterior=posterior)
+
+
+def test_lazy_penalty_is_every_nth_and_not_multiplied():
+    lazy = GAME._replace(lazy_reg=3)
+    for number in range(5):
+        state = start().replace(step=jnp.int32(number))
+        actual, metrics = compiled(lazy)(state, batch(), draw())
+        applied = number % 3 == 0
+        game = GAME if applied else GAME._replace(gamma=0.0)
+        expected, _ = compiled(game)(state, batch(), draw())
+        assert_trees_close(actual, expected, rtol=1e-5, atol=1e-7)
+        assert (float(metrics["energy/gradient_penalty"]) > 0) == applied
+
+
+# Randomness is data.
+
+
+def test_noise_of_an_example_depends_on_key_step_and_place_only():
+    whole = draw(size=BATCH)
+    for places in ([0, 1, 2], [5, 6, 7], [6, 0, 3]):
+        index = jnp.array(places)
+        part = draw_at(1, jnp.int32(0), index)
+        expected = jax.tree.map(lambda x, index=index: x[index], whole)
+        assert_trees_equal(
+            jax.tree.map(_readable, part), jax.tree.map(_readable, expected)
+        )
+    for other in (draw(step=1), draw(seed=2), draw(first=BATCH)):
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
+            assert differ(_readable(a), _readable(b))
+
+
+def _readable(x: jax.Array) -> jax.Array:
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
+
+
+def test_noise_has_the_laws_it_should():
+    noise = draw(size=4000)
+    share = np.bincount(noise.t, minlength=STEPS) / 4000
+    assert len(share) == STEPS and np.abs(share - 1 / STEPS).max() < 0.03
+    columns = np.concatenate(
+        [noise.eps_t, noise.eps_next, noise.z, noise.eps_post, noise.eps_z], axis=1
+    )
+    covariance = np.cov(columns.T)
+    assert np.abs(columns.mean(axis=0)).max() < 0.07
+    assert np.abs(covariance - np.eye(len(covariance))).max() < 0.12
+
+
+def test_noise_takes_any_event_shape():
+    noise = jax.eval_shape(
+        lambda index: minimax.draw_noise(
+            jax.random.key(0), jnp.int32(3), index, STEPS, (4, 4, 3), 5
+        ),
+        jnp.arange(2),
+    )
+    assert noise.eps_t.shape == noise.eps_next.shape == (2, 4, 4, 3)
+    assert noise.eps_post.shape == (2, 4, 4, 3)
+    assert noise.z.shape == noise.eps_z.shape == (2, 5)
+
+
+def test_each_call_has_its_own_dropout(monkeypatch: pytest.MonkeyPatch):
+    """One mask a call, but f(x_t) and its gradient, which are one call, share."""
+    asked, given = [], []
+    original = minimax.dropout_keys
+
+    def recorded(noise, call):
+        asked.append(call)
+        return original(noise, call)
+
+    monkeypatch.setattr(minimax, "dropout_keys", recorded)
+    networks = smooth_networks()
+
+    def keep(name):
+        function = getattr(networks, name)
+
+        def call(*args, rngs=None):
+            given.append((name, rngs is not None))
+            return function(*args, rngs=rngs)
+
+        return call
+
+    spied = networks._replace(
+        energy=keep("energy"), train_generator=keep("train_generator")
+    )
+    step = minimax.make_step(GAME, SCHEDULE, spied, SGD)
+    jax.eval_shape(step, start(), batch(), draw())
+    assert len(asked) == len(set(asked)) == len(given) == 5
+    assert all(has_keys for _, has_keys in given)
+    monkeypatch.undo()
+    keys = [_readable(minimax.dropout_keys(draw(), call)) for call in asked]
+    rows = np.asarray(jnp.concatenate(keys))
+    assert len(np.unique(rows, axis=0)) == 5 * BATCH
+
+
+def test_same_seed_same_result():
+    runs = []
+    for seed in (0, 0, 1):
+        state = start(seed=seed)
+        for number in range(2):
+            state, _ = compiled()(state, batch(number), draw(number))
+        runs.append(state)
+    assert_trees_equal(runs[0], runs[1])
+    assert differ(runs[0].variables, runs[2].variables)
+
+
+# Several steps, several devices.
+
+
+def test_steps_in_one_scan_are_single_steps():
+    step, number = compiled(), 3
+    state, singles = start(), []
+    for k in range(number):
+        state, metrics = step(state, batch(k), draw(k))
+        singles.append(metrics)
+    inputs = jax.tree.map(
+        lambda *x: jnp.stack(x), *[(batch(k), draw(k)) for k in range(number)]
+    )
+
+    def one(state, pair):
+        return step(state, *pair)
+
+    scanned, mean = minimax.scan_steps(one, start(), inputs, number)
+    assert_trees_close(scanned, state, rtol=1e-5, atol=1e-6)
+    expected = {k: np.mean([m[k] for m in singles]) for k in singles[0]}
+    assert_trees_close(mean, expected, rtol=1e-4, atol=1e-6)
+    first, _ = minimax.scan_steps(one, start(), inputs, 1)
+    again, _ = step(start(), batch(0), draw(0))
+    assert_trees_equal(first, again)
+
+
+def test_scan_without_inputs_counts_steps():
+    def one(state: TrainState, _: None):
+        return state.replace(step=state.step + 1), {"step": state.step * 1.0}
+
+    for length in (1, 4):
+        state, metrics = minimax.scan_steps(one, start(), None, length)
+        assert int(state.step) == length
+        assert float(metrics["step"]) == (length - 1) / 2
+
+
+@pytest.fixture(scope="module")
+def one_device() -> tuple[TrainState, minimax.Metrics]:
+    return compiled()(start(), batch(), draw())
+
+
+def test_split_by_pmap(one_device):
+    """Each device has its own examples and their noise; gradients meet by mean."""
+    devices, axis = 4, "batch"
+    step = minimax.make_step(
+        GAME, SCHEDULE, smooth_networks(), SGD, 0.9, axis_name=axis
+    )
+    x0, noise = jax.tree.map(
+        lambda x: x.reshape(devices, -1, *x.shape[1:]), (batch(), draw())
+    )
+    state, metrics = jax.pmap(
+        step, axis_name=axis, in_axes=(None, 0, 0), devices=jax.devices()[:devices]
+    )(start(), x0, noise)
+    for i in range(devices):
+        mine = jax.tree.map(lambda x, i=i: x[i], (state, metrics))
+        assert_trees_close(mine, one_device, rtol=1e-4, atol=1e-6)
+
+
+def test_split_by_sharding(one_device):
+    """One program, the batch laid over eight devices."""
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    split = NamedSharding(mesh, PartitionSpec("batch"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.device_put(start(), whole)
+    result = compiled()(state, *jax.device_put((batch(), draw()), split))
+    assert_trees_close(result, one_device, rtol=1e-4, atol=1e-6)
+
+
+# State, averages and optimisers.
+
+
+def test_average_starts_at_the_weights_and_follows_them():
+    state = start()
+    assert_trees_equal(state.ema, state.variables)
+    average = state.ema
+    for number in range(3):
+        state, _ = compiled()(state, batch(number), draw(number))
+        average = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, average, state.variables)
+    assert_trees_close(state.ema, average, rtol=1e-5, atol=1e-6)
+    assert differ(state.ema, state.variables)
+    assert int(state.step) == 3
+
+
+def test_no_decay_keeps_the_weights():
+    state = start()
+    step = compiled(GAME, ema_decay=0.0)
+    for number in range(2):
+        state, _ = step(state, batch(number), draw(number))
+        assert_trees_close(state.ema, state.variables, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_optimizers_are_adam_by_player(limit: float | None):
+    """Against Adam written out, in which the gradient is clipped first."""
+    beta1, beta2, steps = 0.5, 0.9, 4
+    gradients = np.random.default_rng(0).normal(size=(steps, 3))
+    optimizers = minimax.make_optimizers(
+        lambda count: 0.1 / (1.0 + count), 0.02, beta1, beta2, limit
+    )
+    rates = {
+        "energy": [0.02] * steps,
+        "generator": [0.1 / (1 + k) for k in range(steps)],
+    }
+    for player, rate in rates.items():
+        optimizer = getattr(optimizers, player)
+        params = {"w": jnp.zeros(3)}
+        state = optimizer.init(params)
+        expected, m, v = np.zeros(3), np.zeros(3), np.zeros(3)
+        for k, gradient in enumerate(gradients):
+            norm = np.linalg.norm(gradient)
+            g = gradient if limit is None else gradient * min(1.0, limit / norm)
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g**2
+            m_hat, v_hat = m / (1 - beta1 ** (k + 1)), v / (1 - beta2 ** (k + 1))
+            expected = expected - rate[k] * m_hat / (np.sqrt(v_hat) + 1e-8)
+            updates, state = optimizer.update(
+                {"w": jnp.asarray(gradient, "f")}, state, params
+            )
+            params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params["w"], expected, rtol=1e-4)
+
+
+def test_perceptrons_with_batch_norm_play():
+    """They all move; the state keeps its structure and types."""
+    networks = models.build(mlp_config(norm="batch"), (DIM,))
+    variables = filled_variables(networks)
+    networks = networks._replace(init=lambda _: variables)
+    adam = minimax.make_optimizers(1e-3, 1e-3, 0.5, 0.9)
+    before = minimax.init_state(jax.random.key(0), networks, adam, GAME)
+    step = jax.jit(minimax.make_step(GAME, SCHEDULE, networks, adam, 0.9))
+    after, metrics = step(before, batch(), draw())
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (before, after)]
+    assert shapes[0] == shapes[1]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, metrics)))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    leaves = [
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree.leaves_with_path(moved.variables)
+    ]
+    for part in ("kernel", "slope", "mean", "var"):
+        assert all(leaf for name, leaf in leaves if f"'{part}'" in name), part

@@ -1,0 +1,318 @@
+"""The perceptrons: their parameters, their input's width, their batch norm."""
+
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import NZ, filled_variables, mlp_config
+
+from ddaebm_jax import models
+from ddaebm_jax.models import layers, mlp
+
+BATCH = 5
+
+
+def normals(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+TIMES = jnp.array([0, 1, 2, 3, 1])
+
+
+def parameters(tree: dict, part: str) -> list[jax.Array]:
+    return [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if f"'{part}'" in jax.tree_util.keystr(path)
+    ]
+
+
+# The released toy networks.
+
+
+def released(norm: str = "batch") -> models.Networks:
+    return models.build(
+        mlp_config(
+            nz=2,
+            x_widths=(16, 32),
+            t_embed_dim=16,
+            t_widths=(16, 32),
+            hidden=(300, 300),
+            norm=norm,
+            posterior_features=16,
+        ),
+        (2,),
+    )
+
+
+def trunk_kernels(inputs: int, out: int) -> list[tuple[int, int]]:
+    encoders = [(inputs, 16), (16, 32), (16, 16), (16, 32)]
+    return [*encoders, (64, 300), (300, 300), (300, out)]
+
+
+def test_released_shapes():
+    variables = jax.eval_shape(released().init, jax.random.key(0))
+    heads = [(16, 2), (16, 2)]
+    expected = {
+        "energy": trunk_kernels(2, 1),
+        "generator": trunk_kernels(4, 2),
+        "posterior": trunk_kernels(4, 16) + heads,
+    }
+    for player, kernels in expected.items():
+        own = getattr(variables, player)
+        normed = player != "energy"
+        shapes = [k.shape for k in parameters(own["params"], "kernel")]
+        assert sorted(shapes) == sorted(kernels), player
+        biases = [b.shape for b in parameters(own["params"], "bias")]
+        norms = [(16,), (300,), (300,)] if normed else []
+        assert sorted(biases) == sorted([(k[1],) for k in kernels] + norms), player
+        # Batch norm follows every hidden layer but the time encoder's.
+        scales = [s.shape for s in parameters(own["params"], "scale")]
+        assert sorted(scales) == norms, player
+        assert ("batch_stats" in own) == normed
+        # One slope after each of the four hidden layers.
+        assert [s.shape for s in parameters(own["params"], "slope")] == [()] * 4
+
+
+def test_released_initial_ranges():
+    """Kernels and biases fill ±1/√fan_in; slopes start at ¼."""
+    key = jax.random.key(0, impl="unsafe_rbg")  # Compiles fast.
+    init = jax.jit(lambda key: released("none").init(key).generator["params"])
+    params = init(key)
+    leaves = dict(
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
+    )
+    kernels = {k: v for k, v in leaves.items() if "'kernel'" in k}
+    assert len(kernels) == 7
+    for name, kernel in kernels.items():
+        bound = kernel.shape[0] ** -0.5
+        bias = leaves[name.replace("'kernel'", "'bias'")]
+        for values in (kernel, bias):
+            assert np.abs(values).max() <= bound, name
+        assert np.abs(kernel).max() > 0.9 * bound, name
+        if kernel.size > 1000:
+            np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.05)
+            assert abs(float(kernel.mean())) < 0.05 * bound
+    biases = np.concatenate(
+        [v * np.sqrt(64 if "300" in k else 1) for k, v in leaves.items() if "bias" in k]
+    )
+    assert len(np.unique(biases)) == len(biases)
+    assert all(float(s) == 0.25 for s in parameters(params, "slope"))
+
+
+# Tables of any width, and other switches.
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 30])
+@pytest.mark.parametrize("norm", mlp.NORMS)
+def test_any_width(dim: int, norm: str):
+    networks = models.build(mlp_config(norm=norm), (dim,))
+
+    def apply(key):
+        variables = networks.init(key)
+        x, z = jnp.zeros((BATCH, dim)), jnp.zeros((BATCH, NZ))
+        return (
+            networks.energy(variables.energy, x, TIMES),
+            networks.generator(variables.generator, x, TIMES, z),
+            networks.posterior(variables.posterior, x, x, TIMES),
+            networks.train_generator(variables.generator, x, TIMES, z)[0],
+        )
+
+    f, x0, (mu, logvar), trained = jax.eval_shape(apply, jax.random.key(0))
+    assert f.shape == (BATCH,)
+    assert x0.shape == trained.shape == (BATCH, dim)
+    assert mu.shape == logvar.shape == (BATCH, NZ)
+    assert networks.event_shape == (dim,) and networks.nz == NZ
+
+
+def test_networks_are_the_design_s_by_hand():
+    """The energy and the posterior, layer by layer, from their parameters."""
+    networks = models.build(mlp_config(), (2,))
+    variables = filled_variables(networks)
+    x, x_next = normals(0, BATCH, 2), normals(1, BATCH, 2)
+
+    def dense(layer, h):
+        return h @ np.asarray(layer["dense"]["kernel"]) + np.asarray(
+            layer["dense"]["bias"]
+        )
+
+    def prelu(layer, h):
+        return np.where(h > 0, h, float(layer["slope"]) * h)
+
+    def trunk(p, h):
+        layer = [p[f"UniformDense_{i}"] for i in range(7)]
+        slope = [p[f"PReLU_{i}"] for i in range(4)]
+        angle = np.asarray(TIMES)[:, None] * np.array([[1.0, 1e-4]])
+        s = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+        h = dense(layer[1], prelu(slope[0], dense(layer[0], h)))
+        s = dense(layer[3], prelu(slope[1], dense(layer[2], s)))
+        h = np.concatenate([h, s], axis=1)
+        for i in (2, 3):
+            h = prelu(slope[i], dense(layer[i + 2], h))
+        return dense(layer[6], h)
+
+    f, mu, logvar = jax.jit(
+        lambda v: (
+            networks.energy(v.energy, x, TIMES),
+            *networks.posterior(v.posterior, x, x_next, TIMES),
+        )
+    )(variables)
+    expected = trunk(variables.energy["params"]["Trunk_0"], np.asarray(x))[:, 0]
+    np.testing.assert_allclose(f, expected, rtol=1e-4, atol=1e-5)
+
+    params = variables.posterior["params"]
+    h = trunk(params["Trunk_0"], np.concatenate([x, x_next], axis=1))
+    np.testing.assert_allclose(mu, dense(params["mu"], h), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logvar, dense(params["logvar"], h), rtol=1e-4, atol=1e-5)
+
+
+def test_fourier_features_are_the_network_s_that_asks():
+    networks = models.build(
+        mlp_config(fourier_octaves=3, energy_fourier_octaves=2), (2,)
+    )
+    variables = jax.eval_shape(networks.init, jax.random.key(0))
+    first = [
+        player["params"]["Trunk_0"]["UniformDense_0"]["dense"]["kernel"].shape[0]
+        for player in variables
+    ]
+    assert first == [2 * 5, (2 + NZ) * 7, 4 * 7]
+
+
+def test_fourier_features():
+    x = normals(0, BATCH, 2)
+    module = mlp.FourierFeatures(2)
+    features = np.asarray(module.apply({}, x))
+    assert features.shape == (BATCH, 10)
+    phase = np.stack(
+        [x[:, i] * w for i in range(2) for w in (np.pi / 4, np.pi / 2)], axis=1
+    )
+    expected = np.concatenate([x, np.sin(phase), np.cos(phase)], axis=1)
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mlp.FourierFeatures(0).apply({}, x), x)
+
+
+@pytest.mark.parametrize("name", mlp.ACTIVATIONS)
+def test_every_activation_builds(name: str):
+    networks = models.build(mlp_config(activation=name), (2,))
+    variables = jax.eval_shape(networks.init, jax.random.key(0))
+    slopes = parameters(variables.energy["params"], "slope")
+    assert len(slopes) == (4 if name == "prelu" else 0)
+
+
+def test_unknown_model_is_named():
+    with pytest.raises(ValueError, match="model.name is 'unet'.*mlp"):
+        models.build(SimpleNamespace(name="unet"), (2,))
+
+
+# Layers.
+
+
+def test_time_embedding():
+    embedding = layers.sinusoidal_embedding(jnp.array([0, 3]), 16)
+    w = 10_000.0 ** (-np.arange(8) / 7)
+    for row, t in zip(embedding, (0, 3), strict=True):
+        expected = np.concatenate([np.sin(t * w), np.cos(t * w)])
+        np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
+    for width in (5, 2):
+        with pytest.raises(ValueError, match=f"width is {width}"):
+            layers.sinusoidal_embedding(jnp.array([0]), width)
+
+
+def test_prelu_has_one_learned_slope():
+    module, x = layers.PReLU(), jnp.array([-2.0, 0.0, 3.0])
+    variables = module.init(jax.random.key(0), x)
+    assert jax.tree.leaves(variables) == [0.25]
+    np.testing.assert_allclose(module.apply(variables, x), [-0.5, 0.0, 3.0])
+    slope = jax.grad(lambda v: module.apply(v, x).sum())(variables)
+    assert float(slope["params"]["slope"]) == -2.0
+
+
+def test_batch_norm():
+    """Training uses the batch, evaluation what training has averaged."""
+    module = layers.BatchNorm()
+    x = 3.0 * normals(0, 64, 4) + 5.0
+    variables = module.init(jax.random.key(0), x, train=False)
+    apply = jax.jit(lambda v: module.apply(v, x, train=True, mutable=["batch_stats"]))
+    y, moved = apply(variables)
+    mean, var = np.asarray(x).mean(axis=0), np.asarray(x).var(axis=0)
+    expected = (np.asarray(x) - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    stats = moved["batch_stats"]["norm"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, rtol=1e-4)
+    for _ in range(150):
+        _, moved = apply({**variables, **moved})
+    settled = module.apply({**variables, **moved}, x, train=False)
+    np.testing.assert_allclose(settled, y, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def normed() -> tuple[models.Networks, models.Players]:
+    networks = models.build(mlp_config(norm="batch"), (2,))
+    return networks, filled_variables(networks)
+
+
+def test_batch_norm_ties_a_batch_in_training_only(normed):
+    networks, variables = normed
+    x, z = normals(0, BATCH, 2), normals(1, BATCH, NZ)
+    other = x.at[1:].multiply(-2.0)
+    v = variables.generator
+    w = variables.posterior
+
+    @jax.jit
+    def first_rows(rows):
+        """The first row of each network, by running averages and by the batch."""
+        still = (
+            networks.generator(v, rows, TIMES, z)[0],
+            networks.posterior(w, rows, x, TIMES)[0][0],
+        )
+        tied = (
+            networks.train_generator(v, rows, TIMES, z)[0][0],
+            networks.train_posterior(w, rows, x, TIMES)[0][0][0],
+        )
+        return still, tied
+
+    (still, tied), (still_other, tied_other) = first_rows(x), first_rows(other)
+    for a, b in zip(still, still_other, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    for a, b in zip(tied, tied_other, strict=True):
+        assert np.abs(a - b).max() > 1e-3
+
+
+def test_running_averages_move_and_evaluation_reads_them(normed):
+    networks, variables = normed
+    x, z = normals(0, BATCH, 2), normals(1, BATCH, NZ)
+    v = variables.generator
+    evaluate = jax.jit(lambda v: networks.generator(v, x, TIMES, z))
+    _, stats = jax.jit(lambda v: networks.train_generator(v, x, TIMES, z))(v)
+    assert jax.tree.structure(stats) == jax.tree.structure(v["batch_stats"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).all()), stats, v["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+    before, after = evaluate(v), evaluate({**v, "batch_stats": stats})
+    assert (np.asarray(before) != np.asarray(after)).all()
+
+
+def test_without_batch_norm_training_is_evaluation():
+    networks = models.build(mlp_config(), (2,))
+    v = filled_variables(networks)
+    x, z = normals(0, BATCH, 2), normals(1, BATCH, NZ)
+    x0, stats = networks.train_generator(v.generator, x, TIMES, z)
+    assert stats == {}
+    np.testing.assert_array_equal(x0, networks.generator(v.generator, x, TIMES, z))
+    moments, stats = networks.train_posterior(v.posterior, x, x, TIMES)
+    assert stats == {}
+    for a, b in zip(moments, networks.posterior(v.posterior, x, x, TIMES), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_initial_variables_depend_on_the_key():
+    module = mlp.UniformDense(3)
+    x = jnp.zeros((1, 4))
+    first, second = (module.init(jax.random.key(k), x) for k in (0, 1))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert (a != b).all()
+    assert isinstance(mlp.activation("prelu"), nn.Module)

@@ -1,0 +1,263 @@
+"""Each term of the game against numpy and scipy, and the penalty by brute force."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import DIM, GAME, NZ, SCHEDULE, smooth_layer, smooth_networks
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate, stats
+
+from ddaebm_jax import diffusion, minimax, objective
+
+BATCH = 6
+T = jnp.array([0, 1, 2, 3, 2, 0])
+
+
+def normals(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def points(shape: tuple[int, ...] = (DIM,)) -> tuple[jax.Array, ...]:
+    """x_t, x_{t+1}, x̂_0."""
+    return tuple(normals(i, BATCH, *shape) for i in range(3))
+
+
+def posterior_mean(x0: jax.Array, x_next: jax.Array) -> np.ndarray:
+    """c1_t x_0 + c2_t x_{t+1}, row by row."""
+    s = SCHEDULE
+    rows = [
+        s.posterior_c1[k] * x0[i] + s.posterior_c2[k] * x_next[i]
+        for i, k in enumerate(np.asarray(T))
+    ]
+    return np.asarray(rows, np.float64)
+
+
+# The latent's terms.
+
+moments = st.tuples(st.floats(-3, 3), st.floats(-4, 3))
+
+
+@given(moments, moments)
+def test_latent_kl_is_the_integral(first, second):
+    """½(σ² + μ² − 1 − log σ²) against ∫ q log q/p, summed over dims."""
+    total = 0.0
+    for mu, logvar in (first, second):
+        std = np.exp(0.5 * logvar)
+        total += integrate.quad(
+            lambda z, mu=mu, std=std: (
+                stats.norm.pdf(z, mu, std)
+                * (stats.norm.logpdf(z, mu, std) - stats.norm.logpdf(z))
+            ),
+            mu - 12 * std,
+            mu + 12 * std,
+        )[0]
+    mu, logvar = jnp.array([first, second]).T
+    kl = objective.latent_kl(mu[None], logvar[None])
+    np.testing.assert_allclose(kl, total, rtol=1e-4, atol=1e-5)
+
+
+@given(moments, st.floats(-3, 3))
+def test_latent_log_prob_is_a_gaussian_without_its_constant(moment, z):
+    mu, logvar = moment
+    value = objective.latent_log_prob(
+        jnp.array([[z, z]]), jnp.array([[mu, mu]]), jnp.array([[logvar, logvar]])
+    )
+    log_prob = 2 * stats.norm.logpdf(z, mu, np.exp(0.5 * logvar))
+    np.testing.assert_allclose(
+        value, -(log_prob + np.log(2 * np.pi)), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_latent_terms_average_over_the_batch_and_sum_over_the_latent():
+    mu, logvar, z = (normals(i, BATCH, NZ) for i in range(3))
+    m, v, n = (np.asarray(x, np.float64) for x in (mu, logvar, z))
+    log_prob = 0.5 * v.sum(1) + 0.5 * ((n - m) ** 2 / (1e-6 + np.exp(v))).sum(1)
+    kl = 0.5 * (np.exp(v) + m**2 - 1 - v).sum(1)
+    np.testing.assert_allclose(
+        objective.latent_log_prob(z, mu, logvar), log_prob.mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(objective.latent_kl(mu, logvar), kl.mean(), rtol=1e-5)
+
+
+def test_latent_log_prob_survives_an_underflowing_variance():
+    value = objective.latent_log_prob(
+        jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.full((1, 1), -200.0)
+    )
+    np.testing.assert_allclose(value, -100.0 + 0.5e6, rtol=1e-5)
+
+
+def test_latent_draw_has_the_posterior_s_moments():
+    mu, logvar, eps = (normals(i, BATCH, NZ) for i in range(3))
+    z = objective.sample_latent(mu, logvar, eps)
+    expected = np.asarray(mu) + np.sqrt(np.exp(np.asarray(logvar))) * np.asarray(eps)
+    np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6)
+
+
+# The terms in data space, for points in the plane and for images.
+
+SHAPES = [(2,), (4, 4, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reverse_potential(shape):
+    x_fake, x_next, _ = points(shape)
+    f = normals(7, BATCH)
+    s = SCHEDULE
+    rows = []
+    for i, k in enumerate(np.asarray(T)):
+        log_q = stats.norm.logpdf(x_next[i], s.a[k + 1] * x_fake[i], s.sigma[k + 1])
+        rows.append(-(float(f[i]) + log_q.sum()))
+    value = objective.reverse_potential(s, f, x_fake, x_next, T)
+    np.testing.assert_allclose(value, np.mean(rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("floor", [1e-2, None])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reconstruction_nll(shape, floor, weighted):
+    x_t, x_next, x0 = points(shape)
+    s = SCHEDULE
+    least = float(s.posterior_var[1]) if floor is None else floor
+    mean = posterior_mean(x0, x_next)
+    rows = []
+    for i, k in enumerate(np.asarray(T)):
+        std = np.sqrt(max(float(s.posterior_var[k]), least))
+        row = -stats.norm.logpdf(x_t[i], mean[i], std).sum()
+        rows.append(row * float(s.recon_weight[k + 1]) if weighted else row)
+    value = objective.reconstruction_nll(
+        s,
+        x_t,
+        x0,
+        x_next,
+        T,
+        objective.variance_floor(s, floor),
+        s.recon_weight if weighted else None,
+    )
+    np.testing.assert_allclose(value, np.mean(rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reconstruction_mse(shape):
+    x_t, x_next, x0 = points(shape)
+    gaps = (np.asarray(x_t) - posterior_mean(x0, x_next)) ** 2
+    value = objective.reconstruction_mse(SCHEDULE, x_t, x0, x_next, T)
+    np.testing.assert_allclose(value, gaps.sum() / BATCH, rtol=1e-5)
+
+
+def test_reconstruction_vanishes_at_the_mean():
+    x_t, x_next, x0 = points()
+    mean = diffusion.posterior_mean(SCHEDULE, x0, x_next, T)
+    assert float(objective.reconstruction_mse(SCHEDULE, mean, x0, x_next, T)) == 0.0
+    at_mean = objective.reconstruction_nll(SCHEDULE, mean, x0, x_next, T, 1e-2)
+    assert at_mean < objective.reconstruction_nll(SCHEDULE, x_t, x0, x_next, T, 1e-2)
+
+
+# The energy's terms.
+
+
+def test_score_is_each_example_s_own_gradient():
+    x, w = normals(0, BATCH, 4, 3), normals(1, 4, 3)
+
+    def one(row):
+        return jnp.sin((row * w).sum()) + (row**3).sum()
+
+    f, score = objective.energy_and_score(jax.vmap(one), x)
+    np.testing.assert_allclose(f, jax.vmap(one)(x), rtol=1e-6)
+    np.testing.assert_allclose(score, jax.vmap(jax.grad(one))(x), rtol=1e-5)
+
+
+def test_gradient_penalty_is_half_the_mean_squared_norm():
+    score = normals(0, BATCH, 4, 3)
+    expected = 0.5 * np.square(score).sum() / BATCH
+    np.testing.assert_allclose(objective.gradient_penalty(score), expected, rtol=1e-6)
+
+
+def energy_in_numpy(params: dict, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+    hidden = np.tanh(x @ params["w"] + params["b"][t])
+    return (hidden @ params["v"] + params["c"][t])[:, 0]
+
+
+def test_energy_gradient_by_brute_force():
+    """The parameters' gradient, penalty and all, without any autodiff.
+
+    Both derivatives are finite differences in float64: of f + log q in x_t, and of
+    the whole loss in θ along random directions.
+    """
+    rng = np.random.default_rng(0)
+    s = SCHEDULE
+    a, beta = (np.asarray(v, np.float64)[np.asarray(T) + 1] for v in (s.a, s.beta))
+    x_t, x_next, x_fake = rng.normal(size=(3, BATCH, DIM))
+    t = np.asarray(T)
+    networks = smooth_networks()
+    params = networks.init(jax.random.key(0)).energy["params"]
+    params = {k: np.asarray(v, np.float64) for k, v in params.items()}
+
+    def conditional(p, x):
+        gap = x_next - a[:, None] * x
+        log_q = -0.5 * (gap**2).sum(1) / beta - 0.5 * DIM * np.log(2 * np.pi * beta)
+        return energy_in_numpy(p, x, t) + log_q
+
+    def loss(p, gamma):
+        value = energy_in_numpy(p, x_fake, t) - energy_in_numpy(p, x_t, t)
+        for step in 1e-5 * np.eye(DIM):
+            slope = conditional(p, x_t + step) - conditional(p, x_t - step)
+            value = value + 0.5 * gamma * (slope / 2e-5) ** 2
+        return value.mean()
+
+    with jax.enable_x64(True):
+        zeros = jnp.zeros((BATCH, DIM))
+        noise = minimax.Noise(
+            t=jnp.asarray(t),
+            eps_t=zeros,
+            eps_next=zeros,
+            eps_post=zeros,
+            z=jnp.zeros((BATCH, NZ)),
+            eps_z=jnp.zeros((BATCH, NZ)),
+            dropout=jax.random.split(jax.random.key(0), BATCH),
+        )
+        batch = (jnp.asarray(x_t), jnp.asarray(x_next), jnp.asarray(x_fake))
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def value_and_grad(p, gamma):
+            return jax.value_and_grad(
+                lambda p: minimax.energy_loss(
+                    GAME._replace(gamma=gamma),
+                    s,
+                    networks,
+                    {"params": p},
+                    *batch,
+                    noise,
+                    penalize=gamma > 0,
+                )[0]
+            )(p)
+
+        for gamma in (0.0, 0.5):
+            value, gradient = value_and_grad(jax.tree.map(jnp.asarray, params), gamma)
+            np.testing.assert_allclose(value, loss(params, gamma), rtol=1e-6)
+            for _ in range(4):
+                way = {k: rng.normal(size=v.shape) for k, v in params.items()}
+                ends = [
+                    loss({k: v + h * way[k] for k, v in params.items()}, gamma)
+                    for h in (1e-4, -1e-4)
+                ]
+                along = sum((np.asarray(gradient[k]) * way[k]).sum() for k in way)
+                np.testing.assert_allclose(
+                    along, (ends[0] - ends[1]) / 2e-4, rtol=1e-4, atol=1e-6
+                )
+
+
+def test_smooth_layer_is_what_brute_force_assumes():
+    params = smooth_networks().init(jax.random.key(0)).energy["params"]
+    x = normals(0, BATCH, DIM)
+    np.testing.assert_allclose(
+        smooth_layer(params, x, T)[:, 0],
+        energy_in_numpy(
+            {k: np.asarray(v) for k, v in params.items()}, x, np.asarray(T)
+        ),
+        rtol=1e-5,
+        atol=1e-6,
+    )

@@ -1,0 +1,584 @@
+"""Tables: what is split, standardised and read, and what is refused."""
+
+import io
+import json
+import struct
+import zipfile
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddaebm_jax.data import table_files, tabular
+from ddaebm_jax.data.tabular import Standardizer
+
+FEW = settings(max_examples=25, deadline=None)
+
+values = st.floats(-1e6, 1e6, allow_subnormal=False)
+tables = hnp.arrays(
+    np.float64,
+    st.tuples(st.integers(2, 12), st.integers(1, 4)),
+    elements=values,
+)
+
+
+def rows_of(table, part):
+    """The rows in the table's own units, as a sorted list."""
+    return sorted(map(tuple, table.standardizer.inverse(part).round(3).tolist()))
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Saves text, bytes or arrays; returns the path."""
+
+    def write(name, content=None, **arrays):
+        path = tmp_path / name
+        if arrays:
+            np.savez(path, **arrays)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content, encoding="utf-8")
+        return path
+
+    return write
+
+
+def numbered(n, d=3):
+    """Rows of different numbers."""
+    return np.arange(n * d, dtype=np.float64).reshape(n, d) ** 1.5
+
+
+# --- Standardizer ---------------------------------------------------------------
+
+
+@FEW
+@given(tables)
+def test_standardised_columns_have_mean_0_and_std_1_or_0(rows):
+    standardizer = Standardizer.fit(rows)
+    assert (standardizer.std > 0).all()
+    scaled = (rows - standardizer.mean) / standardizer.std
+    spread = scaled.std(axis=0)
+    # Where rounding drowns a column's spread, only its finiteness is promised.
+    clear = (rows.std(axis=0) > 1e-6 * np.abs(rows).max(axis=0)) & (spread > 0)
+    np.testing.assert_allclose(scaled.mean(axis=0)[clear], 0.0, atol=1e-6)
+    np.testing.assert_allclose(spread[clear], 1.0, rtol=1e-6)
+    assert np.isfinite(standardizer.transform(rows)).all()
+
+
+@FEW
+@given(tables)
+def test_inverse_undoes_transform(rows):
+    standardizer = Standardizer.fit(rows)
+    back = standardizer.inverse(standardizer.transform(rows))
+    scale = standardizer.std * (1 + np.abs(rows - standardizer.mean).max())
+    assert (np.abs(back - rows) <= 1e-6 * scale + 1e-9 * np.abs(rows)).all()
+
+
+@FEW
+@given(tables)
+def test_standardizer_survives_json_exactly(rows):
+    standardizer = Standardizer.fit(rows)
+    loaded = Standardizer.from_dict(json.loads(json.dumps(standardizer.to_dict())))
+    np.testing.assert_array_equal(loaded.mean, standardizer.mean)
+    np.testing.assert_array_equal(loaded.std, standardizer.std)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e30, 1e-300])
+def test_constant_column_is_moved_and_not_scaled(constant):
+    rows = np.stack([np.full(7, constant), np.arange(7.0)], axis=1)
+    standardizer = Standardizer.fit(rows)
+    assert standardizer.mean[0] == constant
+    assert standardizer.std[0] == 1.0
+    assert (standardizer.transform(rows)[:, 0] == 0).all()
+
+
+def test_column_whose_spread_underflows_is_not_scaled():
+    rows = np.array([[0.0], [5e-324]])
+    assert Standardizer.fit(rows).std[0] == 1.0
+
+
+def test_transform_gives_float32_from_float64_arithmetic():
+    rows = 1.7e9 + np.arange(5.0)[:, None]
+    scaled = Standardizer.fit(rows).transform(rows)
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(
+        scaled[:, 0], (np.arange(5.0) - 2) / np.sqrt(2), rtol=1e-6
+    )
+
+
+def test_transform_refuses_what_leaves_float32():
+    standardizer = Standardizer(np.zeros(2), np.array([1.0, 1e-30]))
+    with pytest.raises(ValueError, match=r"row 1 .*column 1 .*1e\+20.*1e\+50"):
+        standardizer.transform(np.array([[0.0, 0.0], [1.0, 1e20]]))
+
+
+@pytest.mark.parametrize("method", ["transform", "inverse"])
+def test_standardizer_refuses_another_width(method):
+    standardizer = Standardizer.fit(numbered(4))
+    with pytest.raises(ValueError, match="2 columns found, 3 needed"):
+        getattr(standardizer, method)(np.zeros((1, 2)))
+
+
+def test_standardizer_needs_a_row():
+    with pytest.raises(ValueError, match="found 0"):
+        Standardizer.fit(np.zeros((0, 3)))
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        {"mean": [0.0]},
+        {"mean": [0.0], "std": ["wide"]},
+        {"mean": [0.0], "std": [1.0, 2.0]},
+        {"mean": 0.0, "std": 1.0},
+        {"mean": [0.0], "std": [0.0]},
+        {"mean": [0.0], "std": [-1.0]},
+        {"mean": [float("nan")], "std": [1.0]},
+        {"mean": [0.0], "std": [float("inf")]},
+    ],
+)
+def test_damaged_standardizer_is_refused(saved):
+    with pytest.raises(ValueError, match="standardizer"):
+        Standardizer.from_dict(saved)
+
+
+# --- The split ------------------------------------------------------------------
+
+
+def assert_equal_tables(first, second):
+    assert first.columns == second.columns
+    np.testing.assert_array_equal(first.train, second.train)
+    np.testing.assert_array_equal(first.test, second.test)
+    np.testing.assert_array_equal(first.test_labels, second.test_labels)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_breast_cancer_trains_on_benign_rows_and_covers_all(seed):
+    from sklearn import datasets
+
+    raw = datasets.load_breast_cancer()
+    table = tabular.load_breast_cancer(seed, 0.3)
+    assert table.train.shape == (250, 30)
+    assert table.test.shape == (107 + 212, 30)
+    assert table.train.dtype == table.test.dtype == np.float32
+    assert (table.test_labels == np.repeat([0, 1], [107, 212])).all()
+    assert table.columns[0] == "mean radius" and len(table.columns) == 30
+    held_out = table.test[table.test_labels == 0]
+    outliers = table.test[table.test_labels == 1]
+
+    def near(rows):
+        """Index of the raw row that each of these is."""
+        back = table.standardizer.inverse(rows)
+        gaps = np.abs(back[:, None] - raw.data[None]) / raw.data.std(axis=0)
+        assert (gaps.max(axis=2).min(axis=1) < 1e-5).all()
+        return gaps.max(axis=2).argmin(axis=1)
+
+    benign = np.concatenate([near(table.train), near(held_out)])
+    assert sorted(benign) == list(np.flatnonzero(raw.target == 1))
+    assert sorted(near(outliers)) == list(np.flatnonzero(raw.target == 0))
+
+
+def test_breast_cancer_is_a_function_of_its_seed():
+    first, again, other = (tabular.load_breast_cancer(s, 0.2) for s in (1, 1, 2))
+    assert_equal_tables(first, again)
+    assert not np.array_equal(first.train, other.train)
+
+
+@FEW
+@given(st.integers(4, 40), st.floats(0.1, 0.7), st.integers(0, 2**32))
+def test_split_is_disjoint_covers_all_and_repeats(tmp_path_factory, n, share, seed):
+    path = tmp_path_factory.mktemp("split") / "t.npz"
+    rows = numbered(n)
+    np.savez(path, x=rows)
+    if not 1 <= round(n * share) <= n - 2:
+        with pytest.raises(ValueError, match="test_fraction"):
+            tabular.load_table(path, seed, share)
+        return
+    table = tabular.load_table(path, seed, share)
+    assert table.test_labels is None
+    assert len(table.test) == round(n * share)
+    everything = rows_of(table, table.train) + rows_of(table, table.test)
+    assert len(set(everything)) == n
+    np.testing.assert_allclose(sorted(everything), rows, rtol=1e-4, atol=1e-2)
+    assert_equal_tables(table, tabular.load_table(path, seed, share))
+
+
+def test_standardizer_sees_training_rows_only(save):
+    """Outliers and held-out rows may be anything: what is fitted does not move."""
+    rows, labels = numbered(40), np.repeat([0, 1], [30, 10])
+    first = tabular.load_table(save("a.npz", x=rows, labels=labels), 5, 0.3)
+    changed = rows.copy()
+    test_rows = {tuple(row) for row in np.round(first.standardizer.inverse(first.test))}
+    is_test = np.array([tuple(np.round(row)) in test_rows for row in rows])
+    assert is_test.sum() == len(first.test)
+    changed[is_test] *= 1e4
+    second = tabular.load_table(save("b.npz", x=changed, labels=labels), 5, 0.3)
+    np.testing.assert_array_equal(first.standardizer.mean, second.standardizer.mean)
+    np.testing.assert_array_equal(first.standardizer.std, second.standardizer.std)
+    np.testing.assert_array_equal(first.train, second.train)
+    own = Standardizer.fit(np.array(rows[~is_test]))
+    np.testing.assert_array_equal(own.mean, first.standardizer.mean)
+    np.testing.assert_array_equal(own.std, first.standardizer.std)
+
+
+def csv_of(rows, labels=None, header=None):
+    lines = [] if header is None else [",".join(header)]
+    for i, row in enumerate(rows):
+        cells = [repr(float(cell)) for cell in row]
+        if labels is not None:
+            cells.insert(1, str(labels[i]))
+        lines.append(",".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def test_labels_mean_the_same_in_csv_and_npz(save):
+    rows, labels = numbered(20), np.arange(20) % 4 // 3
+    header = ["a", "label", "b", "c"]
+    named = tabular.load_table(
+        save("t.csv", csv_of(rows, labels, header)), 2, 0.4, label_column="label"
+    )
+    bare = tabular.load_table(
+        save("bare.csv", csv_of(rows, labels)), 2, 0.4, label_column="column_1"
+    )
+    implied = tabular.load_table(save("t.npz", x=rows, labels=labels), 2, 0.4)
+    given_name = tabular.load_table(
+        save("u.npz", x=rows, outlier=labels.astype(bool)), 2, 0.4, "outlier"
+    )
+    assert named.columns == ("a", "b", "c")
+    assert bare.columns == ("column_0", "column_2", "column_3")
+    for table in (named, bare, implied, given_name):
+        np.testing.assert_array_equal(table.train, implied.train)
+        np.testing.assert_array_equal(table.test, implied.test)
+        assert table.train.shape == (9, 3)
+        np.testing.assert_array_equal(table.test_labels, np.repeat([0, 1], [6, 5]))
+
+
+def test_without_a_label_column_a_csv_is_split_plainly(save):
+    table = tabular.load_table(save("t.csv", csv_of(numbered(10))), 0, 0.3)
+    assert table.train.shape == (7, 3) and table.test_labels is None
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_fraction_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match=f"test_fraction is {share}; .*between 0 and"):
+        tabular.load_breast_cancer(0, share)
+
+
+@pytest.mark.parametrize("n,share", [(1, 0.5), (2, 0.5), (3, 0.1), (3, 0.9)])
+def test_too_few_rows_are_refused(save, n, share):
+    path = save("few.npz", x=numbered(n))
+    with pytest.raises(ValueError, match=f"few.npz: {n} rows split .*at least"):
+        tabular.load_table(path, 0, share)
+
+
+def test_too_few_inliers_are_refused(save):
+    path = save("few.npz", x=numbered(9), labels=np.ones(9, int))
+    with pytest.raises(ValueError, match=r"few.npz: 0 rows labelled 0 split"):
+        tabular.load_table(path, 0, 0.5)
+
+
+# --- Reading --------------------------------------------------------------------
+
+
+@FEW
+@given(tables, st.booleans())
+def test_csv_keeps_every_number(tmp_path_factory, rows, header):
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    names = [f"name {j}" for j in range(rows.shape[1])] if header else None
+    path.write_text(csv_of(rows, header=names))
+    read = tabular.read_rows(path)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, rows.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", "i1", "u2", "i8", "?"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("saver", [np.savez, np.savez_compressed])
+def test_npz_of_any_real_type_is_read(tmp_path, dtype, order, saver):
+    rows = (numbered(5, 4) % 7).astype(dtype, order=order)
+    saver(tmp_path / "t.npz", rows)
+    read = tabular.read_rows(tmp_path / "t.npz", dim=4)
+    np.testing.assert_array_equal(read, rows.astype(np.float32))
+
+
+def test_x_is_preferred_and_other_arrays_do_no_harm(save):
+    rows = numbered(4)
+    objects = np.array([{}], dtype=object)
+    path = save("t.npz", x=rows, other=np.zeros((2, 2)), notes=objects)
+    np.testing.assert_array_equal(tabular.read_rows(path), rows.astype(np.float32))
+
+
+def test_csv_forms_that_programs_write(save):
+    """BOM, Windows line ends, quotes, spaces, blank lines, no last line end."""
+    text = '\ufeff"a, b",c\r\n\r\n 1 ,"2"\r\n+3e0,-.5\r\n  \r\n\r\n7,8'
+    path = save("t.csv", text.encode("utf-8"))
+    np.testing.assert_array_equal(tabular.read_rows(path), [[1, 2], [3, -0.5], [7, 8]])
+
+
+def test_read_rows_standardises_as_the_training_rows_were(save):
+    path = save("t.npz", x=1.7e9 + numbered(30))
+    table = tabular.load_table(path, 1, 0.2)
+    scored = tabular.read_rows(path, standardizer=table.standardizer)
+    assert scored.dtype == np.float32
+    everything = np.concatenate([table.train, table.test])
+    assert {tuple(row) for row in scored} == {tuple(row) for row in everything}
+
+
+def refused(path, *parts, dim=None):
+    """The one-line message of the refusal, which holds the path and the parts."""
+    with pytest.raises(ValueError) as caught:
+        tabular.read_rows(path, dim)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing.csv: no such file"):
+        tabular.read_rows(tmp_path / "nothing.csv")
+
+
+def test_directory_is_refused(tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    refused(tmp_path / "folder.csv", "not a regular file")
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t", "t.npy", "t.pkl"])
+def test_wrong_suffix_is_refused(save, name):
+    refused(save(name, "1,2\n"), "suffix", ".csv, .npz")
+
+
+def test_suffix_may_be_upper_case(save):
+    assert tabular.read_rows(save("T.CSV", "1,2\n")).shape == (1, 2)
+
+
+def test_wrong_width_is_refused(save):
+    refused(save("t.csv", "1,2\n"), "2 columns found, 3 needed", dim=3)
+    refused(save("t.npz", x=numbered(2)), "3 columns found, 4 needed", dim=4)
+    with pytest.raises(ValueError, match=r"t.csv: 2 columns found, 3 needed"):
+        tabular.read_rows(
+            save("t.csv", "1,2\n"), standardizer=Standardizer.fit(numbered(3))
+        )
+
+
+@pytest.mark.parametrize(
+    "text,parts",
+    [
+        ("", ["is empty"]),
+        (" \n\n", ["is empty"]),
+        ("a,b\n", ["line 1 is a header", "no row follows"]),
+        ("a,b\n1,2\n3\n", ["line 3 has 1 columns", "line 1 has 2"]),
+        ("1,2\n3,4,5\n", ["line 2 has 3 columns", "line 1 has 2"]),
+        ("a,b\n1,2\n3,red\n", ["line 3, column 'b' is 'red'", "a number is needed"]),
+        ("1,2\n3,\n", ["line 2, column 'column_1' is ''", "missing values"]),
+        ("1,2\n3,1_0\n", ["line 2, column 'column_1' is '1_0'"]),
+        ("1,2\n3,#N/A\n", ["line 2", "'#N/A'"]),
+        ("a;b\n1;2\n", ["line 2", "'1;2'", "separate cells by commas"]),
+        ("a,b\n1,nan\n", ["line 2, column 'b' is nan", "missing values"]),
+        ("a,b\n\n1,2\n-inf,2\n", ["line 4, column 'a' is -inf"]),
+        ("a,b\n1e39,2\n", ["line 2, column 'a' is 1e+39", "3.4e+38"]),
+        ("1,x\n1,2\n", ["line 1, column 2 is 'x'", "only names or only numbers"]),
+        (",b\n1,2\n", ["line 1, column 1 of the header is empty", "index=False"]),
+        ("b,b\n1,2\n", ["column 2 of the header is 'b' a second time"]),
+        ('"a\nb",c\n1,"x\ny"\n', ["column 'c' is 'x\\ny'"]),
+        ('a,b\n1,"2\n', ["line 2 is not CSV"]),
+        (f"a,b\n1,{'x' * 1000}\n", ["…'"]),
+        (f"a,b\n1,{'1' * 200_000}\n", ["line 2 is not CSV", "field"]),
+        (b"a,b\n1,2\n\xff\xfe,3\n", ["not UTF-8"]),
+        ("a,b\n1,2\n".encode("utf-16"), ["not UTF-8"]),
+        (b"1,\x00\n", ["t.csv"]),
+    ],
+)
+def test_unusable_csv_is_refused(save, text, parts):
+    message = refused(save("t.csv", text), *parts)
+    assert len(message) < 600
+
+
+def test_large_csv_is_refused_before_it_is_read(save, monkeypatch):
+    path = save("t.csv", "1,2\n" * 10)
+    monkeypatch.setattr(table_files, "MAX_CSV_BYTES", 39)
+    refused(path, "40 bytes", "at most 39")
+
+
+@pytest.mark.parametrize(
+    "label,parts",
+    [
+        ("kind", ["no column 'kind'", "'a', 'b'"]),
+        ("b", ["line 3 has the label 2.0", "0 (inlier), 1 (outlier)"]),
+    ],
+)
+def test_unusable_csv_labels_are_refused(save, label, parts):
+    path = save("t.csv", "a,b\n1,0\n2,2\n")
+    with pytest.raises(ValueError) as caught:
+        tabular.load_table(path, 0, 0.5, label)
+    for part in [f"{path}: ", *parts]:
+        assert part in str(caught.value)
+
+
+def test_csv_of_labels_alone_is_refused(save):
+    with pytest.raises(ValueError, match="the label 'a' is the only column"):
+        tabular.load_table(save("t.csv", "a\n0\n1\n"), 0, 0.5, "a")
+
+
+@pytest.mark.parametrize(
+    "arrays,label,parts",
+    [
+        ({"labels": np.zeros(3)}, None, ["'labels' (3, float64)", "4 rows"]),
+        ({"labels": np.zeros((4, 1))}, None, ["'labels' (4×1", "4 rows"]),
+        ({"labels": np.array([0, 0, 0.5, 1])}, None, ["row 2", "label 0.5"]),
+        ({"labels": np.array(list("abcd"))}, None, ["'labels'", "not hold real"]),
+        ({"labels": np.zeros(4, object)}, None, ["object arrays are refused"]),
+        ({"labels": np.zeros(4)}, "kind", ["no array 'kind'", "'labels'"]),
+    ],
+)
+def test_unusable_npz_labels_are_refused(save, arrays, label, parts):
+    path = save("t.npz", x=numbered(4), **arrays)
+    with pytest.raises(ValueError) as caught:
+        tabular.load_table(path, 0, 0.5, label)
+    for part in [f"{path}: ", *parts]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arrays,parts",
+    [
+        ({"x": np.zeros(3)}, ["'x' (3, float64) is not 2-D"]),
+        ({"a": np.zeros(3)}, ["0 2-D arrays", "'a' (3, float64)", "savez"]),
+        ({"a": np.eye(2), "b": np.eye(3)}, ["2 2-D arrays", "'a' (2×2", "'b' (3×3"]),
+        ({"x": np.zeros((0, 3))}, ["'x' (0×3, float64) is empty"]),
+        ({"x": np.zeros((3, 0))}, ["'x' (3×0, float64) is empty"]),
+        ({"x": np.array([["a"]])}, ["not hold real numbers"]),
+        ({"x": np.zeros((2, 2), complex)}, ["complex128", "not hold real numbers"]),
+        ({"x": np.zeros((2, 2), "M8[s]")}, ["not hold real numbers"]),
+        ({"x": np.zeros((2, 2), "f4,f4")}, ["not hold real numbers"]),
+        ({"x": np.array([[1, None]])}, ["object arrays are refused", "unpickling"]),
+        ({"rows": np.array([[1, None]])}, ["object arrays are refused"]),
+        (
+            {"x": np.array([[0, 1], [2, np.nan]])},
+            ["row 1 (counted from 0), column 'column_1' is nan"],
+        ),
+        ({"x": np.array([[np.inf, 1]])}, ["row 0", "column 'column_0' is inf"]),
+        ({"x": np.array([[0.0, 1e300]])}, ["row 0", "column 'column_1' is 1e+300"]),
+    ],
+)
+def test_unusable_npz_is_refused(save, arrays, parts):
+    refused(save("t.npz", **arrays), *parts)
+
+
+def test_pickles_are_never_opened(save, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").mkdir, ())
+
+    path = save("t.npz", x=np.array([[Trap()]], dtype=object))
+    refused(path, "object arrays are refused")
+    assert not (tmp_path / "sprung").exists()
+
+
+def zipped(path, members, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npy_header(shape, descr="<f8"):
+    """A .npy file that promises an array and holds none."""
+    file = io.BytesIO()
+    header = {"shape": shape, "fortran_order": False, "descr": descr}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+def test_what_is_no_npz_is_refused(save, tmp_path):
+    refused(save("a.npz", "1,2\n"), "not a zip archive", "savez")
+    refused(save("b.npz", b""), "not a zip archive")
+    refused(save("c.npz", npy(np.eye(2))), "not a zip archive")
+    refused(zipped(tmp_path / "d.npz", {}), "found: none")
+    refused(
+        zipped(tmp_path / "e.npz", {"notes.txt": "hello"}), "'notes.txt'", "only .npy"
+    )
+    refused(
+        zipped(tmp_path / "f.npz", {"x.npy": b"hello"}),
+        "the member 'x.npy' cannot be read",
+    )
+    refused(zipped(tmp_path / "g.npz", {"x.npy": npy(np.eye(2))[:-1]}), "holds 31")
+    lzma = zipped(
+        tmp_path / "h.npz", {"x.npy": npy(np.eye(2))}, compression=zipfile.ZIP_LZMA
+    )
+    refused(lzma, "compressed by method 14", "stored and deflated")
+
+
+def test_npz_larger_than_the_bound_is_refused_unread(save, monkeypatch):
+    path = save("t.npz", x=numbered(10))
+    monkeypatch.setattr(table_files, "MAX_NPZ_BYTES", 200)
+    refused(path, "bytes once decompressed", "at most 200")
+
+
+def test_small_integers_count_as_the_float64_they_become(save, monkeypatch):
+    path = save("t.npz", x=np.zeros((100, 10), np.int8))
+    monkeypatch.setattr(table_files, "MAX_NPZ_BYTES", 2000)
+    refused(path, "takes 8000 bytes as float64")
+
+
+@pytest.mark.parametrize(
+    "shape", [(2**40, 2**20), (2**62, 8), (-4, -1), (1, 1), (10**30, 10)]
+)
+def test_array_that_promises_more_than_it_holds_is_not_allocated(tmp_path, shape):
+    path = zipped(tmp_path / "t.npz", {"x.npy": npy_header(shape)})
+    refused(path, "t.npz")
+
+
+def test_bomb_that_hides_its_size_is_cut_short(tmp_path):
+    """The zip's headers say 100 bytes; the deflated stream goes on to 64 MiB."""
+    path = tmp_path / "t.npz"
+    content = npy_header((2**20, 8)) + bytes(2**26)
+    zipped(path, {"x.npy": content}, compression=zipfile.ZIP_DEFLATED)
+    data = path.read_bytes().replace(
+        struct.pack("<I", len(content)), struct.pack("<I", 100)
+    )
+    path.write_bytes(data)
+    refused(path, "t.npz")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_npz_gives_numbers_or_a_refusal(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "t.npz"
+    np.savez_compressed(path, x=numbered(6), labels=np.zeros(6, int))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        table = tabular.load_table(path, 0, 0.5)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert np.isfinite(table.train).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet='01.-e,;\n\r\t "ax_', max_size=40))
+def test_any_csv_gives_numbers_or_a_refusal(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("fuzz") / "t.csv"
+    path.write_text(text, encoding="utf-8", newline="")
+    try:
+        rows = tabular.read_rows(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert rows.size and np.isfinite(rows).all()

@@ -1,0 +1,281 @@
+"""The loop: resumed equals unbroken, bit for bit, whatever stops it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from cli import MAIN, ROOT, environment, tiny
+from helpers import assert_trees_close, assert_trees_equal
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddaebm_jax import checkpointing, evaluation, minimax, modes, parallel, train
+from ddaebm_jax import config as config_lib
+from ddaebm_jax.errors import InputError
+
+
+def _config(**fields: object) -> ml_collections.ConfigDict:
+    config = config_lib.base()
+    config.unlock()
+    small = {
+        "model.mlp.hidden": (8, 8),
+        "model.mlp.x_widths": (4, 4),
+        "data.batch_size": 8,
+        "optimizer.ema_decay": 0.9,
+        "train.num_steps": 24,
+        "train.steps_per_dispatch": 4,
+        "train.report_every": 8,
+        "train.picture_every": 0,
+        "train.checkpoint_every": 8,
+        "train.tensorboard": False,
+        "parallel.num_devices": 1,
+        "evaluation.num_samples": 64,
+        "evaluation.num_projections": 4,
+    }
+    small.update({name.replace("__", "."): value for name, value in fields.items()})
+    config.update_from_flattened_dict(small)
+    return config
+
+
+def _final_state(workdir: Path) -> minimax.TrainState:
+    """The newest checkpoint of a run."""
+    experiment = train.build(train.read_config(workdir))
+    checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
+    state = checkpoints.restore(train.init_state(experiment))
+    checkpoints.close()
+    return state
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    train.train(_config(), workdir)
+    return workdir
+
+
+def test_a_resumed_run_is_bit_identical(unbroken: Path, tmp_path: Path):
+    train.train(_config(train__num_steps=8), tmp_path / "run")
+    train.train(_config(train__num_steps=16), tmp_path / "run")
+    train.train(_config(), tmp_path / "run")
+    assert_trees_equal(_final_state(tmp_path / "run"), _final_state(unbroken))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(
+    unbroken: Path, tmp_path: Path
+):
+    train.train(_config(), tmp_path / "same")
+    train.train(_config(seed=1), tmp_path / "other")
+    first = _final_state(unbroken)
+    assert_trees_equal(_final_state(tmp_path / "same"), first)
+    kernel = first.variables.energy["params"]
+    other = _final_state(tmp_path / "other").variables.energy["params"]
+    assert not np.allclose(jax.tree.leaves(kernel)[0], jax.tree.leaves(other)[0])
+
+
+def test_steps_per_dispatch_do_not_change_the_run(unbroken: Path, tmp_path: Path):
+    train.train(_config(train__steps_per_dispatch=1), tmp_path / "run")
+    assert_trees_close(
+        _final_state(tmp_path / "run"), _final_state(unbroken), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_the_number_of_devices_does_not_change_the_run(
+    unbroken: Path, tmp_path: Path, devices: int
+):
+    """Up to the rounding of sums taken in another order."""
+    train.train(_config(parallel__num_devices=devices), tmp_path / "run")
+    assert_trees_close(
+        _final_state(tmp_path / "run"), _final_state(unbroken), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_the_batch_is_split_over_the_devices():
+    mesh = parallel.make_mesh(4, 8)
+    index = parallel.batch_index(mesh, 8)
+    assert [shard.data.tolist() for shard in index.addressable_shards] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch", "expected"),
+    [
+        (9, 9, "parallel.num_devices is 9, but there are 8"),
+        (8, 12, "data.batch_size is 12, not divisible by the 8 devices; use 8 or 16"),
+        (0, 7, "not divisible by the 8 devices; use 8,"),
+    ],
+)
+def test_a_batch_that_cannot_be_split_is_refused(
+    tmp_path: Path, devices: int, batch: int, expected: str
+):
+    config = _config(parallel__num_devices=devices, data__batch_size=batch)
+    with pytest.raises(InputError, match=expected):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@given(
+    st.integers(0, 200),
+    st.integers(1, 50),
+    st.integers(1, 300),
+    st.lists(st.integers(0, 60), max_size=4),
+)
+def test_dispatches_stop_at_every_interval_whatever_the_start(
+    start: int, per_dispatch: int, total: int, intervals: list[int]
+):
+    """A run resumed at a stop of the unbroken one has the stops that follow it."""
+
+    def stops(step: int) -> list[int]:
+        found = []
+        while step < total:
+            step = train.next_stop(step, per_dispatch, total, intervals)
+            found.append(step)
+        return found
+
+    unbroken = stops(0)
+    assert unbroken[-1] == total
+    assert np.diff([0, *unbroken]).max() <= per_dispatch
+    for every in filter(None, intervals):
+        assert set(range(every, total + 1, every)) <= set(unbroken)
+    if start in unbroken:
+        assert stops(start) == unbroken[unbroken.index(start) + 1 :]
+
+
+def test_metrics_are_means_over_the_steps_of_a_report(tmp_path: Path):
+    """Reports of 1 step each, averaged, are the report of all of them."""
+    fields = {"train__num_steps": 8, "train__steps_per_dispatch": 2}
+    for name, every in (("fine", 1), ("coarse", 8)):
+        train.train(_config(train__report_every=every, **fields), tmp_path / name)
+    reports = {
+        name: [
+            line
+            for line in map(
+                json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            )
+            if "energy/loss" in line
+        ]
+        for name in ("fine", "coarse")
+    }
+    assert len(reports["fine"]) == 8
+    (coarse,) = reports["coarse"]
+    for key in ("energy/loss", "generator/reconstruction", "energy/update_norm"):
+        fine = np.mean([line[key] for line in reports["fine"]])
+        np.testing.assert_allclose(coarse[key], fine, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path):
+    config = _config(optimizer__learning_rate=1e30, train__checkpoint_every=4)
+    with pytest.raises(train.TrainingError, match="not finite"):
+        train.train(config, tmp_path / "run")
+    saved = checkpointing.Checkpoints(tmp_path / "run", read_only=True).latest_step()
+    if saved is not None:
+        for leaf in jax.tree.leaves(_final_state(tmp_path / "run")):
+            assert np.isfinite(leaf).all()
+
+
+def test_gamma_decays_geometrically_over_the_run():
+    config = _config(game__gamma=0.1)
+    config.game.gamma_final = 1e-3
+    game = train.build_game(config.game, 100)
+    np.testing.assert_allclose(
+        [game.gamma(step) for step in (0, 50, 100)], [0.1, 0.01, 0.001], rtol=1e-6
+    )
+
+
+def test_without_a_latent_or_posterior_a_run_works_from_end_to_end(tmp_path: Path):
+    for field in ("game__latent", "game__posterior"):
+        workdir = tmp_path / field
+        report = train.train(_config(train__num_steps=4, **{field: False}), workdir)
+        assert report["parameters"]["posterior"] == 0
+        run = modes.load_run(workdir)
+        assert evaluation.draw_samples(run.experiment, run.variables, 5).shape == (5, 2)
+
+
+def _start(workdir: Path, *flags: str) -> subprocess.Popen:
+    argv = [sys.executable, str(MAIN), f"--workdir={workdir}", *flags]
+    return subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _kill(process: subprocess.Popen) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def _wait_for(process: subprocess.Popen, found, seconds: float = 300.0) -> None:
+    """Polls until `found()`; fails if the process ends, or after `seconds`."""
+    end = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.0005)
+
+
+def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path):
+    """SIGKILL between checkpoints, and while one is being written."""
+    flags = tiny(
+        "configs/gaussians25.py",
+        train__num_steps=600,
+        train__steps_per_dispatch=5,
+        train__report_every=50,
+        train__checkpoint_every=20,
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = _start(whole, *flags)
+    assert process.wait(timeout=600) == 0, process.stderr.read()
+
+    saved = broken / "checkpoints"
+
+    def unfinished() -> bool:
+        """Whether a checkpoint is being written at this moment."""
+        return saved.is_dir() and any(
+            "tmp" in path.name for path in list(saved.iterdir())
+        )
+
+    def complete() -> int:
+        names = [p.name for p in saved.iterdir()] if saved.is_dir() else []
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    left_unfinished = 0
+    wait = random.Random(0)
+    for kill in range(4):
+        before = complete()
+        process = _start(broken, *flags)
+        _wait_for(process, lambda before=before: complete() > before)
+        if kill % 2:
+            _wait_for(process, unfinished)
+        else:
+            time.sleep(wait.uniform(0.0, 0.05))
+        _kill(process)
+        left_unfinished += unfinished()
+    assert left_unfinished >= 1, "no kill came while a checkpoint was being written"
+    assert 0 < complete() < 600
+
+    process = _start(broken, *flags)
+    assert process.wait(timeout=600) == 0, process.stderr.read()
+    assert_trees_equal(_final_state(broken), _final_state(whole))
+    assert not unfinished()
+    steps = [
+        [line["step"] for line in map(json.loads, text.splitlines())]
+        for text in ((d / "metrics.jsonl").read_text() for d in (whole, broken))
+    ]
+    assert steps[0] == steps[1]
