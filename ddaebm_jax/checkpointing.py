@@ -50,7 +50,9 @@ class Checkpoints:
         if read_only and not self.directory.is_dir():
             raise CheckpointError(no_checkpoint(workdir))
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0
+            )
         else:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,

@@ -32,17 +32,17 @@ GAME = minimax.Game(
 def mlp_config(**changes: Any) -> SimpleNamespace:
     """Returns a tiny `model` section; `changes` go to `mlp`, but for `nz`."""
     nz = changes.pop("nz", NZ)
-    mlp = dict(
-        x_widths=(4, 4),
-        t_embed_dim=4,
-        t_widths=(4, 4),
-        hidden=(8, 8),
-        activation="prelu",
-        fourier_octaves=0,
-        energy_fourier_octaves=0,
-        norm="none",
-        posterior_features=4,
-    )
+    mlp = {
+        "x_widths": (4, 4),
+        "t_embed_dim": 4,
+        "t_widths": (4, 4),
+        "hidden": (8, 8),
+        "activation": "prelu",
+        "fourier_octaves": 0,
+        "energy_fourier_octaves": 0,
+        "norm": "none",
+        "posterior_features": 4,
+    }
     mlp.update(changes)
     return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp))
 
@@ -71,9 +71,12 @@ def smooth_layer(params: dict, x: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def _smooth_params(rng: np.random.Generator, inputs: int, out: int) -> dict:
-    shapes = dict(
-        w=(inputs, HIDDEN), b=(STEPS, HIDDEN), v=(HIDDEN, out), c=(STEPS, out)
-    )
+    shapes = {
+        "w": (inputs, HIDDEN),
+        "b": (STEPS, HIDDEN),
+        "v": (HIDDEN, out),
+        "c": (STEPS, out),
+    }
     return {k: jnp.asarray(0.5 * rng.normal(size=s), "f") for k, s in shapes.items()}
 
 

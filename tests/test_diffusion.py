@@ -174,13 +174,13 @@ def test_beta_is_clipped():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (dict(num_steps=0), "num_steps is 0"),
-        (dict(num_steps=1, time="lsun"), "at least 2"),
-        (dict(variance="linear"), "linear.*vp, geometric, cosine"),
-        (dict(time="log"), "log.*uniform, lsun"),
-        (dict(variance="geometric"), "beta_max is 20"),
-        (dict(beta_min=0.0), "beta_min is 0"),
-        (dict(beta_min=3.0, beta_max=2.0), "beta_min is 3"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"num_steps": 1, "time": "lsun"}, "at least 2"),
+        ({"variance": "linear"}, "linear.*vp, geometric, cosine"),
+        ({"time": "log"}, "log.*uniform, lsun"),
+        ({"variance": "geometric"}, "beta_max is 20"),
+        ({"beta_min": 0.0}, "beta_min is 0"),
+        ({"beta_min": 3.0, "beta_max": 2.0}, "beta_min is 3"),
     ],
 )
 def test_errors_name_the_field(arguments: dict, named: str):

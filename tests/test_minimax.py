@@ -33,13 +33,19 @@ RATE, ENERGY_RATE = 0.05, 0.2
 # gradients, without Adam's division by small ones.
 SGD = minimax.Optimizers(energy=optax.sgd(ENERGY_RATE), generator=optax.sgd(RATE))
 
+
+def rising_gamma(step: jax.Array) -> jax.Array:
+    """A schedule of the penalty's weight."""
+    return 0.1 + 0.2 * step
+
+
 VARIANTS = {
     "nll of posterior z": GAME,
     "mse of prior z": GAME._replace(recon="mse", recon_latent="prior"),
     "weighted nll": GAME._replace(recon="weighted_nll", recon_floor=None, lambda_f=1.0),
     "no latent": GAME._replace(latent=False),
-    "no posterior": GAME._replace(posterior=False, recon="mse"),
-    "reverse KL": GAME._replace(divergence="reverse_kl"),
+    "no posterior": GAME._replace(posterior=False, recon="mse", energy_l2=0.4),
+    "reverse KL": GAME._replace(divergence="reverse_kl", gamma=rising_gamma),
     "no penalty, no entropy bound": GAME._replace(gamma=0.0, lambda_z=0.0),
 }
 
@@ -119,9 +125,10 @@ def naive_step(
             return (networks.energy(energy, x, t) + log_q(x)).sum()
 
         loss = networks.energy(energy, x_fake, t) - networks.energy(energy, x_t, t)
-        if game.gamma:
-            score = jax.grad(conditional)(x_t)
-            loss = loss + 0.5 * game.gamma * (score**2).sum(axis=1)
+        gamma = game.gamma(state.step) if callable(game.gamma) else game.gamma
+        score = jax.grad(conditional)(x_t)
+        loss = loss + 0.5 * gamma * (score**2).sum(axis=1)
+        loss = loss + game.energy_l2 * networks.energy(energy, x_t, t) ** 2
         return loss.mean()
 
     energy = descend(
@@ -190,7 +197,7 @@ def naive_step(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_step_is_the_naive_step(variant: str):
     game = VARIANTS[variant]
-    state, networks = start(game), smooth_networks()
+    state, networks = start(game).replace(step=jnp.int32(2)), smooth_networks()
     naive = jax.jit(functools.partial(naive_step, game, networks, 0.9))
     expected = naive(state, batch(), draw())
     actual, metrics = compiled(game)(state, batch(), draw())
@@ -290,12 +297,12 @@ LATENT = {"generator/latent_kl", "generator/latent_log_prob"}
 @pytest.mark.parametrize(
     ("changes", "absent"),
     [
-        (dict(), set()),
-        (dict(latent=False), LATENT),
-        (dict(posterior=False), LATENT),
-        (dict(divergence="reverse_kl"), FORWARD),
-        (dict(lambda_f=0.0), FORWARD),
-        (dict(lambda_z=0.0), {"generator/latent_log_prob"}),
+        ({}, set()),
+        ({"latent": False}, LATENT),
+        ({"posterior": False}, LATENT),
+        ({"divergence": "reverse_kl"}, FORWARD),
+        ({"lambda_f": 0.0}, FORWARD),
+        ({"lambda_z": 0.0}, {"generator/latent_log_prob"}),
     ],
 )
 def test_terms_that_are_left_out(changes: dict, absent: set[str]):
@@ -336,13 +343,13 @@ def counted(networks: Networks) -> tuple[Networks, dict[str, int]]:
 @pytest.mark.parametrize(
     ("changes", "generator", "posterior"),
     [
-        (dict(), 2, 2),
-        (dict(recon_latent="prior"), 1, 2),
-        (dict(lambda_z=0.0), 2, 1),
-        (dict(latent=False), 1, 0),
-        (dict(posterior=False), 1, 0),
-        (dict(divergence="reverse_kl"), 1, 1),
-        (dict(lambda_f=0.0), 1, 1),
+        ({}, 2, 2),
+        ({"recon_latent": "prior"}, 1, 2),
+        ({"lambda_z": 0.0}, 2, 1),
+        ({"latent": False}, 1, 0),
+        ({"posterior": False}, 1, 0),
+        ({"divergence": "reverse_kl"}, 1, 1),
+        ({"lambda_f": 0.0}, 1, 1),
     ],
 )
 def test_no_pass_is_paid_for_twice(changes: dict, generator: int, posterior: int):
@@ -351,7 +358,11 @@ def test_no_pass_is_paid_for_twice(changes: dict, generator: int, posterior: int
     networks, calls = counted(smooth_networks())
     step = minimax.make_step(game, SCHEDULE, networks, SGD)
     jax.eval_shape(step, start(game), batch(), draw())
-    assert calls == dict(energy=3, train_generator=generator, train_posterior=posterior)
+    assert calls == {
+        "energy": 3,
+        "train_generator": generator,
+        "train_posterior": posterior,
+    }
 
 
 def test_lazy_penalty_is_every_nth_and_not_multiplied():
@@ -580,7 +591,7 @@ def test_optimizers_are_adam_by_player(limit: float | None):
 
 def test_perceptrons_with_batch_norm_play():
     """They all move; the state keeps its structure and types."""
-    networks = models.build(mlp_config(norm="batch"), (DIM,))
+    networks = models.build(mlp_config(norm="batch", hidden=(8,)), (DIM,))
     variables = filled_variables(networks)
     networks = networks._replace(init=lambda _: variables)
     adam = minimax.make_optimizers(1e-3, 1e-3, 0.5, 0.9)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DIM, GAME, NZ, SCHEDULE, smooth_layer, smooth_networks
+from helpers import DIM, NZ, SCHEDULE, smooth_layer, smooth_networks
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
@@ -170,6 +170,12 @@ def test_score_is_each_example_s_own_gradient():
     np.testing.assert_allclose(score, jax.vmap(jax.grad(one))(x), rtol=1e-5)
 
 
+def test_energy_magnitude_is_the_mean_square():
+    f = normals(0, BATCH)
+    expected = np.square(f).sum() / BATCH
+    np.testing.assert_allclose(objective.energy_magnitude(f), expected, rtol=1e-6)
+
+
 def test_gradient_penalty_is_half_the_mean_squared_norm():
     score = normals(0, BATCH, 4, 3)
     expected = 0.5 * np.square(score).sum() / BATCH
@@ -201,8 +207,11 @@ def test_energy_gradient_by_brute_force():
         log_q = -0.5 * (gap**2).sum(1) / beta - 0.5 * DIM * np.log(2 * np.pi * beta)
         return energy_in_numpy(p, x, t) + log_q
 
-    def loss(p, gamma):
-        value = energy_in_numpy(p, x_fake, t) - energy_in_numpy(p, x_t, t)
+    def loss(p, gamma, energy_l2):
+        f_real = energy_in_numpy(p, x_t, t)
+        value = energy_in_numpy(p, x_fake, t) - f_real + energy_l2 * f_real**2
+        if gamma is None:
+            return value.mean()
         for step in 1e-5 * np.eye(DIM):
             slope = conditional(p, x_t + step) - conditional(p, x_t - step)
             value = value + 0.5 * gamma * (slope / 2e-5) ** 2
@@ -221,27 +230,22 @@ def test_energy_gradient_by_brute_force():
         )
         batch = (jnp.asarray(x_t), jnp.asarray(x_next), jnp.asarray(x_fake))
 
-        @functools.partial(jax.jit, static_argnums=1)
-        def value_and_grad(p, gamma):
+        @functools.partial(jax.jit, static_argnums=(1, 2))
+        def value_and_grad(p, gamma, energy_l2):
             return jax.value_and_grad(
                 lambda p: minimax.energy_loss(
-                    GAME._replace(gamma=gamma),
-                    s,
-                    networks,
-                    {"params": p},
-                    *batch,
-                    noise,
-                    penalize=gamma > 0,
+                    s, networks, {"params": p}, *batch, noise, gamma, energy_l2
                 )[0]
             )(p)
 
-        for gamma in (0.0, 0.5):
-            value, gradient = value_and_grad(jax.tree.map(jnp.asarray, params), gamma)
-            np.testing.assert_allclose(value, loss(params, gamma), rtol=1e-6)
+        start = jax.tree.map(jnp.asarray, params)
+        for weights in ((None, 0.0), (0.5, 0.0), (0.5, 0.3)):
+            value, gradient = value_and_grad(start, *weights)
+            np.testing.assert_allclose(value, loss(params, *weights), rtol=1e-6)
             for _ in range(4):
                 way = {k: rng.normal(size=v.shape) for k, v in params.items()}
                 ends = [
-                    loss({k: v + h * way[k] for k, v in params.items()}, gamma)
+                    loss({k: v + h * way[k] for k, v in params.items()}, *weights)
                     for h in (1e-4, -1e-4)
                 ]
                 along = sum((np.asarray(gradient[k]) * way[k]).sum() for k in way)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ddaebm_jax.data import synthetic, tabular
+from ddaebm_jax.errors import InputError
 
 
 class Source(NamedTuple):
@@ -78,7 +79,7 @@ def open_source(data: Any, seed: int) -> Source:
       seed: of the train/test split.
 
     Raises:
-      ValueError: for an unknown name, or data that cannot be trained on.
+      InputError: for an unknown name, or data that cannot be trained on.
       FileNotFoundError: if `data.path` is not there.
     """
     if data.name in synthetic.SYNTHETIC:
@@ -91,7 +92,7 @@ def open_source(data: Any, seed: int) -> Source:
         )
     else:
         known = ", ".join((*synthetic.SYNTHETIC, "breast_cancer", "table"))
-        raise ValueError(f"data.name is '{data.name}'; allowed: {known}")
+        raise InputError(f"data.name is '{data.name}'; allowed: {known}")
     return Source(
         name=data.name,
         event_shape=(table.train.shape[1],),

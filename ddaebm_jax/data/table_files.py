@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from ddaebm_jax.errors import InputError
+
 # Largest CSV file that is read, bytes.
 MAX_CSV_BYTES = 256 * 2**20
 # Most bytes that an NPZ file may hold once decompressed, as its headers say, and
@@ -60,25 +62,25 @@ def read_table_file(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that cannot be used; the message names the file, the
+      InputError: for a file that cannot be used; the message names the file, the
         place, the value found, what is allowed and what to try.
     """
     readers = {".csv": _read_csv, ".npz": _read_npz}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(
+        raise InputError(
             f"{path}: the suffix is '{path.suffix}'; allowed: {', '.join(readers)}; "
             "save the table as one of these"
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; check the path")
     if not path.is_file():
-        raise ValueError(f"{path}: not a regular file; give the path of a file")
+        raise InputError(f"{path}: not a regular file; give the path of a file")
     table = reader(path, label_column, labelled)
     bad = np.argwhere(~(np.abs(table.rows) <= _LARGEST))
     if len(bad):
         i, j = bad[0]
-        raise ValueError(
+        raise InputError(
             f"{path}: {table.row_name(i)}, column {_shown(table.columns[j])} is "
             f"{table.rows[i, j]}; finite numbers of size at most {_LARGEST:.2g} are "
             "allowed; fill in missing values or drop the row"
@@ -86,7 +88,7 @@ def read_table_file(
     if table.labels is not None:
         bad = np.flatnonzero(~np.isin(table.labels, (INLIER, OUTLIER)))
         if len(bad):
-            raise ValueError(
+            raise InputError(
                 f"{path}: {table.row_name(bad[0])} has the label "
                 f"{table.labels[bad[0]]}; allowed: 0 (inlier), 1 (outlier); write "
                 "the labels as 0 and 1"
@@ -117,12 +119,12 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                 if cells and (len(cells) > 1 or cells[0].strip()):
                     yield lines.line_num, cells
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}: not UTF-8 text after line {lines.line_num} "
                 f"({error.reason}); save it as a CSV in UTF-8"
             ) from error
         except csv.Error as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}: line {lines.line_num} is not CSV ({error}); save the table "
                 "again as comma-separated values"
             ) from error
@@ -135,7 +137,7 @@ def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | No
         return None
     if any(numbers):
         j = numbers.index(False)
-        raise ValueError(
+        raise InputError(
             f"{path}: line {line}, column {j + 1} is {_shown(cells[j])} beside cells "
             "that are numbers; a first line holds only names or only numbers; rename "
             "the columns or correct the cell"
@@ -144,7 +146,7 @@ def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | No
     for j, name in enumerate(names):
         if not name or name in names[:j]:
             fault = f"{_shown(name)} a second time" if name else "empty"
-            raise ValueError(
+            raise InputError(
                 f"{path}: line {line}, column {j + 1} of the header is {fault}; every "
                 "column needs a name of its own (pandas: to_csv with index=False)"
             )
@@ -154,14 +156,14 @@ def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | No
 def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile:
     size = path.stat().st_size
     if size > MAX_CSV_BYTES:
-        raise ValueError(
+        raise InputError(
             f"{path}: {size} bytes; at most {MAX_CSV_BYTES} are allowed in a CSV; "
             "save the table as NPZ, or split it"
         )
     lines = _csv_lines(path)
     first = next(lines, None)
     if first is None:
-        raise ValueError(f"{path}: the file is empty; a row of numbers is needed")
+        raise InputError(f"{path}: the file is empty; a row of numbers is needed")
     header = _csv_header(path, *first)
     width = len(first[1])
     columns = header or tuple(f"column_{j}" for j in range(width))
@@ -171,14 +173,14 @@ def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile
 
     def append(line: int, cells: list[str]) -> None:
         if len(cells) != width:
-            raise ValueError(
+            raise InputError(
                 f"{path}: line {line} has {len(cells)} columns, line {first[0]} has "
                 f"{width}; every line needs as many; add or remove cells there"
             )
         for name, cell in zip(columns, cells, strict=True):
             number = _number(cell)
             if number is None:
-                raise ValueError(
+                raise InputError(
                     f"{path}: line {line}, column {_shown(name)} is {_shown(cell)}; a "
                     "number is needed; drop the column or write it as numbers, fill "
                     "in missing values, and separate cells by commas"
@@ -191,7 +193,7 @@ def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile
     for line, cells in lines:
         append(line, cells)
     if not line_numbers:
-        raise ValueError(
+        raise InputError(
             f"{path}: line {first[0]} is a header and no row follows; at least one "
             "row of numbers is needed"
         )
@@ -210,12 +212,12 @@ def _csv_label(
     if label_column is None:
         return None
     if label_column not in columns:
-        raise ValueError(
+        raise InputError(
             f"{path}: no column {_shown(label_column)} for label_column; found: "
             f"{_listed(columns)}"
         )
     if len(columns) == 1:
-        raise ValueError(
+        raise InputError(
             f"{path}: the label {_shown(label_column)} is the only column; at "
             "least one other is needed"
         )
@@ -266,7 +268,7 @@ def _readable(path: Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise InputError(
             f"{path}: {what} cannot be read ({type(error).__name__}: {reason}); "
             f"{_SAVE_AGAIN}"
         ) from error
@@ -274,7 +276,7 @@ def _readable(path: Path, what: str) -> Iterator[None]:
 
 def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile:
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an NPZ file (not a zip archive); {_SAVE_AGAIN}")
+        raise InputError(f"{path}: not an NPZ file (not a zip archive); {_SAVE_AGAIN}")
     with _readable(path, "the zip archive"):
         archive = zipfile.ZipFile(path)
     with archive:
@@ -289,7 +291,7 @@ def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile
             chosen = _npz_labels(path, arrays, label, len(rows))
             labels = _npz_numbers(path, archive, chosen)
     if not rows.size:
-        raise ValueError(
+        raise InputError(
             f"{path}: the array {table} is empty; at least one row and one column "
             "are needed"
         )
@@ -302,14 +304,14 @@ def _npz_arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, _Array]:
     members = archive.infolist()
     for member in members:
         if not member.filename.endswith(".npy"):
-            raise ValueError(
+            raise InputError(
                 f"{path}: a zip archive but not an NPZ file: it holds "
                 f"{_shown(member.filename)}; only .npy members are allowed; "
                 f"{_SAVE_AGAIN}"
             )
     size = sum(member.file_size for member in members)
     if size > MAX_NPZ_BYTES:
-        raise ValueError(
+        raise InputError(
             f"{path}: {size} bytes once decompressed; at most {MAX_NPZ_BYTES} are "
             "allowed; split the table, or save it as float32"
         )
@@ -324,7 +326,7 @@ def _npz_header(
     # zipfile itself stops at the size in the member's header, so that what follows
     # can rely on it; other methods than these two are not numpy's.
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(
+        raise InputError(
             f"{path}: the member {_shown(member.filename)} is compressed by method "
             f"{member.compress_type}; stored and deflated are allowed; {_SAVE_AGAIN}"
         )
@@ -338,7 +340,7 @@ def _npz_header(
     ):
         version = np.lib.format.read_magic(file)
         if version not in formats:
-            raise ValueError(f"version {version} of the .npy format")
+            raise InputError(f"version {version} of the .npy format")
         shape, _, dtype = formats[version](file)
         held = member.file_size - file.tell()
     described = _Array(member, shape, dtype)
@@ -346,12 +348,12 @@ def _npz_header(
     for axis in shape:
         cells *= axis
     if not dtype.hasobject and cells * dtype.itemsize != held:
-        raise ValueError(
+        raise InputError(
             f"{path}: the array {described} needs {cells * dtype.itemsize} bytes and "
             f"the file holds {held} of it; {_SAVE_AGAIN}"
         )
     if cells * 8 > MAX_NPZ_BYTES:
-        raise ValueError(
+        raise InputError(
             f"{path}: the array {described} takes {cells * 8} bytes as float64; at "
             f"most {MAX_NPZ_BYTES} are allowed; split the table"
         )
@@ -363,14 +365,14 @@ def _npz_table(path: Path, arrays: dict[str, _Array]) -> _Array:
     found = _described(arrays)
     if "x" in arrays:
         if len(arrays["x"].shape) != 2:
-            raise ValueError(
+            raise InputError(
                 f"{path}: the array {arrays['x']} is not 2-D; rows × columns are "
                 f"needed; {_SAVE_AGAIN}"
             )
         return arrays["x"]
     tables = [described for described in arrays.values() if len(described.shape) == 2]
     if len(tables) != 1:
-        raise ValueError(
+        raise InputError(
             f"{path}: no array 'x' and {len(tables)} 2-D arrays where exactly one is "
             f"needed; found: {found}; {_SAVE_AGAIN}"
         )
@@ -381,12 +383,12 @@ def _npz_labels(
     path: Path, arrays: dict[str, _Array], name: str, num_rows: int
 ) -> _Array:
     if name not in arrays:
-        raise ValueError(
+        raise InputError(
             f"{path}: no array {_shown(name)} for label_column; found: "
             f"{_described(arrays)}"
         )
     if arrays[name].shape != (num_rows,):
-        raise ValueError(
+        raise InputError(
             f"{path}: the labels {arrays[name]} are not one for each of the "
             f"{num_rows} rows; save a 1-D array of that length"
         )
@@ -398,13 +400,13 @@ def _npz_numbers(
 ) -> Float[np.ndarray, "..."]:
     """Reads one array as float64."""
     if described.dtype.hasobject:
-        raise ValueError(
+        raise InputError(
             f"{path}: the array {described} holds Python objects; object arrays are "
             "refused, because reading them means unpickling; save numbers, for "
             "example with rows.astype('float32')"
         )
     if described.dtype.kind not in "biuf":
-        raise ValueError(
+        raise InputError(
             f"{path}: the array {described} does not hold real numbers; integers, "
             "floats and booleans are allowed; convert it before saving"
         )

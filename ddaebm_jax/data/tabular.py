@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ddaebm_jax.data.table_files import INLIER, OUTLIER, read_table_file
+from ddaebm_jax.errors import InputError
 
 _LARGEST = float(np.finfo(np.float32).max)
 _LEAST_TRAIN_ROWS = 2
@@ -41,10 +42,10 @@ class Standardizer(NamedTuple):
         The standard deviation divides by n.
 
         Raises:
-          ValueError: if there are no rows.
+          InputError: if there are no rows.
         """
         if not len(rows):
-            raise ValueError("a standardizer needs at least 1 row to fit; found 0")
+            raise InputError("a standardizer needs at least 1 row to fit; found 0")
         rows = np.asarray(rows, np.float64)
         # Rounding gives a constant column a tiny spread: compare values instead.
         constant = (rows == rows[0]).all(axis=0)
@@ -56,14 +57,14 @@ class Standardizer(NamedTuple):
         """Returns (rows − mean) / std, computed in float64, stored as float32.
 
         Raises:
-          ValueError: if the rows' width differs, or a result leaves float32's range.
+          InputError: if the rows' width differs, or a result leaves float32's range.
         """
         _check_width(rows.shape[1], len(self.mean), "the rows to standardise")
         scaled = (np.asarray(rows, np.float64) - self.mean) / self.std
         beyond = np.argwhere(~(np.abs(scaled) <= _LARGEST))
         if len(beyond):
             i, j = beyond[0]
-            raise ValueError(
+            raise InputError(
                 f"row {i} of those given, column {j} (both from 0) is {rows[i, j]}, "
                 f"which is {scaled[i, j]:.3g} once standardised; finite values below "
                 f"{_LARGEST:.2g} are allowed; correct or drop the row"
@@ -74,7 +75,7 @@ class Standardizer(NamedTuple):
         """Returns rows·std + mean in the columns' units, float64.
 
         Raises:
-          ValueError: if the rows' width differs.
+          InputError: if the rows' width differs.
         """
         _check_width(rows.shape[1], len(self.mean), "the rows to bring back")
         return np.asarray(rows, np.float64) * self.std + self.mean
@@ -88,23 +89,23 @@ class Standardizer(NamedTuple):
         """Returns the standardizer that `to_dict` saved.
 
         Raises:
-          ValueError: if a key is missing, or the values are not two equally long
+          InputError: if a key is missing, or the values are not two equally long
             lists of finite numbers with std > 0.
         """
         try:
             mean, std = (np.asarray(saved[key], np.float64) for key in ("mean", "std"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"a saved standardizer needs 'mean' and 'std', lists of numbers "
                 f"({type(error).__name__}: {error}); save it again with to_dict"
             ) from error
         if mean.ndim != 1 or mean.shape != std.shape:
-            raise ValueError(
+            raise InputError(
                 f"a saved standardizer has mean of shape {mean.shape} and std of "
                 f"shape {std.shape}; two equally long lists are needed"
             )
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            raise ValueError(
+            raise InputError(
                 "a saved standardizer holds a value that is not finite, or a std "
                 f"that is not positive (least std: {std.min()}); save it again"
             )
@@ -140,7 +141,7 @@ def load_breast_cancer(seed: int, test_fraction: float) -> Table:
       test_fraction: share of the benign rows that is held out, in (0, 1).
 
     Raises:
-      ValueError: for a fraction out of range, or one that leaves too few rows.
+      InputError: for a fraction out of range, or one that leaves too few rows.
       ModuleNotFoundError: without scikit-learn.
     """
     from sklearn import datasets
@@ -182,7 +183,7 @@ def load_table(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file or a fraction that cannot be used; the message names the
+      InputError: for a file or a fraction that cannot be used; the message names the
         file, the place and the value found.
     """
     path = Path(path)
@@ -213,7 +214,7 @@ def read_rows(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that cannot be used, or rows of another width.
+      InputError: for a file that cannot be used, or rows of another width.
     """
     path = Path(path)
     rows = read_table_file(path).rows
@@ -226,12 +227,12 @@ def read_rows(
     try:
         return standardizer.transform(rows)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def _check_width(found: int, wanted: int, what: str) -> None:
     if found != wanted:
-        raise ValueError(
+        raise InputError(
             f"{what}: {found} columns found, {wanted} needed; give the columns that "
             "the model was trained on, in the same order and without labels"
         )
@@ -247,7 +248,7 @@ def _split(
 ) -> Table:
     """Holds out a random share of the inliers; all outliers are for testing."""
     if not 0.0 < test_fraction < 1.0:
-        raise ValueError(
+        raise InputError(
             f"test_fraction is {test_fraction}; a number between 0 and 1 is needed, "
             "for example 0.3"
         )
@@ -256,7 +257,7 @@ def _split(
     num_train = len(inliers) - num_test
     if num_test < 1 or num_train < _LEAST_TRAIN_ROWS:
         kind = "rows" if labels is None else "rows labelled 0"
-        raise ValueError(
+        raise InputError(
             f"{name}: {len(inliers)} {kind} split with test_fraction {test_fraction} "
             f"into {num_train} to train on and {num_test} to test on; at least "
             f"{_LEAST_TRAIN_ROWS} and 1 are needed; give more rows or another fraction"
@@ -272,5 +273,5 @@ def _split(
     try:
         train_rows, test_rows = map(standardizer.transform, (rows[kept], rows[test]))
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise InputError(f"{name}: {error}") from error
     return Table(columns, train_rows, test_rows, test_labels, standardizer)
