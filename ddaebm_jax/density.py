@@ -50,8 +50,13 @@ def evaluate_in_chunks(
     """Applies a jitted row-wise function to many rows, a chunk at a time.
 
     The last chunk is padded with its first row, so that one program serves all.
+
+    Raises:
+      ValueError: if there are no rows.
     """
     rows = x.shape[0]
+    if rows == 0:
+        raise ValueError("there are no rows to evaluate")
     chunk = min(chunk, rows)
     parts = []
     for start in range(0, rows, chunk):

@@ -162,12 +162,13 @@ def make_schedule(
     c1 = beta[1:] * np.sqrt(p[:-1]) / one_minus_p[1:]
     c2 = one_minus_p[:-1] * np.sqrt(alpha[1:]) / one_minus_p[1:]
     posterior_var = beta[1:] * one_minus_p[:-1] / one_minus_p[1:]
-    if min_posterior_var is None and posterior_var.min() <= 0.0:
+    clipped = np.maximum(posterior_var, min_posterior_var or 0.0)
+    if clipped.min() <= 0.0:
         raise ValueError(
             f"the posterior's variance is 0 at t = {int(posterior_var.argmin())} "
-            f"(times '{time}'); give min_posterior_var, for example 1e-4"
+            f"(times '{time}') and min_posterior_var is {min_posterior_var}; give it "
+            "a positive number, for example 1e-4"
         )
-    clipped = np.maximum(posterior_var, min_posterior_var or 0.0)
     exponent = np.log(0.2 / 0.6) / np.log(0.5)
 
     def stored(x: np.ndarray) -> Array:

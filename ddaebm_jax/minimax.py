@@ -532,11 +532,13 @@ def make_step(
         variables, opt_generator, generator_metrics = play_generator(
             state, variables, x0_pred, pull_back, x_t, x_next, noise
         )
-        ema = jax.tree.map(
-            lambda average, new: average + (1.0 - ema_decay) * (new - average),
-            state.ema,
-            variables,
-        )
+        ema = variables
+        if ema_decay > 0:
+            ema = jax.tree.map(
+                lambda average, new: average + (1.0 - ema_decay) * (new - average),
+                state.ema,
+                variables,
+            )
         state = TrainState(
             step=state.step + 1,
             variables=variables,

@@ -150,10 +150,7 @@ def score(workdir: str | Path, rows_path: str, output: str | None = None) -> Pat
     """
     run = load_run(workdir)
     (dim,) = run.experiment.source.event_shape
-    rows = tabular.read_rows(rows_path, dim)
-    standardizer = _standardizer(run)
-    if standardizer is not None:
-        rows = standardizer.transform(rows)
+    rows = tabular.read_rows(rows_path, dim, _standardizer(run))
     path = _output_path(output, run.workdir / "scores.csv", (".csv", ".npz"))
     energies = evaluation.energies(run.experiment, run.variables, rows)
     if path.suffix == ".npz":

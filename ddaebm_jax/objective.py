@@ -159,7 +159,12 @@ def variance_floor(schedule: Schedule, floor: float | None) -> Float[Array, ""] 
       schedule: the diffusion.
       floor: the variance itself (1e-2 on 2-D data), or None for s_1², the
         posterior's own value for t = 1 (images).
+
+    Raises:
+      ValueError: if `floor` is None and there is no t = 1.
     """
     if floor is not None:
         return floor
+    if schedule.num_steps < 2:
+        raise ValueError("a schedule of one step has no s_1²; give the floor a number")
     return jnp.exp(schedule.posterior_log_var[1])

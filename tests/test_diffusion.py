@@ -155,6 +155,8 @@ def test_lsun_schedule_starts_at_the_data():
     assert float(s.posterior_var[0]) == 0.0
     with pytest.raises(ValueError, match="min_posterior_var"):
         diffusion.make_schedule(4, time="lsun")
+    with pytest.raises(ValueError, match=r"min_posterior_var is 0\.0"):
+        diffusion.make_schedule(4, time="lsun", min_posterior_var=0.0)
 
 
 def test_reconstruction_weights():

@@ -265,3 +265,10 @@ def test_smooth_layer_is_what_brute_force_assumes():
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_one_step_has_no_variance_floor_of_its_own():
+    schedule = diffusion.make_schedule(1)
+    assert objective.variance_floor(schedule, 0.5) == 0.5
+    with pytest.raises(ValueError, match="one step"):
+        objective.variance_floor(schedule, None)

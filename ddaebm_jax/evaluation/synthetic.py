@@ -79,6 +79,11 @@ def jensen_shannon(
     log_p = jax.nn.log_softmax(log_p.ravel())
     log_q = jax.nn.log_softmax(log_q.ravel())
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
-    kl_p = (jnp.exp(log_p) * (log_p - log_m)).sum()
-    kl_q = (jnp.exp(log_q) * (log_q - log_m)).sum()
-    return 0.5 * (kl_p + kl_q)
+
+    def kl(log_from: Array) -> Array:
+        # A cell without mass adds nothing; there log_from and log_m may be −inf.
+        empty = jnp.isneginf(log_from)
+        ratio = jnp.where(empty, 0.0, log_from - log_m)
+        return (jnp.exp(log_from) * ratio).sum()
+
+    return 0.5 * (kl(log_p) + kl(log_q))
