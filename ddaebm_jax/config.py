@@ -20,7 +20,7 @@ from ddaebm_jax.models import NETWORKS, mlp
 
 TABLES = ("breast_cancer", "table")
 DATASETS = (*synthetic.SYNTHETIC, *TABLES)
-RATE_SCHEDULES = ("constant", "cosine")
+RATE_SCHEDULES = ("constant", "cosine", "exponential")
 
 
 def base() -> ml_collections.ConfigDict:
@@ -118,7 +118,8 @@ def base() -> ml_collections.ConfigDict:
     optimizer.learning_rate = 1e-4
     # Adam's rate for the energy; None: the same.
     optimizer.energy_learning_rate = config_dict.placeholder(float)
-    # `constant`, or `cosine` over the run's steps down to `final_learning_rate`.
+    # `constant`, or `cosine` or `exponential` over the run's steps down to
+    # `final_learning_rate`.
     optimizer.schedule = "constant"
     optimizer.final_learning_rate = 1e-5
     optimizer.beta1 = 0.0
@@ -313,7 +314,7 @@ def _combination_problems(config: Any) -> Iterator[str]:
         )
     if config.model.mlp.t_embed_dim % 2:
         yield f"model.mlp.t_embed_dim is {config.model.mlp.t_embed_dim}; even is needed"
-    if optimizer.schedule == "cosine":
+    if optimizer.schedule != "constant":
         rates = {
             "learning_rate": optimizer.learning_rate,
             "energy_learning_rate": optimizer.energy_learning_rate,
@@ -323,8 +324,13 @@ def _combination_problems(config: Any) -> Iterator[str]:
                 yield (
                     "optimizer.final_learning_rate is "
                     f"{optimizer.final_learning_rate}, above optimizer.{name} {rate}; "
-                    "a cosine schedule decays"
+                    f"'{optimizer.schedule}' decays"
                 )
+    if optimizer.schedule == "exponential" and optimizer.final_learning_rate == 0:
+        yield (
+            "optimizer.final_learning_rate is 0; an exponential decay needs a "
+            "positive one, for example 1e-5"
+        )
     if config.data.name == "table" and not config.data.path:
         yield "data.path is empty; data.name 'table' needs a CSV or NPZ file"
     if config.data.name != "table":

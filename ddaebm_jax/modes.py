@@ -23,14 +23,12 @@ class Run(NamedTuple):
       experiment: what its config describes.
       variables: the averaged variables of its newest checkpoint.
       step: of that checkpoint.
-      info: the checkpoint's JSON values.
     """
 
     workdir: Path
     experiment: train.Experiment
     variables: Players
     step: int
-    info: dict[str, Any]
 
 
 def load_run(workdir: str | Path) -> Run:
@@ -47,12 +45,12 @@ def load_run(workdir: str | Path) -> Run:
         step = checkpoints.latest_step()
         if step is None:
             raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
-        info = checkpoints.info(step)
-        experiment = train.build(config)
+        checkpoints.info(step)  # Refuses a checkpoint of another format.
+        experiment = train.build(config, workdir)
         state = checkpoints.restore(train.init_state(experiment), step)
     finally:
         checkpoints.close()
-    return Run(workdir, experiment, state.ema, step, info)
+    return Run(workdir, experiment, state.ema, step)
 
 
 def free_path(path: Path) -> Path:
@@ -79,15 +77,9 @@ def _output_path(given: str | None, default: Path, suffixes: tuple[str, ...]) ->
     return path
 
 
-def _to_data_units(run: Run, x: np.ndarray) -> np.ndarray:
-    standardizer = _standardizer(run)
-    return x if standardizer is None else standardizer.inverse(x)
-
-
 def _standardizer(run: Run) -> tabular.Standardizer | None:
-    """The standardisation with which the run was trained, from its checkpoint."""
-    values = run.info["data"].get("standardizer")
-    return None if values is None else tabular.Standardizer.from_dict(values)
+    table = run.experiment.source.table
+    return None if table is None else table.standardizer
 
 
 def sample(
@@ -109,7 +101,10 @@ def sample(
     run = load_run(workdir)
     path = _output_path(output, run.workdir / "samples.npz", (".npz",))
     levels = evaluation.draw_levels(run.experiment, run.variables, num_samples, seed)
-    samples = _to_data_units(run, levels[-1])
+    standardizer = _standardizer(run)
+    samples = levels[-1]
+    if standardizer is not None:
+        samples = standardizer.inverse(samples)
     np.savez(path, x=samples, seed=seed, step=run.step)
     picture = free_path(path.with_suffix(".png"))
     title = f"{num_samples} samples, step {run.step}"

@@ -73,11 +73,12 @@ def learning_rate(
     optimizer: ml_collections.ConfigDict, rate: float, num_steps: int
 ) -> optax.ScalarOrSchedule:
     """Returns the rate's schedule over a run of `num_steps`."""
-    if optimizer.schedule == "constant":
-        return rate
-    return optax.cosine_decay_schedule(
-        rate, num_steps, alpha=optimizer.final_learning_rate / rate
-    )
+    ratio = optimizer.final_learning_rate / rate
+    if optimizer.schedule == "cosine":
+        return optax.cosine_decay_schedule(rate, num_steps, alpha=ratio)
+    if optimizer.schedule == "exponential":
+        return optax.exponential_decay(rate, num_steps, ratio)
+    return rate
 
 
 def build_game(game: ml_collections.ConfigDict, num_steps: int) -> minimax.Game:
@@ -90,13 +91,17 @@ def build_game(game: ml_collections.ConfigDict, num_steps: int) -> minimax.Game:
     return minimax.Game(**values)
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
+def build(config: ml_collections.ConfigDict, workdir: Path | None = None) -> Experiment:
     """Builds what a valid config describes.
+
+    Args:
+      config: the config.
+      workdir: a run directory that has kept the data; None: open them anew.
 
     Raises:
       InputError: if the data cannot be opened.
     """
-    source = open_source(config.data, config.seed)
+    source = open_source(config.data, config.seed, workdir)
     optimizer, steps = config.optimizer, config.train.num_steps
     energy_rate = optimizer.energy_learning_rate
     if energy_rate is None:
@@ -304,6 +309,17 @@ def log_parameters(variables: models.Players) -> dict[str, int]:
     return counts
 
 
+def _check_data(checkpoints: Checkpoints, source: Source) -> None:
+    """Raises InputError if a run's data have changed since its checkpoint."""
+    saved = checkpoints.info(checkpoints.latest_step())["data"]
+    if saved != source.metadata():
+        raise InputError(
+            f"the data '{source.name}' are not those that "
+            f"{checkpoints.directory.parent} was trained on; bring the old file back, "
+            "or name a new --workdir"
+        )
+
+
 def _checked(step: int, metrics: dict[str, Any]) -> dict[str, float]:
     """Fetches metrics; raises TrainingError if one is not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -385,7 +401,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     if checkpoints.latest_step() is not None:
+        _check_data(checkpoints, experiment.source)
         state = checkpoints.restore(state)
+    experiment.source.save(workdir)
     write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
     first = int(state.step)
     total = config.train.num_steps

@@ -146,6 +146,31 @@ def test_a_table_is_sampled_in_its_own_units(
     assert samples.mean(axis=0).max() > 100  # `worst area` is about 560 when benign
 
 
+def test_a_run_needs_its_directory_alone_and_notices_changed_data(
+    run: CommandLine, tmp_path: Path
+):
+    """The CSV is gone: modes work. It comes back changed: training refuses."""
+    source, workdir = tmp_path / "rows.csv", tmp_path / "run"
+    rows = np.random.default_rng(0).normal(size=(60, 3))
+    np.savetxt(source, rows, delimiter=",")
+    flags = tiny(
+        "configs/table.py", data__path=source, model__nz=2, train__num_steps=20
+    )
+    assert run(*flags, f"--workdir={workdir}").code == 0
+    source.rename(tmp_path / "elsewhere.csv")
+    for mode in ("sample", "evaluate"):
+        result = run(f"--mode={mode}", f"--workdir={workdir}", "--num_samples=5")
+        assert result.code == 0, result.err
+    result = run(
+        "--mode=score", f"--workdir={workdir}", f"--input={tmp_path / 'elsewhere.csv'}"
+    )
+    assert result.code == 0, result.err
+    assert len(Path(result.out.strip()).read_text().splitlines()) == 61
+    np.savetxt(source, rows + 1, delimiter=",")
+    result = run(*flags, f"--workdir={workdir}", "--config.train.num_steps=40")
+    _is_one_line_error(result, "not those that")
+
+
 def test_a_table_is_evaluated_beside_the_baselines(table_run: Path):
     figures = json.loads((table_run / "report.json").read_text())["figures"]
     aurocs = {name: v for name, v in figures.items() if name.startswith("auroc")}

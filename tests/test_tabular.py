@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zipfile
+from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from ddaebm_jax.data import table_files, tabular
 from ddaebm_jax.data.tabular import Standardizer
+from ddaebm_jax.errors import InputError
 
 FEW = settings(max_examples=25, deadline=None)
 
@@ -582,3 +584,21 @@ def test_any_csv_gives_numbers_or_a_refusal(tmp_path_factory, text):
         assert str(path) in str(error) and "\n" not in str(error)
     else:
         assert rows.size and np.isfinite(rows).all()
+
+
+def test_a_kept_table_comes_back_and_damage_is_told(tmp_path: Path):
+    table = tabular.load_breast_cancer(0, 0.3)
+    path = tmp_path / "table.npz"
+    tabular.save_table(table, path)
+    again = tabular.load_saved_table(path)
+    assert tabular.fingerprint(again) == tabular.fingerprint(table)
+    assert again.columns == table.columns
+    np.testing.assert_array_equal(again.standardizer.std, table.standardizer.std)
+    other = tabular.load_breast_cancer(1, 0.3)
+    assert tabular.fingerprint(other) != tabular.fingerprint(table)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="does not hold the run's table"):
+        tabular.load_saved_table(path)
+    path.unlink()
+    with pytest.raises(InputError, match="does not hold the run's table"):
+        tabular.load_saved_table(path)

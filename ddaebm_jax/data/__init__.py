@@ -1,6 +1,7 @@
 """Opens a data set by name."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, Float
 
 from ddaebm_jax.data import synthetic, tabular
 from ddaebm_jax.errors import InputError
+
+TABLE_FILE = "table.npz"
 
 
 class Source(NamedTuple):
@@ -44,8 +47,13 @@ class Source(NamedTuple):
             return {}
         return {
             "columns": list(self.table.columns),
-            "standardizer": self.table.standardizer.to_dict(),
+            "fingerprint": tabular.fingerprint(self.table),
         }
+
+    def save(self, workdir: Path) -> None:
+        """Keeps in a run directory what its modes need of the data."""
+        if self.table is not None:
+            tabular.save_table(self.table, workdir / TABLE_FILE)
 
 
 def _synthetic_source(distribution: synthetic.Synthetic) -> Source:
@@ -71,12 +79,13 @@ def draw_rows(rows: Float[Array, "n dim"], keys: Array) -> Float[Array, "batch d
     return rows[index]
 
 
-def open_source(data: Any, seed: int) -> Source:
+def open_source(data: Any, seed: int, workdir: Path | None = None) -> Source:
     """Opens the data set that a config names.
 
     Args:
       data: the config's `data` section.
       seed: of the train/test split.
+      workdir: a run directory; a table is then the one that `Source.save` kept.
 
     Raises:
       InputError: for an unknown name, or data that cannot be trained on.
@@ -84,7 +93,9 @@ def open_source(data: Any, seed: int) -> Source:
     """
     if data.name in synthetic.SYNTHETIC:
         return _synthetic_source(synthetic.SYNTHETIC[data.name]())
-    if data.name == "breast_cancer":
+    if workdir is not None:
+        table = tabular.load_saved_table(workdir / TABLE_FILE)
+    elif data.name == "breast_cancer":
         table = tabular.load_breast_cancer(seed, data.test_fraction)
     elif data.name == "table":
         table = tabular.load_table(

@@ -8,6 +8,8 @@ training rows alone.
 Files are read by `table_files`.
 """
 
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +130,57 @@ class Table(NamedTuple):
     test: Float[np.ndarray, "m d"]
     test_labels: Int[np.ndarray, " m"] | None
     standardizer: Standardizer
+
+
+def fingerprint(table: Table) -> str:
+    """Returns a SHA-256 of a table: columns, split rows, and their units."""
+    digest = hashlib.sha256(repr(table.columns).encode())
+    for values in (*table.standardizer, table.train, table.test, table.test_labels):
+        if values is not None:
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def save_table(table: Table, path: Path) -> None:
+    """Keeps a split and standardised table, so that a run needs no other file.
+
+    Written under another name first: a crash leaves no half a file.
+    """
+    arrays = {
+        "columns": np.asarray(table.columns),
+        "train": table.train,
+        "test": table.test,
+        "mean": table.standardizer.mean,
+        "std": table.standardizer.std,
+    }
+    if table.test_labels is not None:
+        arrays["test_labels"] = table.test_labels
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+
+
+def load_saved_table(path: Path) -> Table:
+    """Returns the table that `save_table` kept.
+
+    Raises:
+      InputError: if the file is not there, or not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Table(
+                columns=tuple(map(str, arrays["columns"])),
+                train=arrays["train"],
+                test=arrays["test"],
+                test_labels=arrays["test_labels"] if "test_labels" in arrays else None,
+                standardizer=Standardizer(arrays["mean"], arrays["std"]),
+            )
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} does not hold the run's table ({error}); copy the whole run "
+            "directory, or train again"
+        ) from error
 
 
 def load_breast_cancer(seed: int, test_fraction: float) -> Table:
