@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
         config.train.picture_every = 0
         config.train.tensorboard = False
         workdir = Path(_WORKDIR.value) / seed
+        train.open_workdir(workdir, config)  # Refuses a run of another config.
         if (workdir / train.REPORT_FILE).exists():
             report = json.loads((workdir / train.REPORT_FILE).read_text())
         else:

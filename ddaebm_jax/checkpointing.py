@@ -1,12 +1,11 @@
 """Checkpoints of a run, by Orbax: asynchronous, the newest few kept.
 
 A checkpoint holds two items: `state`, the whole TrainState, and `info`, plain JSON
-(format version, the config, what the data need, such as a table's standardisation).
+(format version, the config, a table's columns, standardisation and fingerprint).
 A step's data and noise are functions of (seed, step), so that the state alone fixes
 how a run goes on: a resumed run is bit-identical to an unbroken one.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,15 @@ class Checkpoints:
         Raises:
           CheckpointError: if they are of another format.
         """
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(**{_INFO: ocp.args.JsonRestore()})
-        )
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**{_INFO: ocp.args.JsonRestore()})
+            )
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise CheckpointError(
+                f"{self.directory}/{step} is damaged ({_first_line(error)}); remove "
+                "that checkpoint to go on from the one before"
+            ) from error
         info = restored[_INFO]
         if info.get("format") != FORMAT_VERSION:
             raise CheckpointError(
@@ -129,12 +134,11 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)}),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(
                 f"{self.directory}/{step} does not hold the state that this run's "
-                f"config describes ({first}); use the config that made it, or another "
-                "--workdir"
+                f"config describes ({_first_line(error)}); use the config that made "
+                "it, or another --workdir"
             ) from error
         logging.info("restored step %d from %s", step, self.directory)
         return restored[_STATE]
@@ -148,21 +152,14 @@ class Checkpoints:
         self._manager.close()
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def no_checkpoint(workdir: str | Path) -> str:
     """Returns the message for a run directory without a checkpoint."""
     return (
         f"{workdir} holds no checkpoint; train first, with "
         f"--mode=train --workdir={workdir}"
     )
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a crash leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Writes JSON; see `write_text_atomically`."""
-    write_text_atomically(path, json.dumps(value, indent=2) + "\n")

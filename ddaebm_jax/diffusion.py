@@ -11,6 +11,8 @@ Sources: Geng et al. 2024 (arXiv 2403.01666); Xiao et al. 2022 (arXiv 2112.07804
 the cosine schedule is eq. 17 of Nichol & Dhariwal 2021 (arXiv 2102.09672).
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -121,7 +123,7 @@ def marginal_variance(
     raise ValueError(f"variance is '{kind}'; allowed: {', '.join(VARIANCES)}")
 
 
-def make_schedule(
+def schedule_values(
     num_steps: int = 4,
     variance: str = "vp",
     beta_min: float = 0.1,
@@ -130,8 +132,8 @@ def make_schedule(
     time_eps: float = 1e-3,
     max_beta: float = 0.999,
     min_posterior_var: float | None = None,
-) -> Schedule:
-    """Makes a schedule of T steps, in float64 on the host, stored as float32.
+) -> dict[str, np.ndarray]:
+    """Returns the fields of a schedule of T steps, float64, on the host.
 
     Args:
       num_steps: T.
@@ -145,13 +147,14 @@ def make_schedule(
         None: not clipped. With `lsun` times s_0² = 0, so a value is needed there.
 
     Raises:
-      ValueError: for arguments out of range.
+      ValueError: for arguments out of range, or a schedule that cannot be used.
     """
     tau = diffusion_times(num_steps, time, time_eps)
     alpha_bar = 1.0 - marginal_variance(tau, variance, beta_min, beta_max)
     beta = np.empty(num_steps + 1)
     beta[0] = 1.0 - alpha_bar[0]
-    beta[1:] = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        beta[1:] = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
     alpha = 1.0 - beta
     p = np.cumprod(alpha)
     # 1 − P by recursion, (1−P_k) = β_k + α_k(1−P_{k−1}): no cancellation near data.
@@ -162,6 +165,13 @@ def make_schedule(
     c1 = beta[1:] * np.sqrt(p[:-1]) / one_minus_p[1:]
     c2 = one_minus_p[:-1] * np.sqrt(alpha[1:]) / one_minus_p[1:]
     posterior_var = beta[1:] * one_minus_p[:-1] / one_minus_p[1:]
+    if not (np.isfinite(beta).all() and (beta[1:] > 0).all() and (p > 0).all()):
+        raise ValueError(
+            f"variance '{variance}' with times '{time}', num_steps {num_steps}, "
+            f"beta_min {beta_min} and beta_max {beta_max} gives β from "
+            f"{beta.min():.3g} to {beta.max():.3g}; every step needs 0 < β < 1: take "
+            "fewer steps or a narrower range"
+        )
     clipped = np.maximum(posterior_var, min_posterior_var or 0.0)
     if clipped.min() <= 0.0:
         raise ValueError(
@@ -170,22 +180,24 @@ def make_schedule(
             "a positive number, for example 1e-4"
         )
     exponent = np.log(0.2 / 0.6) / np.log(0.5)
+    return {
+        "beta": beta,
+        "a": np.sqrt(alpha),
+        "sigma": np.sqrt(beta),
+        "a_cum": np.sqrt(p),
+        "sigma_cum": np.sqrt(one_minus_p),
+        "posterior_c1": c1,
+        "posterior_c2": c2,
+        "posterior_var": posterior_var,
+        "posterior_log_var": np.log(clipped),
+        "recon_weight": 0.6 * tau**exponent,
+    }
 
-    def stored(x: np.ndarray) -> Array:
-        return jnp.asarray(x, jnp.float32)
 
-    return Schedule(
-        beta=stored(beta),
-        a=stored(np.sqrt(alpha)),
-        sigma=stored(np.sqrt(beta)),
-        a_cum=stored(np.sqrt(p)),
-        sigma_cum=stored(np.sqrt(one_minus_p)),
-        posterior_c1=stored(c1),
-        posterior_c2=stored(c2),
-        posterior_var=stored(posterior_var),
-        posterior_log_var=stored(np.log(clipped)),
-        recon_weight=stored(0.6 * tau**exponent),
-    )
+def make_schedule(*args: Any, **kwargs: Any) -> Schedule:
+    """Makes a schedule, stored as float32; see `schedule_values` for arguments."""
+    values = schedule_values(*args, **kwargs)
+    return Schedule(**{k: jnp.asarray(v, jnp.float32) for k, v in values.items()})
 
 
 def per_example(values: Float[Array, " batch"], like: Array) -> Array:

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from ddaebm_jax import checkpointing, evaluation, train, writers
+from ddaebm_jax import checkpointing, train, writers
 from ddaebm_jax.data import tabular, test_rows
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import figures
+from ddaebm_jax.files import write_json_atomically
 from ddaebm_jax.models import Players
 
 
@@ -45,8 +47,13 @@ def load_run(workdir: str | Path) -> Run:
         step = checkpoints.latest_step()
         if step is None:
             raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
-        checkpoints.info(step)  # Refuses a checkpoint of another format.
+        info = checkpoints.info(step)
         experiment = train.build(config, workdir)
+        if experiment.source.metadata() != info["data"]:
+            raise InputError(
+                f"the data kept in {workdir} are not those of its checkpoint {step}; "
+                "copy the whole run directory again"
+            )
         state = checkpoints.restore(train.init_state(experiment), step)
     finally:
         checkpoints.close()
@@ -100,7 +107,7 @@ def sample(
         raise InputError(f"--num_samples is {num_samples}; at least 1 is needed")
     run = load_run(workdir)
     path = _output_path(output, run.workdir / "samples.npz", (".npz",))
-    levels = evaluation.draw_levels(run.experiment, run.variables, num_samples, seed)
+    levels = figures.draw_levels(run.experiment, run.variables, num_samples, seed)
     standardizer = _standardizer(run)
     samples = levels[-1]
     if standardizer is not None:
@@ -119,7 +126,7 @@ def sample(
             table.train,
             standardized,
             {
-                name: evaluation.energies(run.experiment, run.variables, rows)
+                name: figures.energies(run.experiment, run.variables, rows)
                 for name, rows in (
                     ("held-out inliers", test_rows(table, tabular.INLIER)),
                     ("samples", standardized),
@@ -145,9 +152,11 @@ def score(workdir: str | Path, rows_path: str, output: str | None = None) -> Pat
     """
     run = load_run(workdir)
     (dim,) = run.experiment.source.event_shape
-    rows = tabular.read_rows(rows_path, dim, _standardizer(run))
+    table = run.experiment.source.table
+    columns = None if table is None else table.columns
+    rows = tabular.read_rows(rows_path, dim, _standardizer(run), columns)
     path = _output_path(output, run.workdir / "scores.csv", (".csv", ".npz"))
-    energies = evaluation.energies(run.experiment, run.variables, rows)
+    energies = figures.energies(run.experiment, run.variables, rows)
     if path.suffix == ".npz":
         np.savez(path, energy=energies)
     else:
@@ -157,9 +166,12 @@ def score(workdir: str | Path, rows_path: str, output: str | None = None) -> Pat
 
 
 def evaluate(workdir: str | Path) -> dict[str, Any]:
-    """Measures the newest checkpoint; writes and returns `evaluation.json`."""
+    """Measures the newest checkpoint; writes and returns `evaluation.json`.
+
+    Where that is there already, a free name is taken.
+    """
     run = load_run(workdir)
-    figures = evaluation.evaluate(run.experiment, run.variables)
-    report = {"step": run.step, "figures": figures}
-    checkpointing.write_json_atomically(run.workdir / "evaluation.json", report)
+    found = figures.evaluate(run.experiment, run.variables)
+    report = {"step": run.step, "figures": found}
+    write_json_atomically(free_path(run.workdir / "evaluation.json"), report)
     return report

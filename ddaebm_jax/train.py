@@ -4,6 +4,7 @@ It owns no mathematics. State is in plain sight, every dispatch is a pure functi
 of it, and all randomness is a function of (seed, step).
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,19 +24,16 @@ from ddaebm_jax import (
 )
 from ddaebm_jax import (
     diffusion,
-    evaluation,
     minimax,
     models,
     parallel,
     writers,
 )
-from ddaebm_jax.checkpointing import (
-    Checkpoints,
-    write_json_atomically,
-    write_text_atomically,
-)
+from ddaebm_jax.checkpointing import Checkpoints
 from ddaebm_jax.data import Source, open_source
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import figures
+from ddaebm_jax.files import write_json_atomically, write_text_atomically
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
@@ -122,10 +120,16 @@ def build(config: ml_collections.ConfigDict, workdir: Path | None = None) -> Exp
     )
 
 
+def _key(seed: int, purpose: str) -> Array:
+    """Returns a key of its own for each purpose, so that no two runs share one."""
+    purposes = ("weights", "data", "noise")
+    return jax.random.fold_in(jax.random.key(seed), purposes.index(purpose))
+
+
 def init_state(experiment: Experiment) -> minimax.TrainState:
     """Returns the state before the first step, a function of the seed."""
     return minimax.init_state(
-        jax.random.key(experiment.config.seed),
+        _key(experiment.config.seed, "weights"),
         experiment.networks,
         experiment.optimizers,
         experiment.game,
@@ -148,7 +152,7 @@ def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
     networks, num_steps = experiment.networks, experiment.schedule.num_steps
 
     def dispatch(state, arrays, index, length):
-        data_key, noise_key = jax.random.split(jax.random.key(seed + 1))
+        data_key, noise_key = _key(seed, "data"), _key(seed, "noise")
 
         def one(state, _):
             keys = minimax.example_keys(data_key, state.step, index)
@@ -172,6 +176,7 @@ class Dispatcher:
     """Compiles the dispatch for each length once, and keeps count of the time.
 
     Attributes:
+      num_devices: over which the batch is split.
       compile_seconds: spent compiling so far.
     """
 
@@ -191,6 +196,7 @@ class Dispatcher:
             jax.device_put(experiment.source.arrays, sharding),
             parallel.batch_index(self._mesh, config.data.batch_size),
         )
+        self.num_devices = self._mesh.size
         self._compiled: dict[int, Any] = {}
         self.compile_seconds = 0.0
 
@@ -246,7 +252,7 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is a file; name a directory")
     if not path.exists():
-        if any(workdir.iterdir()):
+        if any(found.suffix != ".partial" for found in workdir.iterdir()):
             raise InputError(
                 f"--workdir={workdir} is not empty and holds no {CONFIG_FILE}, so it "
                 "is not a run; name a new directory"
@@ -257,6 +263,7 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         name: pair
         for name, pair in changed.items()
         if not name.startswith(config_lib.FREE_ON_RESUME)
+        or (name == "train.num_steps" and config_lib.decays(config))
     }
     if refused:
         listed = ", ".join(
@@ -398,51 +405,67 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     state = dispatcher.place(init_state(experiment))
     counts = log_parameters(state.variables)
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    if checkpoints.latest_step() is not None:
-        _check_data(checkpoints, experiment.source)
-        state = checkpoints.restore(state)
-    experiment.source.save(workdir)
-    write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
-    first = int(state.step)
     total = config.train.num_steps
-    if first > total:
-        raise InputError(
-            f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
-            f"{total}; raise it, or name a new --workdir"
+    if not (workdir / CONFIG_FILE).exists():
+        # First of all: from here on the directory is known as a run.
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        first = checkpoints.latest_step() or 0
+        if first > total:
+            raise InputError(
+                f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
+                f"{total}; raise it, or name a new --workdir"
+            )
+        if first:
+            _check_data(checkpoints, experiment.source)
+            state = checkpoints.restore(state, first)
+        write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
+        experiment.source.save(workdir)
+        info = {
+            "config": config.to_dict(),
+            "data": experiment.source.metadata(),
+        }
+        output = writers.Writers(workdir, first, total, config.train.tensorboard)
+        stack.callback(output.close)
+        output.message(
+            f"training from step {first} to {total} in {workdir} on "
+            f"{dispatcher.num_devices} {jax.default_backend()} device(s)"
         )
-    info = {
-        "config": config.to_dict(),
-        "data": experiment.source.metadata(),
-    }
-    output = writers.Writers(workdir, first, total, config.train.tensorboard)
-    output.message(
-        f"training from step {first} to {total} in {workdir} on "
-        f"{jax.device_count()} {jax.default_backend()} device(s)"
-    )
-    try:
         state = _loop(
             config, experiment, workdir, state, dispatcher, checkpoints, output, info
         )
         seconds = time.monotonic() - started
         report = {
             "step": total,
-            "figures": evaluation.evaluate(experiment, state.ema),
+            "figures": figures.evaluate(experiment, state.ema),
             "parameters": counts,
             "seconds": seconds,
             "compile_seconds": dispatcher.compile_seconds,
             "resumed_from_step": first,
-            "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            "device": f"{dispatcher.num_devices} × {jax.devices()[0].device_kind}",
             "versions": {"jax": jax.__version__},
         }
-        evaluation.draw_pictures(experiment, state.ema, workdir / "samples", total)
-        output.scalars(total, {f"final/{k}": v for k, v in report["figures"].items()})
         write_json_atomically(workdir / REPORT_FILE, report)
-    finally:
-        checkpoints.close()
-        output.close()
+        output.scalars(total, {f"final/{k}": v for k, v in report["figures"].items()})
+        _draw(experiment, state, workdir, output, total)
     return report
+
+
+def _draw(
+    experiment: Experiment,
+    state: minimax.TrainState,
+    workdir: Path,
+    output: writers.Writers,
+    step: int,
+) -> None:
+    """Draws the averaged model's pictures, into files and TensorBoard."""
+    directory = workdir / "samples"
+    pictures = figures.draw_pictures(experiment, state.ema, directory, step)
+    for name, path in pictures.items():
+        output.picture(step, name, path)
 
 
 def _loop(
@@ -458,7 +481,7 @@ def _loop(
     """Takes all steps that are left, with reports, pictures and checkpoints."""
     train, total = config.train, config.train.num_steps
     average = _Average()
-    told_compile_time = False
+    compiled = 0.0
 
     def due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
@@ -466,24 +489,22 @@ def _loop(
     for start, step in dispatches(config, int(state.step)):
         state, metrics = dispatcher(state, step - start)
         average.add(metrics, step - start)
-        if not told_compile_time:
-            told_compile_time = True
-            output.message(f"compiled in {dispatcher.compile_seconds:.1f} s")
+        if dispatcher.compile_seconds > compiled:
+            seconds = dispatcher.compile_seconds - compiled
+            compiled = dispatcher.compile_seconds
+            output.message(f"compiled {step - start} steps in {seconds:.1f} s")
             output.restart_clock(start)
         save = due(step, train.checkpoint_every) or step == total
         if due(step, train.report_every) or save:
             output.report(step, _checked(step, average.take()))
-        if save:
-            checkpoints.save(state, info)
         if due(step, train.evaluate_every) and step < total:
-            figures = evaluation.evaluate(experiment, state.ema)
-            output.scalars(step, {f"evaluation/{k}": v for k, v in figures.items()})
+            found = figures.evaluate(experiment, state.ema)
+            output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
             output.restart_clock(step)
         if due(step, train.picture_every) and step < total:
-            pictures = evaluation.draw_pictures(
-                experiment, state.ema, workdir / "samples", step
-            )
-            for name, path in pictures.items():
-                output.picture(step, name, path)
+            _draw(experiment, state, workdir, output, step)
             output.restart_clock(step)
+        if save:
+            # Last: a run resumed from here has missed nothing.
+            checkpoints.save(state, info)
     return state

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from ddaebm_jax.checkpointing import write_text_atomically
+from ddaebm_jax.files import write_text_atomically
 
 
 class MetricsFile:
@@ -24,15 +24,20 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         """Opens the file for a run that goes on from `resume_step`.
 
-        Lines of later steps, and a line cut short by a crash, are dropped: the run
-        will write them again. Lines are never written twice.
+        Lines of later steps, the final figures, and a line cut short by a crash are
+        dropped: the run will write them again. Lines are never written twice.
 
         Args:
           path: the file.
           resume_step: the step of the restored state, 0 for a new run.
         """
         if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+            kept = [
+                line
+                for line in read_metrics(path)
+                if line["step"] <= resume_step
+                and not any(name.startswith("final/") for name in line)
+            ]
             write_text_atomically(
                 path, "".join(json.dumps(line) + "\n" for line in kept)
             )

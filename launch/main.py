@@ -29,12 +29,34 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "sample", "score", "evaluate"], "What to do."
 )
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "How many samples to draw.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**31 - 1
+)
 _INPUT = flags.DEFINE_string("input", None, "CSV or NPZ rows to score.")
 _OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: in --workdir.")
 
 
+# Flags that only some modes read; elsewhere they would be ignored.
+_MODES_OF_FLAG = {
+    "config": ("train",),
+    "num_samples": ("sample",),
+    "seed": ("sample",),
+    "input": ("score",),
+    "output": ("sample", "score"),
+}
+
+
+def _check_flags() -> None:
+    for name, modes in _MODES_OF_FLAG.items():
+        if flags.FLAGS[name].present and _MODE.value not in modes:
+            raise InputError(
+                f"--{name} is for --mode={' or '.join(modes)}; --mode={_MODE.value} "
+                "would ignore it: leave it out"
+            )
+
+
 def _run() -> None:
+    _check_flags()
     from ddaebm_jax import modes, train, writers
 
     if _MODE.value == "train":
@@ -67,7 +89,10 @@ def _new_workdir() -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # A recipe's own traceback may come along: its last line says what happened.
+    message = message.split("Traceback (most recent call last)")
+    text = message[0] if len(message) == 1 else message[-1].strip().splitlines()[-1]
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -84,7 +109,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             f"in --config or a --config.field override: {error.args[0]}; "
             "ddaebm_jax/config.py lists the fields"
         )
-    except OSError as error:
+    except (OSError, ImportError, SyntaxError) as error:
         _fail(f"--config: {error.__cause__ or error}")
     return remaining
 
@@ -93,7 +118,7 @@ def _in_one_line(action: Callable[[], None]) -> None:
     """Runs an action; an error of the user's ends the program with one line."""
     try:
         action()
-    except (InputError, FileNotFoundError) as error:
+    except (InputError, OSError) as error:
         logging.debug("where it came from", exc_info=True)
         _fail(str(error))
 

@@ -151,7 +151,13 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.
 
 def assert_trees_equal(actual: Any, expected: Any):
     """Asserts that two pytrees are the same, bit for bit."""
-    assert_trees_close(actual, expected, rtol=0.0)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
+        assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
 
 
 def differ(first: Any, second: Any) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import GAME, assert_trees_equal, smooth_networks
 
-from ddaebm_jax import checkpointing, minimax
+from ddaebm_jax import checkpointing, files, minimax
 
 OPTIMIZERS = minimax.make_optimizers(1e-3, 1e-3, 0.5, 0.9)
 
@@ -99,8 +99,8 @@ def test_a_checkpoint_of_another_format_is_refused(
 
 def test_an_atomic_write_replaces_or_leaves(tmp_path: Path):
     path = tmp_path / "a.json"
-    checkpointing.write_json_atomically(path, {"x": 1})
+    files.write_json_atomically(path, {"x": 1})
     with pytest.raises(TypeError):
-        checkpointing.write_json_atomically(path, {"x": object()})
+        files.write_json_atomically(path, {"x": object()})
     assert path.read_text() == '{\n  "x": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]

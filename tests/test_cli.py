@@ -105,6 +105,7 @@ def test_evaluate_repeats_the_final_figures(run: CommandLine, plane_run: Path):
     result = run("--mode=evaluate", f"--workdir={plane_run}")
     assert result.code == 0, result.err
     figures = json.loads((plane_run / "evaluation.json").read_text())["figures"]
+    assert figures["modes"] == 25
     assert figures == json.loads((plane_run / "report.json").read_text())["figures"]
     assert "jensen_shannon" in result.out
 
@@ -209,6 +210,12 @@ BAD_INPUT = {
         [f"--config={PLANE}", "--config.parallel.num_devices=64"],
         "parallel.num_devices is 64",
     ),
+    "flag of another mode": ([f"--config={PLANE}", "--seed=3"], "--seed is for"),
+    "seed too large": (["--mode=sample", "--seed=99999999999999999999"], "seed"),
+    "workdir below a file": (
+        ["--mode=sample", "--workdir=README.md/run"],
+        "README.md/run",
+    ),
     "no workdir": (["--mode=sample"], "--workdir"),
     "workdir not there": (["--mode=evaluate", "--workdir=/nowhere/run"], "/nowhere"),
     "table without a path": (
@@ -232,7 +239,7 @@ def test_bad_input_is_one_line_and_makes_nothing(
 ):
     argv, expected = BAD_INPUT[case]
     workdir = tmp_path / "run"
-    if case not in ("no workdir", "workdir not there"):
+    if "--mode=sample" not in argv and "--mode=evaluate" not in argv:
         argv = [*argv, f"--workdir={workdir}"]
     _is_one_line_error(run(*argv), expected)
     assert not workdir.exists()

@@ -113,6 +113,8 @@ def test_a_missing_field_is_refused():
         ({"diffusion.variance": "geometric"}, "below 1"),
         ({"diffusion.time": "lsun", "diffusion.num_steps": 1}, "at least 2"),
         ({"diffusion.time": "lsun"}, "min_posterior_var"),
+        ({"diffusion.time_eps": 1e-300}, "min_posterior_var"),
+        ({"diffusion.beta_max": 4000.0}, "every step needs"),
         ({"diffusion.time_eps": 0.0}, "min_posterior_var"),
         ({"game.recon_floor": None, "diffusion.num_steps": 1}, "recon_floor is None"),
         ({"model.mlp.t_embed_dim": 15}, "even"),

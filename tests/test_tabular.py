@@ -602,3 +602,14 @@ def test_a_kept_table_comes_back_and_damage_is_told(tmp_path: Path):
     path.unlink()
     with pytest.raises(InputError, match="does not hold the run's table"):
         tabular.load_saved_table(path)
+
+
+def test_columns_with_names_are_put_in_the_order_of_training(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text("b,a\n1,2\n3,4\n")
+    rows = tabular.read_rows(path, 2, None, ("a", "b"))
+    np.testing.assert_array_equal(rows, [[2, 1], [4, 3]])
+    nameless = ("column_0", "column_1")
+    np.testing.assert_array_equal(tabular.read_rows(path, 2, None, nameless)[0], [1, 2])
+    with pytest.raises(InputError, match="no column 'c'"):
+        tabular.read_rows(path, 2, None, ("a", "c"))

@@ -18,9 +18,10 @@ from helpers import assert_trees_close, assert_trees_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax import checkpointing, evaluation, minimax, modes, parallel, train
+from ddaebm_jax import checkpointing, minimax, modes, parallel, train
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import figures
 
 
 def _config(**fields: object) -> ml_collections.ConfigDict:
@@ -67,6 +68,36 @@ def test_a_resumed_run_is_bit_identical(unbroken: Path, tmp_path: Path):
     train.train(_config(train__num_steps=16), tmp_path / "run")
     train.train(_config(), tmp_path / "run")
     assert_trees_equal(_final_state(tmp_path / "run"), _final_state(unbroken))
+
+
+def test_a_run_whose_rates_decay_cannot_change_its_length(tmp_path: Path):
+    """The rate at a step depends on the length: resumed would not equal unbroken."""
+    fields = {"optimizer__schedule": "cosine", "train__checkpoint_every": 4}
+    train.train(_config(train__num_steps=4, **fields), tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(InputError, match=r"train\.num_steps"):
+        train.train(_config(train__num_steps=8, **fields), tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(unbroken: Path):
+    before = {p: p.read_bytes() for p in unbroken.iterdir() if p.is_file()}
+    with pytest.raises(InputError, match=r"beyond train\.num_steps 10"):
+        train.train(_config(train__num_steps=10), unbroken)
+    assert {p: p.read_bytes() for p in unbroken.iterdir() if p.is_file()} == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    unbroken: Path, tmp_path: Path
+):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json.partial").write_text("{")  # killed while writing it
+    train.open_workdir(workdir, _config())
+    (workdir / "config.json").write_text(config_lib.to_json(_config()))
+    (workdir / "checkpoints").mkdir()  # killed right after making it
+    train.train(_config(), workdir)
+    assert_trees_equal(_final_state(workdir), _final_state(unbroken))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(
@@ -217,7 +248,7 @@ def test_without_a_latent_or_posterior_a_run_works_from_end_to_end(tmp_path: Pat
         report = train.train(_config(train__num_steps=4, **{field: False}), workdir)
         assert report["parameters"]["posterior"] == 0
         run = modes.load_run(workdir)
-        assert evaluation.draw_samples(run.experiment, run.variables, 5).shape == (5, 2)
+        assert figures.draw_samples(run.experiment, run.variables, 5).shape == (5, 2)
 
 
 def _start(workdir: Path, *flags: str) -> subprocess.Popen:

@@ -47,6 +47,7 @@ class Source(NamedTuple):
             return {}
         return {
             "columns": list(self.table.columns),
+            "standardizer": self.table.standardizer.to_dict(),
             "fingerprint": tabular.fingerprint(self.table),
         }
 

@@ -250,6 +250,7 @@ def read_rows(
     path: str | Path,
     dim: int | None = None,
     standardizer: Standardizer | None = None,
+    columns: tuple[str, ...] | None = None,
 ) -> Float[np.ndarray, "n d"]:
     """Reads the rows of a CSV or NPZ file, to be scored; formats as in `load_table`.
 
@@ -261,26 +262,43 @@ def read_rows(
       standardizer: the training table's. With it the rows are standardised before
         they are rounded to float32, exactly as the training rows were; None: they
         stay in the columns' units.
+      columns: the training table's names. A file whose own names are these in
+        another order is put in order; a file without names is taken as it stands.
 
     Returns:
       float32 rows.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      InputError: for a file that cannot be used, or rows of another width.
+      InputError: for a file that cannot be used, or rows of another width or
+        with other names.
     """
     path = Path(path)
-    rows = read_table_file(path).rows
+    table = read_table_file(path)
+    rows = table.rows
     if dim is None and standardizer is not None:
         dim = len(standardizer.mean)
     if dim is not None:
         _check_width(rows.shape[1], dim, str(path))
+    if columns is not None and _are_names(columns) and _are_names(table.columns):
+        missing = [name for name in columns if name not in table.columns]
+        if missing:
+            raise InputError(
+                f"{path}: there is no column '{missing[0]}'; the model was trained on "
+                f"{', '.join(columns)}: give these"
+            )
+        rows = rows[:, [table.columns.index(name) for name in columns]]
     if standardizer is None:
         return rows.astype(np.float32)
     try:
         return standardizer.transform(rows)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _are_names(columns: tuple[str, ...]) -> bool:
+    """Whether a file gave these names, rather than their places."""
+    return columns != tuple(f"column_{i}" for i in range(len(columns)))
 
 
 def _check_width(found: int, wanted: int, what: str) -> None:
