@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.final_learning_rate = 3e-5
     config.optimizer.beta1 = 0.5
     config.optimizer.ema_decay = 0.9995
-    config.train.num_steps = 28_000
-    config.train.picture_every = 7_000
-    config.train.checkpoint_every = 7_000
+    config.train.num_steps = 48_000
+    config.train.picture_every = 12_000
+    config.train.checkpoint_every = 12_000
     return config

@@ -9,7 +9,7 @@ import pytest
 from cli import ROOT, CommandLine, tiny
 from PIL import Image
 
-PLANE, TABLE = "configs/gaussians25.py", "configs/breast_cancer.py"
+PLANE, TABLE = "configs/released_gaussians25.py", "configs/breast_cancer.py"
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_the_default_workdir_is_named_after_the_recipe(tmp_path: Path):
     command_line.close()
     assert result.code == 0, result.err
     made = Path(result.out.splitlines()[0])
-    assert made.parts[:2] == ("runs", "gaussians25")
+    assert made.parts[:2] == ("runs", "released_gaussians25")
     assert (tmp_path / made / "report.json").exists()
 
 
