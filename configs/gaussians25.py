@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.diffusion.variance = "cosine"
     config.model.mlp.hidden = (200, 200, 200)
     config.game.gamma = 0.002
-    config.game.gamma_final = 2e-4
+    config.game.gamma_final = 3e-4
     config.game.lambda_z = 1.0
     config.game.lambda_f = 3.0
     config.game.energy_l2 = 0.05

@@ -14,16 +14,16 @@ def get_config() -> ml_collections.ConfigDict:
     config = config_lib.base()
     config.data.name = "pinwheel"
     config.diffusion.variance = "cosine"
-    config.game.gamma = 0.002
+    config.game.gamma = 0.005
     config.game.lambda_z = 1.0
-    config.game.lambda_f = 0.5
+    config.game.lambda_f = 1.0
     config.optimizer.learning_rate = 2e-3
     config.optimizer.energy_learning_rate = 2e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.beta1 = 0.5
     config.optimizer.ema_decay = 0.9995
-    config.train.num_steps = 12_000
-    config.train.picture_every = 3_000
-    config.train.checkpoint_every = 3_000
+    config.train.num_steps = 16_000
+    config.train.picture_every = 4_000
+    config.train.checkpoint_every = 4_000
     return config
