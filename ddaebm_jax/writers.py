@@ -87,6 +87,23 @@ def open_tensorboard(directory: Path) -> Any | None:
     )
 
 
+def _open_progress(tensorboard: Any | None, total_steps: int) -> Any | None:
+    """Returns clu's periodic report of progress to TensorBoard, if that is there.
+
+    By seconds: clu's actions by steps want to be called after every single step.
+    """
+    if tensorboard is None:
+        return None
+    from clu import periodic_actions
+
+    return periodic_actions.ReportProgress(
+        num_train_steps=total_steps,
+        every_steps=None,
+        every_secs=60.0,
+        writer=tensorboard,
+    )
+
+
 class Writers:
     """All the places where a run reports: metrics file, TensorBoard, progress."""
 
@@ -103,6 +120,7 @@ class Writers:
         """
         self._metrics = MetricsFile(workdir / "metrics.jsonl", resume_step)
         self._tensorboard = open_tensorboard(workdir) if tensorboard else None
+        self._progress = _open_progress(self._tensorboard, total_steps)
         self._total = total_steps
         self._clock = (resume_step, time.monotonic())
         self._interactive = sys.stderr.isatty()
@@ -118,6 +136,8 @@ class Writers:
         rate = (step - last_step) / max(now - last_time, 1e-9)
         self._clock = (step, now)
         self.scalars(step, {**values, "steps_per_second": rate})
+        if self._progress is not None:
+            self._progress(step)
         left = (self._total - step) / max(rate, 1e-9)
         line = (
             f"step {step}/{self._total} ({step / self._total:.0%})  "
