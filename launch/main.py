@@ -123,10 +123,12 @@ def _in_one_line(action: Callable[[], None]) -> None:
         _fail(str(error))
 
 
-def _without_orbax_chatter(record: std_logging.LogRecord) -> bool:
-    """Drops Orbax's notes on its insides; its warnings pass, but for one."""
+def _without_chatter(record: std_logging.LogRecord) -> bool:
+    """Drops libraries' notes on their insides; warnings pass, but for one."""
     if "Given directory is read only" in record.getMessage():
         return False  # Reading is all that was asked for.
+    if "Setting work unit notes" in record.getMessage():
+        return False  # clu's progress; our own line says the same.
     return "orbax" not in record.pathname or record.levelno > std_logging.INFO
 
 
@@ -136,7 +138,7 @@ def main(argv: list[str]) -> None:
         _fail(f"what is {argv[1]!r}? Flags start with --")
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     if logging.get_verbosity() == logging.INFO:
-        logging.get_absl_handler().addFilter(_without_orbax_chatter)
+        logging.get_absl_handler().addFilter(_without_chatter)
     _in_one_line(_run)
 
 
