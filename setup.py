@@ -23,6 +23,9 @@ setup(
         "absl-py>=2.1",
         "clu>=0.0.12",
         "flax>=0.12.8",
+        "grain>=0.2.18",
+        # TFDS needs it to prepare its own sets, and does not say so.
+        "importlib_resources>=6.5",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "matplotlib>=3.10",
@@ -35,11 +38,15 @@ setup(
         "scipy>=1.15",
         "tensorboard>=2.21",
         "tensorflow-cpu>=2.21",
+        "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
+        # To prepare LSUN, whose archives are LMDB files.
+        "lsun": ["lmdb>=1.6"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.150",
+            "lmdb>=1.6",
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.15",

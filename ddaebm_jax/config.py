@@ -14,12 +14,12 @@ import ml_collections
 from ml_collections import config_dict
 
 from ddaebm_jax import diffusion, objective
-from ddaebm_jax.data import synthetic
+from ddaebm_jax.data import images, synthetic
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.models import NETWORKS, mlp
+from ddaebm_jax.models import NETWORKS, layers, mlp, ncsnpp
 
 TABLES = ("breast_cancer", "table")
-DATASETS = (*synthetic.SYNTHETIC, *TABLES)
+DATASETS = (*synthetic.SYNTHETIC, *TABLES, *images.IMAGES)
 RATE_SCHEDULES = ("constant", "cosine", "exponential")
 
 
@@ -30,18 +30,47 @@ def base() -> ml_collections.ConfigDict:
     config.seed = 0
 
     config.data = data = ml_collections.ConfigDict()
-    # A distribution of data/synthetic.py, `breast_cancer`, or `table` (with `path`).
+    # A distribution of data/synthetic.py; `breast_cancer`, or `table` (with `path`);
+    # of images: `digits`, `photos`, `folder` (with `path`), or `tfds` (with `tfds`).
     data.name = "gaussians25"
-    # CSV or NPZ file of `table`.
+    # CSV or NPZ file of `table`; folder of PNG and JPEG files of `folder`.
     data.path = ""
     # Column (CSV) or array (NPZ) of a table that marks outliers with 1, inliers
     # with 0; training then uses inliers only. Empty: none in a CSV, and in an NPZ
     # the array `labels` if there is one.
     data.label_column = ""
-    # Share of a table's rows held out for testing.
+    # Share of a table's rows, or of images, held out for testing.
     data.test_fraction = 0.3
     # Global batch, over all devices.
     data.batch_size = 200
+    # TensorFlow Datasets' name, as `cifar10`, and where its sets lie; empty: its
+    # default, ~/tensorflow_datasets.
+    data.tfds = ""
+    data.tfds_dir = ""
+    # Splits of a `tfds` set; with an empty test_split, test_fraction of `split` is
+    # held out.
+    data.split = "train"
+    data.test_split = "test"
+    # Take the first so many images of `split` only; 0: all.
+    data.limit = 0
+    # Side and channels (1 or 3) of the images that the networks see.
+    data.image_size = 32
+    data.channels = 3
+    # Box (left, top, right, bottom) cut from every image, pixels; None: the whole.
+    # Then the short side is resized to image_size, and the centre is cut.
+    data.crop = config_dict.placeholder(tuple)
+    # Flip images left to right at random.
+    data.flip = False
+    # Keep the training images in device memory, so that batches are gathered there.
+    data.on_device = False
+    # Leave images out that cannot be read, instead of stopping.
+    data.skip_corrupt = False
+    # Patches cut from the two photographs of `photos`.
+    data.num_patches = 20_000
+    # Reading: threads, batches ahead, and processes beside this one (0: threads only).
+    data.num_threads = 16
+    data.prefetch = 8
+    data.num_workers = 0
 
     config.diffusion = process = ml_collections.ConfigDict()
     # T, the number of denoising steps.
@@ -61,10 +90,39 @@ def base() -> ml_collections.ConfigDict:
     process.min_posterior_var = config_dict.placeholder(float)
 
     config.model = model = ml_collections.ConfigDict()
-    # Which networks: `mlp` (points and tables).
+    # Which networks: `mlp` (points and tables) or `ncsnpp` (images).
     model.name = "mlp"
     # Width of the latent z.
     model.nz = 2
+    # Of `ncsnpp`'s computation: `float32`, or `bfloat16` with parameters, norms,
+    # softmax and the energy's sum in float32.
+    model.dtype = "float32"
+    # Of `ncsnpp`: `blocks` computes residual blocks and attention again in the
+    # backward pass, which saves memory and costs time; `none`.
+    model.remat = "none"
+    model.unet = ml_collections.ConfigDict()
+    # Base width, even.
+    model.unet.nf = 128
+    # Width of each level in units of nf; each level but the last halves the image.
+    model.unet.ch_mult = (1, 2, 2, 2)
+    # Residual blocks a level on the way down; one more on the way up.
+    model.unet.num_res_blocks = 2
+    # Sides of the images after which attention follows; may be empty.
+    model.unet.attn_resolutions = (16,)
+    # Share of units dropped in residual blocks, in training.
+    model.unet.dropout = 0.1
+    # Resample with the filter (1, 3, 3, 1), else by repeats and means.
+    model.unet.fir = True
+    # `residual` (needs `fir`): a pyramid of the input is summed in; `none`.
+    model.unet.progressive_input = "residual"
+    # Width of the generator's embedding of z, and layers after its first.
+    model.unet.z_emb_dim = 256
+    model.unet.n_mlp = 4
+    model.encoder = ml_collections.ConfigDict()
+    # Base width of the image posterior.
+    model.encoder.ngf = 64
+    # Width of its time embedding, even.
+    model.encoder.t_emb_dim = 256
     model.mlp = ml_collections.ConfigDict()
     # Widths of the point's encoder, the last without activation.
     model.mlp.x_widths = (16, 32)
@@ -155,6 +213,8 @@ def base() -> ml_collections.ConfigDict:
     config.evaluation = evaluation = ml_collections.ConfigDict()
     # Samples drawn for the figures.
     evaluation.num_samples = 10_000
+    # Images that one call of a network takes in evaluation, sampling and scoring.
+    evaluation.batch_size = 250
     # Random directions of the sliced Wasserstein distance.
     evaluation.num_projections = 500
 
@@ -180,7 +240,7 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _type_problem(field: str, value: Any, default: Any) -> str | None:
     """Says what is wrong with a value's type, judged by the base's value."""
-    optional = default is None
+    optional = default is None or field in _OPTIONAL
     if optional and value is None:
         return None
     if isinstance(default, bool):
@@ -188,19 +248,40 @@ def _type_problem(field: str, value: Any, default: Any) -> str | None:
     elif isinstance(default, int):
         wanted = "a whole number"
         fits = isinstance(value, int) and not isinstance(value, bool)
+    elif field in _TUPLES:
+        return _tuple_problem(field, value)
     elif isinstance(default, float) or optional:
         wanted = "a finite number" + (" or None" if optional else "")
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         fits = fits and math.isfinite(value)
     elif isinstance(default, tuple):
         wanted = "a tuple of whole numbers, each at least 1"
-        fits = isinstance(value, tuple | list) and all(
-            isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value
-        )
-        fits = fits and len(value) > 0
+        fits = _whole_numbers(value, 1) and len(value) > 0
     else:
         wanted, fits = "a string", isinstance(value, str)
     return None if fits else f"{field} is {value!r}; {wanted} is needed"
+
+
+# Fields with a value in the base that may be None too.
+_OPTIONAL = ("game.recon_floor",)
+
+# Tuples with rules of their own: (least value, lengths allowed or None, in words).
+_TUPLES: dict[str, tuple[int, int | None, str]] = {
+    "data.crop": (0, 4, "four whole numbers (left, top, right, bottom), or None"),
+    "model.unet.attn_resolutions": (1, None, "whole numbers, each at least 1, or ()"),
+}
+
+
+def _whole_numbers(value: Any, least: int) -> bool:
+    return isinstance(value, tuple | list) and all(
+        isinstance(v, int) and not isinstance(v, bool) and v >= least for v in value
+    )
+
+
+def _tuple_problem(field: str, value: Any) -> str | None:
+    least, length, wanted = _TUPLES[field]
+    fits = _whole_numbers(value, least) and length in (None, len(value))
+    return None if fits else f"{field} is {value!r}; needed: {wanted}"
 
 
 def _choice(field: str, value: str, allowed: tuple[str, ...]) -> str | None:
@@ -215,6 +296,13 @@ def _choice(field: str, value: str, allowed: tuple[str, ...]) -> str | None:
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "data.test_fraction": (0, 0.9, False),
     "data.batch_size": (1, math.inf, True),
+    "data.limit": (0, math.inf, True),
+    "data.image_size": (8, 1024, True),
+    "data.channels": (1, 3, True),
+    "data.num_patches": (1, 10**6, True),
+    "data.num_threads": (1, 1024, True),
+    "data.prefetch": (1, 1024, True),
+    "data.num_workers": (0, 256, True),
     "diffusion.num_steps": (1, 128, True),
     "diffusion.beta_min": (0, math.inf, False),
     "diffusion.beta_max": (0, math.inf, False),
@@ -222,6 +310,13 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "diffusion.max_beta": (0, 0.999999, False),
     "diffusion.min_posterior_var": (0, math.inf, False),
     "model.nz": (1, math.inf, True),
+    "model.unet.nf": (4, math.inf, True),
+    "model.unet.num_res_blocks": (1, math.inf, True),
+    "model.unet.dropout": (0, 0.999, True),
+    "model.unet.z_emb_dim": (1, math.inf, True),
+    "model.unet.n_mlp": (0, math.inf, True),
+    "model.encoder.ngf": (1, math.inf, True),
+    "model.encoder.t_emb_dim": (4, math.inf, True),
     "model.mlp.t_embed_dim": (4, math.inf, True),
     "model.mlp.posterior_features": (1, math.inf, True),
     "model.mlp.fourier_octaves": (0, 16, True),
@@ -249,6 +344,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.keep_checkpoints": (1, math.inf, True),
     "parallel.num_devices": (0, math.inf, True),
     "evaluation.num_samples": (1, 10**6, True),
+    "evaluation.batch_size": (1, 10**6, True),
     "evaluation.num_projections": (1, 10**6, True),
     "seed": (0, 2**31 - 1, True),
 }
@@ -258,6 +354,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "diffusion.variance": diffusion.VARIANCES,
     "diffusion.time": diffusion.TIMES,
     "model.name": NETWORKS,
+    "model.dtype": layers.DTYPES,
+    "model.remat": layers.REMATS,
+    "model.unet.progressive_input": ncsnpp.PROGRESSIVE_INPUTS,
     "model.mlp.activation": mlp.ACTIVATIONS,
     "model.mlp.norm": mlp.NORMS,
     "game.recon": objective.RECONSTRUCTIONS,
@@ -320,15 +419,91 @@ def _combination_problems(config: Any) -> Iterator[str]:
             "optimizer.final_learning_rate is 0; an exponential decay needs a "
             "positive one, for example 1e-5"
         )
-    if config.data.name == "table" and not config.data.path:
-        yield "data.path is empty; data.name 'table' needs a CSV or NPZ file"
-    if config.data.name != "table":
-        for field in ("path", "label_column"):
-            if config.data[field]:
-                yield (
-                    f"data.{field} is '{config.data[field]}', which data.name "
-                    f"'{config.data.name}' would ignore; use data.name='table'"
-                )
+    yield from _data_problems(config.data)
+    if config.data.name in images.IMAGES:
+        if config.model.name != "ncsnpp":
+            yield (
+                f"model.name is '{config.model.name}', but data.name "
+                f"'{config.data.name}' holds images; use model.name='ncsnpp'"
+            )
+        else:
+            yield from _image_problems(config)
+    elif config.model.name == "ncsnpp":
+        yield (
+            f"model.name is 'ncsnpp', but data.name '{config.data.name}' holds no "
+            "images; use model.name='mlp'"
+        )
+
+
+# Fields that only some data sets read.
+_DATA_OF_FIELD: dict[str, tuple[str, ...]] = {
+    "path": ("table", "folder"),
+    "label_column": ("table",),
+    "tfds": ("tfds",),
+    "tfds_dir": ("tfds",),
+    "limit": ("tfds",),
+    "crop": ("folder", "tfds"),
+    "skip_corrupt": ("folder",),
+    "flip": images.IMAGES,
+    "on_device": images.IMAGES,
+}
+
+
+def _data_problems(data: Any) -> Iterator[str]:
+    """Problems of the data's fields with each other."""
+    for field, names in (("path", ("table", "folder")), ("tfds", ("tfds",))):
+        if data.name in names and not data[field]:
+            yield f"data.{field} is empty; data.name '{data.name}' needs it"
+    for field, names in _DATA_OF_FIELD.items():
+        if data[field] and data.name not in names:
+            yield (
+                f"data.{field} is '{data[field]}', which data.name '{data.name}' would "
+                f"ignore; it is for {', '.join(names)}"
+            )
+    if data.channels == 2:
+        yield "data.channels is 2; allowed: 1 (grey), 3 (RGB)"
+    if data.crop is not None:
+        left, top, right, bottom = data.crop
+        if not (left < right and top < bottom):
+            yield (
+                f"data.crop is {tuple(data.crop)}; (left, top, right, bottom) with "
+                "left < right and top < bottom is needed"
+            )
+
+
+def _image_problems(config: Any) -> Iterator[str]:
+    """Problems of the image networks with the images' size and each other."""
+    side, unet = config.data.image_size, config.model.unet
+    factor = 2 ** (len(unet.ch_mult) - 1)
+    if side % factor:
+        yield (
+            f"data.image_size is {side}, not divisible by {factor}, as the "
+            f"{len(unet.ch_mult)} levels of model.unet.ch_mult need"
+        )
+    if side & (side - 1):
+        yield (
+            f"data.image_size is {side}; the posterior needs a power of two, for "
+            f"example {2 ** (side.bit_length() - 1)}"
+        )
+    for field, width in (
+        ("model.unet.nf", unet.nf),
+        ("model.encoder.t_emb_dim", config.model.encoder.t_emb_dim),
+    ):
+        if width % 2:
+            yield f"{field} is {width}; even is needed"
+    if unet.progressive_input == "residual" and not unet.fir:
+        yield (
+            "model.unet.progressive_input is 'residual', which needs model.unet.fir="
+            "True; or set it to 'none'"
+        )
+    widths = ncsnpp.normed_widths(unet.nf, unet.ch_mult, unet.num_res_blocks)
+    bad = [width for width in sorted(widths) if width % ncsnpp.num_groups(width)]
+    if bad:
+        yield (
+            f"model.unet.nf {unet.nf} and ch_mult {tuple(unet.ch_mult)} make layers of "
+            f"width {bad[0]}, which {ncsnpp.num_groups(bad[0])} groups do not divide; "
+            "use a multiple of 4 up to 128, or of 32"
+        )
 
 
 def problems(config: ml_collections.ConfigDict) -> list[str]:
@@ -368,7 +543,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
 # Sections and fields that may differ when a run is resumed: they change how long and
 # how loudly it trains, not what is trained on what. train.num_steps is free only
 # where no rate or weight decays over the run; see `decays`.
-FREE_ON_RESUME = ("train.", "parallel.", "evaluation.", "compilation_cache.")
+FREE_ON_RESUME = (
+    "train.",
+    "parallel.",
+    "evaluation.",
+    "compilation_cache.",
+    "model.remat",
+    "data.on_device",
+    "data.num_threads",
+    "data.num_workers",
+    "data.prefetch",
+    "data.tfds_dir",
+)
 
 
 def differences(

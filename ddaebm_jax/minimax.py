@@ -5,12 +5,13 @@ randomness, so that it can be replayed, compared with another implementation num
 by number, and split over devices without changing its result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +19,8 @@ from ddaebm_jax import diffusion, objective
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks, Players
 
-Metrics = dict[str, Float[Array, ""]]
+# Numbers, but for the two vectors by t; see `energy_loss`.
+Metrics = dict[str, Float[Array, "..."]]
 
 
 class Game(NamedTuple):
@@ -99,6 +101,22 @@ class TrainState:
     ema: Players
     opt_energy: Any
     opt_generator: Any
+
+
+def with_gaps(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns averaged metrics as numbers: the vectors by t become mean gaps by t.
+
+    A t that no example has had is left out.
+    """
+    values = dict(metrics)
+    sums = np.asarray(values.pop("energy/gap_sum_by_t"))
+    shares = np.asarray(values.pop("energy/share_by_t"))
+    values |= {
+        f"energy/gap_t{t}": gap / share
+        for t, (gap, share) in enumerate(zip(sums, shares, strict=True))
+        if share > 0
+    }
+    return {name: float(value) for name, value in values.items()}
 
 
 @flax.struct.dataclass
@@ -251,6 +269,11 @@ def energy_loss(
       noise: of this step; t and the dropout keys are read.
       gamma: γ, the weight of the gradient penalty; None: it is not computed.
       energy_l2: α, the weight of the energy's magnitude.
+
+    Returns:
+      loss, metrics. Two of them are vectors [T]: `energy/gap_sum_by_t`, the batch's
+      mean of (f(x_t) − f(x̃_t))·1[t], and `energy/share_by_t`, that of 1[t]. Averaged
+      over steps and devices and then divided, they give each t's mean gap.
     """
     t = noise.t
 
@@ -271,11 +294,14 @@ def energy_loss(
     loss = f_fake.mean() - f_real.mean() + (0.0 if gamma is None else gamma) * penalty
     if energy_l2 > 0:
         loss = loss + energy_l2 * objective.energy_magnitude(f_real)
+    of_step = jax.nn.one_hot(t, schedule.num_steps)
     return loss, {
         "energy/loss": loss,
         "energy/real": f_real.mean(),
         "energy/fake": f_fake.mean(),
         "energy/gradient_penalty": penalty,
+        "energy/gap_sum_by_t": (f_real - f_fake) @ of_step / t.shape[0],
+        "energy/share_by_t": of_step.mean(axis=0),
     }
 
 

@@ -3,6 +3,7 @@
 Everything is restored from the run directory alone.
 """
 
+import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from ddaebm_jax import checkpointing, train, writers
-from ddaebm_jax.data import tabular, test_rows
+from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.files import write_json_atomically
@@ -33,8 +34,13 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path, open_images: bool = False) -> Run:
     """Restores a run from its directory, which is only read.
+
+    Args:
+      workdir: the run directory.
+      open_images: whether images are opened too, for figures that need them. Nothing
+        else needs more than the directory.
 
     Raises:
       InputError: if the directory holds no run or no checkpoint.
@@ -48,13 +54,14 @@ def load_run(workdir: str | Path) -> Run:
         if step is None:
             raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
         info = checkpoints.info(step)
-        experiment = train.build(config, workdir)
-        if experiment.source.metadata() != info["data"]:
+        experiment = train.build(config, workdir, open_images)
+        found = experiment.source.metadata()
+        if None not in (found, info["data"]) and found != info["data"]:
             raise InputError(
-                f"the data kept in {workdir} are not those of its checkpoint {step}; "
-                "copy the whole run directory again"
+                f"the data of {workdir} are not those of its checkpoint {step}; copy "
+                "the whole run directory again, and leave its images as they were"
             )
-        state = checkpoints.restore(train.init_state(experiment), step)
+        state = checkpoints.restore(train.abstract_state(experiment), step)
     finally:
         checkpoints.close()
     return Run(workdir, experiment, state.ema, step)
@@ -90,28 +97,34 @@ def _standardizer(run: Run) -> tabular.Standardizer | None:
 
 
 def sample(
-    workdir: str | Path, num_samples: int, seed: int, output: str | None = None
+    workdir: str | Path, num_samples: int | None, seed: int, output: str | None = None
 ) -> Path:
     """Draws samples into an NPZ (`x`, in the data's own units) and a picture.
 
+    Images are uint8, and are written one by one as PNG files too, into a folder
+    beside the NPZ.
+
     Args:
       workdir: the run directory.
-      num_samples: how many.
+      num_samples: how many; None: 10,000, of images 100.
       seed: sample i depends on (seed, i) only.
       output: the NPZ; None: a free name in the run directory.
 
     Returns:
       The NPZ's path; the picture lies beside it.
     """
-    if num_samples < 1:
+    if num_samples is not None and num_samples < 1:
         raise InputError(f"--num_samples is {num_samples}; at least 1 is needed")
     run = load_run(workdir)
+    if num_samples is None:
+        num_samples = 100 if run.experiment.source.holds_images else 10_000
     path = _output_path(output, run.workdir / "samples.npz", (".npz",))
-    levels = figures.draw_levels(run.experiment, run.variables, num_samples, seed)
+    drawn = figures.draw_samples(run.experiment, run.variables, num_samples, seed)
+    if run.experiment.source.holds_images:
+        pixels = np.asarray(images.to_uint8(drawn))
+        return _save_images(run, pixels, path, seed)
     standardizer = _standardizer(run)
-    samples = levels[-1]
-    if standardizer is not None:
-        samples = standardizer.inverse(samples)
+    samples = drawn if standardizer is None else standardizer.inverse(drawn)
     np.savez(path, x=samples, seed=seed, step=run.step)
     picture = free_path(path.with_suffix(".png"))
     title = f"{num_samples} samples, step {run.step}"
@@ -120,16 +133,15 @@ def sample(
         writers.plot_samples(picture, samples, extent, title)
     else:
         table = run.experiment.source.table
-        standardized = levels[-1]
         writers.plot_table(
             picture,
             table.train,
-            standardized,
+            drawn,
             {
                 name: figures.energies(run.experiment, run.variables, rows)
                 for name, rows in (
                     ("held-out inliers", test_rows(table, tabular.INLIER)),
-                    ("samples", standardized),
+                    ("samples", drawn),
                 )
             },
             title,
@@ -138,30 +150,66 @@ def sample(
     return path
 
 
+# A grid of more would be too small to look at.
+_GRID_IMAGES = 100
+
+
+def _save_images(run: Run, samples: np.ndarray, path: Path, seed: int) -> Path:
+    """Writes images as an NPZ, as PNG files in a folder, and as a grid."""
+    np.savez(path, x=samples, seed=seed, step=run.step)
+    folder = free_path(path.with_suffix(""))
+    folder.mkdir()
+    digits = len(str(len(samples) - 1))
+    for i, image in enumerate(samples):
+        writers.save_image(folder / f"{i:0{digits}}.png", image)
+    picture = free_path(path.with_suffix(".png"))
+    writers.plot_images(picture, samples[:_GRID_IMAGES])
+    logging.info("wrote %s, %s and %s", path, picture, folder)
+    return path
+
+
 def score(workdir: str | Path, rows_path: str, output: str | None = None) -> Path:
-    """Writes the energies f(x, 0) of rows; larger is more likely.
+    """Writes the energies f(x, 0) of rows or images; larger is more likely.
 
     Args:
       workdir: the run directory.
-      rows_path: CSV or NPZ, in the data's own units.
-      output: CSV (`energy`, a line a row) or NPZ (`energy`); None: a free name in the
-        run directory.
+      rows_path: CSV or NPZ, in the data's own units; of images: a folder of PNG and
+        JPEG files, cropped and resized as the training images were, or an NPZ of
+        uint8.
+      output: CSV (`energy`, a line a row; of images `image,energy`) or NPZ (`energy`;
+        of images `image` too); None: a free name in the run directory.
 
     Returns:
       The written file's path.
     """
     run = load_run(workdir)
-    (dim,) = run.experiment.source.event_shape
-    table = run.experiment.source.table
-    columns = None if table is None else table.columns
-    rows = tabular.read_rows(rows_path, dim, _standardizer(run), columns)
+    source, data = run.experiment.source, run.experiment.config.data
+    names: tuple[str, ...] | None = None
+    if source.holds_images:
+        pixels, names = images.read_images(
+            rows_path, source.event_shape, data.skip_corrupt, data.crop
+        )
+        rows = np.asarray(images.to_float(pixels))
+    else:
+        (dim,) = source.event_shape
+        columns = None if source.table is None else source.table.columns
+        rows = tabular.read_rows(rows_path, dim, _standardizer(run), columns)
     path = _output_path(output, run.workdir / "scores.csv", (".csv", ".npz"))
     energies = figures.energies(run.experiment, run.variables, rows)
     if path.suffix == ".npz":
-        np.savez(path, energy=energies)
-    else:
+        named = {} if names is None else {"image": np.asarray(names)}
+        np.savez(path, energy=energies, **named)
+    elif names is None:
         np.savetxt(path, energies, fmt="%.9g", header="energy", comments="")
-    logging.info("wrote the energies of %d rows to %s", len(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(("image", "energy"))
+            lines.writerows(
+                (name, f"{energy:.9g}")
+                for name, energy in zip(names, energies, strict=True)
+            )
+    logging.info("wrote %d energies to %s", len(rows), path)
     return path
 
 
@@ -170,7 +218,7 @@ def evaluate(workdir: str | Path) -> dict[str, Any]:
 
     Where that is there already, a free name is taken.
     """
-    run = load_run(workdir)
+    run = load_run(workdir, open_images=True)
     found = figures.evaluate(run.experiment, run.variables)
     report = {"step": run.step, "figures": found}
     write_json_atomically(free_path(run.workdir / "evaluation.json"), report)

@@ -51,3 +51,8 @@ def batch_index(mesh: Mesh, batch_size: int) -> Int[Array, " batch"]:
     """
     sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     return jax.device_put(jnp.arange(batch_size, dtype=jnp.int32), sharding)
+
+
+def split_batches(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of K batches [K, batch, …], split by example."""
+    return NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))

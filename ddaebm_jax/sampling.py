@@ -4,11 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ddaebm_jax import diffusion
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks
+
+
+def _row_keys(key: Array, first: int | Array, num: int) -> Array:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(num))
 
 
 def denoise(
@@ -18,10 +22,11 @@ def denoise(
     key: Array,
     x_last: Float[Array, "batch *shape"],
     latent: bool = True,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "levels batch *shape"]:
     """Takes x_T to x_0 by T calls of the generator.
 
-    Example i's randomness comes from fold_in(key, i) alone.
+    The randomness of row i comes from fold_in(key, first + i) alone.
 
     Args:
       schedule: the diffusion.
@@ -30,13 +35,14 @@ def denoise(
       key: source of the latents and of the posterior's noise.
       x_last: x_T.
       latent: False: z ≡ 0 (the paper's ablation).
+      first: number of the first row, where many are taken a chunk at a time.
 
     Returns:
       x_T, …, x_0, in this order, T+1 levels.
     """
     batch, event_shape = x_last.shape[0], x_last.shape[1:]
     num_steps = schedule.num_steps
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+    keys = _row_keys(key, first, batch)
 
     def normals(t: int, call: int, shape: tuple[int, ...]) -> Array:
         return jax.vmap(
@@ -62,12 +68,13 @@ def sample_trajectory(
     key: Array,
     num_samples: int,
     latent: bool = True,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "levels num_samples *shape"]:
     """Draws x_T ~ N(0, I) and returns x_T, …, x_0; see `denoise`."""
     key_last, key_steps = jax.random.split(key)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key_last, i))(jnp.arange(num_samples))
+    keys = _row_keys(key_last, first, num_samples)
     x_last = jax.vmap(lambda k: diffusion.sample_prior(k, networks.event_shape))(keys)
-    return denoise(schedule, networks, variables, key_steps, x_last, latent)
+    return denoise(schedule, networks, variables, key_steps, x_last, latent, first)
 
 
 def sample(
@@ -77,8 +84,9 @@ def sample(
     key: Array,
     num_samples: int,
     latent: bool = True,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "num_samples *shape"]:
     """Draws samples of the data; see `sample_trajectory`."""
-    return sample_trajectory(schedule, networks, variables, key, num_samples, latent)[
-        -1
-    ]
+    return sample_trajectory(
+        schedule, networks, variables, key, num_samples, latent, first
+    )[-1]

@@ -31,6 +31,7 @@ from ddaebm_jax import (
 )
 from ddaebm_jax.checkpointing import Checkpoints
 from ddaebm_jax.data import Source, open_source
+from ddaebm_jax.data.images import Batches
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.files import write_json_atomically, write_text_atomically
@@ -40,7 +41,7 @@ REPORT_FILE = "report.json"
 
 # Steps a dispatch where the config leaves the choice: small networks are bound by
 # the time of a dispatch; matrix products lose nothing inside a scan.
-_STEPS_PER_DISPATCH = {"mlp": 100}
+_STEPS_PER_DISPATCH = {"mlp": 100, "ncsnpp": 10}
 
 
 class TrainingError(InputError):
@@ -89,17 +90,22 @@ def build_game(game: ml_collections.ConfigDict, num_steps: int) -> minimax.Game:
     return minimax.Game(**values)
 
 
-def build(config: ml_collections.ConfigDict, workdir: Path | None = None) -> Experiment:
+def build(
+    config: ml_collections.ConfigDict,
+    workdir: Path | None = None,
+    open_images: bool = True,
+) -> Experiment:
     """Builds what a valid config describes.
 
     Args:
       config: the config.
-      workdir: a run directory that has kept the data; None: open them anew.
+      workdir: a run directory that has kept its table; None: open it anew.
+      open_images: False: images are not looked for, for modes that need none.
 
     Raises:
       InputError: if the data cannot be opened.
     """
-    source = open_source(config.data, config.seed, workdir)
+    source = open_source(config.data, config.seed, workdir, open_images)
     optimizer, steps = config.optimizer, config.train.num_steps
     energy_rate = optimizer.energy_learning_rate
     if energy_rate is None:
@@ -136,10 +142,20 @@ def init_state(experiment: Experiment) -> minimax.TrainState:
     )
 
 
-def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
-    """Returns (state, arrays, index, length) → (state, metrics), K steps on device.
+def abstract_state(experiment: Experiment) -> minimax.TrainState:
+    """Returns the shapes of the state, on the first device, to restore one into."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: init_state(experiment)),
+    )
 
-    Batches and noise are drawn inside, each example's from its own key.
+
+def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
+    """Returns (state, arrays, index, batches, length) → (state, metrics).
+
+    K = length steps on the device. Noise is drawn inside, each example's from its own
+    key, and so are the batches where no input stream gives them ([K, batch, …]).
     """
     step = minimax.make_step(
         experiment.game,
@@ -151,12 +167,12 @@ def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
     seed = experiment.config.seed
     networks, num_steps = experiment.networks, experiment.schedule.num_steps
 
-    def dispatch(state, arrays, index, length):
+    def dispatch(state, arrays, index, batches, length):
         data_key, noise_key = _key(seed, "data"), _key(seed, "noise")
 
-        def one(state, _):
+        def one(state, batch):
             keys = minimax.example_keys(data_key, state.step, index)
-            x0 = experiment.source.draw(arrays, keys)
+            x0 = experiment.source.draw(arrays, batch, keys)
             noise = minimax.draw_noise(
                 noise_key,
                 state.step,
@@ -167,9 +183,30 @@ def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
             )
             return step(state, x0, noise)
 
-        return minimax.scan_steps(one, state, None, length)
+        return minimax.scan_steps(one, state, batches, length)
 
     return dispatch
+
+
+def open_batches(experiment: Experiment) -> Batches | None:
+    """Opens the stream of images at its beginning; None where there is no stream.
+
+    It gives this process's part of every global batch.
+    """
+    data, source = experiment.config.data, experiment.source
+    if source.image_set is None:
+        return None
+    return Batches(
+        num_records=len(source.image_set.train),
+        batch_size=data.batch_size,
+        seed=experiment.config.seed,
+        records=None if data.on_device else source.image_set.train,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=data.num_threads,
+        prefetch=data.prefetch,
+        num_workers=data.num_workers,
+    )
 
 
 class Dispatcher:
@@ -188,7 +225,7 @@ class Dispatcher:
         sharding = parallel.replicated(self._mesh)
         self._jitted = jax.jit(
             make_dispatch(experiment),
-            static_argnums=3,
+            static_argnums=4,
             donate_argnums=0,
             out_shardings=(sharding, sharding),
         )
@@ -204,14 +241,24 @@ class Dispatcher:
         """Puts a copy of the state on every device of the mesh."""
         return jax.device_put(state, parallel.replicated(self._mesh))
 
-    def __call__(self, state: minimax.TrainState, length: int):
-        """Takes `length` steps; the given state's buffers are used up."""
+    def __call__(
+        self, state: minimax.TrainState, length: int, batches: np.ndarray | None = None
+    ):
+        """Takes `length` steps; the given state's buffers are used up.
+
+        Args:
+          state: where to start.
+          length: K.
+          batches: what the input stream gave for these steps, [K, batch, …].
+        """
+        if batches is not None:
+            batches = jax.device_put(batches, parallel.split_batches(self._mesh))
+        inputs = (state, *self._inputs, batches)
         if length not in self._compiled:
             start = time.monotonic()
-            lowered = self._jitted.lower(state, *self._inputs, length)
-            self._compiled[length] = lowered.compile()
+            self._compiled[length] = self._jitted.lower(*inputs, length).compile()
             self.compile_seconds += time.monotonic() - start
-        return self._compiled[length](state, *self._inputs)
+        return self._compiled[length](*inputs)
 
 
 def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
@@ -316,20 +363,21 @@ def log_parameters(variables: models.Players) -> dict[str, int]:
     return counts
 
 
-def _check_data(checkpoints: Checkpoints, source: Source) -> None:
-    """Raises InputError if a run's data have changed since its checkpoint."""
-    saved = checkpoints.info(checkpoints.latest_step())["data"]
-    if saved != source.metadata():
+def _check_data(saved: dict | None, source: Source, workdir: Path) -> None:
+    """Raises InputError if a run's data have changed since its checkpoint.
+
+    Imported weights have no data of their own (None).
+    """
+    if saved is not None and saved != source.metadata():
         raise InputError(
-            f"the data '{source.name}' are not those that "
-            f"{checkpoints.directory.parent} was trained on; bring the old file back, "
-            "or name a new --workdir"
+            f"the data '{source.name}' are not those that {workdir} was trained on; "
+            "bring the old files back, or name a new --workdir"
         )
 
 
 def _checked(step: int, metrics: dict[str, Any]) -> dict[str, float]:
     """Fetches metrics; raises TrainingError if one is not finite."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = minimax.with_gaps(jax.device_get(metrics))
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
         raise TrainingError(
@@ -361,12 +409,22 @@ class _Average:
         return mean
 
 
+def steps_per_dispatch(model_name: str) -> int:
+    """Returns K where the config leaves it open.
+
+    On a CPU a convolution inside a scan is about ten times slower than outside.
+    """
+    if model_name == "ncsnpp" and jax.default_backend() == "cpu":
+        return 1
+    return _STEPS_PER_DISPATCH[model_name]
+
+
 def dispatches(
     config: ml_collections.ConfigDict, start: int
 ) -> Iterator[tuple[int, int]]:
     """Yields (first step, step after the last) of every dispatch that is left."""
     train = config.train
-    per_dispatch = train.steps_per_dispatch or _STEPS_PER_DISPATCH[config.model.name]
+    per_dispatch = train.steps_per_dispatch or steps_per_dispatch(config.model.name)
     intervals = [
         train.report_every,
         train.picture_every,
@@ -413,29 +471,51 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         stack.callback(checkpoints.close)
-        first = checkpoints.latest_step() or 0
+        found = checkpoints.latest_step()
+        first = found or 0
         if first > total:
             raise InputError(
                 f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
                 f"{total}; raise it, or name a new --workdir"
             )
-        if first:
-            _check_data(checkpoints, experiment.source)
-            state = checkpoints.restore(state, first)
+        batches = open_batches(experiment)
+        if batches is not None:
+            stack.callback(batches.close)
+        if found is not None:
+            saved = checkpoints.info(found)
+            _check_data(saved["data"], experiment.source, workdir)
+            state = checkpoints.restore(state, found)
+            # Imported weights, and runs without a stream, have no position.
+            if batches is not None and saved.get("input") is not None:
+                batches.restore(saved["input"])
         write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
         experiment.source.save(workdir)
         info = {
             "config": config.to_dict(),
             "data": experiment.source.metadata(),
         }
-        output = writers.Writers(workdir, first, total, config.train.tensorboard)
+        output = writers.Writers(
+            workdir,
+            first,
+            total,
+            config.train.tensorboard,
+            config.data.batch_size if experiment.source.holds_images else None,
+        )
         stack.callback(output.close)
         output.message(
             f"training from step {first} to {total} in {workdir} on "
             f"{dispatcher.num_devices} {jax.default_backend()} device(s)"
         )
         state = _loop(
-            config, experiment, workdir, state, dispatcher, checkpoints, output, info
+            config,
+            experiment,
+            workdir,
+            state,
+            dispatcher,
+            batches,
+            checkpoints,
+            output,
+            info,
         )
         seconds = time.monotonic() - started
         report = {
@@ -464,8 +544,9 @@ def _draw(
     """Draws the averaged model's pictures, into files and TensorBoard."""
     directory = workdir / "samples"
     pictures = figures.draw_pictures(experiment, state.ema, directory, step)
-    for name, path in pictures.items():
+    for name, path in pictures.files.items():
         output.picture(step, name, path)
+    output.histograms(step, pictures.histograms)
 
 
 def _loop(
@@ -474,6 +555,7 @@ def _loop(
     workdir: Path,
     state: minimax.TrainState,
     dispatcher: Dispatcher,
+    batches: Batches | None,
     checkpoints: Checkpoints,
     output: writers.Writers,
     info: dict[str, Any],
@@ -487,7 +569,9 @@ def _loop(
         return every > 0 and step % every == 0
 
     for start, step in dispatches(config, int(state.step)):
-        state, metrics = dispatcher(state, step - start)
+        length = step - start
+        batch = None if batches is None else batches.next(length)
+        state, metrics = dispatcher(state, length, batch)
         average.add(metrics, step - start)
         if dispatcher.compile_seconds > compiled:
             seconds = dispatcher.compile_seconds - compiled
@@ -506,5 +590,6 @@ def _loop(
             output.restart_clock(step)
         if save:
             # Last: a run resumed from here has missed nothing.
-            checkpoints.save(state, info)
+            position = None if batches is None else batches.state()
+            checkpoints.save(state, {**info, "input": position})
     return state

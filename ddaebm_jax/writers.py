@@ -108,7 +108,12 @@ class Writers:
     """All the places where a run reports: metrics file, TensorBoard, progress."""
 
     def __init__(
-        self, workdir: Path, resume_step: int, total_steps: int, tensorboard: bool
+        self,
+        workdir: Path,
+        resume_step: int,
+        total_steps: int,
+        tensorboard: bool,
+        images_per_step: int | None = None,
     ) -> None:
         """Opens them.
 
@@ -117,11 +122,13 @@ class Writers:
           resume_step: the step from which the run goes on.
           total_steps: of the whole run, for the time left.
           tensorboard: whether to write event files.
+          images_per_step: the global batch, where it is of images.
         """
         self._metrics = MetricsFile(workdir / "metrics.jsonl", resume_step)
         self._tensorboard = open_tensorboard(workdir) if tensorboard else None
         self._progress = _open_progress(self._tensorboard, total_steps)
         self._total = total_steps
+        self._images_per_step = images_per_step
         self._clock = (resume_step, time.monotonic())
         self._interactive = sys.stderr.isatty()
 
@@ -135,7 +142,10 @@ class Writers:
         now = time.monotonic()
         rate = (step - last_step) / max(now - last_time, 1e-9)
         self._clock = (step, now)
-        self.scalars(step, {**values, "steps_per_second": rate})
+        rates = {"steps_per_second": rate}
+        if self._images_per_step is not None:
+            rates["images_per_second"] = rate * self._images_per_step
+        self.scalars(step, {**values, **rates})
         if self._progress is not None:
             self._progress(step)
         left = (self._total - step) / max(rate, 1e-9)
@@ -159,10 +169,11 @@ class Writers:
         logging.info(text)
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Writes numbers to the metrics file and to TensorBoard."""
+        """Writes values to the metrics file, and the numbers to TensorBoard."""
         self._metrics.write(step, values)
         if self._tensorboard is not None:
-            self._tensorboard.write_scalars(step, dict(values))
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self._tensorboard.write_scalars(step, numbers)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Shows a picture file in TensorBoard as well."""
@@ -173,6 +184,11 @@ class Writers:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._tensorboard.write_images(step, {name: pixels[None]})
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Writes the distributions of numbers to TensorBoard."""
+        if self._tensorboard is not None and values:
+            self._tensorboard.write_histograms(step, dict(values))
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -312,16 +328,66 @@ def plot_table(
         left.plot(flat[:, 0], second, ".", ms=2.5, alpha=0.6, color=colour, label=name)
     left.set(title="on the data's principal axes", xticks=[], yticks=[])
     left.legend()
+    _histograms(right, energies)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
     # Outliers reach far down; the bulk of all sets is what a reader compares.
     low = min(np.quantile(values, 0.05) for values in energies.values())
     high = max(values.max() for values in energies.values())
     bins = np.linspace(low, max(high, low + 1e-6), 40)
     for name, values in energies.items():
-        right.hist(np.maximum(values, low), bins, alpha=0.6, density=True, label=name)
-    right.set(title="energy f(x, 0); larger is more likely", yticks=[])
-    right.legend()
+        axis.hist(np.maximum(values, low), bins, alpha=0.6, density=True, label=name)
+    axis.set(title="energy f(x, 0); larger is more likely", yticks=[])
+    axis.legend()
+
+
+def plot_histograms(path: Path, energies: Mapping[str, np.ndarray], title: str) -> None:
+    """Draws the distributions of several sets' energies over each other."""
+    figure, (axis,) = _figure(1, side=4.5)
+    _histograms(axis, energies)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
+
+
+# Sides of a grid of images are brought to about so many pixels.
+_GRID_PIXELS = 640
+
+
+def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> None:
+    """Writes a grid of images, row by row, as a PNG.
+
+    Small images are enlarged by repeating pixels, never smoothed.
+
+    Args:
+      path: of the PNG.
+      images: uint8 [n, height, width, channels], 1 (grey) or 3 channels.
+      columns: images a row; None: as many as make the grid square.
+    """
+    number, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(number)))
+    rows = -(-number // columns)
+    grid = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255)
+    grid = grid.astype(np.uint8)
+    for i, image in enumerate(images):
+        top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    times = max(1, round(_GRID_PIXELS / max(grid.shape[:2])))
+    grid = grid.repeat(times, axis=0).repeat(times, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(path, grid)
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
+    from PIL import Image
+
+    partial = path.with_name(path.name + ".partial")
+    pixels = image[:, :, 0] if image.shape[2] == 1 else image
+    Image.fromarray(pixels).save(partial, "PNG")
+    partial.replace(path)
 
 
 def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:

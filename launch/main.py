@@ -4,6 +4,7 @@ python launch/main.py --config=configs/gaussians25.py
 python launch/main.py --config=configs/gaussians25.py --config.game.gamma=0.01
 python launch/main.py --mode=sample --workdir=runs/gaussians25/… --num_samples=1000
 python launch/main.py --mode=score --workdir=… --input=rows.csv
+python launch/main.py --mode=score --workdir=… --input=folder_of_images
 python launch/main.py --mode=evaluate --workdir=…
 """
 
@@ -28,11 +29,15 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "sample", "score", "evaluate"], "What to do."
 )
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 10_000, "How many samples to draw.")
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", None, "How many samples to draw. Default: 10000, of images 100."
+)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**31 - 1
 )
-_INPUT = flags.DEFINE_string("input", None, "CSV or NPZ rows to score.")
+_INPUT = flags.DEFINE_string(
+    "input", None, "What to score: CSV or NPZ rows; a folder or an NPZ of images."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: in --workdir.")
 
 
@@ -77,7 +82,10 @@ def _run() -> None:
         )
     elif _MODE.value == "score":
         if not _INPUT.value:
-            raise InputError("--mode=score needs --input, a CSV or NPZ of rows")
+            raise InputError(
+                "--mode=score needs --input: a CSV or NPZ of rows, or a folder or NPZ "
+                "of images"
+            )
         print(modes.score(_WORKDIR.value, _INPUT.value, _OUTPUT.value))
     else:
         print(writers.format_report(modes.evaluate(_WORKDIR.value)))

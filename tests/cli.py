@@ -47,14 +47,14 @@ class Result(NamedTuple):
 class CommandLine:
     """Runs `launch/main.py`; see the module."""
 
-    def __init__(self, cwd: Path = ROOT) -> None:
+    def __init__(self, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _FORKER.format(root=str(ROOT), main=str(MAIN))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env=environment(),
+            env=environment() if env is None else env,
         )
 
     def __call__(self, *argv: str) -> Result:

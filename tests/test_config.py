@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from ddaebm_jax import config as config_lib
 
-RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted(CONFIGS.glob("*.py"))
 
 
-def _load(path: Path) -> ml_collections.ConfigDict:
+def load_recipe(path: Path) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -34,16 +36,16 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_survives_json(path: Path):
-    config = _load(path)
-    if config.data.name == "table":
-        config.data.path = "rows.csv"  # the one field that is the user's to give
+    config = load_recipe(path)
+    if config.data.name in ("table", "folder"):
+        config.data.path = "mine"  # the one field that is the user's to give
     config_lib.validate(config)
     again = config_lib.from_json(config_lib.to_json(config))
     assert config_lib.differences(config, again) == {}
 
 
 def test_the_released_recipe_is_the_design_table():
-    config = _load(Path(__file__).parent.parent / "configs/released_gaussians25.py")
+    config = load_recipe(CONFIGS / "released_gaussians25.py")
     process, game, adam = config.diffusion, config.game, config.optimizer
     assert (process.num_steps, process.beta_min, process.beta_max) == (4, 0.01, 0.1)
     assert (process.variance, process.time) == ("vp", "uniform")
@@ -58,6 +60,141 @@ def test_the_released_recipe_is_the_design_table():
     )
     assert (config.model.nz, config.model.mlp.norm) == (2, "batch")
     assert tuple(config.model.mlp.hidden) == (300, 300)
+
+
+# DESIGN.md, section 4, a column each. T, ranges of β, nz, z_emb, t_emb, n_mlp, ngf,
+# attention and Adam are the same in all three.
+IMAGE_RECIPES: dict[str, dict[str, Any]] = {
+    "cifar10": {
+        "model.unet.nf": 128,
+        "model.unet.ch_mult": (1, 2, 2, 2),
+        "model.unet.num_res_blocks": 2,
+        "model.unet.dropout": 0.1,
+        "model.unet.fir": True,
+        "model.unet.progressive_input": "residual",
+        "diffusion.time": "uniform",
+        "data.batch_size": 256,
+        "data.image_size": 32,
+        "data.crop": None,
+        "data.limit": 0,
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.ema_decay": 0.9999,
+        "game.gamma": 0.02,
+        "game.recon": "mse",
+        "game.recon_latent": "prior",
+    },
+    "celeba64": {
+        "model.unet.nf": 64,
+        "model.unet.ch_mult": (1, 1, 2, 2, 4),
+        "model.unet.num_res_blocks": 2,
+        "model.unet.dropout": 0.1,
+        "model.unet.fir": True,
+        "model.unet.progressive_input": "residual",
+        "diffusion.time": "uniform",
+        "data.batch_size": 128,
+        "data.image_size": 64,
+        "data.crop": (15, 40, 163, 188),
+        "data.limit": 0,
+        "optimizer.learning_rate": 5e-5,
+        "optimizer.ema_decay": 0.999,
+        "game.gamma": 0.002,
+        "game.recon": "mse",
+        "game.recon_latent": "prior",
+    },
+    "lsun_church128": {
+        "model.unet.nf": 64,
+        "model.unet.ch_mult": (1, 2, 2, 4, 4),
+        "model.unet.num_res_blocks": 2,
+        "model.unet.dropout": 0.0,
+        "model.unet.fir": False,
+        "model.unet.progressive_input": "none",
+        "diffusion.time": "lsun",
+        "data.batch_size": 48,
+        "data.image_size": 128,
+        "data.crop": None,
+        "data.limit": 120_000,
+        "optimizer.learning_rate": 5e-5,
+        "optimizer.ema_decay": 0.999,
+        "game.gamma": 0.005,
+        "game.recon": "weighted_nll",
+        "game.recon_latent": "posterior",
+    },
+}
+IN_ALL_IMAGE_RECIPES: dict[str, Any] = {
+    "data.name": "tfds",
+    "data.channels": 3,
+    "data.flip": True,
+    "model.name": "ncsnpp",
+    "model.nz": 100,
+    "model.dtype": "float32",
+    "model.unet.z_emb_dim": 256,
+    "model.unet.n_mlp": 4,
+    "model.unet.attn_resolutions": (16,),
+    "model.encoder.ngf": 64,
+    "model.encoder.t_emb_dim": 256,
+    "diffusion.num_steps": 4,
+    "diffusion.variance": "vp",
+    "diffusion.beta_min": 0.1,
+    "diffusion.beta_max": 20.0,
+    "diffusion.time_eps": 1e-3,
+    "diffusion.max_beta": 0.999,
+    "diffusion.min_posterior_var": 1e-4,
+    "game.gamma_final": None,
+    "game.lazy_reg": 1,
+    "game.lambda_z": 0.1,
+    "game.lambda_f": 1.0,
+    "game.energy_l2": 0.0,
+    "game.recon_floor": None,
+    "game.latent": True,
+    "game.posterior": True,
+    "game.divergence": "jeffreys",
+    "optimizer.energy_learning_rate": None,
+    "optimizer.schedule": "cosine",
+    "optimizer.final_learning_rate": 1e-5,
+    "optimizer.beta1": 0.0,
+    "optimizer.beta2": 0.9,
+    "optimizer.max_grad_norm": None,
+}
+# Epochs and images; the steps of an epoch that is not whole are left out at the end.
+EPOCHS = {
+    "cifar10": (1300, 50_000),
+    "celeba64": (600, 162_770),
+    "lsun_church128": (500, 120_000),
+}
+NAMES_IN_TFDS = {
+    "cifar10": ("cifar10", "train", "test"),
+    "celeba64": ("celeb_a", "train", "test"),
+    "lsun_church128": ("lsun/church_outdoor", "train", "validation"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
+def test_the_released_image_recipes_are_the_design_table(name: str):
+    config = load_recipe(CONFIGS / f"{name}.py")
+    found = dict(config_lib._leaves(config))
+    wanted = IMAGE_RECIPES[name] | IN_ALL_IMAGE_RECIPES
+    assert {field: found[field] for field in wanted} == wanted
+    epochs, images = EPOCHS[name]
+    assert config.train.num_steps == epochs * images // config.data.batch_size
+    data = config.data
+    assert (data.tfds, data.split, data.test_split) == NAMES_IN_TFDS[name]
+
+
+def test_tuples_and_none_survive_json():
+    """JSON has lists only; `()` and `None` must not become the base's values."""
+    for fields in (
+        {"data.crop": (0, 1, 65, 66), "model.unet.attn_resolutions": ()},
+        {"model.unet.attn_resolutions": (32, 8), "game.recon_floor": None},
+        {"diffusion.min_posterior_var": None, "diffusion.time_eps": 0.25},
+    ):
+        config = load_recipe(CONFIGS / "celeba64.py")
+        _set(config, fields)
+        again = config_lib.from_json(config_lib.to_json(config))
+        assert config_lib.differences(config, again) == {}
+        leaves = dict(config_lib._leaves(again))
+        for field, value in fields.items():
+            assert leaves[field] == value
+            assert type(leaves[field]) is type(value)
 
 
 @pytest.mark.parametrize("field", sorted(config_lib._RANGES))
@@ -131,14 +268,96 @@ def test_a_missing_field_is_refused():
 )
 def test_combinations_are_checked(fields: dict, expected: str):
     config = config_lib.base()
+    _set(config, fields)
+    assert any(expected in problem for problem in config_lib.problems(config))
+
+
+def _set(config: ml_collections.ConfigDict, fields: dict[str, Any]) -> None:
+    """Sets fields past the recipe's type checks: JSON and code can hold anything."""
     for name, value in fields.items():
         section, _, field = name.rpartition(".")
         node = config
-        for part in section.split("."):
+        for part in filter(None, section.split(".")):
             node = node[part]
-        # Past the recipe's own type checks: JSON files and code can hold anything.
-        node[field] = value
+        with node.ignore_type():
+            node[field] = value
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"data.image_size": 24}, "data.image_size is 24; the posterior needs a power"),
+        (
+            {"data.image_size": 8, "model.unet.ch_mult": (1, 1, 1, 1, 1)},
+            "data.image_size is 8, not divisible by 16, as the 5 levels",
+        ),
+        ({"model.unet.fir": False}, "needs model.unet.fir=True; or set it to 'none'"),
+        ({"model.unet.nf": 33}, "model.unet.nf is 33; even is needed"),
+        ({"model.unet.nf": 30}, "layers of width 30, which 7 groups do not divide"),
+        ({"model.unet.nf": 132}, "which 32 groups do not divide"),
+        ({"model.encoder.t_emb_dim": 7}, "model.encoder.t_emb_dim is 7; even"),
+        ({"model.name": "mlp"}, "'tfds' holds images; use model.name='ncsnpp'"),
+        ({"data.name": "gaussians25", "data.tfds": ""}, "use model.name='mlp'"),
+        ({"data.tfds": ""}, "data.tfds is empty; data.name 'tfds' needs it"),
+        (
+            {"data.name": "folder", "data.tfds": ""},
+            "data.path is empty; data.name 'folder' needs it",
+        ),
+        ({"data.channels": 2}, "data.channels is 2; allowed: 1 (grey), 3 (RGB)"),
+        ({"data.crop": (9, 0, 9, 8)}, "data.crop is (9, 0, 9, 8); (left, top, right"),
+        ({"data.crop": (0, 8, 8, 0)}, "top < bottom is needed"),
+        ({"data.crop": (0, 0, 8)}, "data.crop is (0, 0, 8); needed: four whole"),
+        ({"data.crop": (-1, 0, 8, 8)}, "needed: four whole numbers"),
+        ({"data.crop": (0, 0, 8.5, 8)}, "needed: four whole numbers"),
+        ({"model.unet.attn_resolutions": (0,)}, "each at least 1, or ()"),
+        ({"model.unet.ch_mult": ()}, "model.unet.ch_mult is ()"),
+        ({"data.skip_corrupt": True}, "data.skip_corrupt is 'True', which data.name"),
+        ({"data.path": "images"}, "would ignore; it is for table, folder"),
+        ({"model.dtype": "float16"}, "model.dtype is 'float16'; allowed: float32"),
+        ({"model.remat": "block"}, "did you mean 'blocks'?"),
+        ({"game.recon_floor": "none"}, "a finite number or None is needed"),
+    ],
+)
+def test_combinations_of_images_are_checked(fields: dict, expected: str):
+    config = load_recipe(CONFIGS / "cifar10.py")
+    assert config_lib.problems(config) == []
+    _set(config, fields)
     assert any(expected in problem for problem in config_lib.problems(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        (name, field, value)
+        for field, value, readers in (
+            ("crop", (0, 0, 8, 8), {"folder"}),
+            ("limit", 100, set()),
+            ("skip_corrupt", True, {"folder"}),
+            ("tfds", "cifar10", set()),
+            ("tfds_dir", "sets", set()),
+            ("on_device", True, {"digits", "photos", "folder"}),
+            ("flip", True, {"digits", "photos", "folder"}),
+        )
+        for name in ("digits", "photos", "folder", "table", "gaussians25")
+        if name not in readers
+    ],
+)
+def test_fields_that_a_data_set_would_ignore_are_refused(
+    name: str, field: str, value: object
+):
+    plane = name in ("gaussians25", "table")
+    recipes = {"digits": "digits", "photos": "photos32", "folder": "digits"}
+    config = (
+        config_lib.base() if plane else load_recipe(CONFIGS / f"{recipes[name]}.py")
+    )
+    path = "mine" if name in ("folder", "table") else ""
+    _set(config, {"data.name": name, "data.path": path})
+    for other in ("flip", "on_device"):
+        _set(config, {f"data.{other}": False})
+    assert config_lib.problems(config) == []
+    _set(config, {f"data.{field}": value})
+    (problem,) = config_lib.problems(config)
+    assert problem.startswith(f"data.{field} is '{value}', which data.name '{name}'")
 
 
 _ODD_VALUES = st.one_of(

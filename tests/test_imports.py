@@ -7,7 +7,8 @@ from cli import ROOT, environment
 
 _CORE = (
     "diffusion objective minimax sampling density parallel models models.mlp "
-    "data.synthetic data.tabular evaluation.synthetic evaluation.ood"
+    "models.ncsnpp models.encoder models.resample data.synthetic data.tabular "
+    "data.images evaluation.synthetic evaluation.ood evaluation.digits interop"
 ).split()
 
 _CHECK = f"""

@@ -207,7 +207,7 @@ def test_step_is_the_naive_step(variant: str):
     assert differ(actual.variables.generator, state.variables.generator)
     if game.has_encoder:
         assert differ(actual.variables.posterior, state.variables.posterior)
-    assert all(np.isfinite(x) and x.shape == () for x in metrics.values())
+    assert all(np.isfinite(x).all() for x in metrics.values())
 
 
 def test_step_threads_running_averages():
@@ -226,7 +226,7 @@ def test_step_threads_running_averages():
 def test_metrics_are_the_losses():
     state = start()
     _, metrics = compiled()(state, batch(), draw())
-    m = {k: float(v) for k, v in metrics.items()}
+    m = minimax.with_gaps(jax.device_get(metrics))
     np.testing.assert_allclose(
         m["energy/loss"],
         m["energy/fake"] - m["energy/real"] + GAME.gamma * m["energy/gradient_penalty"],
@@ -244,6 +244,27 @@ def test_metrics_are_the_losses():
         np.testing.assert_allclose(
             m[f"{player}/update_norm"], rate * m[f"{player}/grad_norm"], rtol=1e-5
         )
+
+
+def test_gaps_are_the_means_by_t():
+    metrics = [compiled()(start(), batch(k), draw(k))[1] for k in range(3)]
+    mean = jax.tree.map(lambda *m: np.mean(m, axis=0), *metrics)
+    values = minimax.with_gaps(mean)
+    # Weighted by their shares, they are the whole gap.
+    gaps = np.array([values.get(f"energy/gap_t{t}", 0.0) for t in range(4)])
+    whole = values["energy/real"] - values["energy/fake"]
+    np.testing.assert_allclose(gaps @ mean["energy/share_by_t"], whole, rtol=1e-5)
+    np.testing.assert_allclose(mean["energy/share_by_t"].sum(), 1.0, rtol=1e-6)
+
+    # A t that no example has had is left out, not divided by nothing.
+    only_1 = draw().replace(t=jnp.ones_like(draw().t))
+    values = minimax.with_gaps(jax.device_get(compiled()(start(), batch(), only_1)[1]))
+    assert [name for name in values if "gap_t" in name] == ["energy/gap_t1"]
+    np.testing.assert_allclose(
+        values["energy/gap_t1"],
+        values["energy/real"] - values["energy/fake"],
+        rtol=1e-5,
+    )
 
 
 def test_generator_meets_the_updated_energy():
@@ -486,7 +507,7 @@ def test_steps_in_one_scan_are_single_steps():
 
     scanned, mean = minimax.scan_steps(one, start(), inputs, number)
     assert_trees_close(scanned, state, rtol=1e-5, atol=1e-6)
-    expected = {k: np.mean([m[k] for m in singles]) for k in singles[0]}
+    expected = {k: np.mean([m[k] for m in singles], axis=0) for k in singles[0]}
     assert_trees_close(mean, expected, rtol=1e-4, atol=1e-6)
     first, _ = minimax.scan_steps(one, start(), inputs, 1)
     again, _ = step(start(), batch(0), draw(0))

@@ -1,6 +1,7 @@
 """Opens a data set by name."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddaebm_jax.data import synthetic, tabular
+from ddaebm_jax.data import images, synthetic, tabular
 from ddaebm_jax.errors import InputError
 
 TABLE_FILE = "table.npz"
@@ -22,27 +23,48 @@ class Source(NamedTuple):
       name: as in the config.
       event_shape: shape of one example.
       arrays: what `draw` reads, to be passed into the jitted step.
-      draw: (arrays, keys [batch]) → x_0 [batch, *event_shape]; pure.
+      draw: (arrays, batch, keys [batch]) → x_0 [batch, *event_shape]; pure. `batch`
+        is what the input stream gave: images, or indices of them; None where there
+        is no stream, and examples are drawn from the keys.
       distribution: the true distribution, of synthetic data.
       table: the table, of tabular data.
+      image_set: the images, where they have been opened.
     """
 
     name: str
     event_shape: tuple[int, ...]
     arrays: Any
-    draw: Callable[[Any, Array], Float[Array, "batch *shape"]]
+    draw: Callable[[Any, Any, Array], Float[Array, "batch *shape"]]
     distribution: synthetic.Synthetic | None = None
     table: tabular.Table | None = None
+    image_set: images.ImageSet | None = None
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether examples are images, opened or not."""
+        return len(self.event_shape) == 3
 
     def held_out(self, num: int, seed: int) -> Float[np.ndarray, "n *shape"]:
-        """Returns data that training does not see: `num` draws, or the test inliers."""
+        """Returns data that training does not see.
+
+        Synthetic: `num` draws. A table: the test inliers. Images: at most `num` test
+        images, scaled to [−1, 1].
+        """
         if self.distribution is not None:
             keys = jax.random.split(jax.random.key(seed), num)
-            return np.asarray(jax.jit(self.draw)(self.arrays, keys))
+            draw = jax.jit(lambda keys: self.draw(self.arrays, None, keys))
+            return np.asarray(draw(keys))
+        if self.image_set is not None:
+            return np.asarray(images.to_float(images.stack(self.image_set.test, num)))
         return test_rows(self.table, tabular.INLIER)
 
-    def metadata(self) -> dict[str, Any]:
-        """Returns what must travel with a checkpoint, as plain JSON values."""
+    def metadata(self) -> dict[str, Any] | None:
+        """Returns what must travel with a checkpoint, as plain JSON values.
+
+        None where images have not been opened.
+        """
+        if self.holds_images:
+            return None if self.image_set is None else self.image_set.metadata()
         if self.table is None:
             return {}
         return {
@@ -62,7 +84,7 @@ def _synthetic_source(distribution: synthetic.Synthetic) -> Source:
         name=distribution.name,
         event_shape=(2,),
         arrays=(),
-        draw=lambda arrays, keys: synthetic.draw(distribution, keys),
+        draw=lambda arrays, batch, keys: synthetic.draw(distribution, keys),
         distribution=distribution,
     )
 
@@ -74,19 +96,36 @@ def test_rows(table: tabular.Table, label: int) -> Float[np.ndarray, "n dim"]:
     return table.test[table.test_labels == label]
 
 
-def draw_rows(rows: Float[Array, "n dim"], keys: Array) -> Float[Array, "batch dim"]:
+def draw_rows(
+    rows: Float[Array, "n dim"], batch: None, keys: Array
+) -> Float[Array, "batch dim"]:
     """Draws one row, with replacement, from each key."""
+    del batch
     index = jax.vmap(lambda key: jax.random.randint(key, (), 0, rows.shape[0]))(keys)
     return rows[index]
 
 
-def open_source(data: Any, seed: int, workdir: Path | None = None) -> Source:
+def _image_source(data: Any, seed: int, opened: bool) -> Source:
+    found = images.open_images(data, seed) if opened else None
+    return Source(
+        name=data.name,
+        event_shape=(data.image_size, data.image_size, data.channels),
+        arrays=images.stack(found.train) if opened and data.on_device else None,
+        draw=partial(images.draw, flip=data.flip),
+        image_set=found,
+    )
+
+
+def open_source(
+    data: Any, seed: int, workdir: Path | None = None, open_images: bool = True
+) -> Source:
     """Opens the data set that a config names.
 
     Args:
       data: the config's `data` section.
       seed: of the train/test split.
       workdir: a run directory; a table is then the one that `Source.save` kept.
+      open_images: False: images are not looked for; their shape is known.
 
     Raises:
       InputError: for an unknown name, or data that cannot be trained on.
@@ -94,6 +133,8 @@ def open_source(data: Any, seed: int, workdir: Path | None = None) -> Source:
     """
     if data.name in synthetic.SYNTHETIC:
         return _synthetic_source(synthetic.SYNTHETIC[data.name]())
+    if data.name in images.IMAGES:
+        return _image_source(data, seed, open_images)
     if workdir is not None:
         table = tabular.load_saved_table(workdir / TABLE_FILE)
     elif data.name == "breast_cancer":
@@ -103,7 +144,9 @@ def open_source(data: Any, seed: int, workdir: Path | None = None) -> Source:
             data.path, seed, data.test_fraction, data.label_column or None
         )
     else:
-        known = ", ".join((*synthetic.SYNTHETIC, "breast_cancer", "table"))
+        known = ", ".join(
+            (*synthetic.SYNTHETIC, "breast_cancer", "table", *images.IMAGES)
+        )
         raise InputError(f"data.name is '{data.name}'; allowed: {known}")
     return Source(
         name=data.name,

@@ -9,9 +9,7 @@ is a number; without one the columns are `column_0`, `column_1`, ….
 NPZ: the table is the array `x`, or the only 2-D array.
 """
 
-import contextlib
 import csv
-import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from ddaebm_jax.data.npz_files import ArrayHeader, NpzFile, described, shown
 from ddaebm_jax.errors import InputError
 
 # Largest CSV file that is read, bytes.
@@ -81,7 +80,7 @@ def read_table_file(
     if len(bad):
         i, j = bad[0]
         raise InputError(
-            f"{path}: {table.row_name(i)}, column {_shown(table.columns[j])} is "
+            f"{path}: {table.row_name(i)}, column {shown(table.columns[j])} is "
             f"{table.rows[i, j]}; finite numbers of size at most {_LARGEST:.2g} are "
             "allowed; fill in missing values or drop the row"
         )
@@ -94,12 +93,6 @@ def read_table_file(
                 "the labels as 0 and 1"
             )
     return table
-
-
-def _shown(value: str) -> str:
-    """A cell as an error message shows it: one line, not too long."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:36]}…'"
 
 
 def _number(cell: str) -> float | None:
@@ -138,14 +131,14 @@ def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | No
     if any(numbers):
         j = numbers.index(False)
         raise InputError(
-            f"{path}: line {line}, column {j + 1} is {_shown(cells[j])} beside cells "
+            f"{path}: line {line}, column {j + 1} is {shown(cells[j])} beside cells "
             "that are numbers; a first line holds only names or only numbers; rename "
             "the columns or correct the cell"
         )
     names = tuple(cell.strip() for cell in cells)
     for j, name in enumerate(names):
         if not name or name in names[:j]:
-            fault = f"{_shown(name)} a second time" if name else "empty"
+            fault = f"{shown(name)} a second time" if name else "empty"
             raise InputError(
                 f"{path}: line {line}, column {j + 1} of the header is {fault}; every "
                 "column needs a name of its own (pandas: to_csv with index=False)"
@@ -181,7 +174,7 @@ def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile
             number = _number(cell)
             if number is None:
                 raise InputError(
-                    f"{path}: line {line}, column {_shown(name)} is {_shown(cell)}; a "
+                    f"{path}: line {line}, column {shown(name)} is {shown(cell)}; a "
                     "number is needed; drop the column or write it as numbers, fill "
                     "in missing values, and separate cells by commas"
                 )
@@ -213,12 +206,12 @@ def _csv_label(
         return None
     if label_column not in columns:
         raise InputError(
-            f"{path}: no column {_shown(label_column)} for label_column; found: "
+            f"{path}: no column {shown(label_column)} for label_column; found: "
             f"{_listed(columns)}"
         )
     if len(columns) == 1:
         raise InputError(
-            f"{path}: the label {_shown(label_column)} is the only column; at "
+            f"{path}: the label {shown(label_column)} is the only column; at "
             "least one other is needed"
         )
     return columns.index(label_column)
@@ -227,69 +220,25 @@ def _csv_label(
 def _listed(names: Sequence[str], most: int = 12) -> str:
     """Names for a message, not too many of them."""
     more = len(names) - most
-    return ", ".join(map(_shown, names[:most])) + (
+    return ", ".join(map(shown, names[:most])) + (
         f" and {more} more" if more > 0 else ""
     )
-
-
-class _Array(NamedTuple):
-    """A member of an NPZ file, as its headers describe it."""
-
-    member: zipfile.ZipInfo
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __str__(self) -> str:
-        shape = "×".join(map(str, self.shape)) or "a scalar"
-        return f"{_shown(_array_name(self.member))} ({shape}, {self.dtype})"
-
-
-def _described(arrays: dict[str, _Array], most: int = 12) -> str:
-    """Arrays for a message, not too many of them."""
-    more = len(arrays) - most
-    some = ", ".join(map(str, list(arrays.values())[:most])) or "none"
-    return some + (f" and {more} more" if more > 0 else "")
-
-
-def _array_name(member: zipfile.ZipInfo) -> str:
-    return member.filename.removesuffix(".npy")
 
 
 _SAVE_AGAIN = "save it with numpy.savez(path, x=rows)"
 
 
-@contextlib.contextmanager
-def _readable(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever a damaged archive raises into one refusal.
-
-    zipfile's and numpy's parsers raise a dozen kinds of errors on damaged bytes.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: {what} cannot be read ({type(error).__name__}: {reason}); "
-            f"{_SAVE_AGAIN}"
-        ) from error
-
-
 def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile:
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: not an NPZ file (not a zip archive); {_SAVE_AGAIN}")
-    with _readable(path, "the zip archive"):
-        archive = zipfile.ZipFile(path)
-    with archive:
-        arrays = _npz_arrays(path, archive)
-        table = _npz_table(path, arrays)
-        rows = _npz_numbers(path, archive, table)
+    with NpzFile(path, MAX_NPZ_BYTES, _SAVE_AGAIN) as file:
+        table = _npz_table(path, file.arrays)
+        rows = _npz_numbers(path, file, table)
         label = label_column
-        if label is None and "labels" in arrays:
+        if label is None and "labels" in file.arrays:
             label = "labels"
         labels = None
         if labelled and label is not None:
-            chosen = _npz_labels(path, arrays, label, len(rows))
-            labels = _npz_numbers(path, archive, chosen)
+            chosen = _npz_labels(path, file.arrays, label, len(rows))
+            labels = _npz_numbers(path, file, chosen)
     if not rows.size:
         raise InputError(
             f"{path}: the array {table} is empty; at least one row and one column "
@@ -299,70 +248,9 @@ def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile
     return TableFile(columns, rows, labels, lambda i: f"row {i} (counted from 0)")
 
 
-def _npz_arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, _Array]:
-    """Reads the headers of all arrays; nothing of an array's size is allocated."""
-    members = archive.infolist()
-    for member in members:
-        if not member.filename.endswith(".npy"):
-            raise InputError(
-                f"{path}: a zip archive but not an NPZ file: it holds "
-                f"{_shown(member.filename)}; only .npy members are allowed; "
-                f"{_SAVE_AGAIN}"
-            )
-    size = sum(member.file_size for member in members)
-    if size > MAX_NPZ_BYTES:
-        raise InputError(
-            f"{path}: {size} bytes once decompressed; at most {MAX_NPZ_BYTES} are "
-            "allowed; split the table, or save it as float32"
-        )
-    return {
-        _array_name(member): _npz_header(path, archive, member) for member in members
-    }
-
-
-def _npz_header(
-    path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo
-) -> _Array:
-    # zipfile itself stops at the size in the member's header, so that what follows
-    # can rely on it; other methods than these two are not numpy's.
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise InputError(
-            f"{path}: the member {_shown(member.filename)} is compressed by method "
-            f"{member.compress_type}; stored and deflated are allowed; {_SAVE_AGAIN}"
-        )
-    formats = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    with (
-        _readable(path, f"the member {_shown(member.filename)}"),
-        archive.open(member) as file,
-    ):
-        version = np.lib.format.read_magic(file)
-        if version not in formats:
-            raise InputError(f"version {version} of the .npy format")
-        shape, _, dtype = formats[version](file)
-        held = member.file_size - file.tell()
-    described = _Array(member, shape, dtype)
-    cells = 1
-    for axis in shape:
-        cells *= axis
-    if not dtype.hasobject and cells * dtype.itemsize != held:
-        raise InputError(
-            f"{path}: the array {described} needs {cells * dtype.itemsize} bytes and "
-            f"the file holds {held} of it; {_SAVE_AGAIN}"
-        )
-    if cells * 8 > MAX_NPZ_BYTES:
-        raise InputError(
-            f"{path}: the array {described} takes {cells * 8} bytes as float64; at "
-            f"most {MAX_NPZ_BYTES} are allowed; split the table"
-        )
-    return described
-
-
-def _npz_table(path: Path, arrays: dict[str, _Array]) -> _Array:
+def _npz_table(path: Path, arrays: dict[str, ArrayHeader]) -> ArrayHeader:
     """Chooses the table among the arrays."""
-    found = _described(arrays)
+    found = described(arrays)
     if "x" in arrays:
         if len(arrays["x"].shape) != 2:
             raise InputError(
@@ -370,7 +258,7 @@ def _npz_table(path: Path, arrays: dict[str, _Array]) -> _Array:
                 f"needed; {_SAVE_AGAIN}"
             )
         return arrays["x"]
-    tables = [described for described in arrays.values() if len(described.shape) == 2]
+    tables = [array for array in arrays.values() if len(array.shape) == 2]
     if len(tables) != 1:
         raise InputError(
             f"{path}: no array 'x' and {len(tables)} 2-D arrays where exactly one is "
@@ -380,12 +268,12 @@ def _npz_table(path: Path, arrays: dict[str, _Array]) -> _Array:
 
 
 def _npz_labels(
-    path: Path, arrays: dict[str, _Array], name: str, num_rows: int
-) -> _Array:
+    path: Path, arrays: dict[str, ArrayHeader], name: str, num_rows: int
+) -> ArrayHeader:
     if name not in arrays:
         raise InputError(
-            f"{path}: no array {_shown(name)} for label_column; found: "
-            f"{_described(arrays)}"
+            f"{path}: no array {shown(name)} for label_column; found: "
+            f"{described(arrays)}"
         )
     if arrays[name].shape != (num_rows,):
         raise InputError(
@@ -396,24 +284,18 @@ def _npz_labels(
 
 
 def _npz_numbers(
-    path: Path, archive: zipfile.ZipFile, described: _Array
+    path: Path, file: NpzFile, array: ArrayHeader
 ) -> Float[np.ndarray, "..."]:
     """Reads one array as float64."""
-    if described.dtype.hasobject:
+    if array.size * 8 > MAX_NPZ_BYTES:
         raise InputError(
-            f"{path}: the array {described} holds Python objects; object arrays are "
-            "refused, because reading them means unpickling; save numbers, for "
-            "example with rows.astype('float32')"
+            f"{path}: the array {array} takes {array.size * 8} bytes as float64; at "
+            f"most {MAX_NPZ_BYTES} are allowed; split the table"
         )
-    if described.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biufO":
         raise InputError(
-            f"{path}: the array {described} does not hold real numbers; integers, "
+            f"{path}: the array {array} does not hold real numbers; integers, "
             "floats and booleans are allowed; convert it before saving"
         )
-    with (
-        _readable(path, f"the array {described}"),
-        archive.open(described.member) as file,
-    ):
-        values = np.lib.format.read_array(file, allow_pickle=False)
     with np.errstate(over="ignore"):
-        return values.astype(np.float64)
+        return file.read(array).astype(np.float64)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array
 
 from ddaebm_jax import density, sampling, writers
-from ddaebm_jax.data import tabular, test_rows
-from ddaebm_jax.evaluation import ood, synthetic
+from ddaebm_jax.data import images, tabular, test_rows
+from ddaebm_jax.evaluation import digits, ood, synthetic
 from ddaebm_jax.models import Players
 
 # Seeds of what evaluation draws: the same for every model, so that figures compare.
@@ -19,6 +19,22 @@ _SAMPLE_SEED, _HELD_OUT_SEED, _PROJECTION_SEED = 1_001, 1_002, 1_003
 
 _PICTURE_POINTS = 5_000
 _PICTURE_CELLS = 400
+_ROWS_AT_A_TIME = 20_000
+
+# Of images: samples of the grid, of the denoising steps, and of the histogram.
+_GRID_IMAGES, _STEP_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
+
+
+class Pictures(NamedTuple):
+    """What a model looks like.
+
+    Attributes:
+      files: name → PNG file.
+      histograms: name → numbers whose distribution is of interest.
+    """
+
+    files: dict[str, Path]
+    histograms: dict[str, np.ndarray]
 
 
 def draw_samples(
@@ -38,23 +54,36 @@ def draw_samples(
 def draw_levels(
     experiment: Any, variables: Players, num_samples: int, seed: int = _SAMPLE_SEED
 ) -> np.ndarray:
-    """Draws samples with the way they took: x_T, …, x_0."""
-    levels = _trajectory(
-        experiment.networks,
-        num_samples,
-        experiment.game.latent,
-        experiment.schedule,
-        _local(variables.generator),
-        jax.random.key(seed),
-    )
-    return np.asarray(levels)
+    """Draws samples with the way they took: x_T, …, x_0, each [num_samples, …]."""
+    chunk = min(num_samples, rows_at_a_time(experiment))
+    generator = _local(variables.generator)
+    parts = [
+        _trajectory(
+            experiment.networks,
+            chunk,
+            experiment.game.latent,
+            experiment.schedule,
+            generator,
+            jax.random.key(seed),
+            first,
+        )
+        for first in range(0, num_samples, chunk)
+    ]
+    return np.concatenate(parts, axis=1)[:, :num_samples]
+
+
+def rows_at_a_time(experiment: Any) -> int:
+    """Returns how many examples one call of a network takes in evaluation."""
+    if experiment.source.holds_images:
+        return experiment.config.evaluation.batch_size
+    return _ROWS_AT_A_TIME
 
 
 # The networks are functions and so static: one program for all calls of a run.
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _trajectory(networks, num_samples, latent, schedule, generator, key):
+def _trajectory(networks, num_samples, latent, schedule, generator, key, first):
     return sampling.sample_trajectory(
-        schedule, networks, generator, key, num_samples, latent
+        schedule, networks, generator, key, num_samples, latent, first
     )
 
 
@@ -73,7 +102,9 @@ def energies(experiment: Any, variables: Players, x: np.ndarray | Array) -> np.n
     params = _local(variables.energy)
     return np.asarray(
         density.evaluate_in_chunks(
-            lambda part: _energies(experiment.networks, params, part), jnp.asarray(x)
+            lambda part: _energies(experiment.networks, params, part),
+            jnp.asarray(x),
+            rows_at_a_time(experiment),
         )
     )
 
@@ -84,7 +115,9 @@ def evaluate(experiment: Any, variables: Players) -> dict[str, Any]:
     Of a synthetic distribution: modes found and share of high-quality samples (where
     it is a mixture), sliced 2-Wasserstein distance to held-out data (beside that of
     two real sets), Jensen-Shannon divergence of the densities on a grid. Of a table
-    with outliers: AUROC of f(x, 0), and of four baselines on the same split.
+    with outliers: AUROC of f(x, 0), and of four baselines on the same split. Of
+    images: energies of held-out images and samples, and how well they tell the two
+    apart; of labelled ones what a classifier sees in the samples (`digits`).
 
     Args:
       experiment: what the config describes (`train.Experiment`).
@@ -92,6 +125,8 @@ def evaluate(experiment: Any, variables: Players) -> dict[str, Any]:
     """
     if experiment.source.distribution is not None:
         return _evaluate_plane(experiment, variables)
+    if experiment.source.holds_images:
+        return _evaluate_images(experiment, variables)
     return _evaluate_table(experiment, variables)
 
 
@@ -141,22 +176,50 @@ def _evaluate_table(experiment: Any, variables: Players) -> dict[str, Any]:
     return figures
 
 
+def _evaluate_images(experiment: Any, variables: Players) -> dict[str, Any]:
+    found, num = experiment.source.image_set, experiment.config.evaluation.num_samples
+    samples = draw_samples(experiment, variables, num)
+    real = energies(
+        experiment, variables, experiment.source.held_out(num, _HELD_OUT_SEED)
+    )
+    # As many of one as of the other: an energy costs as much as a sample's step.
+    fake = energies(experiment, variables, samples[: len(real)])
+    figures: dict[str, Any] = {
+        "held_out_energy_mean": float(real.mean()),
+        "samples_energy_mean": float(fake.mean()),
+        # 0.5: the energy cannot tell them apart.
+        "auroc_held_out_against_samples": ood.auroc(real, fake),
+    }
+    if found.train_labels is not None:
+        figures |= digits.evaluate_digits(
+            np.asarray(images.to_uint8(samples)),
+            images.stack(found.train),
+            found.train_labels,
+            images.stack(found.test),
+            found.test_labels,
+            experiment.config.seed,
+        )
+    return figures
+
+
 def draw_pictures(
     experiment: Any, variables: Players, directory: Path, step: int
-) -> dict[str, Path]:
+) -> Pictures:
     """Draws a model's pictures into a directory.
 
     In the plane: data, samples and the density side by side, and a strip of the
     denoising steps. Of a table: rows and samples on the data's principal axes, and
-    energies of held-out rows. The same noise each time, so that pictures compare.
-
-    Returns:
-      name → file.
+    energies of held-out rows. Of images: a grid of samples, the denoising steps, and
+    the energies of held-out images and samples. The same noise each time, so that
+    pictures compare.
     """
     title = f"{experiment.source.name}, step {step}"
     source = experiment.source
+    if source.holds_images:
+        return _draw_images(experiment, variables, directory, step, title)
     if source.distribution is None:
-        return {"table": _draw_table(experiment, variables, directory, step, title)}
+        path = _draw_table(experiment, variables, directory, step, title)
+        return Pictures({"table": path}, {})
     extent = source.distribution.extent
     data = source.held_out(_PICTURE_POINTS, _HELD_OUT_SEED)
     # Show what holds the data, not the whole square on which densities compare.
@@ -177,7 +240,32 @@ def draw_pictures(
         title,
     )
     writers.plot_levels(paths["steps"], levels, max(shown, 3.0), title)
-    return paths
+    return Pictures(paths, {})
+
+
+def _draw_images(
+    experiment: Any, variables: Players, directory: Path, step: int, title: str
+) -> Pictures:
+    samples = draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
+    levels = draw_levels(experiment, variables, _STEP_IMAGES)
+    held_out = experiment.source.held_out(_HISTOGRAM_IMAGES, _HELD_OUT_SEED)
+    values = {
+        "held-out images": energies(experiment, variables, held_out),
+        "samples": energies(experiment, variables, samples),
+    }
+    files = {
+        name: directory / f"{name}_{step:08d}.png"
+        for name in ("samples", "steps", "energies")
+    }
+    grid = np.asarray(images.to_uint8(samples[:_GRID_IMAGES]))
+    writers.plot_images(files["samples"], grid)
+    # A row for each sample, from noise to image.
+    rows = np.swapaxes(np.asarray(images.to_uint8(levels)), 0, 1)
+    writers.plot_images(
+        files["steps"], rows.reshape(-1, *rows.shape[2:]), columns=len(levels)
+    )
+    writers.plot_histograms(files["energies"], values, title)
+    return Pictures(files, {f"energy/{name}": v for name, v in values.items()})
 
 
 def _draw_table(

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ddaebm_jax.models import mlp
+from ddaebm_jax.models import encoder, mlp, ncsnpp
 
-NETWORKS = ("mlp",)
+NETWORKS = ("mlp", "ncsnpp")
 
 
 class Players(NamedTuple):
@@ -106,6 +106,62 @@ def _mlp_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
     )
 
 
+def _image_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
+    side, nz = event_shape[0], model.nz
+    unet = model.unet
+    trunk = {
+        "nf": unet.nf,
+        "ch_mult": tuple(unet.ch_mult),
+        "num_res_blocks": unet.num_res_blocks,
+        "attn_resolutions": tuple(unet.attn_resolutions),
+        "rate": unet.dropout,
+        "fir": unet.fir,
+        "progressive_input": unet.progressive_input,
+        "dtype": model.dtype,
+        "remat": model.remat,
+    }
+    energy = ncsnpp.Energy(trunk)
+    generator = ncsnpp.Generator(unet.z_emb_dim, unet.n_mlp, trunk)
+    posterior_type = (
+        encoder.ConvEncoder if side < encoder.RESIDUAL_FROM else encoder.ResidualEncoder
+    )
+    posterior = posterior_type(
+        nz, model.encoder.ngf, model.encoder.t_emb_dim, model.dtype
+    )
+
+    def init(key: Array) -> Players:
+        # Lazily: without the forward pass, and parameter by parameter. As one program
+        # the drawing of a thousand parameters takes minutes to compile.
+        x = jax.ShapeDtypeStruct((1, *event_shape), jnp.float32)
+        z = jax.ShapeDtypeStruct((1, nz), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.int32)
+        keys = jax.random.split(key, 3)
+        return Players(
+            energy=energy.lazy_init(keys[0], x, t),
+            generator=generator.lazy_init(keys[1], x, t, z),
+            posterior=posterior.lazy_init(keys[2], x, x, t),
+        )
+
+    def apply_generator(variables, x_next, t, z, rngs=None):
+        return generator.apply(variables, x_next, t, z, rngs)
+
+    # Nothing here depends on the batch but the large posterior's minibatch stddev,
+    # which is the same in training; so there are no running averages.
+    return Networks(
+        init=init,
+        energy=lambda variables, x, t, rngs=None: energy.apply(variables, x, t, rngs),
+        generator=apply_generator,
+        posterior=posterior.apply,
+        train_generator=lambda *args, rngs=None: (
+            apply_generator(*args, rngs=rngs),
+            {},
+        ),
+        train_posterior=lambda *args: (posterior.apply(*args), {}),
+        event_shape=event_shape,
+        nz=nz,
+    )
+
+
 def build(model: Any, event_shape: tuple[int, ...]) -> Networks:
     """Builds the networks.
 
@@ -118,4 +174,6 @@ def build(model: Any, event_shape: tuple[int, ...]) -> Networks:
     """
     if model.name == "mlp":
         return _mlp_networks(model, event_shape)
+    if model.name == "ncsnpp":
+        return _image_networks(model, event_shape)
     raise ValueError(f"model.name is '{model.name}'; allowed: {', '.join(NETWORKS)}")

@@ -1,9 +1,79 @@
 """Layers that several of the networks use."""
 
+import math
+from collections.abc import Sequence
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "blocks")
+
+
+def variance_scaling(scale: float) -> nn.initializers.Initializer:
+    """Returns vs(s): variance scaling, fan_avg, uniform; s = 0 stands for 1e-10."""
+    return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
+
+
+def uniform_fan_in(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    """Draws a kernel, whose last axis is the output, uniformly from ±1/√fan_in."""
+    bound = math.prod(shape[:-1]) ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def conv(
+    features: int, kernel: int, scale: float = 1.0, dtype: str = "float32", **kwargs
+) -> nn.Conv:
+    """Returns a convolution with kernel vs(scale), bias 0, that keeps sides.
+
+    Args:
+      features: channels of the output.
+      kernel: side of the kernel, odd where the sides are to be kept.
+      scale: of the kernel's start.
+      dtype: of the computation; parameters are float32.
+      **kwargs: of `nn.Conv`: name, strides, padding, use_bias.
+    """
+    pad = kernel // 2
+    kwargs.setdefault("padding", ((pad, pad), (pad, pad)))
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        kernel_init=variance_scaling(scale),
+        dtype=dtype,
+        **kwargs,
+    )
+
+
+def dense(
+    features: int, scale: float = 1.0, dtype: str = "float32", **kwargs
+) -> nn.Dense:
+    """Returns a Dense layer with kernel vs(scale), bias 0; see `conv`."""
+    return nn.Dense(
+        features, kernel_init=variance_scaling(scale), dtype=dtype, **kwargs
+    )
+
+
+def dropout(x: Array, rate: float, keys: Array | None, place: int) -> Array:
+    """Drops units by masks of each example's own.
+
+    Args:
+      x: [batch, …].
+      rate: share of units that are dropped; what is left is scaled by 1/(1 − rate).
+      keys: one a example; None: x is returned as it is.
+      place: which dropout layer of the network this is; each has its own masks.
+    """
+    if keys is None or rate == 0.0:
+        return x
+
+    def mask(key: Array) -> Array:
+        return jax.random.bernoulli(
+            jax.random.fold_in(key, place), 1.0 - rate, x.shape[1:]
+        )
+
+    return jnp.where(jax.vmap(mask)(keys), x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def sinusoidal_embedding(

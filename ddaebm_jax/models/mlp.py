@@ -13,16 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ddaebm_jax.models.layers import BatchNorm, PReLU, sinusoidal_embedding
+from ddaebm_jax.models.layers import (
+    BatchNorm,
+    PReLU,
+    sinusoidal_embedding,
+    uniform_fan_in,
+)
 
 NORMS = ("none", "batch")
 ACTIVATIONS = ("prelu", "relu", "silu", "gelu", "softplus")
-
-
-def uniform_fan_in(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
-    """Draws a Dense kernel [in, out] uniformly from ±1/√in."""
-    bound = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class UniformDense(nn.Module):

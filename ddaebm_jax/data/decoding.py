@@ -1,0 +1,133 @@
+"""Decodes an image and brings it to a model's shape.
+
+Nothing of an image is dropped in silence: alpha, colour, 16 bits and missing pixels
+are refused where the model has no place for them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ddaebm_jax.errors import InputError
+
+# Most pixels of an image file, as its header says.
+MAX_PIXELS = 64 * 2**20
+
+# Left, top, right, bottom, in pixels.
+Crop = tuple[int, int, int, int]
+
+# By the number of channels: PIL's modes that lose nothing on the way.
+_LOSSLESS = {1: ("L", "1"), 3: ("RGB", "L", "1", "P")}
+_PIL_MODE = {1: "L", 3: "RGB"}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH = 24  # The place of the bit depth in a PNG file.
+
+
+def prepare(
+    image: Any,
+    size: int,
+    channels: int,
+    crop: Crop | None = None,
+    name: str = "the image",
+) -> UInt8[np.ndarray, "size size channels"]:
+    """Brings a PIL image to size × size pixels.
+
+    In this order: turned as its EXIF orientation says, converted if that loses
+    nothing, cropped to the box, resized so that the short side is `size` (bilinear,
+    antialiased), and cropped at the centre. Pixels of an image that is of the size
+    already do not change.
+
+    Args:
+      image: a `PIL.Image.Image`.
+      size: of the result's sides, pixels.
+      channels: 1 or 3.
+      crop: left, top, right, bottom in pixels; None: all of the image.
+      name: of the image, for messages.
+
+    Raises:
+      InputError: if the image is smaller than `size` or than the box, or if it has
+        what the result cannot hold: alpha, colour, more than 8 bits.
+    """
+    from PIL import Image, ImageOps
+
+    transparent = "transparency" in image.info
+    if transparent or image.mode not in _LOSSLESS[channels]:
+        allowed = ", ".join(_LOSSLESS[channels])
+        raise InputError(
+            f"{name}: its mode is {image.mode}{' with transparency' * transparent}; "
+            f"allowed for data.channels = {channels}: {allowed}, without "
+            f"transparency; convert it to {_PIL_MODE[channels]} first"
+            + (", or set data.channels = 3" if channels == 1 else "")
+        )
+    image = ImageOps.exif_transpose(image).convert(_PIL_MODE[channels])
+    if crop is not None:
+        left, top, right, bottom = crop
+        width, height = image.size
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise InputError(
+                f"{name}: {width}×{height} pixels, and data.crop is {tuple(crop)} "
+                "(left, top, right, bottom); a box inside of the image is needed"
+            )
+        image = image.crop(tuple(crop))
+    width, height = image.size
+    short = min(width, height)
+    if short < size:
+        raise InputError(
+            f"{name}: {width}×{height} pixels{' once cropped' * (crop is not None)}; "
+            f"at least {size} a side are needed; lower data.image_size or leave the "
+            "image out"
+        )
+    if short > size:
+        width, height = width * size // short, height * size // short
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return np.array(image, np.uint8).reshape(size, size, channels)
+
+
+def decode_file(
+    path: Path, name: str, size: int, channels: int, crop: Crop | None
+) -> UInt8[np.ndarray, "size size channels"]:
+    """Decodes a PNG or JPEG file, and prepares its image.
+
+    Args:
+      path: of the file.
+      name: of the file, for messages.
+      size: as in `prepare`.
+      channels: as in `prepare`.
+      crop: as in `prepare`.
+
+    Raises:
+      InputError: if the file is damaged, too large, or not usable by `prepare`.
+    """
+    from PIL import Image
+
+    # PIL's decoders raise a dozen kinds of errors on damaged bytes.
+    try:
+        with path.open("rb") as file:
+            start = file.read(_PNG_DEPTH + 1)
+            # PIL would cut 16-bit colours to 8 bits without a word.
+            if start.startswith(_PNG_SIGNATURE) and start[_PNG_DEPTH:] == b"\x10":
+                raise InputError(
+                    f"{name}: 16 bits a channel; 8 are allowed; convert it first"
+                )
+            file.seek(0)
+            with Image.open(file, formats=("PNG", "JPEG")) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise InputError(
+                        f"{name}: {width}×{height} pixels; at most {MAX_PIXELS} are "
+                        "allowed; make it smaller"
+                    )
+                image.load()
+                return prepare(image, size, channels, crop, name)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).replace(str(path), name).split())[:200]
+        raise InputError(
+            f"{name}: cannot be decoded ({type(error).__name__}: {reason}); a whole "
+            "PNG or JPEG file is needed; fetch it again or remove it"
+        ) from error

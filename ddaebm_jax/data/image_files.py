@@ -1,0 +1,251 @@
+"""Reads sets of images from folders and NPZ files.
+
+Files are data from outside: sizes are bounded before anything is allocated, nothing
+is ever unpickled, and every error names the file, what was found and what to try.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+
+from ddaebm_jax.data.decoding import Crop, decode_file
+from ddaebm_jax.data.npz_files import ArrayHeader, NpzFile, described
+from ddaebm_jax.data.records import Records, Subset, digest, in_parallel
+from ddaebm_jax.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+# Most bytes of decoded images that are kept in memory.
+MAX_BYTES = 4 * 2**30
+
+_SAVE_AGAIN = "save it with numpy.savez(path, x=images)"
+
+
+class FolderImages(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+      records: its images, in the order of their names.
+      names: of the files, relative to the folder, sorted.
+      skipped: number of corrupt files that were left out.
+      content: SHA-256 of the names and of the images.
+    """
+
+    records: Records
+    names: tuple[str, ...]
+    skipped: int
+    content: str
+
+
+class _Files:
+    """Images that are decoded whenever they are read; can be pickled."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: tuple[str, ...],
+        size: int,
+        channels: int,
+        crop: Crop | None,
+    ) -> None:
+        self._folder = folder
+        self._names = names
+        self._how = (size, channels, crop)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        name = self._names[index]
+        return decode_file(self._folder / name, name, *self._how)
+
+
+def _image_names(folder: Path) -> tuple[str, ...]:
+    """The image files below a folder, sorted; hidden ones are left out."""
+    names = []
+    for directory, subdirectories, files in os.walk(folder):
+        subdirectories[:] = [sub for sub in subdirectories if sub[0] != "."]
+        names += [
+            (Path(directory) / file).relative_to(folder).as_posix()
+            for file in files
+            if file[0] != "." and Path(file).suffix.lower() in SUFFIXES
+        ]
+    return tuple(sorted(names))
+
+
+def read_folder(
+    path: str | Path,
+    size: int,
+    channels: int,
+    crop: Crop | None = None,
+    skip_corrupt: bool = False,
+) -> FolderImages:
+    """Reads every PNG and JPEG file of a folder, and of the folders in it.
+
+    Every file is decoded, so that all that are of no use are found at once. Images
+    are kept in memory if they take at most `MAX_BYTES`, else read again on demand.
+    Hidden files and files with other suffixes are left out.
+
+    Args:
+      path: of the folder.
+      size: as in `prepare`.
+      channels: as in `prepare`.
+      crop: as in `prepare`.
+      skip_corrupt: leave files of no use out, with a warning that names them.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      InputError: if it is no folder, holds no image, or holds files of no use; the
+        message counts and names them.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder; check the path")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: not a folder; give the folder of the images")
+    names = _image_names(folder)
+    if not names:
+        raise InputError(
+            f"{folder}: no image in this folder or below it; files that end in "
+            f"{', '.join(SUFFIXES)} are needed; check the path"
+        )
+    files = _Files(folder, names, size, channels, crop)
+    keep = len(names) * size * size * channels <= MAX_BYTES
+    shape = (len(names) if keep else 0, size, size, channels)
+    images = np.empty(shape, np.uint8)
+
+    def decode(index: int) -> bytes | InputError:
+        try:
+            image = files[index]
+        except InputError as error:
+            return error
+        if keep:
+            images[index] = image
+        return hashlib.sha256(image).digest()
+
+    results = in_parallel(decode, len(names), f"{folder}: decoding images")
+    errors = {i: r for i, r in enumerate(results) if isinstance(r, InputError)}
+    records: Records = images if keep else files
+    if errors:
+        _report(folder, names, errors, skip_corrupt)
+        good = np.array([i for i in range(len(names)) if i not in errors])
+        records = Subset(records, good)
+        names = tuple(names[i] for i in good)
+    pixels = b"".join(result for result in results if isinstance(result, bytes))
+    content = digest("\n".join(names).encode(), pixels)
+    return FolderImages(records, names, len(errors), content)
+
+
+def _report(
+    folder: Path,
+    names: tuple[str, ...],
+    errors: dict[int, InputError],
+    skip_corrupt: bool,
+) -> None:
+    """Tells which files are of no use: as a warning if they may be left out."""
+    first, *_ = errors.values()
+    some = ", ".join(names[i] for i in list(errors)[:5])
+    more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
+    found = f"{folder}: {len(errors)} of {len(names)} images are of no use"
+    if len(errors) == len(names):
+        raise InputError(f"{found}, that is all; the first: {first}")
+    if not skip_corrupt:
+        raise InputError(
+            f"{found}: {some}{more}; the first: {first}; or leave them out with "
+            "data.skip_corrupt = True"
+        )
+    logging.warning("%s and are left out: %s%s", found, some, more)
+    for error in errors.values():
+        logging.warning("left out: %s", error)
+
+
+def read_images(
+    path: str | Path,
+    event_shape: tuple[int, int, int],
+    skip_corrupt: bool = False,
+    crop: Crop | None = None,
+) -> tuple[UInt8[np.ndarray, "n height width channels"], tuple[str, ...]]:
+    """Reads images from outside, to be scored.
+
+    A folder is read as by `read_folder`. An NPZ file's images are its array `x`, or
+    its only 4-D array: uint8 [n, height, width, channels] of the model's shape, or
+    [n, height, width] for one channel.
+
+    Args:
+      path: of the folder, or of a file that ends in `.npz`.
+      event_shape: the model's height, width and channels.
+      skip_corrupt: leave a folder's files of no use out, with a warning.
+      crop: as in `prepare`; for folders only.
+
+    Returns:
+      The images, and their names: a file's is its path in the folder, an array's its
+      index.
+
+    Raises:
+      FileNotFoundError: if there is no such folder or file.
+      InputError: for what cannot be used; the message names the file, what was found,
+        what is allowed and what to try.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npz" and not path.is_dir():
+        images = _read_npz(path, event_shape)
+        return images, tuple(map(str, range(len(images))))
+    height, width, channels = event_shape
+    if height != width:
+        raise InputError(
+            f"{path}: a folder's images become square, and the model's are "
+            f"{height}×{width}; give an NPZ file"
+        )
+    folder = read_folder(path, height, channels, crop, skip_corrupt)
+    num_bytes = len(folder.names) * height * width * channels
+    if num_bytes > MAX_BYTES:
+        raise InputError(
+            f"{path}: {len(folder.names)} images take {num_bytes} bytes; at most "
+            f"{MAX_BYTES} are allowed; score the folder in parts"
+        )
+    images = np.stack([folder.records[i] for i in range(len(folder.names))])
+    return images, folder.names
+
+
+def _read_npz(
+    path: Path, event_shape: tuple[int, int, int]
+) -> UInt8[np.ndarray, "n height width channels"]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    with NpzFile(path, MAX_BYTES, _SAVE_AGAIN) as file:
+        array = _npz_images(path, file.arrays)
+        if array.dtype.kind == "O":
+            return file.read(array)  # Which refuses it.
+        if array.dtype != np.uint8:
+            raise InputError(
+                f"{path}: the array {array} is not of uint8; pixels 0 … 255 are "
+                "needed; for floats in [-1, 1] save "
+                "numpy.round((x + 1) * 127.5).astype('uint8')"
+            )
+        wanted = [event_shape] + [event_shape[:2]] * (event_shape[2] == 1)
+        if array.shape[1:] not in wanted:
+            shapes = " or ".join("n×" + "×".join(map(str, shape)) for shape in wanted)
+            raise InputError(
+                f"{path}: the array {array} is not of the model's shape; {shapes} is "
+                "needed; resize the images, or give them as a folder of files"
+            )
+        if not array.shape[0]:
+            raise InputError(f"{path}: the array {array} is empty; give an image")
+        return file.read(array).reshape(-1, *event_shape)
+
+
+def _npz_images(path: Path, arrays: dict[str, ArrayHeader]) -> ArrayHeader:
+    """Chooses the images among the arrays."""
+    if "x" in arrays:
+        return arrays["x"]
+    found = [array for array in arrays.values() if len(array.shape) == 4]
+    if len(found) != 1:
+        raise InputError(
+            f"{path}: no array 'x' and {len(found)} 4-D arrays where exactly one is "
+            f"needed; found: {described(arrays)}; {_SAVE_AGAIN}"
+        )
+    return found[0]

@@ -1,0 +1,184 @@
+"""Image sets that need no download: digits, patches of photographs, a folder."""
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from ddaebm_jax.data.decoding import Crop
+from ddaebm_jax.data.image_files import read_folder
+from ddaebm_jax.data.records import (
+    ImageSet,
+    Split,
+    check_fraction,
+    digest,
+    hold_out,
+    split_set,
+)
+from ddaebm_jax.errors import InputError
+
+_DIGIT_SIZE = 8
+_DIGIT_WHITE = 16  # scikit-learn's digits hold 0 … 16.
+
+
+def load_digits(
+    image_size: int, channels: int, test_fraction: float, seed: int
+) -> ImageSet:
+    """Loads scikit-learn's 1,797 handwritten digits, 8×8, grey.
+
+    The same share of every digit is held out.
+
+    Args:
+      image_size: 8.
+      channels: 1.
+      test_fraction: share that is held out, in (0, 1).
+      seed: of the split; the result is a pure function of it.
+
+    Raises:
+      InputError: for another shape, or a fraction out of range.
+      ModuleNotFoundError: without scikit-learn.
+    """
+    _require("digits", "data.image_size", image_size, _DIGIT_SIZE)
+    _require("digits", "data.channels", channels, 1)
+    check_fraction(test_fraction)
+    from sklearn import datasets
+
+    raw = datasets.load_digits()
+    images = np.round(raw.images * (255 / _DIGIT_WHITE)).astype(np.uint8)[..., None]
+    labels = raw.target.astype(np.int64)
+    # A digit's own seed: how many another has does not move its choice.
+    parts = []
+    for label in range(10):
+        places = np.flatnonzero(labels == label)
+        split = hold_out(len(places), test_fraction, seed + label, f"digit {label}")
+        parts.append((places[split.train], places[split.test]))
+    train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return split_set(
+        "digits",
+        images,
+        (_DIGIT_SIZE, _DIGIT_SIZE, 1),
+        Split(train, test),
+        digest(images, labels),
+        labels,
+    )
+
+
+def _require(name: str, field: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise InputError(
+            f"{field} is {found}; the images of data.name = '{name}' have {wanted}; "
+            f"set {field} = {wanted}"
+        )
+
+
+class _Patches:
+    """Square patches, cut from photographs when they are read."""
+
+    def __init__(
+        self,
+        photos: UInt8[np.ndarray, "photos height width channels"],
+        places: Integer[np.ndarray, "n 3"],
+        size: int,
+    ) -> None:
+        self._photos = photos
+        self._places = places
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        photo, top, left = self._places[index]
+        size = self._size
+        return self._photos[photo, top : top + size, left : left + size]
+
+
+def load_photos(
+    image_size: int, channels: int, num_patches: int, test_fraction: float, seed: int
+) -> ImageSet:
+    """Loads patches of scikit-learn's two photographs, a temple and a flower.
+
+    Patches are cut at random places, as many from either photograph. Those held out
+    lie in a strip at the right side that no training patch touches; the strip's share
+    of the width, and theirs of the patches, is `test_fraction`.
+
+    Args:
+      image_size: of the patches.
+      channels: 3.
+      num_patches: of both photographs, those held out included.
+      test_fraction: in (0, 1).
+      seed: of the places; the result is a pure function of it.
+
+    Raises:
+      InputError: for another number of channels, or patches that do not fit.
+      ModuleNotFoundError: without scikit-learn or Pillow.
+    """
+    _require("photos", "data.channels", channels, 3)
+    split = hold_out(num_patches, test_fraction, seed, "data.num_patches")
+    from sklearn import datasets
+
+    photos = np.stack(datasets.load_sample_images().images)
+    _, height, width, _ = photos.shape
+    edge = width - round(width * test_fraction)
+    room = min(height, edge, width - edge)
+    if image_size > room:
+        raise InputError(
+            f"data.image_size is {image_size}; with data.test_fraction "
+            f"{test_fraction} the photographs of {height}×{width} leave room for "
+            f"{room}; choose smaller patches, or a fraction nearer to a half"
+        )
+    rng = np.random.default_rng(seed)
+
+    def cut(num: int, left: int, right: int) -> _Patches:
+        top = rng.integers(0, height - image_size + 1, num)
+        side = rng.integers(left, right - image_size + 1, num)
+        places = np.stack([np.arange(num) % len(photos), top, side], axis=1)
+        return _Patches(photos, places, image_size)
+
+    train = cut(len(split.train), 0, edge)
+    test = cut(len(split.test), edge, width)
+    return ImageSet(
+        name="photos",
+        event_shape=(image_size, image_size, channels),
+        train=train,
+        test=test,
+        content=digest(photos, train._places, test._places),
+    )
+
+
+def load_folder(
+    path: str,
+    image_size: int,
+    channels: int,
+    crop: Crop | None,
+    test_fraction: float,
+    seed: int,
+    skip_corrupt: bool,
+) -> ImageSet:
+    """Loads a folder of PNG and JPEG files; see `image_files.read_folder`.
+
+    Args:
+      path: of the folder.
+      image_size: as in `decoding.prepare`.
+      channels: as in `decoding.prepare`.
+      crop: as in `decoding.prepare`.
+      test_fraction: share that is held out, in (0, 1).
+      seed: of the split, a pure function of it and of the number of files.
+      skip_corrupt: leave files of no use out, with a warning.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      InputError: if it cannot be used; the message names the files.
+    """
+    check_fraction(test_fraction)
+    if not path:
+        raise InputError(
+            "data.path is empty; data.name = 'folder' needs the folder of the images"
+        )
+    folder = read_folder(path, image_size, channels, crop, skip_corrupt)
+    return split_set(
+        "folder",
+        folder.records,
+        (image_size, image_size, channels),
+        hold_out(len(folder.names), test_fraction, seed, path),
+        folder.content,
+        skipped=folder.skipped,
+    )

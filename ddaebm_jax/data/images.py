@@ -1,0 +1,128 @@
+"""Images: sets opened by name, batches in a fixed order, and what a step draws.
+
+On the host images are uint8; a step sees float32 in [−1, 1], through `draw`, whether
+the whole set lies on the device or batches are fed from the host.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, Shaped, UInt8
+
+from ddaebm_jax.data import image_sets, tfds_images
+from ddaebm_jax.data.batches import Batches, order
+from ddaebm_jax.data.decoding import prepare
+from ddaebm_jax.data.image_files import read_images
+from ddaebm_jax.data.records import ImageSet, Records, Subset, digest, stack
+from ddaebm_jax.errors import InputError
+
+__all__ = [
+    "IMAGES",
+    "Batches",
+    "ImageSet",
+    "Records",
+    "draw",
+    "open_images",
+    "order",
+    "prepare",
+    "read_images",
+    "stack",
+    "to_float",
+    "to_uint8",
+]
+
+IMAGES = ("digits", "photos", "folder", "tfds")
+
+
+def open_images(data: Any, seed: int) -> ImageSet:
+    """Opens the image set that a config names.
+
+    Args:
+      data: the config's `data` section.
+      seed: of the split into what is trained on and what is held out.
+
+    Raises:
+      FileNotFoundError: if `data.path` is not there.
+      InputError: for an unknown name, or images that cannot be trained on.
+    """
+    crop = None if data.crop is None else tuple(data.crop)
+    shape = (data.image_size, data.channels)
+    if data.channels not in (1, 3):
+        raise InputError(
+            f"data.channels is {data.channels}; allowed: 1 (grey), 3 (colour)"
+        )
+    if data.name == "digits":
+        images = image_sets.load_digits(*shape, data.test_fraction, seed)
+    elif data.name == "photos":
+        images = image_sets.load_photos(
+            *shape, data.num_patches, data.test_fraction, seed
+        )
+    elif data.name == "folder":
+        images = image_sets.load_folder(
+            data.path, *shape, crop, data.test_fraction, seed, data.skip_corrupt
+        )
+    elif data.name == "tfds":
+        images = tfds_images.load_tfds(
+            data.tfds,
+            data.tfds_dir,
+            data.split,
+            data.test_split,
+            *shape,
+            crop,
+            data.test_fraction,
+            seed,
+        )
+    else:
+        raise InputError(f"data.name is '{data.name}'; allowed: {', '.join(IMAGES)}")
+    return _first(images, data.limit)
+
+
+def _first(images: ImageSet, limit: int) -> ImageSet:
+    """Keeps the first `limit` training images; 0: all."""
+    if not 0 < limit < len(images.train):
+        return images
+    labels = images.train_labels
+    return dataclasses.replace(
+        images,
+        train=Subset(images.train, np.arange(limit)),
+        train_labels=None if labels is None else labels[:limit],
+        content=digest(images.content.encode(), np.array(limit)),
+    )
+
+
+def to_float(images: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x / 127.5 − 1 as float32: 0 … 255 becomes −1 … 1."""
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:
+    """Returns [−1, 1] as 0 … 255, rounded and clipped; undoes `to_float` exactly."""
+    levels = (jnp.asarray(images).astype(jnp.float32) + 1.0) * 127.5
+    return jnp.clip(jnp.round(levels), 0.0, 255.0).astype(jnp.uint8)
+
+
+def draw(
+    arrays: UInt8[Array, "n height width channels"] | None,
+    batch: Shaped[Array | np.ndarray, "batch *shape"],
+    keys: Key[Array, " batch"],
+    flip: bool,
+) -> Float[Array, "batch height width channels"]:
+    """Returns a batch of x_0 in [−1, 1]; pure.
+
+    Both ways of input give the same numbers: example i depends on its pixels and on
+    key i alone.
+
+    Args:
+      arrays: the whole training set, on the device; None: `batch` holds the images.
+      batch: int32 indices into `arrays`, or uint8 images.
+      keys: one for each example.
+      flip: whether to mirror each example left to right with probability one half.
+    """
+    images = jnp.asarray(batch) if arrays is None else arrays[jnp.asarray(batch)]
+    if flip:
+        mirrored = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    return to_float(images)

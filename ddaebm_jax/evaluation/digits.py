@@ -1,0 +1,325 @@
+"""How good samples of small labelled images are, as a classifier of real ones sees it.
+
+Made for scikit-learn's 8 × 8 digits; any small labelled set of images will do. Pixels
+are bytes; distances between images are in pixel units of which white is 1.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+
+# Chosen on the digits: 0.977 of held-out ones right, with a mean top probability of
+# 0.971. Less weight decay is as accurate, and surer of noise; more is too unsure.
+_HIDDEN_WIDTHS = (128, 64)
+_WEIGHT_DECAY = 0.1
+# More than it needs: training stops by itself, after about 300 passes.
+_MOST_PASSES = 1_000
+
+_CONFIDENT = 0.9
+# A class counts as present from this part of an equal share on.
+_PRESENT = 0.1
+# The percentile of the held-out images' distances up to which a sample is a near copy.
+_NEAR_COPY_PERCENTILE = 1.0
+
+# One pair of random sets tells little: on the digits its Fréchet distance is 0.30,
+# give or take 0.09. The mean over so many is given.
+_RANDOM_PAIRS = 20
+
+# Squared distances held at once: 32 MiB of them.
+_CHUNK_CELLS = 2**22
+
+
+class Judge(NamedTuple):
+    """A trained classifier.
+
+    Attributes:
+      classifier: scikit-learn's `MLPClassifier`, of images scaled to [0, 1].
+      classes: the labels, in the order of its outputs.
+    """
+
+    classifier: Any
+    classes: Integer[np.ndarray, " classes"]
+
+
+def train_judge(
+    images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, " n"], seed: int
+) -> Judge:
+    """Trains a classifier with two hidden layers.
+
+    Args:
+      images: real ones.
+      labels: any integers, one an image.
+      seed: of its initial weights and of the order of the images.
+
+    Raises:
+      ValueError: for fewer than two classes.
+      ModuleNotFoundError: without scikit-learn.
+    """
+    from sklearn.neural_network import MLPClassifier
+
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        raise ValueError(
+            f"the {len(labels)} labels hold the classes {classes.tolist()}; give "
+            "images of at least two classes"
+        )
+    classifier = MLPClassifier(
+        _HIDDEN_WIDTHS,
+        activation="relu",
+        alpha=_WEIGHT_DECAY,
+        max_iter=_MOST_PASSES,
+        random_state=seed,
+    )
+    return Judge(classifier.fit(_scaled_rows(images), labels), classes)
+
+
+def _rows(images: np.ndarray) -> np.ndarray:
+    # Not −1 for the width, which NumPy cannot tell where there is no image.
+    width = math.prod(images.shape[1:])
+    return images.reshape(len(images), width).astype(np.float64)
+
+
+def _scaled_rows(images: np.ndarray) -> np.ndarray:
+    return _rows(images) / 255.0
+
+
+def features(
+    judge: Judge, images: UInt8[np.ndarray, "n h w c"]
+) -> Float[np.ndarray, "n d"]:
+    """Returns the activations of the judge's last hidden layer, d = 64 of them."""
+    hidden = _scaled_rows(images)
+    layers = zip(judge.classifier.coefs_, judge.classifier.intercepts_, strict=True)
+    for weights, biases in list(layers)[:-1]:
+        hidden = np.maximum(hidden @ weights + biases, 0.0)
+    return hidden
+
+
+def probabilities(
+    judge: Judge, images: UInt8[np.ndarray, "n h w c"]
+) -> Float[np.ndarray, "n classes"]:
+    """Returns the judge's probability of each class, in the order of its `classes`."""
+    return judge.classifier.predict_proba(_scaled_rows(images))
+
+
+def frechet_distance(
+    first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "m d"]
+) -> float:
+    """Returns the Fréchet distance of two sets of points, each taken as a Gaussian.
+
+    |μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2}), the squared 2-Wasserstein
+    distance of N(μ_a, Σ_a) and N(μ_b, Σ_b) (Dowson and Landau 1982; in the features
+    of another network the FID, Heusel et al. 2017). The covariances are unbiased: they
+    divide by n − 1. The distance itself is biased upwards, more for fewer points.
+
+    Any number of points from two on will do, also fewer than d: the trace of the root
+    comes from the points' triangular factors, no root of a covariance is taken.
+
+    Args:
+      first: points, one a row.
+      second: points of the same width.
+
+    Raises:
+      ValueError: for fewer than two points in either, or one that is not finite.
+    """
+    means, factors = [], []
+    for name, points in (("first", first), ("second", second)):
+        if len(points) < 2:
+            raise ValueError(
+                f"the {name} set has {len(points)} points; a covariance needs at "
+                "least 2: give more"
+            )
+        bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(points)} points of the {name} set are not finite, "
+                f"the first at {bad[0]}; check what they were computed from"
+            )
+        points = np.asarray(points, np.float64)
+        means.append(points.mean(axis=0))
+        centred = (points - means[-1]) / np.sqrt(len(points) - 1)
+        factors.append(np.linalg.qr(centred, mode="r"))
+    # Σ_a = AᵀA and Σ_b = BᵀB: the eigenvalues of Σ_a Σ_b are those of (A Bᵀ)(A Bᵀ)ᵀ,
+    # and so their roots are the singular values of A Bᵀ.
+    root_trace = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+    traces = sum((factor**2).sum() for factor in factors)
+    distance = ((means[0] - means[1]) ** 2).sum() + traces - 2.0 * root_trace
+    # Rounding can leave a little less than nothing.
+    return max(float(distance), 0.0)
+
+
+def nearest_distances(
+    queries: UInt8[np.ndarray, "n h w c"], references: UInt8[np.ndarray, "m h w c"]
+) -> Float[np.ndarray, " n"]:
+    """Returns each query's Euclidean distance to the nearest reference.
+
+    In units in which a pixel goes from 0 to 1; exactly 0 for a copy.
+
+    Raises:
+      ValueError: if there is no reference.
+    """
+    if not len(references):
+        raise ValueError("there are no reference images; give at least one")
+    # Whole numbers, far below 2⁵³: the squares and their differences are exact.
+    rows, targets = _rows(queries), _rows(references)
+    norms = (targets**2).sum(axis=1)
+    nearest = np.empty(len(rows))
+    step = max(1, _CHUNK_CELLS // len(targets))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        # |q − r|² less |q|², which does not change which r is nearest.
+        least = (norms - 2.0 * (part @ targets.T)).min(axis=1)
+        nearest[start : start + step] = (part**2).sum(axis=1) + least
+    return np.sqrt(nearest) / 255.0
+
+
+def evaluate_digits(
+    samples: UInt8[np.ndarray, "n h w c"],
+    train: UInt8[np.ndarray, "m h w c"],
+    train_labels: Integer[np.ndarray, " m"],
+    test: UInt8[np.ndarray, "k h w c"],
+    test_labels: Integer[np.ndarray, " k"],
+    seed: int,
+) -> dict[str, Any]:
+    """Returns the figures of a model's samples, as plain JSON values.
+
+    The judge is `train_judge(train, train_labels, seed)`: it sees neither the samples
+    nor the held-out images. Fréchet distances are in its features, so they compare
+    only between samples judged with the same images and seed.
+
+    - `num_samples`, `num_train`, `num_held_out`.
+    - `classifier_accuracy`: the judge's, on the held-out images.
+    - `frechet_samples`: from the samples to the held-out images.
+    - `frechet_train`: from the training images to the held-out images. Low for a split
+      that keeps the classes' shares, which a model's random draws do not.
+    - `frechet_train_drawn`: from training images drawn at random with replacement, as
+      many as there are samples, to the held-out images; the mean over 20 draws. What
+      a model reaches that gives the training images back: the figure to hold
+      `frechet_samples` against. No strict bound: single draws scatter, on the digits
+      0.33 ± 0.07 for 1,000 samples and 0.21 ± 0.02 for 10,000.
+    - `frechet_real_halves`: between two random halves of the real images, training
+      and held-out ones mixed without regard to class, (m + k)/2 each; the mean over
+      20 halvings. The halves differ by chance alone: this is what the numbers of
+      points do. Other numbers than in `frechet_samples`, so it compares in scale only.
+    - `confident_share`, `confident_share_held_out`: the share of the samples, and of
+      the held-out images, whose top probability is above 0.9.
+    - `class_histogram`: the share of the samples predicted as each class, in the
+      order of the sorted labels. `class_share_least`: the least of them.
+    - `classes_present`: how many of them are at least a tenth of an equal share, so
+      1% of the samples for ten classes.
+    - `nearest_train_mean`, `nearest_train_median` and the same with `_held_out`: the
+      distance (`nearest_distances`) to the nearest training image, over the samples
+      and over the held-out images.
+    - `near_copy_distance`: the first percentile of the held-out images' distances.
+      `near_copy_share`: the share of the samples that are no farther than that from a
+      training image. About 0.01 for fresh real images, and 1 for copies. Blur too
+      brings samples nearer to the training images: what sets copies apart is a share
+      far above 0.01 together with good Fréchet and confident figures.
+
+    Args:
+      samples: the model's.
+      train: the real images that the model was trained on.
+      train_labels: theirs.
+      test: real images that the model was not trained on.
+      test_labels: theirs.
+      seed: of the judge, and of the random draws and halves.
+
+    Raises:
+      ValueError: for fewer than two images of a kind, or as `train_judge`.
+      ModuleNotFoundError: without scikit-learn.
+    """
+    kinds = {"samples": samples, "training images": train, "held-out images": test}
+    for name, images in kinds.items():
+        if len(images) < 2:
+            raise ValueError(
+                f"there are {len(images)} {name}; a covariance needs at least 2: "
+                "give more"
+            )
+    judge = train_judge(train, train_labels, seed)
+    return {
+        "num_samples": len(samples),
+        "num_train": len(train),
+        "num_held_out": len(test),
+        "classifier_accuracy": _share(_predictions(judge, test) == test_labels),
+        **_frechet_figures(judge, samples, train, test, seed),
+        **_class_figures(judge, samples, test),
+        **_nearness_figures(samples, train, test),
+    }
+
+
+def _predictions(judge: Judge, images: np.ndarray) -> np.ndarray:
+    return judge.classes[probabilities(judge, images).argmax(axis=1)]
+
+
+def _frechet_figures(judge, samples, train, test, seed) -> dict[str, float]:
+    seen, held_out = features(judge, train), features(judge, test)
+    real = np.concatenate([seen, held_out])
+    half = len(real) // 2
+    rng = np.random.default_rng(seed)
+    # The halves first: they must not depend on how many samples there are.
+    shuffled = (rng.permutation(real) for _ in range(_RANDOM_PAIRS))
+    halves = [frechet_distance(rows[:half], rows[half:]) for rows in shuffled]
+    drawn = [
+        frechet_distance(rng.choice(seen, len(samples)), held_out)
+        for _ in range(_RANDOM_PAIRS)
+    ]
+    return {
+        "frechet_samples": frechet_distance(features(judge, samples), held_out),
+        "frechet_train": frechet_distance(seen, held_out),
+        "frechet_train_drawn": float(np.mean(drawn)),
+        "frechet_real_halves": float(np.mean(halves)),
+    }
+
+
+def _class_figures(judge, samples, test) -> dict[str, Any]:
+    by_sample = probabilities(judge, samples)
+    by_held_out = probabilities(judge, test)
+    classes = len(judge.classes)
+    counts = np.bincount(by_sample.argmax(axis=1), minlength=classes)
+    shares = counts / len(samples)
+    return {
+        "confident_share": _share(by_sample.max(axis=1) > _CONFIDENT),
+        "confident_share_held_out": _share(by_held_out.max(axis=1) > _CONFIDENT),
+        "classes_present": int((shares >= _PRESENT / classes).sum()),
+        "class_histogram": shares.tolist(),
+        "class_share_least": float(shares.min()),
+    }
+
+
+def _nearness_figures(samples, train, test) -> dict[str, float]:
+    ours = nearest_distances(samples, train)
+    held_out = nearest_distances(test, train)
+    near = np.percentile(held_out, _NEAR_COPY_PERCENTILE)
+    return {
+        "nearest_train_mean": float(ours.mean()),
+        "nearest_train_mean_held_out": float(held_out.mean()),
+        "nearest_train_median": float(np.median(ours)),
+        "nearest_train_median_held_out": float(np.median(held_out)),
+        "near_copy_distance": float(near),
+        "near_copy_share": _share(ours <= near),
+    }
+
+
+def _share(found: np.ndarray) -> float:
+    return float(found.mean())
+
+
+def class_grid(
+    samples: UInt8[np.ndarray, "n h w c"], judge: Judge, per_class: int = 10
+) -> UInt8[np.ndarray, "cells h w c"]:
+    """Returns samples for a picture of rows, one row a predicted class.
+
+    Args:
+      samples: the model's.
+      judge: whose predictions they are; its `classes` are the rows' order.
+      per_class: images a row, at least 1: the first ones of the class, in the
+        samples' order, then black ones where it has too few.
+    """
+    grid = np.zeros((len(judge.classes), per_class, *samples.shape[1:]), np.uint8)
+    if len(samples):
+        predictions = _predictions(judge, samples)
+        for row, label in zip(grid, judge.classes, strict=True):
+            found = samples[predictions == label][:per_class]
+            row[: len(found)] = found
+    return grid.reshape(-1, *samples.shape[1:])

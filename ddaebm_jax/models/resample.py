@@ -1,0 +1,109 @@
+"""Resampling of images by 2, with the filter (1, 3, 3, 1) or without.
+
+The filter is separable, and beside the zeros that upsampling puts in, or the samples
+that downsampling leaves out, each output needs two or four inputs per axis. So both
+are written as sums of shifted slices (their polyphase form): no convolution, and
+nothing is multiplied by zero. Shifts read zeros outside the image. Karras et al. 2020
+(arXiv 1912.04958) filter so in their networks.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def _padded(x: Array, axis: int, before: int, after: int) -> Array:
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (before, after)
+    return jnp.pad(x, pads)
+
+
+def _every_second(x: Array, axis: int, start: int, length: int) -> Array:
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(start, start + 2 * length - 1, 2)
+    return x[tuple(index)]
+
+
+def _window(x: Array, axis: int, start: int, length: int) -> Array:
+    index = [slice(None)] * x.ndim
+    index[axis] = slice(start, start + length)
+    return x[tuple(index)]
+
+
+def _interleave(even: Array, odd: Array, axis: int) -> Array:
+    shape = list(even.shape)
+    shape[axis] *= 2
+    return jnp.stack([even, odd], axis=axis + 1).reshape(shape)
+
+
+def _up_axis(x: Array, axis: int) -> Array:
+    """Even outputs are ¼x₋₁ + ¾x, odd ones ¾x + ¼x₊₁."""
+    length = x.shape[axis]
+    padded = _padded(0.25 * x, axis, 1, 1)
+    centre = 0.75 * x
+    return _interleave(
+        _window(padded, axis, 0, length) + centre,
+        centre + _window(padded, axis, 2, length),
+        axis,
+    )
+
+
+def _down_axis(x: Array, axis: int) -> Array:
+    """Outputs are (x_{2i−1} + 3x_{2i} + 3x_{2i+1} + x_{2i+2})/8."""
+    length = x.shape[axis] // 2
+    padded = _padded(x, axis, 1, 1)
+    outer, inner = 0.125, 0.375
+    return outer * (
+        _every_second(padded, axis, 0, length) + _every_second(padded, axis, 3, length)
+    ) + inner * (
+        _every_second(padded, axis, 1, length) + _every_second(padded, axis, 2, length)
+    )
+
+
+def _filter_axis(x: Array, axis: int) -> Array:
+    """Outputs are (x_{i−2} + 3x_{i−1} + 3x_i + x_{i+1})/8, one more than inputs."""
+    length = x.shape[axis] + 1
+    padded = _padded(x, axis, 2, 2)
+    outer = _window(padded, axis, 0, length) + _window(padded, axis, 3, length)
+    inner = _window(padded, axis, 1, length) + _window(padded, axis, 2, length)
+    return 0.125 * outer + 0.375 * inner
+
+
+def fir_up(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch height2 width2 channels"]:
+    """Doubles both sides: zeros after every sample, padding (2, 1), gain 2 an axis."""
+    return _up_axis(_up_axis(x, 1), 2)
+
+
+def fir_down(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch height2 width2 channels"]:
+    """Halves both sides (rounded down): padding (1, 1), filter, every second sample."""
+    return _down_axis(_down_axis(x, 1), 2)
+
+
+def fir_filter(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch height2 width2 channels"]:
+    """Filters with padding (2, 2): each side grows by one.
+
+    What comes before a convolution of 3×3 with stride 2 and no padding, which then
+    halves an even side.
+    """
+    return _filter_axis(_filter_axis(x, 1), 2)
+
+
+def repeat_up(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch height2 width2 channels"]:
+    """Doubles both sides by repeating every sample."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def mean_down(
+    x: Float[Array, "batch height width channels"],
+) -> Float[Array, "batch height2 width2 channels"]:
+    """Halves both (even) sides by the mean of 2×2 squares."""
+    batch, height, width, channels = x.shape
+    squares = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return squares.mean(axis=(2, 4))

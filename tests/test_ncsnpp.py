@@ -1,0 +1,648 @@
+"""The image networks: sizes, resampling, precision, dropout, and each part by hand."""
+
+import functools
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import quick
+from helpers import assert_trees_close
+from released import recipe, reference_config
+
+from ddaebm_jax import interop, models
+from ddaebm_jax.models import Players, encoder, layers, ncsnpp, resample
+
+BATCH, SIDE, NZ = 4, 8, 6
+TIMES = jnp.array([0, 3, 1, 2])
+
+
+def normals(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def tiny(**changes: Any) -> ml_collections.ConfigDict:
+    """Returns a tiny `model` section with attention, filters and a pyramid.
+
+    `changes` go to `unet`, but for `dtype` and `remat`.
+    """
+    model = reference_config().model
+    model.nz = NZ
+    model.encoder.t_emb_dim = 8
+    model.encoder.ngf = 4
+    for field in ("dtype", "remat"):
+        if field in changes:
+            model[field] = changes.pop(field)
+    unet = {
+        "nf": 8,
+        "ch_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attn_resolutions": (4,),
+        "dropout": 0.0,
+        "z_emb_dim": 8,
+        "n_mlp": 1,
+    }
+    model.unet.update({**unet, **changes})
+    return model
+
+
+def trunk_of(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the arguments of a U-Net."""
+    trunk = {name: model.unet[name] for name in model.unet}
+    for name in ("dropout", "z_emb_dim", "n_mlp"):
+        trunk.pop(name)
+    return {**trunk, "rate": 0.0, "dtype": model.dtype, "remat": model.remat}
+
+
+def trunk_shapes(model: ml_collections.ConfigDict, side: int) -> dict:
+    x, t = jnp.zeros((1, side, side, 3)), jnp.zeros((1,), jnp.int32)
+    unet = ncsnpp.UNet(**trunk_of(model))
+    return jax.eval_shape(unet.init, jax.random.key(0), x, t)["params"]
+
+
+@functools.cache
+def networks_of(side: int = SIDE, channels: int = 3, **changes: Any) -> models.Networks:
+    return models.build(tiny(**changes), (side, side, channels))
+
+
+@functools.cache
+def shapes_of(networks: models.Networks) -> Players:
+    return jax.eval_shape(networks.init, jax.random.key(0))
+
+
+def small_networks(**changes: Any) -> models.Networks:
+    """Returns networks of one level, the quickest to compile."""
+    return networks_of(SIDE, 1, ch_mult=(1,), attn_resolutions=(SIDE,), **changes)
+
+
+def filled(networks: models.Networks, seed: int = 0) -> Players:
+    """Returns variables away from their start, of the size of trained ones."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        drawn = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return drawn / np.float32(math.prod(leaf.shape[:-1]) ** 0.5)
+        return np.float32(path[-1].key == "scale") + np.float32(0.1) * drawn
+
+    return jax.tree.map_with_path(fill, shapes_of(networks))
+
+
+def inputs(seed: int = 0, side: int = SIDE, channels: int = 3):
+    """Returns x_t, x_{t+1}, t, z of a batch."""
+    shape = (BATCH, side, side, channels)
+    return (normals(seed, *shape), normals(seed + 1, *shape), TIMES), normals(
+        seed + 2, BATCH, NZ
+    )
+
+
+@functools.cache
+def forward_of(networks: models.Networks):
+    """All three networks as one program, compiled once a batch's size."""
+
+    @quick.jit
+    def forward(variables, x_t, x_next, t, z, keys=None):
+        mean, logvar = networks.posterior(variables.posterior, x_t, x_next, t)
+        return {
+            "energy": networks.energy(variables.energy, x_t, t, keys),
+            "generator": networks.generator(variables.generator, x_next, t, z, keys),
+            "mean": mean,
+            "logvar": logvar,
+        }
+
+    return forward
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, jax.Array]:
+    """What the tiny networks give in float32, without dropout."""
+    networks = networks_of()
+    x, z = inputs()
+    return jax.device_get(forward_of(networks)(filled(networks), *x, z))
+
+
+# The released recipes, by their shapes alone.
+
+
+@functools.cache
+def built(name: str) -> tuple[ml_collections.ConfigDict, models.Networks]:
+    config = recipe(name)
+    side, channels = config.data.image_size, config.data.channels
+    return config, models.build(config.model, (side, side, channels))
+
+
+def count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_cifar10_parameter_counts():
+    shapes = shapes_of(built("cifar10")[1])
+    assert count(shapes.generator) == 48_432_515
+    assert count(shapes.energy) == 40_279_171
+    assert count(shapes.posterior) == 4_772_872
+
+
+@pytest.mark.parametrize("player", Players._fields)
+def test_cifar10_names_and_shapes_are_the_released_ones(player: str, test_data: Path):
+    config, networks = built("cifar10")
+    names = getattr(interop.names_of(config.model, 32, shapes_of(networks)), player)
+    params = getattr(shapes_of(networks), player)["params"]
+
+    def torch_shape(name: str, target: interop.Target) -> tuple[int, ...]:
+        shape = functools.reduce(lambda tree, part: tree[part], target.path, params)
+        shape = shape.shape
+        if len(shape) == 4:
+            return shape[3], shape[2], shape[0], shape[1]
+        return shape[::-1] if name.endswith(".weight") else shape
+
+    ours = {
+        f"{name} {'x'.join(map(str, torch_shape(name, target)))}"
+        for name, target in names.items()
+    }
+    released = (test_data / f"cifar10_{player}_names.txt").read_text().split("\n")
+    assert ours == {line for line in released if line}
+    # Every parameter of ours has its counterpart.
+    paths = [target.path for target in names.values()]
+    assert len(set(paths)) == len(paths) == len(jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", ["celeba64", "lsun_church128"])
+def test_larger_recipes_build(name: str):
+    config, networks = built(name)
+    side, nz = config.data.image_size, config.model.nz
+    assert networks.event_shape == (side, side, 3) and networks.nz == nz == 100
+    shapes = shapes_of(networks)
+    trunk = shapes.generator["params"]["trunk"]
+    assert trunk["conv_out"]["kernel"].shape == (3, 3, 64, 3)
+    for head in ("mu", "logvar"):
+        assert shapes.posterior["params"][head]["kernel"].shape[-1] == nz
+    pyramids = [layer for layer in trunk if layer.endswith("pyramid")]
+    levels = len(config.model.unet.ch_mult)
+    assert len(pyramids) == (levels - 1 if name == "celeba64" else 0)
+    attended = {layer for layer in trunk if "attention" in layer}
+    level = int(math.log2(side // 16))
+    assert attended == {
+        "middle_attention",
+        f"up_{level}_attention",
+        *(f"down_{level}_attention_{i}" for i in range(2)),
+    }
+
+
+# Resampling, against filters written as their definition.
+
+
+def naive_fir(
+    x: np.ndarray, up: int, down: int, before: int, after: int, gain: float
+) -> np.ndarray:
+    """Zeros inserted, padded, filtered by 4×4 taps in double, every `down`-th kept."""
+    batch, height, width, channels = x.shape
+    spread = np.zeros((batch, height * up, width * up, channels))
+    spread[:, ::up, ::up] = x
+    pads = (before, after)
+    spread = np.pad(spread, ((0, 0), pads, pads, (0, 0)))
+    taps = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64 * gain**2
+    height, width = spread.shape[1] - 3, spread.shape[2] - 3
+    out = np.zeros((batch, height, width, channels))
+    for i, j in itertools.product(range(4), range(4)):
+        out += taps[i, j] * spread[:, i : i + height, j : j + width]
+    return out[:, ::down, ::down]
+
+
+@pytest.mark.parametrize("sides", [(1, 2), (2, 5), (7, 3), (8, 4), (6, 9)])
+def test_fir_resampling(sides: tuple[int, int]):
+    x = normals(0, 2, *sides, 3)
+    up, down, filtered = quick.jit(
+        lambda x: (resample.fir_up(x), resample.fir_down(x), resample.fir_filter(x))
+    )(x)
+    for actual, expected in (
+        (up, naive_fir(x, 2, 1, 2, 1, 2.0)),
+        (down, naive_fir(x, 1, 2, 1, 1, 1.0)),
+        (filtered, naive_fir(x, 1, 1, 2, 2, 1.0)),
+    ):
+        assert actual.shape == expected.shape
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+    assert up.shape[1:3] == tuple(2 * side for side in sides)
+    assert down.shape[1:3] == tuple(side // 2 for side in sides)
+    assert filtered.shape[1:3] == tuple(side + 1 for side in sides)
+
+
+def test_plain_resampling():
+    x = normals(0, 2, 4, 6, 3)
+    up, down = resample.repeat_up(x), resample.mean_down(x)
+    assert up.shape == (2, 8, 12, 3) and down.shape == (2, 2, 3, 3)
+    for i, j in itertools.product(range(2), range(2)):
+        np.testing.assert_array_equal(up[:, i::2, j::2], x)
+    corners = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
+    np.testing.assert_allclose(down, np.mean(corners, axis=0), atol=1e-6)
+
+
+# The parts by hand.
+
+
+def test_attention_is_softmax_attention():
+    module = ncsnpp.Attention("float32")
+    x = normals(0, 2, 2, 3, 8)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
+    actual = quick.jit(module.apply)({"params": jax.tree.map(jnp.asarray, params)}, x)
+
+    def dense(part: str, h: np.ndarray) -> np.ndarray:
+        return h @ params[part]["kernel"] + params[part]["bias"]
+
+    # Two groups of four channels.
+    groups = np.asarray(x, np.float64).reshape(2, 6, 2, 4)
+    mean = groups.mean(axis=(1, 3), keepdims=True)
+    var = groups.var(axis=(1, 3), keepdims=True)
+    h = ((groups - mean) / np.sqrt(var + 1e-6)).reshape(2, 6, 8)
+    h = h * params["norm"]["scale"] + params["norm"]["bias"]
+    query, key, value = (dense(part, h) for part in ("query", "key", "value"))
+    logits = np.einsum("bic,bjc->bij", query, key) / np.sqrt(8)
+    weights = np.exp(logits - logits.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    h = dense("out", np.einsum("bij,bjc->bic", weights, value))
+    expected = (x + h.reshape(x.shape)) / np.sqrt(2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adaptive_group_norm():
+    """γ and b are an affine function of the style, which starts at γ = 1, b = 0."""
+    module = ncsnpp.AdaptiveGroupNorm("float32")
+    x, style = 2.0 * normals(0, 3, 2, 2, 8) + 1.0, normals(1, 3, 5)
+    start = module.init(jax.random.key(0), x, style)["params"]["style"]
+    np.testing.assert_array_equal(start["bias"], [1.0] * 8 + [0.0] * 8)
+    groups = np.asarray(x, np.float64).reshape(3, 4, 2, 4)
+    mean = groups.mean(axis=(1, 3), keepdims=True)
+    var = groups.var(axis=(1, 3), keepdims=True)
+    normed = ((groups - mean) / np.sqrt(var + 1e-6)).reshape(x.shape)
+
+    @quick.jit
+    def apply(kernel, bias):
+        params = {"style": {"kernel": kernel, "bias": bias}}
+        return module.apply({"params": params}, x, style)
+
+    still = apply(jnp.zeros((5, 16)), start["bias"])
+    np.testing.assert_allclose(still, normed, atol=1e-5)
+    kernel, bias = normals(2, 5, 16), normals(3, 16)
+    affine = np.asarray(style) @ np.asarray(kernel) + np.asarray(bias)
+    scale, shift = np.split(affine[:, None, None], 2, axis=-1)
+    np.testing.assert_allclose(
+        apply(kernel, bias), scale * normed + shift, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_energy_is_a_squared_distance_and_the_generator_bounded(plain):
+    networks = networks_of()
+    unet = ncsnpp.UNet(**trunk_of(tiny()))
+    variables = {"params": filled(networks).energy["params"]["trunk"]}
+    (x, _, t), _ = inputs()
+    reached = np.asarray(quick.jit(unet.apply)(variables, x, t), np.float64)
+    expected = -0.5 * ((x - reached) ** 2).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(plain["energy"], expected, rtol=1e-5)
+    assert np.abs(reached).mean() > 0.1
+    assert np.abs(plain["generator"]).max() < 1.0
+    assert np.abs(plain["generator"]).mean() > 0.1
+
+
+def test_the_start():
+    """The U-Net starts near 0, so f is near −½‖x‖²."""
+    networks = small_networks()
+    (x, _, t), _ = inputs(channels=1)
+
+    @quick.jit
+    def start(key):
+        variables = networks.init(key)
+        f = networks.energy(variables.energy, x, t)
+        return f, variables.energy["params"], variables.posterior["params"]
+
+    key = jax.random.key(0, impl="unsafe_rbg")  # Compiles fast.
+    f, energy, posterior = start(key)
+    np.testing.assert_allclose(f, -0.5 * (x**2).sum(axis=(1, 2, 3)), rtol=1e-3)
+    for name, layer in energy["trunk"].items():
+        if "block" in name:
+            assert np.abs(layer["conv_1"]["kernel"]).max() < 1e-4, name
+            assert 0.01 < np.abs(layer["conv_0"]["kernel"]).max() < 1.0, name
+        if "attention" in name:
+            assert np.abs(layer["out"]["kernel"]).max() < 1e-4, name
+    for name in ("conv_0", "conv_1", "mu", "logvar"):
+        kernel = np.asarray(posterior[name]["kernel"])
+        bound = math.prod(kernel.shape[:-1]) ** -0.5
+        assert 0.9 * bound < np.abs(kernel).max() <= bound, name
+        assert "bias" in posterior[name] or name.startswith("conv"), name
+
+
+# What must not change the result.
+
+
+def test_examples_do_not_see_each_other(plain):
+    """A batch's energies, images and posteriors are those of its examples."""
+    networks = networks_of()
+    variables, (x, z) = filled(networks), inputs()
+    forward = forward_of(networks)
+    for i in range(BATCH):
+        one = forward(variables, *(part[i : i + 1] for part in (*x, z)))
+        for name, rows in plain.items():
+            np.testing.assert_allclose(
+                one[name][0], rows[i], rtol=1e-5, atol=1e-5, err_msg=name
+            )
+
+
+def test_bfloat16_is_near_float32(plain):
+    networks = networks_of(dtype="bfloat16")
+    x, z = inputs()
+    low = jax.device_get(forward_of(networks)(filled(networks), *x, z))
+    assert all(value.dtype == np.float32 for value in low.values())
+    # On a CPU 0.2% and 0.013 were seen.
+    np.testing.assert_allclose(low["energy"], plain["energy"], rtol=0.01)
+    for name in ("generator", "mean", "logvar"):
+        np.testing.assert_allclose(low[name], plain[name], atol=0.05, err_msg=name)
+        assert differs(low[name], plain[name]), name
+
+
+def differs(first: np.ndarray, second: np.ndarray) -> bool:
+    return not np.array_equal(first, second)
+
+
+def test_parameters_and_gradients_are_float32_in_bfloat16():
+    networks = small_networks(dtype="bfloat16")
+    (x_t, x_next, t), z = inputs(channels=1)
+    shapes = shapes_of(networks)
+
+    def of_all(v):
+        mean, logvar = networks.posterior(v.posterior, x_t, x_next, t)
+        x = networks.generator(v.generator, x_next, t, z)
+        return networks.energy(v.energy, x, t).mean() + (mean + logvar).sum()
+
+    for leaf in jax.tree.leaves((shapes, jax.eval_shape(jax.grad(of_all), shapes))):
+        assert leaf.dtype == jnp.float32
+
+
+def test_recomputing_blocks_changes_nothing():
+    (x, _, t), _ = inputs(channels=1)
+    found = {}
+    for remat in layers.REMATS:
+        networks = small_networks(remat=remat)
+
+        def energy(variables, x, networks=networks):
+            return networks.energy(variables, x, t).mean()
+
+        variables = filled(networks).energy
+        traced = str(jax.make_jaxpr(energy)(variables, x))
+        assert ("checkpoint" in traced or "remat" in traced) == (remat == "blocks")
+        value_and_grad = jax.value_and_grad(energy, argnums=(0, 1))
+        found[remat] = quick.jit(value_and_grad)(variables, x)
+    assert_trees_close(found["blocks"], found["none"], rtol=1e-4, atol=1e-4)
+    _, (gradients, _) = found["none"]
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        # The softmax does not see the keys' bias.
+        if path[-2].key != "key" or path[-1].key != "bias":
+            assert np.abs(gradient).max() > 1e-3, jax.tree_util.keystr(path)
+
+
+# Dropout.
+
+
+def dropout_keys(seed: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), BATCH)
+
+
+@pytest.fixture(scope="module")
+def dropped() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x, and x after dropout: whole, in two halves, and at another place."""
+
+    @quick.jit
+    def drop(x, keys):
+        halves = [
+            layers.dropout(x[part], 0.3, keys[part], 7)
+            for part in (slice(0, 2), slice(2, 4))
+        ]
+        return (
+            layers.dropout(x, 0.3, keys, 7),
+            jnp.concatenate(halves),
+            layers.dropout(x, 0.3, keys, 8),
+        )
+
+    x = normals(0, BATCH, 50, 50, 8) + 9.0
+    return jax.device_get((x, *drop(x, dropout_keys(0))))
+
+
+def test_dropout_masks_are_each_example_s_own(dropped):
+    x, whole, halves, elsewhere = dropped
+    np.testing.assert_array_equal(whole, halves)
+    kept = whole > 0
+    np.testing.assert_allclose(whole, np.where(kept, x / 0.7, 0.0), rtol=1e-5)
+    # No two examples, and no two places in the network, share a mask.
+    for first, second in itertools.combinations([*kept, *(elsewhere > 0)], 2):
+        assert differs(first, second)
+
+
+def test_dropout_keeps_the_mean(dropped):
+    x, whole, _, _ = dropped
+    # 80,000 units: these means have standard deviations of 0.02 and 0.0016.
+    np.testing.assert_allclose(whole.mean(), x.mean(), atol=0.1)
+    np.testing.assert_allclose((whole == 0.0).mean(), 0.3, atol=0.01)
+
+
+def test_dropout_is_off_without_keys_or_rate():
+    x = normals(0, BATCH, 3)
+    assert layers.dropout(x, 0.5, None, 0) is x
+    assert layers.dropout(x, 0.0, dropout_keys(0), 0) is x
+
+
+def test_every_block_has_a_dropout_of_its_own(monkeypatch):
+    places = []
+
+    def spy(x, rate, keys, place):
+        assert rate == 0.25 and keys is not None
+        places.append(place)
+        return x
+
+    monkeypatch.setattr(ncsnpp, "dropout", spy)
+    networks = models.build(tiny(dropout=0.25), (SIDE, SIDE, 3))
+    (x, _, t), _ = inputs()
+    shapes = shapes_of(networks_of()).energy
+    jax.eval_shape(networks.energy, shapes, x, t, dropout_keys(0))
+    blocks = [
+        name
+        for name in shapes["params"]["trunk"]
+        if "block" in name or "resample" in name
+    ]
+    assert len(places) == len(set(places)) == len(blocks) == 10
+
+
+def test_dropout_in_the_networks(plain):
+    networks = networks_of(dropout=0.5)
+    variables, (x, z) = filled(networks), inputs()
+    forward = forward_of(networks)
+    keys = dropout_keys(0)
+    first = forward(variables, *x, z, keys)
+    other = forward(variables, *x, z, dropout_keys(1))
+    for name in ("energy", "generator"):
+        for i in range(BATCH):
+            assert differs(first[name][i], other[name][i]), name
+            assert differs(first[name][i], plain[name][i]), name
+    # An example's masks go with its key, wherever it stands and beside whatever.
+    order = np.array([2, 0, 0, 3])
+    moved = forward(variables, *(part[order] for part in (*x, z, keys)))
+    for name, rows in first.items():
+        np.testing.assert_allclose(
+            moved[name], rows[order], rtol=1e-5, atol=1e-6, err_msg=name
+        )
+
+
+# Switches.
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "changes"),
+    [
+        (SIDE, 1, {"ch_mult": (1,), "attn_resolutions": (SIDE,)}),
+        (
+            16,
+            1,
+            {
+                "fir": False,
+                "progressive_input": "none",
+                "attn_resolutions": (),
+                "nf": 4,
+            },
+        ),
+    ],
+)
+def test_switches_run(side: int, channels: int, changes: dict[str, Any]):
+    networks = networks_of(side, channels, **changes)
+    x, z = inputs(0, side, channels)
+    found = forward_of(networks)(filled(networks), *x, z)
+    assert found["energy"].shape == (BATCH,)
+    assert found["generator"].shape == (BATCH, side, side, channels)
+    assert found["mean"].shape == found["logvar"].shape == (BATCH, NZ)
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert found["mean"].std() > 0 and found["energy"].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("fir", "progressive"), [(True, "residual"), (True, "none"), (False, "none")]
+)
+@pytest.mark.parametrize("attention", [(), (4, 16)])
+def test_switches_choose_layers(fir: bool, progressive: str, attention: tuple):
+    model = tiny(
+        fir=fir,
+        progressive_input=progressive,
+        attn_resolutions=attention,
+        ch_mult=(1, 1, 2),
+        nf=4,
+    )
+    trunk = trunk_shapes(model, 16)
+    pyramids = {name for name in trunk if name.endswith("pyramid")}
+    wanted = {"down_0_pyramid", "down_1_pyramid"}
+    assert pyramids == (wanted if progressive == "residual" else set())
+    attended = {name for name in trunk if "attention" in name}
+    expected = {"middle_attention"}
+    for side, level in ((16, 0), (4, 2)):
+        if side in attention:
+            expected |= {f"down_{level}_attention_0", f"up_{level}_attention"}
+    assert attended == expected
+
+
+@pytest.mark.parametrize(
+    ("nf", "ch_mult", "num_res_blocks"),
+    [
+        (4, (1,), 1),
+        (8, (1, 2), 2),
+        (12, (3, 1, 2), 1),
+        (64, (1, 1, 2, 2, 4), 2),
+        (16, (4, 2, 1), 3),
+    ],
+)
+def test_normed_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int):
+    side = 2 ** (len(ch_mult) + 1)
+    model = tiny(
+        nf=nf,
+        ch_mult=ch_mult,
+        num_res_blocks=num_res_blocks,
+        attn_resolutions=(side,),
+    )
+    params = trunk_shapes(model, side)
+    found = {
+        leaf.shape[0]
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if path[-1].key == "scale"
+    }
+    assert ncsnpp.normed_widths(nf, ch_mult, num_res_blocks) == found
+
+
+# The encoders.
+
+
+@pytest.mark.parametrize("side", [8, 32, 64])
+def test_encoder_depth(side: int):
+    module = encoder.ConvEncoder(nz=5, ngf=4, t_emb_dim=8, dtype="float32")
+    x, t = jnp.zeros((2, side, side, 3)), jnp.zeros((2,), jnp.int32)
+    (mean, logvar), variables = jax.eval_shape(
+        module.init_with_output, jax.random.key(0), x, x, t
+    )
+    assert mean.shape == logvar.shape == (2, 5)
+    params, depth = variables["params"], int(math.log2(side)) - 2
+    kernels = {name: params[name]["kernel"].shape for name in params if "conv" in name}
+    expected = {"conv_0": (3, 3, 6, 4)}
+    for i in range(depth):
+        expected[f"conv_{i + 1}"] = (4, 4, 4 * 2**i, 8 * 2**i)
+    assert kernels == expected
+    assert all("bias" not in params[name] for name in kernels)
+    for head in ("mu", "logvar"):
+        assert params[head]["kernel"].shape == (4, 4, 4 * 2**depth, 5)
+        assert params[head]["bias"].shape == (5,)
+
+
+def test_residual_encoder():
+    module = encoder.ResidualEncoder(nz=5, ngf=1, t_emb_dim=4, dtype="float32")
+    x_t, x_next = normals(0, 2, 128, 128, 1), normals(1, 2, 128, 128, 1)
+    t = jnp.array([0, 3])
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x_t, x_next, t)["params"]
+    assert shapes["conv_in"]["kernel"].shape == (1, 1, 2, 2)
+    widths = [2, 4, 8, 8, 8, 8, 8]
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        block = shapes[f"block_{i}"]
+        assert block["conv_0"]["kernel"].shape == (3, 3, before, after)
+        assert block["conv_1"]["kernel"].shape == (3, 3, after, after)
+        assert block["skip"]["kernel"].shape == (1, 1, before, after)
+        assert "bias" not in block["skip"] and "bias" in block["conv_0"]
+    assert "block_6" not in shapes
+    assert shapes["conv_out"]["kernel"].shape == (3, 3, 9, 8)
+
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), shapes)
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    mean, logvar = quick.jit(module.apply)({"params": params}, x_t, x_next, t)
+    assert mean.shape == logvar.shape == (2, 5)
+    assert np.isfinite(mean).all() and np.isfinite(logvar).all()
+    assert (np.asarray(logvar) <= 0.0).all() and logvar.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("side", "last"), [(64, "conv_4"), (128, "block_5"), (256, "block_5")]
+)
+def test_the_side_chooses_the_encoder(side: int, last: str):
+    networks = models.build(tiny(ch_mult=(1,)), (side, side, 3))
+    x, t = jnp.zeros((1, side, side, 3)), jnp.zeros((1,), jnp.int32)
+    shapes = shapes_of(networks).posterior
+    assert last in shapes["params"]
+    for moment in jax.eval_shape(networks.posterior, shapes, x, x, t):
+        assert moment.shape == (1, NZ)
+
+
+@pytest.mark.parametrize(("batch", "group"), [(1, 1), (3, 3), (6, 3), (7, 1), (8, 4)])
+def test_minibatch_stddev(batch: int, group: int):
+    h = normals(batch, batch, 2, 3, 4)
+    found = np.asarray(encoder.minibatch_stddev(h))
+    np.testing.assert_array_equal(found[..., :-1], h)
+    for i in range(batch):
+        first = i // group * group
+        members = np.asarray(h[first : first + group], np.float64)
+        expected = np.sqrt(members.var(axis=0) + 1e-8).mean()
+        np.testing.assert_allclose(found[i, ..., -1], expected, rtol=1e-4)

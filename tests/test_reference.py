@@ -1,0 +1,219 @@
+"""One training step of the image model against the authors' PyTorch code.
+
+`data/reference_image_step.npz` holds weights, batch, noise, and what their code gave;
+every parameter was moved off its start, so that no layer hides behind a zero.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import quick
+from released import LETTERS, reference_config, state_dict
+
+from ddaebm_jax import diffusion, interop, minimax, models, objective, train
+from ddaebm_jax.models import Players
+
+CONFIG = reference_config()
+SCHEDULE = diffusion.make_schedule(**CONFIG.diffusion)
+
+# Takes no step, and keeps the gradient as its state.
+RECORDER = optax.GradientTransformation(
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda grads, state, params=None: (
+        jax.tree.map(jnp.zeros_like, grads),
+        grads,
+    ),
+)
+
+
+class Figures(NamedTuple):
+    """What our code gives for the reference's weights and noise."""
+
+    tensors: dict[str, np.ndarray]
+    scalars: dict[str, float]
+    gradients: dict[str, dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def reference(test_data: Path) -> dict[str, np.ndarray]:
+    with np.load(test_data / "reference_image_step.npz") as arrays:
+        return dict(arrays)
+
+
+def tensor(reference: dict[str, np.ndarray], name: str) -> np.ndarray:
+    value = reference[f"tensor/{name}"]
+    return value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
+
+
+def noise_of(reference: dict[str, np.ndarray]) -> minimax.Noise:
+    drawn = ("eps_t", "eps_next", "z", "eps_post", "eps_z")
+    return minimax.Noise(
+        t=jnp.asarray(tensor(reference, "t"), jnp.int32),
+        **{name: jnp.asarray(tensor(reference, name)) for name in drawn},
+        dropout=jax.random.split(jax.random.key(0), 3),
+    )
+
+
+def run_step(networks: models.Networks, state: Any, x0: jax.Array, noise: Any):
+    """A step of the game that records its gradients, and each network's result."""
+    optimizers = minimax.Optimizers(RECORDER, RECORDER)
+    game = train.build_game(CONFIG.game, CONFIG.train.num_steps)
+    step = minimax.make_step(game, SCHEDULE, networks, optimizers)
+    after, metrics = step(state, x0, noise)
+
+    v, t = state.variables, noise.t
+    x_t, x_next = diffusion.diffuse_pair(SCHEDULE, x0, t, noise.eps_t, noise.eps_next)
+    x0_pred = networks.generator(v.generator, x_next, t, noise.z)
+    x_fake = diffusion.sample_posterior(SCHEDULE, x0_pred, x_next, t, noise.eps_post)
+    mean, logvar = networks.posterior(v.posterior, x_t, x_next, t)
+    mean_fake, logvar_fake = networks.posterior(v.posterior, x_fake, x_next, t)
+    z = objective.sample_latent(mean, logvar, noise.eps_z)
+    x0_posterior = networks.generator(v.generator, x_next, t, z)
+    tensors = {
+        "x_t": x_t,
+        "x_next": x_next,
+        "x0_pred": x0_pred,
+        "x_fake": x_fake,
+        "f_real": networks.energy(v.energy, x_t, t)[:, None],
+        "f_fake": networks.energy(v.energy, x_fake, t)[:, None],
+        "post_mean": mean,
+        "post_logvar": logvar,
+        "post_mean_fake": mean_fake,
+        "post_logvar_fake": logvar_fake,
+    }
+    from_posterior = (SCHEDULE, x_t, x0_posterior, x_next, t)
+    floor = objective.variance_floor(SCHEDULE, None)
+    scalars = {
+        "loss_energy": metrics["energy/loss"],
+        "f_real": metrics["energy/real"],
+        "f_fake": metrics["energy/fake"],
+        "loss_gen": metrics["generator/loss"],
+        "ef": -metrics["generator/reverse_potential"],
+        "latent": game.lambda_z * metrics["generator/latent_log_prob"],
+        "kld": metrics["generator/latent_kl"],
+        "rec_mse_prior": metrics["generator/reconstruction"],
+        "rec_mse_posterior": objective.reconstruction_mse(*from_posterior),
+        "rec_nll": objective.reconstruction_nll(*from_posterior, floor),
+        "rec_weighted_nll": objective.reconstruction_nll(
+            *from_posterior, floor, SCHEDULE.recon_weight
+        ),
+        "grad_penalty": game.gamma * metrics["energy/gradient_penalty"],
+    }
+    gradients = Players(after.opt_energy, *after.opt_generator)
+    return tensors, scalars, gradients
+
+
+@pytest.fixture(scope="module")
+def ours(reference: dict[str, np.ndarray]) -> Figures:
+    networks = models.build(CONFIG.model, (32, 32, 3))
+    shapes = jax.eval_shape(networks.init, jax.random.key(0))
+    names = interop.names_of(CONFIG.model, 32, shapes)
+
+    def variables(player: str) -> dict:
+        prefix = f"{LETTERS[player]}/param/"
+        weights = {
+            key.removeprefix(prefix): value
+            for key, value in reference.items()
+            if key.startswith(prefix)
+        }
+        wanted = getattr(shapes, player)["params"]
+        own_names = getattr(names, player)
+        return {"params": interop.convert(weights, own_names, wanted, player)}
+
+    weights = Players(*map(variables, Players._fields))
+    params = [one["params"] for one in weights]
+    state = minimax.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        variables=weights,
+        ema=weights,
+        opt_energy=RECORDER.init(params[0]),
+        opt_generator=RECORDER.init((params[1], params[2])),
+    )
+    run = quick.jit(lambda *inputs: run_step(networks, *inputs))
+    x0 = jnp.asarray(tensor(reference, "x0"))
+    tensors, scalars, gradients = jax.device_get(run(state, x0, noise_of(reference)))
+    by_name = {
+        player: state_dict(getattr(names, player), getattr(gradients, player))
+        for player in Players._fields
+    }
+    return Figures(tensors, scalars, by_name)
+
+
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    """‖actual − expected‖ / ‖expected‖."""
+    assert actual.shape == expected.shape
+    difference = np.asarray(actual, np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
+
+
+TENSORS = (
+    "x_t x_next x0_pred x_fake f_real f_fake "
+    "post_mean post_logvar post_mean_fake post_logvar_fake"
+).split()
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors(ours: Figures, reference: dict[str, np.ndarray], name: str):
+    actual, expected = ours.tensors[name], tensor(reference, name)
+    assert distance(actual, expected) < 1e-4
+    np.testing.assert_allclose(
+        actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+    )
+
+
+def test_scalars(ours: Figures, reference: dict[str, np.ndarray]):
+    expected = {
+        key.removeprefix("scalar/"): float(value)
+        for key, value in reference.items()
+        if key.startswith("scalar/")
+    }
+    assert ours.scalars.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours.scalars[name], value, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("player", Players._fields)
+def test_gradients(ours: Figures, reference: dict[str, np.ndarray], player: str):
+    """G and E of the generator's loss, D of the energy's, parameter by parameter."""
+    letter, gradients = LETTERS[player], ours.gradients[player]
+    expected = {
+        key.removeprefix(f"{letter}/grad_norm/"): float(value)
+        for key, value in reference.items()
+        if key.startswith(f"{letter}/grad_norm/")
+    }
+    assert gradients.keys() == expected.keys()
+    for name, norm in expected.items():
+        gradient = gradients[name].ravel()
+        head = reference[f"{letter}/grad_head/{name}"]
+        if name.endswith("NIN_1.b"):
+            # The softmax does not see the keys' bias: what is left is rounding.
+            assert np.linalg.norm(gradient) < 1e-5, name
+            continue
+        np.testing.assert_allclose(
+            np.linalg.norm(gradient), norm, rtol=1e-3, err_msg=name
+        )
+        assert distance(gradient[: len(head)], head) < 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("sigma", "sigmas"),
+        ("a", "a_s"),
+        ("a_cum", "a_s_cum"),
+        ("sigma_cum", "sigmas_cum"),
+        ("beta", "betas"),
+        ("posterior_var", "posterior_variance"),
+        ("posterior_c1", "posterior_mean_coef1"),
+        ("posterior_c2", "posterior_mean_coef2"),
+        ("posterior_log_var", "posterior_log_variance_clipped"),
+        ("recon_weight", "recon_weight"),
+    ],
+)
+def test_schedule(reference: dict[str, np.ndarray], field: str, name: str):
+    assert distance(getattr(SCHEDULE, field), reference[f"sched/{name}"]) < 1e-4

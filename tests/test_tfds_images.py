@@ -1,0 +1,275 @@
+"""TFDS sets: read as prepared, without TensorFlow, and refused when they cannot be."""
+
+import io
+import pickle
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cli import ROOT, environment
+from PIL import Image
+
+from ddaebm_jax.data import images
+from ddaebm_jax.data.batches import Batches
+from ddaebm_jax.errors import InputError
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+NUM_TRAIN, NUM_TEST = 20, 8
+
+
+def settings_of(directory, **changes):
+    """A config's data section."""
+    defaults = {
+        "tfds": "cifar10",
+        "split": "train",
+        "test_split": "test",
+        "limit": 0,
+        "image_size": 32,
+        "channels": 3,
+        "crop": None,
+        "test_fraction": 0.25,
+    }
+    return SimpleNamespace(
+        name="tfds", tfds_dir=str(directory), **{**defaults, **changes}
+    )
+
+
+def opened(directory, seed=0, **changes):
+    return images.open_images(settings_of(directory, **changes), seed)
+
+
+def pictures(split):
+    """The pictures of a split, lossless: PNG is CIFAR-10's encoding in TFDS."""
+    num = {"train": NUM_TRAIN, "test": NUM_TEST}[split]
+    rng = np.random.default_rng(num)
+    return rng.integers(0, 256, (num, 32, 32, 3), dtype=np.uint8)
+
+
+# TFDS knows this name already; the test's builder stays out of its register.
+with tfds.core.registered.skip_registration():
+
+    class Cifar10(tfds.core.GeneratorBasedBuilder):
+        """A few records with CIFAR-10's name and features."""
+
+        VERSION = tfds.core.Version("3.0.2")
+
+        def _info(self):
+            features = {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {
+                split: self._generate_examples(split) for split in ("train", "test")
+            }
+
+        def _generate_examples(self, split):
+            for i, image in enumerate(pictures(split)):
+                yield i, {"id": f"{split}_{i}", "image": image, "label": i % 10}
+
+
+def write(directory, file_format):
+    builder = Cifar10(data_dir=directory, file_format=file_format)
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    builder.download_and_prepare(download_config=config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder that TFDS prepared in ArrayRecord format."""
+    return write(tmp_path_factory.mktemp("tfds"), "array_record")
+
+
+def as_set(stack):
+    return {image.tobytes() for image in stack}
+
+
+def test_prepared_set_is_read_bit_for_bit(prepared):
+    found = opened(prepared)
+    assert found.event_shape == (32, 32, 3)
+    assert as_set(images.stack(found.train)) == as_set(pictures("train"))
+    assert as_set(images.stack(found.test)) == as_set(pictures("test"))
+    assert found.metadata()["num_train"] == NUM_TRAIN
+    assert found.metadata()["num_test"] == NUM_TEST
+
+
+_READ = '''
+import sys
+from importlib.machinery import PathFinder
+from types import SimpleNamespace
+from ddaebm_jax.data import images
+
+
+class Without(PathFinder):
+    """A machine on which these are not installed."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in ("tensorflow", "importlib_resources"):
+            return None
+        return super().find_spec(name, path, target)
+
+
+sys.meta_path[:] = [f for f in sys.meta_path if f is not PathFinder] + [Without]
+data = SimpleNamespace(
+    name="tfds", tfds="cifar10", tfds_dir=sys.argv[1], split="train",
+    test_split="test", limit=0, image_size=32, channels=3, crop=None,
+    test_fraction=0.1,
+)
+print(images.stack(images.open_images(data, 0).train).shape)
+'''
+
+
+def test_reading_needs_no_tensorflow(prepared):
+    result = subprocess.run(
+        [sys.executable, "-c", _READ, str(prepared)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"({NUM_TRAIN}, 32, 32, 3)"
+
+
+def test_batches_are_the_records_that_the_order_names(prepared):
+    found = opened(prepared)
+    whole = images.stack(found.train)
+    stream = Batches(NUM_TRAIN, 8, 1, found.train, num_threads=2)
+    index = Batches(NUM_TRAIN, 8, 1).next(5)
+    np.testing.assert_array_equal(stream.next(5), whole[index])
+    stream.close()
+    copy = pickle.loads(pickle.dumps(found.train))  # As grain's workers get it.
+    np.testing.assert_array_equal(images.stack(copy), whole)
+
+
+def test_limit_takes_the_first_and_a_share_is_held_out(prepared):
+    whole = images.stack(opened(prepared).train)
+    few = opened(prepared, limit=5)
+    np.testing.assert_array_equal(images.stack(few.train), whole[:5])
+    assert len(few.test) == NUM_TEST
+    split = opened(prepared, test_split="")
+    both = np.concatenate([images.stack(split.train), images.stack(split.test)])
+    assert len(split.test) == 5 and as_set(both) == as_set(whole)
+    sliced = opened(prepared, split="train[:50%]", test_split="train[50%:]")
+    assert (len(sliced.train), len(sliced.test)) == (10, 10)
+    prints = {s.fingerprint() for s in (opened(prepared), few, split, sliced)}
+    assert len(prints) == 4
+    assert split.fingerprint() != opened(prepared, 1, test_split="").fingerprint()
+    assert split.fingerprint() == opened(prepared, test_split="").fingerprint()
+
+
+def test_images_are_cropped_and_resized(prepared):
+    whole = images.stack(opened(prepared).train)
+    crop = opened(prepared, image_size=16, crop=(4, 6, 20, 22))
+    np.testing.assert_array_equal(images.stack(crop.train), whole[:, 6:22, 4:20])
+    half = images.stack(opened(prepared, image_size=16).train)
+    means = whole.mean(axis=(1, 2)), half.mean(axis=(1, 2))
+    np.testing.assert_allclose(*means, atol=6)
+
+
+@pytest.mark.parametrize(
+    "changes,part",
+    [
+        ({"channels": 1}, "have 3 channels, and data.channels is 1; set data.channels"),
+        ({"image_size": 33}, "record 0 of 'train': 32×32 pixels; at least 33"),
+        ({"split": "nope"}, "split 'nope' cannot be opened .* has train, test"),
+        ({"test_split": "nope"}, "split 'nope'"),
+        ({"split": "train[:0]"}, "split 'train"),
+        ({"test_split": "train"}, "are both 'train'"),
+        ({"tfds": "cifar10/nope"}, "data.tfds is 'cifar10/nope', which TFDS cannot"),
+        ({"tfds": "../up"}, "which TFDS cannot open"),
+        ({"tfds": "wikipedia"}, "has no feature 'image'; it has .*title"),
+    ],
+)
+def test_sets_of_no_use_are_refused(prepared, changes, part):
+    with pytest.raises(InputError, match=part) as caught:
+        opened(prepared, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_name_is_answered_with_close_ones(prepared):
+    with pytest.raises(InputError, match=r"'cifr10'; .*close: cifar10, cifar100"):
+        opened(prepared, tfds="cifr10")
+
+
+def test_damaged_record_is_named(prepared, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(prepared / "cifar10", tmp_path / "cifar10")
+    (file,) = folder.glob("*/*train*")
+    content = bytearray(file.read_bytes())
+    content[200:-200] = bytes(len(content) - 400)
+    file.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"record \d+ of 'train': cannot be read|split"
+    ):
+        images.stack(opened(tmp_path).train)
+
+
+def test_set_in_another_format_is_refused(tmp_path):
+    write(tmp_path, "tfrecord")
+    with pytest.raises(InputError, match=r"prepared as tfrecord.*tfds convert_format"):
+        opened(tmp_path)
+
+
+def test_set_that_is_not_there_fails_soon_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("importlib_resources")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # Where nobody answers.
+    start = time.monotonic()
+    for _ in range(2):  # A failure does not look like a prepared set.
+        with pytest.raises(
+            InputError, match=r"cannot be prepared .*tfds build cifar10"
+        ):
+            opened(tmp_path)
+    assert time.monotonic() - start < 20
+    assert not list(tmp_path.rglob("dataset_info.json"))
+
+
+def test_package_that_preparing_needs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(InputError, match="needs the Python package tensorflow"):
+        opened(tmp_path)
+
+
+def test_lsun_is_prepared_from_its_database(tmp_path, monkeypatch):
+    lmdb = pytest.importorskip("lmdb")
+    pytest.importorskip("importlib_resources")
+    colours = {"train": [10, 90, 170, 250], "val": [50, 130]}
+    for part, levels in colours.items():
+        folder = tmp_path / part / f"church_outdoor_{part}_lmdb"
+        folder.mkdir(parents=True)
+        with (
+            lmdb.open(str(folder), map_size=2**24) as base,
+            base.begin(write=True) as t,
+        ):
+            for i, level in enumerate(levels):
+                file = io.BytesIO()
+                Image.new("RGB", (70, 64), (level,) * 3).save(file, "JPEG")
+                t.put(f"{i:040x}".encode(), file.getvalue())
+    monkeypatch.setattr(
+        tfds.download.DownloadManager,
+        "download_and_extract",
+        lambda self, urls: {part: str(tmp_path / part) for part in urls},
+    )
+    found = opened(
+        tmp_path / "tfds",
+        tfds="lsun/church_outdoor",
+        test_split="validation",
+        limit=3,
+    )
+    assert (len(found.train), len(found.test)) == (3, 2)
+    levels = images.stack(found.test).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(sorted(levels), colours["val"], atol=1)
