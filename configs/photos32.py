@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.image_size = 32
     config.data.test_fraction = 0.2
     config.data.num_patches = 20_000
-    config.data.batch_size = 32
+    config.data.batch_size = 8
     config.data.flip = True
     config.data.on_device = True
     config.diffusion.min_posterior_var = 1e-4
@@ -40,10 +40,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.beta1 = 0.5
     config.optimizer.beta2 = 0.9
-    config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 2_000
+    config.optimizer.ema_decay = 0.998
+    config.train.num_steps = 4_000
     config.train.report_every = 50
-    config.train.picture_every = 250
+    config.train.picture_every = 500
     config.train.checkpoint_every = 500
     config.evaluation.num_samples = 500
     return config

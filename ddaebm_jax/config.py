@@ -63,12 +63,13 @@ def base() -> ml_collections.ConfigDict:
     data.flip = False
     # Keep the training images in device memory, so that batches are gathered there.
     data.on_device = False
-    # Leave images out that cannot be read, instead of stopping.
+    # Leave images of a folder out that are of no use (damaged, too small, of other
+    # channels), instead of stopping.
     data.skip_corrupt = False
     # Patches cut from the two photographs of `photos`.
     data.num_patches = 20_000
     # Reading: threads, batches ahead, and processes beside this one (0: threads only).
-    data.num_threads = 16
+    data.num_threads = 8
     data.prefetch = 8
     data.num_workers = 0
 
@@ -343,7 +344,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.checkpoint_every": (1, math.inf, True),
     "train.keep_checkpoints": (1, math.inf, True),
     "parallel.num_devices": (0, math.inf, True),
-    "evaluation.num_samples": (1, 10**6, True),
+    "evaluation.num_samples": (2, 10**6, True),
     "evaluation.batch_size": (1, 10**6, True),
     "evaluation.num_projections": (1, 10**6, True),
     "seed": (0, 2**31 - 1, True),
@@ -390,7 +391,9 @@ def _combination_problems(config: Any) -> Iterator[str]:
             diffusion.schedule_values(**process)
         except ValueError as error:
             yield f"diffusion: {error}"
-    if config.game.recon_floor is None and process.num_steps < 2:
+    forward = config.game.divergence == "jeffreys" and config.game.lambda_f > 0
+    reads_floor = forward and config.game.recon != "mse"
+    if reads_floor and config.game.recon_floor is None and process.num_steps < 2:
         yield (
             "game.recon_floor is None, which stands for s_1², but there is one step "
             "only (diffusion.num_steps=1); give a number, for example 1e-2"
@@ -419,6 +422,7 @@ def _combination_problems(config: Any) -> Iterator[str]:
             "optimizer.final_learning_rate is 0; an exponential decay needs a "
             "positive one, for example 1e-5"
         )
+    yield from _unread_problems(config)
     yield from _data_problems(config.data)
     if config.data.name in images.IMAGES:
         if config.model.name != "ncsnpp":
@@ -435,18 +439,49 @@ def _combination_problems(config: Any) -> Iterator[str]:
         )
 
 
-# Fields that only some data sets read.
+# Fields that only some data sets, or only some networks, read.
 _DATA_OF_FIELD: dict[str, tuple[str, ...]] = {
     "path": ("table", "folder"),
     "label_column": ("table",),
     "tfds": ("tfds",),
     "tfds_dir": ("tfds",),
+    "split": ("tfds",),
+    "test_split": ("tfds",),
     "limit": ("tfds",),
     "crop": ("folder", "tfds"),
     "skip_corrupt": ("folder",),
+    "num_patches": ("photos",),
     "flip": images.IMAGES,
     "on_device": images.IMAGES,
 }
+_MODEL_OF_FIELD = {
+    "model.mlp.": "mlp",
+    "model.unet.": "ncsnpp",
+    "model.encoder.": "ncsnpp",
+    "model.dtype": "ncsnpp",
+    "model.remat": "ncsnpp",
+}
+
+
+def _unread_problems(config: Any) -> Iterator[str]:
+    """Fields that were set but that nothing would read."""
+    default = dict(_leaves(base()))
+    for field, value in _leaves(config):
+        if value == default[field]:
+            continue
+        data_field = field.removeprefix("data.")
+        names = _DATA_OF_FIELD.get(data_field) if field != data_field else None
+        if names is not None and config.data.name not in names:
+            yield (
+                f"{field} is '{value}', which data.name '{config.data.name}' would "
+                f"ignore; it is for {', '.join(names)}"
+            )
+        for prefix, model in _MODEL_OF_FIELD.items():
+            if field.startswith(prefix) and config.model.name != model:
+                yield (
+                    f"{field} is '{value}', which model.name '{config.model.name}' "
+                    f"would ignore; it is for '{model}'"
+                )
 
 
 def _data_problems(data: Any) -> Iterator[str]:
@@ -454,12 +489,6 @@ def _data_problems(data: Any) -> Iterator[str]:
     for field, names in (("path", ("table", "folder")), ("tfds", ("tfds",))):
         if data.name in names and not data[field]:
             yield f"data.{field} is empty; data.name '{data.name}' needs it"
-    for field, names in _DATA_OF_FIELD.items():
-        if data[field] and data.name not in names:
-            yield (
-                f"data.{field} is '{data[field]}', which data.name '{data.name}' would "
-                f"ignore; it is for {', '.join(names)}"
-            )
     if data.channels == 2:
         yield "data.channels is 2; allowed: 1 (grey), 3 (RGB)"
     if data.crop is not None:
@@ -553,6 +582,8 @@ FREE_ON_RESUME = (
     "data.num_threads",
     "data.num_workers",
     "data.prefetch",
+    # Where the data lie may change; what they are is told by their fingerprint.
+    "data.path",
     "data.tfds_dir",
 )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ddaebm_jax import objective
@@ -45,7 +46,7 @@ def grid_points(extent: float, cells: int) -> Float[Array, "points 2"]:
 
 
 def evaluate_in_chunks(
-    function: Callable[[Array], Array], x: Array, chunk: int = 20_000
+    function: Callable[[Any], Array], x: Array | np.ndarray, chunk: int = 20_000
 ) -> Array:
     """Applies a jitted row-wise function to many rows, a chunk at a time.
 
@@ -63,8 +64,9 @@ def evaluate_in_chunks(
         part = x[start : start + chunk]
         missing = chunk - part.shape[0]
         if missing:
-            padding = jnp.repeat(part[:1], missing, axis=0)
-            part = jnp.concatenate([part, padding])
+            # On the host, rows stay there until their turn.
+            xp = np if isinstance(part, np.ndarray) else jnp
+            part = xp.concatenate([part, xp.repeat(part[:1], missing, axis=0)])
         parts.append(function(part)[: chunk - missing])
     return jnp.concatenate(parts)
 

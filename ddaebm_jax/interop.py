@@ -9,7 +9,6 @@ with `weights_only=True`, and only there torch is needed) or NPZ files with the 
 names. A leading `module.` of data-parallel training is dropped.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -389,20 +388,21 @@ def main(argv: list[str]) -> None:
     """Imports what the flags name."""
     from absl import flags
 
-    del argv
+    from ddaebm_jax import command_line
+
     values = flags.FLAGS
+    if len(argv) > 1:
+        command_line.fail(f"what is {argv[1]!r}? Flags start with --")
     files = Players(values.energy, values.generator, values.posterior)
-    try:
-        import_run(values.config, files, values.workdir)
-    except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    command_line.in_one_line(lambda: import_run(values.config, files, values.workdir))
     print(values.workdir)
 
 
 if __name__ == "__main__":
     from absl import app, flags
     from ml_collections import config_flags
+
+    from ddaebm_jax.command_line import parse_flags
 
     config_flags.DEFINE_config_file("config", None, "An image recipe.")
     flags.DEFINE_string("generator", None, "The generator's state_dict, netG_*.pth.")
@@ -412,4 +412,4 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(
         ["config", "generator", "energy", "posterior", "workdir"]
     )
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,7 @@
 """What is done with a trained run: sample, score, evaluate.
 
-Everything is restored from the run directory alone.
+Everything is restored from the run directory alone, but that `evaluate` reads images
+again from where they were.
 """
 
 import csv
@@ -67,18 +68,34 @@ def load_run(workdir: str | Path, open_images: bool = False) -> Run:
     return Run(workdir, experiment, state.ema, step)
 
 
-def free_path(path: Path) -> Path:
-    """Returns `path`, or with -1, -2, … before its suffix if it is taken."""
+def free_path(path: Path, companions: tuple[str, ...] = ()) -> Path:
+    """Returns `path`, or with -1, -2, … before its suffix if it is taken.
+
+    Args:
+      path: the name wanted.
+      companions: suffixes of files ("" of a folder) of the same stem that are to
+        be free as well.
+    """
+
+    def taken(one: Path) -> bool:
+        names = (one, *(one.with_suffix(suffix) for suffix in companions))
+        return any(name.exists() for name in names)
+
     candidate, count = path, 0
-    while candidate.exists():
+    while taken(candidate):
         count += 1
         candidate = path.with_name(f"{path.stem}-{count}{path.suffix}")
     return candidate
 
 
-def _output_path(given: str | None, default: Path, suffixes: tuple[str, ...]) -> Path:
+def _output_path(
+    given: str | None,
+    default: Path,
+    suffixes: tuple[str, ...],
+    companions: tuple[str, ...] = (),
+) -> Path:
     if not given:
-        return free_path(default)
+        return free_path(default, companions)
     path = Path(given)
     if path.suffix not in suffixes:
         raise InputError(
@@ -118,7 +135,9 @@ def sample(
     run = load_run(workdir)
     if num_samples is None:
         num_samples = 100 if run.experiment.source.holds_images else 10_000
-    path = _output_path(output, run.workdir / "samples.npz", (".npz",))
+    stem = "images" if run.experiment.source.holds_images else "samples"
+    companions = (".png", "") if run.experiment.source.holds_images else (".png",)
+    path = _output_path(output, run.workdir / f"{stem}.npz", (".npz",), companions)
     drawn = figures.draw_samples(run.experiment, run.variables, num_samples, seed)
     if run.experiment.source.holds_images:
         pixels = np.asarray(images.to_uint8(drawn))
@@ -168,7 +187,12 @@ def _save_images(run: Run, samples: np.ndarray, path: Path, seed: int) -> Path:
     return path
 
 
-def score(workdir: str | Path, rows_path: str, output: str | None = None) -> Path:
+def score(
+    workdir: str | Path,
+    rows_path: str | Path,
+    output: str | None = None,
+    skip_corrupt: bool = False,
+) -> Path:
     """Writes the energies f(x, 0) of rows or images; larger is more likely.
 
     Args:
@@ -178,6 +202,7 @@ def score(workdir: str | Path, rows_path: str, output: str | None = None) -> Pat
         uint8.
       output: CSV (`energy`, a line a row; of images `image,energy`) or NPZ (`energy`;
         of images `image` too); None: a free name in the run directory.
+      skip_corrupt: leave a folder's images out that are of no use.
 
     Returns:
       The written file's path.
@@ -186,10 +211,9 @@ def score(workdir: str | Path, rows_path: str, output: str | None = None) -> Pat
     source, data = run.experiment.source, run.experiment.config.data
     names: tuple[str, ...] | None = None
     if source.holds_images:
-        pixels, names = images.read_images(
-            rows_path, source.event_shape, data.skip_corrupt, data.crop
+        rows, names = images.read_images(
+            rows_path, source.event_shape, skip_corrupt, data.crop
         )
-        rows = np.asarray(images.to_float(pixels))
     else:
         (dim,) = source.event_shape
         columns = None if source.table is None else source.table.columns

@@ -9,15 +9,13 @@ python launch/main.py --mode=evaluate --workdir=…
 """
 
 import logging as std_logging
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ddaebm_jax import command_line
 from ddaebm_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -38,6 +36,9 @@ _SEED = flags.DEFINE_integer(
 _INPUT = flags.DEFINE_string(
     "input", None, "What to score: CSV or NPZ rows; a folder or an NPZ of images."
 )
+_SKIP_CORRUPT = flags.DEFINE_bool(
+    "skip_corrupt", False, "Leave images to score out that are of no use."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: in --workdir.")
 
 
@@ -47,6 +48,7 @@ _MODES_OF_FLAG = {
     "num_samples": ("sample",),
     "seed": ("sample",),
     "input": ("score",),
+    "skip_corrupt": ("score",),
     "output": ("sample", "score"),
 }
 
@@ -86,7 +88,11 @@ def _run() -> None:
                 "--mode=score needs --input: a CSV or NPZ of rows, or a folder or NPZ "
                 "of images"
             )
-        print(modes.score(_WORKDIR.value, _INPUT.value, _OUTPUT.value))
+        print(
+            modes.score(
+                _WORKDIR.value, _INPUT.value, _OUTPUT.value, _SKIP_CORRUPT.value
+            )
+        )
     else:
         print(writers.format_report(modes.evaluate(_WORKDIR.value)))
 
@@ -94,41 +100,6 @@ def _run() -> None:
 def _new_workdir() -> str:
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     return str(Path("runs") / recipe / time.strftime("%Y%m%d-%H%M%S"))
-
-
-def _fail(message: str) -> NoReturn:
-    # A recipe's own traceback may come along: its last line says what happened.
-    message = message.split("Traceback (most recent call last)")
-    text = message[0] if len(message) == 1 else message[-1].strip().splitlines()[-1]
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a bad one, a bad config field included, ends in one line."""
-    try:
-        remaining = flags.FLAGS(argv)
-        if _CONFIG.value is not None:
-            _ = _CONFIG.value.items  # A recipe that could not be loaded fails here.
-    except flags.Error as error:
-        _fail(f"{error}; --help lists the flags")
-    except (KeyError, AttributeError, TypeError) as error:
-        _fail(
-            f"in --config or a --config.field override: {error.args[0]}; "
-            "ddaebm_jax/config.py lists the fields"
-        )
-    except (OSError, ImportError, SyntaxError) as error:
-        _fail(f"--config: {error.__cause__ or error}")
-    return remaining
-
-
-def _in_one_line(action: Callable[[], None]) -> None:
-    """Runs an action; an error of the user's ends the program with one line."""
-    try:
-        action()
-    except (InputError, OSError) as error:
-        logging.debug("where it came from", exc_info=True)
-        _fail(str(error))
 
 
 def _without_chatter(record: std_logging.LogRecord) -> bool:
@@ -143,12 +114,12 @@ def _without_chatter(record: std_logging.LogRecord) -> bool:
 def main(argv: list[str]) -> None:
     """Runs the chosen mode."""
     if len(argv) > 1:
-        _fail(f"what is {argv[1]!r}? Flags start with --")
+        command_line.fail(f"what is {argv[1]!r}? Flags start with --")
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     if logging.get_verbosity() == logging.INFO:
         logging.get_absl_handler().addFilter(_without_chatter)
-    _in_one_line(_run)
+    command_line.in_one_line(_run)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -129,7 +129,7 @@ def shared_programs() -> Iterator[None]:
         patch.setattr(modes, "load_run", shared_run)
         patch.setattr(train.models, "build", shared_networks)
         patch.setattr(train, "Dispatcher", shared_dispatcher)
-        for name, static in (("_trajectory", (0, 1, 2)), ("_energies", 0)):
+        for name, static in (("_draw_chunk", (0, 1, 2, 3)), ("_energies", 0)):
             function = getattr(figures, name).__wrapped__
             patch.setattr(figures, name, soon(function, static_argnums=static))
         yield
@@ -197,7 +197,6 @@ FLAGS = [
     "--config.train.num_steps=4",
     "--config.train.report_every=2",
     "--config.train.picture_every=2",
-    "--config.train.evaluate_every=2",
     "--config.train.checkpoint_every=2",
     "--config.optimizer.learning_rate=0.01",
 ]
@@ -227,7 +226,7 @@ def test_a_run_directory_holds_what_is_promised(digits_run: Path):
     for report in training:
         assert all(np.isfinite(value) for value in report.values())
         assert report["images_per_second"] == 8 * report["steps_per_second"]
-    assert [r["step"] for r in reports if "evaluation/frechet_samples" in r] == [2]
+    assert [r["step"] for r in reports if "final/frechet_samples" in r] == [4]
     assert sorted(path.name for path in (digits_run / "samples").iterdir()) == [
         f"{name}_{step:08d}.png"
         for name in ("energies", "samples", "steps")

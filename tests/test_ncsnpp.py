@@ -80,7 +80,7 @@ def small_networks(**changes: Any) -> models.Networks:
     return networks_of(SIDE, 1, ch_mult=(1,), attn_resolutions=(SIDE,), **changes)
 
 
-def filled(networks: models.Networks, seed: int = 0) -> Players:
+def filled_like(shapes: Any, seed: int = 0) -> Any:
     """Returns variables away from their start, of the size of trained ones."""
     rng = np.random.default_rng(seed)
 
@@ -90,7 +90,11 @@ def filled(networks: models.Networks, seed: int = 0) -> Players:
             return drawn / np.float32(math.prod(leaf.shape[:-1]) ** 0.5)
         return np.float32(path[-1].key == "scale") + np.float32(0.1) * drawn
 
-    return jax.tree.map_with_path(fill, shapes_of(networks))
+    return jax.tree.map_with_path(fill, shapes)
+
+
+def filled(networks: models.Networks, seed: int = 0) -> Players:
+    return filled_like(shapes_of(networks), seed)
 
 
 def inputs(seed: int = 0, side: int = SIDE, channels: int = 3):
@@ -241,7 +245,117 @@ def test_plain_resampling():
     np.testing.assert_allclose(down, np.mean(corners, axis=0), atol=1e-6)
 
 
-# The parts by hand.
+# The parts by hand, in double.
+
+
+def naive_conv(x: np.ndarray, layer: dict, pad: int, stride: int = 1) -> np.ndarray:
+    """A convolution as a sum of shifted slices."""
+    kernel = np.asarray(layer["kernel"], np.float64)
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    sides = kernel.shape[:2]
+    tall, wide = (
+        (length - side) // stride + 1
+        for length, side in zip(x.shape[1:3], sides, strict=True)
+    )
+    out = np.zeros((len(x), tall, wide, kernel.shape[3]))
+    for i, j in itertools.product(*map(range, sides)):
+        window = x[:, i : i + stride * tall : stride, j : j + stride * wide : stride]
+        out += window @ kernel[i, j]
+    return out + layer.get("bias", 0.0)
+
+
+def naive_dense(x: np.ndarray, layer: dict) -> np.ndarray:
+    return x @ np.asarray(layer["kernel"], np.float64) + layer["bias"]
+
+
+def naive_norm(x: np.ndarray, groups: int) -> np.ndarray:
+    """A group norm without an affine function."""
+    x = np.asarray(x, np.float64)
+    parts = []
+    for part in np.split(x, groups, axis=3):
+        mean = part.mean(axis=(1, 2, 3), keepdims=True)
+        var = ((part - mean) ** 2).mean(axis=(1, 2, 3), keepdims=True)
+        parts.append((part - mean) / np.sqrt(var + 1e-6))
+    return np.concatenate(parts, axis=3)
+
+
+def leaky(x: np.ndarray) -> np.ndarray:
+    return np.where(x > 0.0, x, 0.2 * x)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1.0 + np.exp(-x))
+
+
+def naive_time(t: jax.Array, dim: int, layers: dict) -> np.ndarray:
+    """The encoders' time embedding."""
+    w = [math.exp(-i * math.log(10000.0) / (dim / 2 - 1)) for i in range(dim // 2)]
+    phase = np.outer(t, w)
+    h = np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
+    h = leaky(naive_dense(h, layers["dense_0"]))
+    return leaky(naive_dense(h, layers["dense_1"]))
+
+
+def naive_down_block(x: np.ndarray, time: np.ndarray, layers: dict) -> np.ndarray:
+    def halve(x: np.ndarray) -> np.ndarray:
+        return naive_fir(x, 1, 2, 1, 1, 1.0)
+
+    h = naive_conv(leaky(x), layers["conv_0"], pad=1)
+    h = leaky(h + naive_dense(time, layers["time"])[:, None, None])
+    h = naive_conv(halve(h), layers["conv_1"], pad=1)
+    return (naive_conv(halve(x), layers["skip"], pad=0) + h) / math.sqrt(2)
+
+
+def naive_residual_block(
+    x: np.ndarray, time: np.ndarray, style: np.ndarray | None, resize: Any, layers: dict
+) -> np.ndarray:
+    def norm(h: np.ndarray, layer: dict) -> np.ndarray:
+        normed = naive_norm(h, h.shape[3] // 4)
+        if style is None:
+            return normed * layer["scale"] + layer["bias"]
+        affine = naive_dense(style, layer["style"])[:, None, None]
+        scale, shift = np.split(affine, 2, axis=3)
+        return scale * normed + shift
+
+    h = resize(silu(norm(x, layers["norm_0"])))
+    h = naive_conv(h, layers["conv_0"], pad=1)
+    h = h + naive_dense(time, layers["time"])[:, None, None]
+    h = naive_conv(silu(norm(h, layers["norm_1"])), layers["conv_1"], pad=1)
+    x = resize(x)
+    if "skip" in layers:
+        x = naive_conv(x, layers["skip"], pad=0)
+    return (x + h) / math.sqrt(2)
+
+
+NAIVE_RESIZE = {
+    None: lambda x: x,
+    resample.mean_down: lambda x: sum(
+        x[:, i::2, j::2] / 4 for i in range(2) for j in range(2)
+    ),
+    resample.repeat_up: lambda x: np.kron(x, np.ones((1, 2, 2, 1))),
+}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(
+    ("resampling", "features"),
+    [(None, 8), (None, 12), (resample.mean_down, 8), (resample.repeat_up, 8)],
+)
+def test_residual_block(resampling: Any, features: int, adaptive: bool):
+    module = ncsnpp.ResidualBlock(features, "float32", 0.0, 0, resampling)
+    x, time = 2.0 * normals(0, 3, 4, 6, 8) + 0.5, normals(1, 3, 5)
+    style = normals(2, 3, 7) if adaptive else None
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, time, style, None)
+    # A 1×1 convolution where the width or the side changes.
+    has_skip = "skip" in shapes["params"]
+    assert has_skip == (resampling is not None or features != 8)
+    variables = filled_like(shapes)
+    actual = quick.jit(module.apply)(variables, x, time, style, None)
+    x, time, style = jax.device_get((x, time, style))
+    expected = naive_residual_block(
+        x, time, style, NAIVE_RESIZE[resampling], variables["params"]
+    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_is_softmax_attention():
@@ -256,10 +370,7 @@ def test_attention_is_softmax_attention():
         return h @ params[part]["kernel"] + params[part]["bias"]
 
     # Two groups of four channels.
-    groups = np.asarray(x, np.float64).reshape(2, 6, 2, 4)
-    mean = groups.mean(axis=(1, 3), keepdims=True)
-    var = groups.var(axis=(1, 3), keepdims=True)
-    h = ((groups - mean) / np.sqrt(var + 1e-6)).reshape(2, 6, 8)
+    h = naive_norm(x, 2).reshape(2, 6, 8)
     h = h * params["norm"]["scale"] + params["norm"]["bias"]
     query, key, value = (dense(part, h) for part in ("query", "key", "value"))
     logits = np.einsum("bic,bjc->bij", query, key) / np.sqrt(8)
@@ -276,10 +387,7 @@ def test_adaptive_group_norm():
     x, style = 2.0 * normals(0, 3, 2, 2, 8) + 1.0, normals(1, 3, 5)
     start = module.init(jax.random.key(0), x, style)["params"]["style"]
     np.testing.assert_array_equal(start["bias"], [1.0] * 8 + [0.0] * 8)
-    groups = np.asarray(x, np.float64).reshape(3, 4, 2, 4)
-    mean = groups.mean(axis=(1, 3), keepdims=True)
-    var = groups.var(axis=(1, 3), keepdims=True)
-    normed = ((groups - mean) / np.sqrt(var + 1e-6)).reshape(x.shape)
+    normed = naive_norm(x, 2)
 
     @quick.jit
     def apply(kernel, bias):
@@ -368,18 +476,77 @@ def differs(first: np.ndarray, second: np.ndarray) -> bool:
     return not np.array_equal(first, second)
 
 
-def test_parameters_and_gradients_are_float32_in_bfloat16():
-    networks = small_networks(dtype="bfloat16")
-    (x_t, x_next, t), z = inputs(channels=1)
-    shapes = shapes_of(networks)
+def output_dtypes(module: Any, *args: Any) -> dict[str, set[Any]]:
+    """Returns the types of what each layer of a network gives, by the layer's path."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    apply = functools.partial(
+        module.apply, capture_intermediates=True, mutable=["intermediates"]
+    )
+    _, found = jax.eval_shape(apply, shapes, *args)
+    dtypes: dict[str, set[Any]] = {}
+    for path, leaf in jax.tree.leaves_with_path(found["intermediates"]):
+        names = [part.key for part in path if hasattr(part, "key")]
+        assert names[-1] == "__call__"
+        dtypes.setdefault("/".join(names[:-1]), set()).add(leaf.dtype)
+    for path, leaf in jax.tree.leaves_with_path(shapes["params"]):
+        # Parameters are float32, and no layer that has some is overlooked.
+        assert leaf.dtype == jnp.float32, path
+        assert "/".join(part.key for part in path[:-1]) in dtypes
+    return dtypes
 
-    def of_all(v):
-        mean, logvar = networks.posterior(v.posterior, x_t, x_next, t)
-        x = networks.generator(v.generator, x_next, t, z)
-        return networks.energy(v.energy, x, t).mean() + (mean + logvar).sum()
 
-    for leaf in jax.tree.leaves((shapes, jax.eval_shape(jax.grad(of_all), shapes))):
-        assert leaf.dtype == jnp.float32
+@pytest.mark.parametrize(
+    "name", ["energy", "energy_without_fir", "generator", "conv", "residual"]
+)
+def test_every_layer_computes_in_bfloat16(name: str):
+    """But for what a sum of squares or an exponential is taken of, and the norms' γ."""
+    changes = {"energy_without_fir": {"fir": False, "progressive_input": "none"}}
+    trunk = trunk_of(tiny(dtype="bfloat16", **changes.get(name, {})))
+    (x, x_next, t), z = inputs()
+    if name.startswith("energy"):
+        dtypes = output_dtypes(ncsnpp.Energy(trunk), x, t)
+        heads = {"", "trunk", "trunk/norm_out", "trunk/conv_out"}
+    elif name == "generator":
+        dtypes = output_dtypes(ncsnpp.Generator(8, 1, trunk), x_next, t, z)
+        heads = {"", "trunk", "trunk/norm_out", "trunk/conv_out"}
+        heads |= {
+            f"{layer}/{part}"
+            for layer in dtypes
+            if layer.endswith(("/norm_0", "/norm_1"))
+            for part in ("style", "norm")
+        }
+        assert len(heads) == 4 + 10 * 4  # Ten blocks of two norms.
+    else:
+        if name == "residual":
+            module = encoder.ResidualEncoder(5, 1, 4, "bfloat16")
+            x = x_next = jnp.zeros((BATCH, 64, 64, 1))
+        else:
+            module = encoder.ConvEncoder(5, 4, 4, "bfloat16")
+        dtypes = output_dtypes(module, x, x_next, t)
+        heads = {"", "mu", "logvar"}
+    assert len(dtypes) > 2 * len(heads)
+    for layer, found in dtypes.items():
+        wanted = jnp.float32 if layer in heads else jnp.bfloat16
+        assert found == {jnp.dtype(wanted)}, layer
+    assert heads <= dtypes.keys()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        resample.fir_up,
+        resample.fir_down,
+        resample.fir_filter,
+        resample.repeat_up,
+        resample.mean_down,
+        encoder.minibatch_stddev,
+        lambda x: layers.dropout(x, 0.3, dropout_keys(0), 0),
+    ],
+)
+def test_what_lies_between_layers_keeps_bfloat16(function: Any):
+    """A convolution would take float32, at twice the memory, without a word."""
+    x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.bfloat16)
+    assert jax.eval_shape(function, x).dtype == jnp.bfloat16
 
 
 def test_recomputing_blocks_changes_nothing():
@@ -599,11 +766,42 @@ def test_encoder_depth(side: int):
         assert params[head]["bias"].shape == (5,)
 
 
+def test_conv_encoder():
+    module = encoder.ConvEncoder(nz=5, ngf=2, t_emb_dim=4, dtype="float32")
+    x_t, x_next = normals(0, BATCH, 16, 16, 1), normals(1, BATCH, 16, 16, 1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x_t, x_next, TIMES)
+    variables = filled_like(shapes)
+    actual = quick.jit(module.apply)(variables, x_t, x_next, TIMES)
+
+    params = variables["params"]
+    time = naive_time(TIMES, 4, params["time"])
+    h = np.concatenate([x_t, x_next], axis=3)
+    for i, (stride, side) in enumerate([(1, 16), (2, 8), (2, 4)]):
+        h = leaky(naive_conv(h, params[f"conv_{i}"], pad=1, stride=stride))
+        h = h + naive_dense(time, params[f"time_{i}"])[:, None, None]
+        assert h.shape == (BATCH, side, side, 2 * 2**i)
+    for moment, name in zip(actual, ("mu", "logvar"), strict=True):
+        expected = naive_conv(h, params[name], pad=0)[:, 0, 0]
+        np.testing.assert_allclose(moment, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_down_block():
+    module = encoder.DownBlock(features=6, dtype="float32")
+    x, time = normals(0, 3, 6, 10, 4), normals(1, 3, 5)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, time)
+    variables = filled_like(shapes)
+    actual = quick.jit(module.apply)(variables, x, time)
+    x, time = jax.device_get((x, time))
+    expected = naive_down_block(x, time, variables["params"])
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_residual_encoder():
+    """At the smallest side at which a sum over space is not a mean."""
     module = encoder.ResidualEncoder(nz=5, ngf=1, t_emb_dim=4, dtype="float32")
-    x_t, x_next = normals(0, 2, 128, 128, 1), normals(1, 2, 128, 128, 1)
-    t = jnp.array([0, 3])
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x_t, x_next, t)["params"]
+    x_t, x_next = normals(0, BATCH, 128, 128, 1), normals(1, BATCH, 128, 128, 1)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x_t, x_next, TIMES)
+    shapes = variables["params"]
     assert shapes["conv_in"]["kernel"].shape == (1, 1, 2, 2)
     widths = [2, 4, 8, 8, 8, 8, 8]
     for i, (before, after) in enumerate(itertools.pairwise(widths)):
@@ -615,13 +813,24 @@ def test_residual_encoder():
     assert "block_6" not in shapes
     assert shapes["conv_out"]["kernel"].shape == (3, 3, 9, 8)
 
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), shapes)
-    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
-    mean, logvar = quick.jit(module.apply)({"params": params}, x_t, x_next, t)
-    assert mean.shape == logvar.shape == (2, 5)
-    assert np.isfinite(mean).all() and np.isfinite(logvar).all()
-    assert (np.asarray(logvar) <= 0.0).all() and logvar.std() > 0
+    params = filled_like(shapes)
+    found = quick.jit(module.apply)({"params": params}, x_t, x_next, TIMES)
+    time = naive_time(TIMES, 4, params["time"])
+    h = naive_conv(np.concatenate([x_t, x_next], axis=3), params["conv_in"], pad=0)
+    for i in range(6):
+        h = naive_down_block(h, time, params[f"block_{i}"])
+    assert h.shape == (BATCH, 2, 2, 8)
+    # The whole batch is one group of four.
+    spread = np.sqrt(h.var(axis=0) + 1e-8).mean()
+    h = np.concatenate([h, np.full((BATCH, 2, 2, 1), spread)], axis=3)
+    h = leaky(naive_conv(h, params["conv_out"], pad=1)).sum(axis=(1, 2))
+    mean = naive_dense(h, params["mu"])
+    logvar = -np.logaddexp(0.0, naive_dense(h, params["logvar"]))
+    for actual, expected in zip(found, (mean, logvar), strict=True):
+        assert actual.shape == (BATCH, 5)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        # Examples differ by much more than that.
+        assert actual.std(axis=0).min() > 2e-3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from ddaebm_jax.data import images, synthetic, tabular
 from ddaebm_jax.errors import InputError
@@ -44,18 +44,21 @@ class Source(NamedTuple):
         """Whether examples are images, opened or not."""
         return len(self.event_shape) == 3
 
-    def held_out(self, num: int, seed: int) -> Float[np.ndarray, "n *shape"]:
+    def held_out(self, num: int, seed: int) -> Shaped[np.ndarray, "n *shape"]:
         """Returns data that training does not see.
 
-        Synthetic: `num` draws. A table: the test inliers. Images: at most `num` test
-        images, scaled to [−1, 1].
+        Synthetic: `num` draws. A table: the test inliers. Images: at most `num` of the
+        test images, chosen by the seed, as uint8.
         """
         if self.distribution is not None:
             keys = jax.random.split(jax.random.key(seed), num)
             draw = jax.jit(lambda keys: self.draw(self.arrays, None, keys))
             return np.asarray(draw(keys))
         if self.image_set is not None:
-            return np.asarray(images.to_float(images.stack(self.image_set.test, num)))
+            test = self.image_set.test
+            # Not the first ones: files in order of names may be of one kind.
+            order = np.random.default_rng(seed).permutation(len(test))
+            return images.stack(images.Subset(test, np.sort(order[:num])))
         return test_rows(self.table, tabular.INLIER)
 
     def metadata(self) -> dict[str, Any] | None:
@@ -110,7 +113,9 @@ def _image_source(data: Any, seed: int, opened: bool) -> Source:
     return Source(
         name=data.name,
         event_shape=(data.image_size, data.image_size, data.channels),
-        arrays=images.stack(found.train) if opened and data.on_device else None,
+        arrays=images.stack(found.train, None, "the training images")
+        if opened and data.on_device
+        else None,
         draw=partial(images.draw, flip=data.flip),
         image_set=found,
     )

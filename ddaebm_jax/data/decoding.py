@@ -36,8 +36,8 @@ def prepare(
 
     In this order: turned as its EXIF orientation says, converted if that loses
     nothing, cropped to the box, resized so that the short side is `size` (bilinear,
-    antialiased), and cropped at the centre. Pixels of an image that is of the size
-    already do not change.
+    antialiased), and cropped at the centre. An image that is of the size already, as
+    a sample of a model is, is not cropped, and its pixels do not change.
 
     Args:
       image: a `PIL.Image.Image`.
@@ -62,7 +62,7 @@ def prepare(
             + (", or set data.channels = 3" if channels == 1 else "")
         )
     image = ImageOps.exif_transpose(image).convert(_PIL_MODE[channels])
-    if crop is not None:
+    if crop is not None and image.size != (size, size):
         left, top, right, bottom = crop
         width, height = image.size
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):

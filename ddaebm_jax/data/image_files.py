@@ -155,8 +155,8 @@ def _report(
         raise InputError(f"{found}, that is all; the first: {first}")
     if not skip_corrupt:
         raise InputError(
-            f"{found}: {some}{more}; the first: {first}; or leave them out with "
-            "data.skip_corrupt = True"
+            f"{found}: {some}{more}; the first: {first}; or leave them out: "
+            "--config.data.skip_corrupt=True in training, --skip_corrupt in scoring"
         )
     logging.warning("%s and are left out: %s%s", found, some, more)
     for error in errors.values():

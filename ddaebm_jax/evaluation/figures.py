@@ -48,28 +48,45 @@ def draw_samples(
       num_samples: how many.
       seed: sample i depends on (seed, i) only.
     """
-    return np.asarray(draw_levels(experiment, variables, num_samples, seed)[-1])
+    return _draw(experiment, variables, num_samples, seed, sampling.sample, axis=0)
 
 
 def draw_levels(
     experiment: Any, variables: Players, num_samples: int, seed: int = _SAMPLE_SEED
 ) -> np.ndarray:
     """Draws samples with the way they took: x_T, …, x_0, each [num_samples, …]."""
+    drawer = sampling.sample_trajectory
+    return _draw(experiment, variables, num_samples, seed, drawer, axis=1)
+
+
+def _draw(
+    experiment: Any,
+    variables: Players,
+    num_samples: int,
+    seed: int,
+    drawer: Any,
+    axis: int,
+) -> np.ndarray:
+    """Draws a chunk at a time; each is taken to the host before the next."""
     chunk = min(num_samples, rows_at_a_time(experiment))
     generator = _local(variables.generator)
     parts = [
-        _trajectory(
-            experiment.networks,
-            chunk,
-            experiment.game.latent,
-            experiment.schedule,
-            generator,
-            jax.random.key(seed),
-            first,
+        np.asarray(
+            _draw_chunk(
+                drawer,
+                experiment.networks,
+                chunk,
+                experiment.game.latent,
+                experiment.schedule,
+                generator,
+                jax.random.key(seed),
+                first,
+            )
         )
         for first in range(0, num_samples, chunk)
     ]
-    return np.concatenate(parts, axis=1)[:, :num_samples]
+    whole = np.concatenate(parts, axis=axis)
+    return whole[(slice(None),) * axis + (slice(num_samples),)]
 
 
 def rows_at_a_time(experiment: Any) -> int:
@@ -80,30 +97,30 @@ def rows_at_a_time(experiment: Any) -> int:
 
 
 # The networks are functions and so static: one program for all calls of a run.
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _trajectory(networks, num_samples, latent, schedule, generator, key, first):
-    return sampling.sample_trajectory(
-        schedule, networks, generator, key, num_samples, latent, first
-    )
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw_chunk(drawer, networks, num_samples, latent, schedule, generator, key, first):
+    return drawer(schedule, networks, generator, key, num_samples, latent, first)
 
 
 @partial(jax.jit, static_argnums=0)
 def _energies(networks, params, x):
+    if x.dtype == jnp.uint8:
+        x = images.to_float(x)
     return density.energy_at_data(networks, params, x)
 
 
 def _local(variables: Any) -> Any:
     """Takes replicated variables to one device: evaluation is not sharded."""
-    return jax.tree.map(np.asarray, variables)
+    return jax.device_put(jax.tree.map(np.asarray, variables), jax.devices()[0])
 
 
 def energies(experiment: Any, variables: Players, x: np.ndarray | Array) -> np.ndarray:
-    """Returns f(x, 0) of rows, a chunk at a time."""
+    """Returns f(x, 0) of rows, a chunk at a time; images may be uint8."""
     params = _local(variables.energy)
     return np.asarray(
         density.evaluate_in_chunks(
-            lambda part: _energies(experiment.networks, params, part),
-            jnp.asarray(x),
+            lambda part: _energies(experiment.networks, params, jnp.asarray(part)),
+            x,
             rows_at_a_time(experiment),
         )
     )
@@ -178,11 +195,12 @@ def _evaluate_table(experiment: Any, variables: Players) -> dict[str, Any]:
 
 def _evaluate_images(experiment: Any, variables: Players) -> dict[str, Any]:
     found, num = experiment.source.image_set, experiment.config.evaluation.num_samples
-    samples = draw_samples(experiment, variables, num)
-    real = energies(
-        experiment, variables, experiment.source.held_out(num, _HELD_OUT_SEED)
-    )
-    # As many of one as of the other: an energy costs as much as a sample's step.
+    labelled = found.train_labels is not None
+    # Without a judge of samples only their energies are wanted, as many as there are
+    # held-out images to hold against.
+    held_out = experiment.source.held_out(num, _HELD_OUT_SEED)
+    samples = draw_samples(experiment, variables, num if labelled else len(held_out))
+    real = energies(experiment, variables, held_out)
     fake = energies(experiment, variables, samples[: len(real)])
     figures: dict[str, Any] = {
         "held_out_energy_mean": float(real.mean()),
@@ -190,7 +208,7 @@ def _evaluate_images(experiment: Any, variables: Players) -> dict[str, Any]:
         # 0.5: the energy cannot tell them apart.
         "auroc_held_out_against_samples": ood.auroc(real, fake),
     }
-    if found.train_labels is not None:
+    if labelled:
         figures |= digits.evaluate_digits(
             np.asarray(images.to_uint8(samples)),
             images.stack(found.train),

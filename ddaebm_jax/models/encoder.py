@@ -105,10 +105,9 @@ class ConvEncoder(nn.Module):
                 padding="VALID",
                 kernel_init=uniform_fan_in,
                 bias_init=bias_init,
-                dtype=self.dtype,
                 name=name,
-            )(h)
-            return out[:, 0, 0, :].astype(jnp.float32)
+            )(h.astype(jnp.float32))
+            return out[:, 0, 0, :]
 
         return head("mu"), head("logvar")
 

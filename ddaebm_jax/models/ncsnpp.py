@@ -82,12 +82,12 @@ class AdaptiveGroupNorm(nn.Module):
                 [jnp.ones(shape[0] // 2, dtype), jnp.zeros(shape[0] // 2, dtype)]
             )
 
-        affine = dense(
-            2 * channels, dtype=self.dtype, bias_init=starts_at_identity, name="style"
-        )(style)
+        affine = dense(2 * channels, bias_init=starts_at_identity, name="style")(
+            style.astype(jnp.float32)
+        )
         scale, shift = jnp.split(affine[:, None, None, :], 2, axis=-1)
-        normed = group_norm(channels, self.dtype, affine=False, name="norm")(x)
-        return scale * normed + shift
+        normed = group_norm(channels, "float32", affine=False, name="norm")(x)
+        return (scale * normed + shift).astype(self.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -173,7 +173,8 @@ class UNet(nn.Module):
       fir: resample with the filter (1, 3, 3, 1), else by repeats and means.
       progressive_input: `residual`: a pyramid of the input is summed in at every
         level; `none`.
-      dtype: of the computation; parameters, statistics and softmax are float32.
+      dtype: of the computation; parameters, norms, softmax and the last convolution
+        are float32.
       remat: `blocks`: residual blocks and attention are computed again in the
         backward pass instead of kept; `none`.
     """
@@ -261,8 +262,9 @@ class UNet(nn.Module):
             if level > 0:
                 h = block(h, widths[level], f"up_{level}_resample", up)
 
-        h = nn.silu(group_norm(h.shape[-1], self.dtype, name="norm_out")(h))
-        return conv(channels, 3, scale=0.0, dtype=self.dtype, name="conv_out")(h)
+        # In float32: the energy is a difference of what is nearly equal.
+        h = nn.silu(group_norm(h.shape[-1], "float32", name="norm_out")(h))
+        return conv(channels, 3, scale=0.0, name="conv_out")(h)
 
 
 class Energy(nn.Module):
@@ -282,7 +284,7 @@ class Energy(nn.Module):
         keys: Array | None = None,
     ) -> Float[Array, " batch"]:
         h = UNet(**self.trunk, name="trunk")(x, t, keys=keys)
-        residual = x.astype(jnp.float32) - h.astype(jnp.float32)
+        residual = x.astype(jnp.float32) - h
         return -0.5 * (residual**2).sum(axis=(1, 2, 3))
 
 
@@ -314,4 +316,4 @@ class Generator(nn.Module):
                 dense(self.z_emb_dim, dtype=dtype, name=f"latent_{i}")(style)
             )
         h = UNet(**self.trunk, name="trunk")(x_next, t, style, keys)
-        return jnp.tanh(h.astype(jnp.float32))
+        return jnp.tanh(h)
