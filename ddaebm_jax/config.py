@@ -514,6 +514,13 @@ def _image_problems(config: Any) -> Iterator[str]:
             f"data.image_size is {side}; the posterior needs a power of two, for "
             f"example {2 ** (side.bit_length() - 1)}"
         )
+    sides = [side >> level for level in range(len(unet.ch_mult))]
+    for resolution in unet.attn_resolutions:
+        if resolution not in sides:
+            yield (
+                f"model.unet.attn_resolutions lists {resolution}, but the levels have "
+                f"sides {', '.join(map(str, sides))}; choose of these, or ()"
+            )
     for field, width in (
         ("model.unet.nf", unet.nf),
         ("model.encoder.t_emb_dim", config.model.encoder.t_emb_dim),

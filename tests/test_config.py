@@ -310,6 +310,10 @@ def _set(config: ml_collections.ConfigDict, fields: dict[str, Any]) -> None:
         ({"data.crop": (-1, 0, 8, 8)}, "needed: four whole numbers"),
         ({"data.crop": (0, 0, 8.5, 8)}, "needed: four whole numbers"),
         ({"model.unet.attn_resolutions": (0,)}, "each at least 1, or ()"),
+        (
+            {"model.unet.attn_resolutions": (16, 7)},
+            "lists 7, but the levels have sides",
+        ),
         ({"model.unet.ch_mult": ()}, "model.unet.ch_mult is ()"),
         ({"data.skip_corrupt": True}, "data.skip_corrupt is 'True', which data.name"),
         ({"data.path": "images"}, "would ignore; it is for table, folder"),

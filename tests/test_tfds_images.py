@@ -77,8 +77,8 @@ with tfds.core.registered.skip_registration():
                 yield i, {"id": f"{split}_{i}", "image": image, "label": i % 10}
 
 
-def write(directory, file_format):
-    builder = Cifar10(data_dir=directory, file_format=file_format)
+def write(directory, file_format, kind=Cifar10):
+    builder = kind(data_dir=directory, file_format=file_format)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     builder.download_and_prepare(download_config=config)
     return directory
@@ -88,6 +88,24 @@ def write(directory, file_format):
 def prepared(tmp_path_factory):
     """A folder that TFDS prepared in ArrayRecord format."""
     return write(tmp_path_factory.mktemp("tfds"), "array_record")
+
+
+class Turned(Cifar10, skip_registration=True):
+    """The same records in another order."""
+
+    name = "cifar10"
+
+    def _generate_examples(self, split):
+        found = list(super()._generate_examples(split))
+        for i, (_, record) in enumerate(reversed(found)):
+            yield i, record
+
+
+def test_the_same_images_in_another_order_are_other_data(prepared, tmp_path):
+    turned = opened(write(tmp_path, "array_record", Turned))
+    found = opened(prepared)
+    assert as_set(images.stack(turned.train)) == as_set(images.stack(found.train))
+    assert turned.fingerprint() != found.fingerprint()
 
 
 def as_set(stack):
@@ -187,7 +205,10 @@ def test_images_are_cropped_and_resized(prepared):
         ({"split": "nope"}, "split 'nope' cannot be opened .* has train, test"),
         ({"test_split": "nope"}, "split 'nope'"),
         ({"split": "train[:0]"}, "split 'train"),
-        ({"test_split": "train"}, "are both 'train'"),
+        ({"test_split": "train"}, "share records"),
+        ({"test_split": "train[:10%]"}, "share records"),
+        ({"split": "train[:60%]", "test_split": "train[50%:]"}, "share records"),
+        ({"split": "train+test[:1]"}, "share records"),
         ({"tfds": "cifar10/nope"}, "data.tfds is 'cifar10/nope', which TFDS cannot"),
         ({"tfds": "../up"}, "which TFDS cannot open"),
         ({"tfds": "wikipedia"}, "has no feature 'image'; it has .*title"),

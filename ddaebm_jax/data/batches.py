@@ -24,7 +24,7 @@ def _epoch(num_records: int, seed: int, epoch: int) -> Int32[np.ndarray, " n"]:
 
     NumPy promises that a bit generator's raw numbers never change, which it does not
     for its own permutations: a run can be resumed under any version. grain's shuffle
-    computes each place for itself, in 4 µs of 50,000 records and 400 µs of 60.
+    adds the epoch to the seed, so that neighbouring seeds would share epochs.
     """
     bits = np.random.Philox(np.random.SeedSequence((seed, epoch)))
     keys = bits.random_raw(num_records)

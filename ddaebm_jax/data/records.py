@@ -69,7 +69,8 @@ class ImageSet:
       event_shape: height, width and channels of every image.
       train: images to train on.
       test: images that training does not see.
-      content: SHA-256 of what was read and of how it was split.
+      content: SHA-256 that tells the images and their split from others; of a TFDS
+        set of its name, version, splits and a few records, of others of all pixels.
       train_labels: the class of each training image; None where there are none.
       test_labels: of each test image.
       skipped: number of corrupt files that were left out.

@@ -23,6 +23,8 @@ from ddaebm_jax.errors import InputError
 _FORMAT = "array_record"
 # TFDS would go on for three minutes where there is no network.
 _RETRIES = 3
+# Records of a split that its fingerprint reads.
+_FINGERPRINTED = 16
 
 
 class _TfdsImages:
@@ -95,16 +97,13 @@ def load_tfds(
             "data.tfds is empty; data.name = 'tfds' needs the name of a TFDS set, for "
             "example cifar10"
         )
-    if split == test_split:
-        raise InputError(
-            f"data.split and data.test_split are both '{split}'; what is held out must "
-            "be another split, or '' for a share of data.split"
-        )
     builder = _builder(name, tfds_dir)
     _check_feature(builder, name, channels)
     if not builder.is_prepared():
         _prepare(builder, name)
     folder = os.fspath(builder.data_dir)
+    if test_split:
+        _check_apart(folder, split, test_split)
 
     def images(part: str) -> _TfdsImages:
         records = _TfdsImages(folder, part, image_size, channels, crop)
@@ -114,16 +113,62 @@ def load_tfds(
     event_shape = (image_size, image_size, channels)
     train = images(split)
     how = repr((builder.info.full_name, split, len(train), event_shape, crop))
+    content = digest(how.encode(), _some_pixels(train))
     if not test_split:
         held_out = hold_out(len(train), test_fraction, seed, f"data.tfds = '{name}'")
-        return split_set("tfds", train, event_shape, held_out, digest(how.encode()))
+        return split_set("tfds", train, event_shape, held_out, content)
     test = images(test_split)
     return ImageSet(
         name="tfds",
         event_shape=event_shape,
         train=train,
         test=test,
-        content=digest(how.encode(), repr((test_split, len(test))).encode()),
+        content=digest(content.encode(), repr((test_split, len(test))).encode()),
+    )
+
+
+def _some_pixels(records: _TfdsImages) -> np.ndarray:
+    """Reads a few records from all over a split.
+
+    A set prepared again may hold the same images in another order, which would give
+    a resumed run other batches; reading all of them would take too long.
+    """
+    places = np.linspace(0, len(records) - 1, _FINGERPRINTED).round().astype(int)
+    return np.stack([records[int(place)] for place in places])
+
+
+def _check_apart(folder: str, split: str, test_split: str) -> None:
+    """Refuses splits that share records: what is held out must not be trained on."""
+    tfds = _tfds()
+    splits = tfds.builder_from_directory(folder).info.splits
+
+    def ranges(part: str) -> list[tuple[str, int, int]]:
+        try:
+            instructions = tfds.core.ReadInstruction.from_spec(part).to_absolute(splits)
+        except Exception as error:  # TFDS raises several kinds for a bad split.
+            raise _bad_split(folder, part, splits, error) from error
+        return [
+            (one.splitname, one.from_ or 0, splits[one.splitname].num_examples)
+            if one.to is None
+            else (one.splitname, one.from_ or 0, one.to)
+            for one in instructions
+        ]
+
+    for name, start, stop in ranges(split):
+        for other, other_start, other_stop in ranges(test_split):
+            if name == other and max(start, other_start) < min(stop, other_stop):
+                raise InputError(
+                    f"data.split '{split}' and data.test_split '{test_split}' share "
+                    "records; what is held out must be another part, for example "
+                    "train[:90%] and train[90%:], or '' for a share of data.split"
+                )
+
+
+def _bad_split(folder: str, split: str, splits: Any, error: Exception) -> InputError:
+    return InputError(
+        f"{folder}: the split '{split}' cannot be opened ({_reason(error)}); the set "
+        f"has {', '.join(splits)}: correct data.split or data.test_split, or prepare "
+        "the set again"
     )
 
 
@@ -178,11 +223,7 @@ def _open_source(folder: str, split: str) -> Any:
             "anew"
         ) from error
     except Exception as error:  # TFDS and array_record raise many kinds.
-        raise InputError(
-            f"{folder}: the split '{split}' cannot be opened ({_reason(error)}); the "
-            f"set has {', '.join(builder.info.splits)}: correct data.split or "
-            "data.test_split, or prepare the set again"
-        ) from error
+        raise _bad_split(folder, split, builder.info.splits, error) from error
     return source
 
 
