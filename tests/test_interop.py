@@ -39,6 +39,7 @@ SMALL_RUN = {
     **NARROW,
     "model.unet.nf": 8,
     "model.unet.ch_mult": (1,),
+    "model.unet.attn_resolutions": (8,),
     "diffusion.num_steps": 2,
     "evaluation.batch_size": 4,
     "train.num_steps": 2,
