@@ -29,16 +29,50 @@ def num_groups(channels: int) -> int:
     return min(channels // 4, _MAX_GROUPS)
 
 
-def group_norm(channels: int, dtype: str, affine: bool = True, **kwargs: Any):
-    """Returns a group norm with ε = 1e-6, its statistics in float32."""
-    return nn.GroupNorm(
-        num_groups=num_groups(channels),
-        epsilon=1e-6,
-        use_scale=affine,
-        use_bias=affine,
-        dtype=dtype,
-        **kwargs,
-    )
+def group_norm(
+    x: Float[Array, "batch height width channels"],
+    scale: Float[Array, "#batch channels"],
+    shift: Float[Array, "#batch channels"],
+    dtype: str,
+) -> Float[Array, "batch height width channels"]:
+    """Returns the group norm of x with ε = 1e-6, its statistics in float32.
+
+    Sums over positions come first, one a channel, and groups are made of those: the
+    large array is read along its own layout, never reshaped into groups.
+    """
+    batch, height, width, channels = x.shape
+    groups = num_groups(channels)
+    size = height * width * (channels // groups)
+
+    def over_group(values: Array) -> Array:
+        sums = values.sum(axis=(1, 2)).reshape(batch, groups, channels // groups)
+        return jnp.repeat(sums.sum(axis=2) / size, channels // groups, axis=1)
+
+    h = x.astype(jnp.float32)
+    mean, square = over_group(h), over_group(h * h)
+    variance = jnp.maximum(square - mean * mean, 0.0)
+    scale = scale * jax.lax.rsqrt(variance + 1e-6)
+    h = (h - mean[:, None, None, :]) * scale[:, None, None, :]
+    return (h + shift[:, None, None, :]).astype(dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group norm with a learned scale and shift of each channel.
+
+    Attributes:
+      dtype: of the result.
+    """
+
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        return group_norm(x, scale[None, :], bias[None, :], self.dtype)
 
 
 def normed_widths(nf: int, ch_mult: Sequence[int], num_res_blocks: int) -> set[int]:
@@ -85,9 +119,8 @@ class AdaptiveGroupNorm(nn.Module):
         affine = dense(2 * channels, bias_init=starts_at_identity, name="style")(
             style.astype(jnp.float32)
         )
-        scale, shift = jnp.split(affine[:, None, None, :], 2, axis=-1)
-        normed = group_norm(channels, "float32", affine=False, name="norm")(x)
-        return (scale * normed + shift).astype(self.dtype)
+        scale, shift = jnp.split(affine, 2, axis=-1)
+        return group_norm(x, scale, shift, self.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -109,7 +142,7 @@ class ResidualBlock(nn.Module):
 
     def _norm(self, h: Array, style: Array | None, name: str) -> Array:
         if style is None:
-            return group_norm(h.shape[-1], self.dtype, name=name)(h)
+            return GroupNorm(self.dtype, name=name)(h)
         return AdaptiveGroupNorm(self.dtype, name=name)(h, style)
 
     @nn.compact
@@ -147,7 +180,7 @@ class Attention(nn.Module):
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:
         batch, height, width, channels = x.shape
-        h = group_norm(channels, self.dtype, name="norm")(x)
+        h = GroupNorm(self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, channels)
         query, key, value = (
             dense(channels, 0.1, self.dtype, name=name)(h)[:, :, None, :]
@@ -263,7 +296,7 @@ class UNet(nn.Module):
                 h = block(h, widths[level], f"up_{level}_resample", up)
 
         # In float32: the energy is a difference of what is nearly equal.
-        h = nn.silu(group_norm(h.shape[-1], "float32", name="norm_out")(h))
+        h = nn.silu(GroupNorm("float32", name="norm_out")(h))
         return conv(channels, 3, scale=0.0, name="conv_out")(h)
 
 
