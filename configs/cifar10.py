@@ -39,4 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.report_every = 100
     config.train.picture_every = 2_000
     config.train.checkpoint_every = 2_000
+    config.train.evaluate_every = 10_000
+    config.evaluation.num_samples = 50_000
+    config.evaluation.num_samples_on_the_way = 10_000
+    config.evaluation.inception = True
     return config

@@ -18,6 +18,8 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.minimax import TrainState
 
 FORMAT_VERSION = 1
+# Folders of a run directory: the newest checkpoints, and the one of the lowest FID.
+NEWEST, BEST = "checkpoints", "best"
 _STATE, _INFO = "state", "info"
 
 
@@ -29,11 +31,15 @@ class Checkpoints:
     """The checkpoints of one run directory.
 
     Attributes:
-      directory: `<workdir>/checkpoints`.
+      directory: `<workdir>/checkpoints`, or `<workdir>/best`.
     """
 
     def __init__(
-        self, workdir: str | Path, keep: int = 3, read_only: bool = False
+        self,
+        workdir: str | Path,
+        keep: int = 3,
+        read_only: bool = False,
+        folder: str = NEWEST,
     ) -> None:
         """Opens the checkpoints of a run.
 
@@ -41,13 +47,18 @@ class Checkpoints:
           workdir: the run directory.
           keep: newest checkpoints kept.
           read_only: for modes that only restore; nothing is created or cleaned.
+          folder: NEWEST or BEST.
 
         Raises:
           CheckpointError: with `read_only`, if there is no checkpoint directory.
         """
-        self.directory = Path(workdir).resolve() / "checkpoints"
+        self.directory = Path(workdir).resolve() / folder
         if read_only and not self.directory.is_dir():
-            raise CheckpointError(no_checkpoint(workdir))
+            raise CheckpointError(
+                no_best_checkpoint(workdir)
+                if folder == BEST
+                else no_checkpoint(workdir)
+            )
         if read_only:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, create=False, save_interval_steps=0
@@ -67,6 +78,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Returns the newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, info: dict[str, Any]) -> None:
         """Starts saving; device buffers may be reused as soon as this returns.
@@ -162,4 +177,13 @@ def no_checkpoint(workdir: str | Path) -> str:
     return (
         f"{workdir} holds no checkpoint; train first, with "
         f"--mode=train --workdir={workdir}"
+    )
+
+
+def no_best_checkpoint(workdir: str | Path) -> str:
+    """Returns the message for a run directory that keeps no best checkpoint."""
+    return (
+        f"{workdir} keeps no best checkpoint; training keeps one by FID where the "
+        "config has evaluation.inception=True and a train.evaluate_every; use "
+        "--checkpoint=latest"
     )

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from ddaebm_jax import diffusion, objective
 from ddaebm_jax.data import images, synthetic
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import image_quality, inception
 from ddaebm_jax.models import NETWORKS, layers, mlp, ncsnpp
 
 TABLES = ("breast_cancer", "table")
@@ -66,6 +67,9 @@ def base() -> ml_collections.ConfigDict:
     # Leave images of a folder out that are of no use (damaged, too small, of other
     # channels), instead of stopping.
     data.skip_corrupt = False
+    # Classes of `digits` that are neither trained on nor tested with, so that they can
+    # be outliers (--mode=ood --out=held_out_classes).
+    data.held_out_classes = ()
     # Patches cut from the two photographs of `photos`.
     data.num_patches = 20_000
     # Reading: threads, batches ahead, and processes beside this one (0: threads only).
@@ -198,7 +202,8 @@ def base() -> ml_collections.ConfigDict:
     train.report_every = 500
     # Steps between pictures; 0: only at the end.
     train.picture_every = 5_000
-    # Steps between evaluations on the way; 0: only at the end.
+    # Steps between evaluations on the way; 0: only at the end. With
+    # evaluation.inception the model of the lowest FID is kept in best/.
     train.evaluate_every = 0
     # Steps between checkpoints; the last step is always saved.
     train.checkpoint_every = 5_000
@@ -214,8 +219,26 @@ def base() -> ml_collections.ConfigDict:
     config.evaluation = evaluation = ml_collections.ConfigDict()
     # Samples drawn for the figures.
     evaluation.num_samples = 10_000
+    # The same for the figures on the way (train.evaluate_every); 0: as many.
+    evaluation.num_samples_on_the_way = 0
     # Images that one call of a network takes in evaluation, sampling and scoring.
     evaluation.batch_size = 250
+    # Measure images by Inception's features: FID, Inception score, KID, precision,
+    # recall, density, coverage.
+    evaluation.inception = False
+    # The network's weights: a .pth, .npz or .safetensors file; empty: the published
+    # ones, downloaded once.
+    evaluation.inception_weights = ""
+    # What goes in: `tf` (TensorFlow 1's resize, as the original FID and
+    # torch-fidelity) or `pytorch_fid` (half-pixel resize); their FIDs differ.
+    evaluation.preprocessing = "tf"
+    # Images that samples are held against: `train` or `test`.
+    evaluation.reference = "train"
+    # File of the reference's statistics, made where it is not there; empty: in the
+    # user's cache directory.
+    evaluation.reference_path = ""
+    # Most images whose features are compared one by one (all but FID and the score).
+    evaluation.num_kept_features = 10_000
     # Random directions of the sliced Wasserstein distance.
     evaluation.num_projections = 500
 
@@ -270,6 +293,7 @@ _OPTIONAL = ("game.recon_floor",)
 _TUPLES: dict[str, tuple[int, int | None, str]] = {
     "data.crop": (0, 4, "four whole numbers (left, top, right, bottom), or None"),
     "model.unet.attn_resolutions": (1, None, "whole numbers, each at least 1, or ()"),
+    "data.held_out_classes": (0, None, "whole numbers, each at least 0, or ()"),
 }
 
 
@@ -345,6 +369,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.keep_checkpoints": (1, math.inf, True),
     "parallel.num_devices": (0, math.inf, True),
     "evaluation.num_samples": (2, 10**6, True),
+    "evaluation.num_samples_on_the_way": (0, 10**6, True),
+    "evaluation.num_kept_features": (10, 10**6, True),
     "evaluation.batch_size": (1, 10**6, True),
     "evaluation.num_projections": (1, 10**6, True),
     "seed": (0, 2**31 - 1, True),
@@ -364,6 +390,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "game.recon_latent": objective.RECON_LATENTS,
     "game.divergence": objective.DIVERGENCES,
     "optimizer.schedule": RATE_SCHEDULES,
+    "evaluation.preprocessing": inception.PREPROCESSINGS,
+    "evaluation.reference": image_quality.REFERENCES,
 }
 
 
@@ -451,6 +479,7 @@ _DATA_OF_FIELD: dict[str, tuple[str, ...]] = {
     "crop": ("folder", "tfds"),
     "skip_corrupt": ("folder",),
     "num_patches": ("photos",),
+    "held_out_classes": ("digits",),
     "flip": images.IMAGES,
     "on_device": images.IMAGES,
 }
@@ -460,6 +489,10 @@ _MODEL_OF_FIELD = {
     "model.encoder.": "ncsnpp",
     "model.dtype": "ncsnpp",
     "model.remat": "ncsnpp",
+    "evaluation.inception": "ncsnpp",
+    "evaluation.preprocessing": "ncsnpp",
+    "evaluation.reference": "ncsnpp",
+    "evaluation.num_kept_features": "ncsnpp",
 }
 
 
@@ -633,9 +666,31 @@ def from_json(text: str) -> ml_collections.ConfigDict:
         raise ConfigError(f"the config is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the config is not a JSON object")
-    config = ml_collections.ConfigDict(_with_tuples(values))
+    config = ml_collections.ConfigDict(_with_tuples(_completed(values)))
     validate(config)
     return config
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds the fields that a config of an earlier version did not have.
+
+    A field that is new starts with what was done before there was one.
+    """
+
+    def complete(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+        result = {**default, **given}
+        for key, value in default.items():
+            if isinstance(value, dict) and isinstance(given.get(key), dict):
+                result[key] = complete(given[key], value)
+        return result
+
+    default = base().to_dict()
+    return {
+        key: complete(value, default[key])
+        if isinstance(value, dict) and isinstance(default.get(key), dict)
+        else value
+        for key, value in values.items()
+    }
 
 
 def _with_tuples(value: Any) -> Any:

@@ -5,8 +5,8 @@
 
 `--mode=sample` and `--mode=score` then work from that directory, and `--mode=train`
 goes on from the imported weights. Files are PyTorch state_dicts (`.pth`, `.pt`; read
-with `weights_only=True`, and only there torch is needed) or NPZ files with the same
-names. A leading `module.` of data-parallel training is dropped.
+without torch, and no pickle in them is executed) or NPZ files with the same names. A
+leading `module.` of data-parallel training is dropped.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddaebm_jax import torch_files
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players, encoder
 
@@ -254,42 +255,6 @@ def convert(
     return params
 
 
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path} needs torch to be read (pip install torch); an NPZ file with the "
-            "same names does not"
-        ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Damaged files raise a dozen kinds.
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path} cannot be read as a PyTorch state_dict ({type(error).__name__}: "
-            f"{reason}); only plain weights are loaded, never code"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise InputError(
-            f"{path} holds a {type(loaded).__name__}; a state_dict (names → tensors) "
-            "is needed: save model.state_dict()"
-        )
-    for name, value in loaded.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(
-                f"{path}: '{name}' is a {type(value).__name__}, not a tensor; a plain "
-                "state_dict is needed: save model.state_dict()"
-            )
-    # NumPy has no bfloat16, and takes no tensor that gradients flow into.
-    return {
-        str(name): (value.float() if value.is_floating_point() else value)
-        .detach()
-        .numpy()
-        for name, value in loaded.items()
-    }
-
-
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -309,7 +274,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
       InputError: if it is not there, cannot be read, or holds anything but weights.
     """
     path = Path(path)
-    readers = {".pth": _read_torch, ".pt": _read_torch, ".npz": _read_npz}
+    torch = torch_files.read_state_dict
+    readers = {".pth": torch, ".pt": torch, ".npz": _read_npz}
     if path.suffix not in readers:
         raise InputError(
             f"{path}: the suffix is '{path.suffix}'; allowed: {', '.join(readers)}"

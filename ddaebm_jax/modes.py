@@ -5,17 +5,20 @@ again from where they were.
 """
 
 import csv
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
 
 from ddaebm_jax import checkpointing, train, writers
+from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
-from ddaebm_jax.files import write_json_atomically
+from ddaebm_jax.files import write_json_atomically, write_text_atomically
 from ddaebm_jax.models import Players
 
 
@@ -35,25 +38,27 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: str | Path, open_images: bool = False) -> Run:
+def load_run(
+    workdir: str | Path, open_images: bool = False, checkpoint: str = "latest"
+) -> Run:
     """Restores a run from its directory, which is only read.
 
     Args:
       workdir: the run directory.
       open_images: whether images are opened too, for figures that need them. Nothing
         else needs more than the directory.
+      checkpoint: `latest`; `best`, of the lowest FID; or the step of one that is kept.
 
     Raises:
-      InputError: if the directory holds no run or no checkpoint.
+      InputError: if the directory holds no run or no such checkpoint.
     """
     workdir = Path(workdir)
     config = train.read_config(workdir)
     train.use_compilation_cache(config.compilation_cache)
-    checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
+    folder = checkpointing.BEST if checkpoint == "best" else checkpointing.NEWEST
+    checkpoints = checkpointing.Checkpoints(workdir, read_only=True, folder=folder)
     try:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
+        step = _step(checkpoints, workdir, checkpoint)
         info = checkpoints.info(step)
         experiment = train.build(config, workdir, open_images)
         found = experiment.source.metadata()
@@ -66,6 +71,24 @@ def load_run(workdir: str | Path, open_images: bool = False) -> Run:
     finally:
         checkpoints.close()
     return Run(workdir, experiment, state.ema, step)
+
+
+def _step(
+    checkpoints: checkpointing.Checkpoints, workdir: Path, checkpoint: str
+) -> int:
+    """Returns the step of the checkpoint that is asked for."""
+    if checkpoint in ("latest", "best"):
+        step = checkpoints.latest_step()
+        if step is None:
+            raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
+        return step
+    kept = checkpoints.steps()
+    if not checkpoint.isdecimal() or int(checkpoint) not in kept:
+        raise InputError(
+            f"--checkpoint={checkpoint}: no such checkpoint in {workdir}; allowed: "
+            f"latest, best, {', '.join(map(str, kept))}"
+        )
+    return int(checkpoint)
 
 
 def free_path(path: Path, companions: tuple[str, ...] = ()) -> Path:
@@ -114,7 +137,11 @@ def _standardizer(run: Run) -> tabular.Standardizer | None:
 
 
 def sample(
-    workdir: str | Path, num_samples: int | None, seed: int, output: str | None = None
+    workdir: str | Path,
+    num_samples: int | None,
+    seed: int,
+    output: str | None = None,
+    checkpoint: str = "latest",
 ) -> Path:
     """Draws samples into an NPZ (`x`, in the data's own units) and a picture.
 
@@ -126,13 +153,14 @@ def sample(
       num_samples: how many; None: 10,000, of images 100.
       seed: sample i depends on (seed, i) only.
       output: the NPZ; None: a free name in the run directory.
+      checkpoint: as in `load_run`.
 
     Returns:
       The NPZ's path; the picture lies beside it.
     """
     if num_samples is not None and num_samples < 1:
         raise InputError(f"--num_samples is {num_samples}; at least 1 is needed")
-    run = load_run(workdir)
+    run = load_run(workdir, checkpoint=checkpoint)
     if num_samples is None:
         num_samples = 100 if run.experiment.source.holds_images else 10_000
     stem = "images" if run.experiment.source.holds_images else "samples"
@@ -192,6 +220,7 @@ def score(
     rows_path: str | Path,
     output: str | None = None,
     skip_corrupt: bool = False,
+    checkpoint: str = "latest",
 ) -> Path:
     """Writes the energies f(x, 0) of rows or images; larger is more likely.
 
@@ -203,11 +232,12 @@ def score(
       output: CSV (`energy`, a line a row; of images `image,energy`) or NPZ (`energy`;
         of images `image` too); None: a free name in the run directory.
       skip_corrupt: leave a folder's images out that are of no use.
+      checkpoint: as in `load_run`.
 
     Returns:
       The written file's path.
     """
-    run = load_run(workdir)
+    run = load_run(workdir, checkpoint=checkpoint)
     source, data = run.experiment.source, run.experiment.config.data
     names: tuple[str, ...] | None = None
     if source.holds_images:
@@ -237,13 +267,72 @@ def score(
     return path
 
 
-def evaluate(workdir: str | Path) -> dict[str, Any]:
-    """Measures the newest checkpoint; writes and returns `evaluation.json`.
+def evaluate(
+    workdir: str | Path,
+    checkpoint: str = "latest",
+    input_path: str | Path | None = None,
+    skip_corrupt: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measures a run; writes and returns `report.json`, and a table beside it.
 
-    Where that is there already, a free name is taken.
+    Where that is there already, as after training, a free name is taken.
+
+    Args:
+      workdir: the run directory.
+      checkpoint: as in `load_run`.
+      input_path: folder or NPZ of images to be measured in the place of samples, by
+        Inception's features.
+      skip_corrupt: leave a folder's images out that are of no use.
+      **settings: fields of the config's `evaluation` section to be changed; None: as
+        in training.
+
+    Raises:
+      InputError: for a run, weights, images or settings that do not fit.
     """
-    run = load_run(workdir, open_images=True)
-    found = figures.evaluate(run.experiment, run.variables)
-    report = {"step": run.step, "figures": found}
-    write_json_atomically(free_path(run.workdir / "evaluation.json"), report)
+    started = time.monotonic()
+    run = load_run(workdir, open_images=True, checkpoint=checkpoint)
+    config = run.experiment.config
+    for name, value in settings.items():
+        if value is not None:
+            config.evaluation[name] = value
+    config_lib.validate(config)
+    num = config.evaluation.num_samples
+    if input_path is None:
+        meter = figures.open_meter(run.experiment)
+        found = figures.evaluate(run.experiment, run.variables, meter, num)
+    else:
+        found = _measure_images(run, input_path, skip_corrupt)
+    report = {
+        "step": run.step,
+        "checkpoint": checkpoint,
+        "images": "samples" if input_path is None else str(input_path),
+        "figures": found,
+        "seconds": time.monotonic() - started,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "versions": {"jax": jax.__version__},
+    }
+    if jax.process_index() == 0:
+        path = free_path(run.workdir / train.REPORT_FILE, (".txt",))
+        write_json_atomically(path, report)
+        table = writers.format_report(report)
+        write_text_atomically(path.with_suffix(".txt"), table + "\n")
+        logging.info("wrote %s and %s", path, path.with_suffix(".txt").name)
     return report
+
+
+def _measure_images(
+    run: Run, input_path: str | Path, skip_corrupt: bool
+) -> dict[str, Any]:
+    source, data = run.experiment.source, run.experiment.config.data
+    if not source.holds_images:
+        raise InputError("--input is for runs of images; leave it out")
+    pixels, _ = images.read_images(
+        input_path, source.event_shape, skip_corrupt, data.crop
+    )
+    run.experiment.config.evaluation.inception = True
+    meter = figures.open_meter(run.experiment)
+    size = run.experiment.config.evaluation.batch_size
+    return meter.measure(
+        pixels[start : start + size] for start in range(0, len(pixels), size)
+    )

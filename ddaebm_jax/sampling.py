@@ -11,8 +11,9 @@ from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks
 
 
-def _row_keys(key: Array, first: int | Array, num: int) -> Array:
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(num))
+def _row_keys(key: Array, rows: Array | None, num: int) -> Array:
+    rows = jnp.arange(num) if rows is None else rows
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(rows)
 
 
 def denoise(
@@ -22,11 +23,11 @@ def denoise(
     key: Array,
     x_last: Float[Array, "batch *shape"],
     latent: bool = True,
-    first: int | Int[Array, ""] = 0,
+    rows: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "levels batch *shape"]:
     """Takes x_T to x_0 by T calls of the generator.
 
-    The randomness of row i comes from fold_in(key, first + i) alone.
+    The randomness of row i comes from fold_in(key, rows[i]) alone.
 
     Args:
       schedule: the diffusion.
@@ -35,14 +36,15 @@ def denoise(
       key: source of the latents and of the posterior's noise.
       x_last: x_T.
       latent: False: z ≡ 0 (the paper's ablation).
-      first: number of the first row, where many are taken a chunk at a time.
+      rows: the rows' numbers, where many are taken a chunk at a time, or split over
+        devices; None: 0, 1, ….
 
     Returns:
       x_T, …, x_0, in this order, T+1 levels.
     """
     batch, event_shape = x_last.shape[0], x_last.shape[1:]
     num_steps = schedule.num_steps
-    keys = _row_keys(key, first, batch)
+    keys = _row_keys(key, rows, batch)
 
     def normals(t: int, call: int, shape: tuple[int, ...]) -> Array:
         return jax.vmap(
@@ -68,13 +70,13 @@ def sample_trajectory(
     key: Array,
     num_samples: int,
     latent: bool = True,
-    first: int | Int[Array, ""] = 0,
+    rows: Int[Array, " num_samples"] | None = None,
 ) -> Float[Array, "levels num_samples *shape"]:
     """Draws x_T ~ N(0, I) and returns x_T, …, x_0; see `denoise`."""
     key_last, key_steps = jax.random.split(key)
-    keys = _row_keys(key_last, first, num_samples)
+    keys = _row_keys(key_last, rows, num_samples)
     x_last = jax.vmap(lambda k: diffusion.sample_prior(k, networks.event_shape))(keys)
-    return denoise(schedule, networks, variables, key_steps, x_last, latent, first)
+    return denoise(schedule, networks, variables, key_steps, x_last, latent, rows)
 
 
 def sample(
@@ -84,9 +86,9 @@ def sample(
     key: Array,
     num_samples: int,
     latent: bool = True,
-    first: int | Int[Array, ""] = 0,
+    rows: Int[Array, " num_samples"] | None = None,
 ) -> Float[Array, "num_samples *shape"]:
     """Draws samples of the data; see `sample_trajectory`."""
     return sample_trajectory(
-        schedule, networks, variables, key, num_samples, latent, first
+        schedule, networks, variables, key, num_samples, latent, rows
     )[-1]

@@ -5,6 +5,7 @@ of it, and all randomness is a function of (seed, step).
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +30,16 @@ from ddaebm_jax import (
     parallel,
     writers,
 )
-from ddaebm_jax.checkpointing import Checkpoints
+from ddaebm_jax.checkpointing import BEST, Checkpoints
 from ddaebm_jax.data import Source, open_source
 from ddaebm_jax.data.images import Batches
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures
-from ddaebm_jax.files import write_json_atomically, write_text_atomically
+from ddaebm_jax.evaluation import figures, image_quality
+from ddaebm_jax.files import (
+    cache_directory,
+    write_json_atomically,
+    write_text_atomically,
+)
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
@@ -271,8 +276,7 @@ def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
         return
     directory = cache.directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not directory:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        directory = Path(home).expanduser() / "ddaebm_jax" / "compiled"
+        directory = cache_directory("compiled")
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
@@ -462,6 +466,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     dispatcher = Dispatcher(experiment)
     state = dispatcher.place(init_state(experiment))
     counts = log_parameters(state.variables)
+    meter = figures.open_meter(experiment)
 
     total = config.train.num_steps
     if not (workdir / CONFIG_FILE).exists():
@@ -478,6 +483,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
                 f"{total}; raise it, or name a new --workdir"
             )
+        best = _Best(workdir) if meter is not None else None
+        if best is not None:
+            stack.callback(best.close)
         batches = open_batches(experiment)
         if batches is not None:
             stack.callback(batches.close)
@@ -516,11 +524,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             checkpoints,
             output,
             info,
+            meter,
+            best,
         )
         seconds = time.monotonic() - started
         report = {
             "step": total,
-            "figures": figures.evaluate(experiment, state.ema),
+            "figures": figures.evaluate(experiment, state.ema, meter),
             "parameters": counts,
             "seconds": seconds,
             "compile_seconds": dispatcher.compile_seconds,
@@ -532,6 +542,29 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         output.scalars(total, {f"final/{k}": v for k, v in report["figures"].items()})
         _draw(experiment, state, workdir, output, total)
     return report
+
+
+class _Best:
+    """Keeps the checkpoint of the lowest FID on the way."""
+
+    def __init__(self, workdir: Path) -> None:
+        self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST)
+        step = self._checkpoints.latest_step()
+        self._fid = (
+            math.inf if step is None else float(self._checkpoints.info(step)["fid"])
+        )
+
+    def offer(
+        self, state: minimax.TrainState, fid: float, info: dict[str, Any]
+    ) -> None:
+        """Saves a state if its FID is the lowest so far."""
+        if fid < self._fid:
+            self._fid = fid
+            self._checkpoints.save(state, {**info, "input": None, "fid": fid})
+            logging.info("step %d has the lowest FID so far, %.3f", state.step, fid)
+
+    def close(self) -> None:
+        self._checkpoints.close()
 
 
 def _draw(
@@ -559,6 +592,8 @@ def _loop(
     checkpoints: Checkpoints,
     output: writers.Writers,
     info: dict[str, Any],
+    meter: image_quality.Meter | None,
+    best: "_Best | None",
 ) -> minimax.TrainState:
     """Takes all steps that are left, with reports, pictures and checkpoints."""
     train, total = config.train, config.train.num_steps
@@ -582,8 +617,11 @@ def _loop(
         if due(step, train.report_every) or save:
             output.report(step, _checked(step, average.take()))
         if due(step, train.evaluate_every) and step < total:
-            found = figures.evaluate(experiment, state.ema)
+            fewer = config.evaluation.num_samples_on_the_way or None
+            found = figures.evaluate(experiment, state.ema, meter, fewer)
             output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
+            if best is not None:
+                best.offer(state, found["fid"], info)
             output.restart_clock(step)
         if due(step, train.picture_every) and step < total:
             _draw(experiment, state, workdir, output, step)

@@ -352,6 +352,33 @@ def plot_histograms(path: Path, energies: Mapping[str, np.ndarray], title: str) 
     _save(figure, path)
 
 
+def plot_roc(
+    path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str
+) -> None:
+    """Draws ROC curves over each other, with the diagonal of chance.
+
+    Args:
+      path: of the PNG.
+      curves: name of a curve → (false positive rate, true positive rate), as of
+        `ood.roc_curve`.
+      title: of the whole picture.
+    """
+    figure, (axis,) = _figure(1, side=4.5)
+    axis.plot((0, 1), (0, 1), ":", color="0.6")
+    for name, (fpr, tpr) in curves.items():
+        axis.plot(fpr, tpr, label=name)
+    axis.set(
+        xlabel="outliers that pass",
+        ylabel="inliers that pass",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        aspect="equal",
+    )
+    axis.legend(loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 # Sides of a grid of images are brought to about so many pixels.
 _GRID_PIXELS = 640
 

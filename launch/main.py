@@ -1,16 +1,19 @@
-"""Trains a DDAEBM, or samples, scores and evaluates with a trained one.
+"""Trains a DDAEBM, or samples, scores, evaluates and detects with a trained one.
 
 python launch/main.py --config=configs/gaussians25.py
 python launch/main.py --config=configs/gaussians25.py --config.game.gamma=0.01
 python launch/main.py --mode=sample --workdir=runs/gaussians25/… --num_samples=1000
 python launch/main.py --mode=score --workdir=… --input=rows.csv
 python launch/main.py --mode=score --workdir=… --input=folder_of_images
-python launch/main.py --mode=evaluate --workdir=…
+python launch/main.py --mode=evaluate --workdir=… --checkpoint=best
+python launch/main.py --mode=evaluate --workdir=… --inception_weights=weights.pth
+python launch/main.py --mode=ood --workdir=… --in=test --out=svhn_cropped,cifar100
 """
 
 import logging as std_logging
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -25,16 +28,60 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory. Default: runs/<config>/<time>."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample", "score", "evaluate"], "What to do."
+    "mode", "train", ["train", "sample", "score", "evaluate", "ood"], "What to do."
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "`latest`, `best` (by FID), or the step of one."
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", None, "How many samples to draw. Default: 10000, of images 100."
+    "num_samples",
+    None,
+    "How many samples to draw. Default: 10000, of images 100; in evaluation the "
+    "config's.",
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**31 - 1
+    "seed",
+    0,
+    "Seed of the samples, or of what --mode=ood draws.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
 )
 _INPUT = flags.DEFINE_string(
-    "input", None, "What to score: CSV or NPZ rows; a folder or an NPZ of images."
+    "input",
+    None,
+    "What to score: CSV or NPZ rows; a folder or an NPZ of images. Of evaluate: "
+    "images to measure in the place of samples.",
+)
+_INCEPTION_WEIGHTS = flags.DEFINE_string(
+    "inception_weights",
+    None,
+    "Measure images by Inception's features, with weights of this .pth, .npz or "
+    ".safetensors file; `published`: the published ones, downloaded once; `none`: "
+    "leave it out.",
+)
+_PREPROCESSING = flags.DEFINE_enum(
+    "preprocessing",
+    None,
+    ["tf", "pytorch_fid"],
+    "What goes into Inception. Default: the config's.",
+)
+_IN = flags.DEFINE_string(
+    "in", "test", "Inliers: `test`, or as in --out (of one name)."
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Outliers, separated by commas: names of built-in sets (inverted, shuffled, "
+    "noise, photos, digits, held_out_classes), folders, NPZ files, TFDS names.",
+)
+_BASELINES = flags.DEFINE_bool(
+    "baselines", False, "Fit four standard detectors to the training pixels, too."
+)
+_NUM_DRAWS = flags.DEFINE_integer(
+    "num_draws", 10, "Noise draws of the energy over t.", lower_bound=1
+)
+_LIMIT = flags.DEFINE_integer(
+    "limit", 10_000, "Most images of a set; 0: all.", lower_bound=0
 )
 _SKIP_CORRUPT = flags.DEFINE_bool(
     "skip_corrupt", False, "Leave images to score out that are of no use."
@@ -45,11 +92,19 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: in --work
 # Flags that only some modes read; elsewhere they would be ignored.
 _MODES_OF_FLAG = {
     "config": ("train",),
-    "num_samples": ("sample",),
-    "seed": ("sample",),
-    "input": ("score",),
-    "skip_corrupt": ("score",),
+    "checkpoint": ("sample", "score", "evaluate", "ood"),
+    "num_samples": ("sample", "evaluate"),
+    "seed": ("sample", "ood"),
+    "input": ("score", "evaluate"),
+    "skip_corrupt": ("score", "evaluate"),
     "output": ("sample", "score"),
+    "inception_weights": ("train", "evaluate"),
+    "preprocessing": ("evaluate",),
+    "in": ("ood",),
+    "out": ("ood",),
+    "baselines": ("ood",),
+    "num_draws": ("ood",),
+    "limit": ("ood",),
 }
 
 
@@ -64,7 +119,7 @@ def _check_flags() -> None:
 
 def _run() -> None:
     _check_flags()
-    from ddaebm_jax import modes, train, writers
+    from ddaebm_jax import detection, modes, train, writers
 
     if _MODE.value == "train":
         if _CONFIG.value is None:
@@ -73,14 +128,18 @@ def _run() -> None:
                 "--config=configs/gaussians25.py"
             )
         workdir = _WORKDIR.value or _new_workdir()
+        _CONFIG.value.evaluation.update(_inception_settings())
         report = train.train(_CONFIG.value, workdir)
         print(f"{workdir}\n{writers.format_report(report)}")
         return
     if not _WORKDIR.value:
         raise InputError(f"--mode={_MODE.value} needs --workdir, a run directory")
+    workdir, checkpoint = _WORKDIR.value, _CHECKPOINT.value
     if _MODE.value == "sample":
         print(
-            modes.sample(_WORKDIR.value, _NUM_SAMPLES.value, _SEED.value, _OUTPUT.value)
+            modes.sample(
+                workdir, _NUM_SAMPLES.value, _SEED.value, _OUTPUT.value, checkpoint
+            )
         )
     elif _MODE.value == "score":
         if not _INPUT.value:
@@ -88,13 +147,42 @@ def _run() -> None:
                 "--mode=score needs --input: a CSV or NPZ of rows, or a folder or NPZ "
                 "of images"
             )
-        print(
-            modes.score(
-                _WORKDIR.value, _INPUT.value, _OUTPUT.value, _SKIP_CORRUPT.value
-            )
+        output, skip = _OUTPUT.value, _SKIP_CORRUPT.value
+        print(modes.score(workdir, _INPUT.value, output, skip, checkpoint))
+    elif _MODE.value == "evaluate":
+        report = modes.evaluate(
+            workdir,
+            checkpoint,
+            _INPUT.value,
+            _SKIP_CORRUPT.value,
+            num_samples=_NUM_SAMPLES.value,
+            preprocessing=_PREPROCESSING.value,
+            **_inception_settings(),
         )
+        print(writers.format_report(report))
     else:
-        print(writers.format_report(modes.evaluate(_WORKDIR.value)))
+        folder = detection.detect(
+            workdir,
+            detection.names(_OUT.value or ""),
+            _IN.value,
+            checkpoint,
+            _SEED.value,
+            _NUM_DRAWS.value,
+            _BASELINES.value,
+            _LIMIT.value,
+        )
+        print(f"{folder}\n{detection.read_table(folder)}")
+
+
+def _inception_settings() -> dict[str, Any]:
+    """What --inception_weights says of the config's evaluation section."""
+    if _INCEPTION_WEIGHTS.value is None:
+        return {}
+    if _INCEPTION_WEIGHTS.value == "none":
+        return {"inception": False}
+    published = _INCEPTION_WEIGHTS.value == "published"
+    path = "" if published else _INCEPTION_WEIGHTS.value
+    return {"inception": True, "inception_weights": path}
 
 
 def _new_workdir() -> str:

@@ -104,7 +104,7 @@ def test_a_file_without_a_name_given_never_replaces_another(
 def test_evaluate_repeats_the_final_figures(run: CommandLine, plane_run: Path):
     result = run("--mode=evaluate", f"--workdir={plane_run}")
     assert result.code == 0, result.err
-    figures = json.loads((plane_run / "evaluation.json").read_text())["figures"]
+    figures = json.loads((plane_run / "report-1.json").read_text())["figures"]
     assert figures["modes"] == 25
     assert figures == json.loads((plane_run / "report.json").read_text())["figures"]
     assert "jensen_shannon" in result.out

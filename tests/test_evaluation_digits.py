@@ -11,7 +11,7 @@ from scipy.special import expit, softmax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ddaebm_jax.evaluation import digits
+from ddaebm_jax.evaluation import digits, fid
 
 SEED = 0
 
@@ -128,7 +128,7 @@ def test_frechet_of_diagonal_gaussians_has_a_closed_form(columns, seed):
     first = points_with(means, np.diag(stds), num, seed)
     second = points_with(other_means, np.diag(other_stds), num + 3, seed + 1)
     expected = ((means - other_means) ** 2 + (stds - other_stds) ** 2).sum()
-    found = digits.frechet_distance(first, second)
+    found = fid.frechet_distance_of_points(first, second)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -140,9 +140,11 @@ def test_frechet_is_the_textbooks():
     root = linalg.sqrtm(covariances[0] @ covariances[1])
     gap = first.mean(axis=0) - second.mean(axis=0)
     expected = gap @ gap + np.trace(covariances[0] + covariances[1] - 2 * root.real)
-    found = digits.frechet_distance(first, second)
+    found = fid.frechet_distance_of_points(first, second)
     assert found == pytest.approx(expected, rel=1e-9)
-    assert digits.frechet_distance(second, first) == pytest.approx(found, rel=1e-12)
+    assert fid.frechet_distance_of_points(second, first) == pytest.approx(
+        found, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("num", [2, 5, 40])
@@ -151,13 +153,13 @@ def test_frechet_keeps_its_figures_with_fewer_points_than_columns(num, spread):
     rng = np.random.default_rng(num)
     points = spread * rng.normal(size=(num, 20))
     power = points.var(axis=0, ddof=1).sum()
-    assert 0.0 <= digits.frechet_distance(points, points) <= 1e-12 * power
+    assert 0.0 <= fid.frechet_distance_of_points(points, points) <= 1e-12 * power
     shift = spread * rng.normal(size=20)
-    assert digits.frechet_distance(points, points + shift) == pytest.approx(
+    assert fid.frechet_distance_of_points(points, points + shift) == pytest.approx(
         shift @ shift, rel=1e-9
     )
     centre = points.mean(axis=0)
-    assert digits.frechet_distance(points, centre + 3 * (points - centre)) == (
+    assert fid.frechet_distance_of_points(points, centre + 3 * (points - centre)) == (
         pytest.approx(4 * power, rel=1e-9)
     )
 
@@ -165,17 +167,17 @@ def test_frechet_keeps_its_figures_with_fewer_points_than_columns(num, spread):
 def test_frechet_sees_neither_order_nor_dead_columns():
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=(30, 4)), 2 * rng.normal(size=(20, 4))
-    expected = digits.frechet_distance(first, second)
+    expected = fid.frechet_distance_of_points(first, second)
     wide = [np.pad(points, ((0, 0), (0, 3))) for points in (first[::-1], second)]
-    assert digits.frechet_distance(*wide) == pytest.approx(expected, rel=1e-12)
+    assert fid.frechet_distance_of_points(*wide) == pytest.approx(expected, rel=1e-12)
 
 
 def test_frechet_refuses_what_has_no_covariance():
     good, bad = np.zeros((3, 2)), np.array([[0.0, 0.0], [np.nan, 1.0]])
     with pytest.raises(ValueError, match="first set has 1 points"):
-        digits.frechet_distance(good[:1], good)
+        fid.frechet_distance_of_points(good[:1], good)
     with pytest.raises(ValueError, match=r"1 of 2 points of the second set.*at 1"):
-        digits.frechet_distance(good, bad)
+        fid.frechet_distance_of_points(good, bad)
 
 
 # The nearest image.

@@ -16,16 +16,17 @@ import ml_collections
 import numpy as np
 import pytest
 import quick
+import tiny_inception
 from cli import ROOT, CommandLine, environment
 from helpers import assert_trees_close, assert_trees_equal
 from PIL import Image
 from test_config import load_recipe
 
-from ddaebm_jax import checkpointing, density, minimax, modes, train
+from ddaebm_jax import checkpointing, density, detection, minimax, modes, train
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures
+from ddaebm_jax.evaluation import figures, image_quality
 
 DIGITS = ROOT / "configs" / "digits.py"
 
@@ -105,10 +106,10 @@ def shared_programs() -> Iterator[None]:
     def shared_dispatcher(experiment: train.Experiment):
         config = experiment.config
         data = config.data.copy_and_resolve_references()
-        for name in ("path", "num_threads", "prefetch"):
+        # What is fed from the host changes no program.
+        names = ("path", "num_threads", "prefetch", "held_out_classes")
+        for name in names[: None if not data.on_device else 0]:
             del data[name]
-        if data.on_device:
-            data.path = config.data.path
         parts = (config.seed, data, config.diffusion, config.model, config.game)
         parts += (config.optimizer, config.parallel, config.train.num_steps)
         key = tuple(map(str, parts))
@@ -121,15 +122,19 @@ def shared_programs() -> Iterator[None]:
     load_run = modes.load_run
     loaded = functools.cache(load_run)
 
-    def shared_run(workdir: Path, open_images: bool = False) -> modes.Run:
+    def shared_run(
+        workdir: Path, open_images: bool = False, checkpoint: str = "latest"
+    ) -> modes.Run:
         """Loads a run once, but for modes that look at its images."""
-        return load_run(workdir, True) if open_images else loaded(workdir)
+        if open_images:
+            return load_run(workdir, True, checkpoint)
+        return loaded(workdir, checkpoint=checkpoint)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modes, "load_run", shared_run)
         patch.setattr(train.models, "build", shared_networks)
         patch.setattr(train, "Dispatcher", shared_dispatcher)
-        for name, static in (("_draw_chunk", (0, 1, 2, 3)), ("_energies", 0)):
+        for name, static in (("_draw_chunk", (0, 1, 2, 3)), ("_energies", (0, 1))):
             function = getattr(figures, name).__wrapped__
             patch.setattr(figures, name, soon(function, static_argnums=static))
         yield
@@ -182,10 +187,12 @@ def _files(directory: Path) -> dict[Path, bytes]:
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[CommandLine]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     options = [f"--{k}={str(v).lower()}" for k, v in quick._options().items()]
     env = environment()
     env["XLA_FLAGS"] = " ".join([env["XLA_FLAGS"], *options])
+    # Reference statistics are kept in the user's cache.
+    env["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     command_line = CommandLine(env=env)
     yield command_line
     command_line.close()
@@ -263,8 +270,10 @@ def test_evaluate_repeats_the_final_figures(run: CommandLine, digits_run: Path):
     assert result.code == 0, result.err
     assert "frechet_samples" in result.out
     report = json.loads((digits_run / "report.json").read_text())
-    evaluation = json.loads((digits_run / "evaluation.json").read_text())
-    assert evaluation == {"step": 4, "figures": report["figures"]}
+    evaluation = json.loads((digits_run / "report-1.json").read_text())
+    assert (evaluation["step"], evaluation["checkpoint"]) == (4, "latest")
+    assert evaluation["figures"] == report["figures"]
+    assert "frechet_samples" in (digits_run / "report-1.txt").read_text()
 
 
 def test_sample_and_score_from_the_command_line(
@@ -564,3 +573,198 @@ def test_figures_pass_the_checks_of_types(digits_run: Path):
     assert found.keys() == report["figures"].keys()
     for name in ("held_out_energy_mean", "samples_energy_mean"):
         assert found[name] == pytest.approx(report["figures"][name], rel=1e-3)
+
+
+# --- Measured ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network with Inception's names."""
+    return tiny_inception.write(tmp_path_factory.mktemp("inception") / "tiny.npz")
+
+
+def test_a_run_is_measured_by_inceptions_features(
+    run: CommandLine,
+    digits_run: Path,
+    weights: Path,
+    tmp_path: Path,
+):
+    """From the command line: samples, then images in their place."""
+    before = _files(digits_run)
+    flags = (f"--workdir={digits_run}", f"--inception_weights={weights}")
+    result = run("--mode=evaluate", *flags, "--num_samples=40")
+    assert result.code == 0, result.err
+    assert "fid" in result.out and "precision" in result.out
+    assert "not the published file" in result.err
+    made = _files(digits_run)
+    assert before.items() <= made.items()
+    (path,) = [p for p in made.keys() - before.keys() if p.suffix == ".json"]
+    table = path.with_suffix(".txt").read_text()
+    found = json.loads(path.read_text())["figures"]
+    assert found["num_images"] == 40 and found["num_reference"] == 179
+    assert found["preprocessing"] == "tf" and found["reference"] == "train"
+    assert found["inception_weights_published"] is False
+    assert 1 <= found["inception_score"] and 0 <= found["precision"] <= 1
+    assert found["fid"] > 0 and f"{found['fid']:.4g}" in table
+    # Beside what a run of digits is measured by anyway.
+    assert found["frechet_samples"] > 0
+
+    real = images.open_images(train.read_config(digits_run).data, 0).train
+    np.savez(tmp_path / "real.npz", x=images.stack(real))
+    result = run("--mode=evaluate", *flags, f"--input={tmp_path / 'real.npz'}")
+    assert result.code == 0, result.err
+    (newest,) = (
+        _files(digits_run).keys()
+        - made.keys()
+        - {path}
+        - {p for p in _files(digits_run) if p.suffix == ".txt"}
+    )
+    ideal = json.loads(newest.read_text())["figures"]
+    assert ideal["num_images"] == 179 and ideal["fid"] < 1e-3 * found["fid"]
+    assert ideal["precision"] == ideal["recall"] == ideal["coverage"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--inception_weights=nowhere.npz",), "nowhere.npz: no such file"),
+        (("--inception_weights=setup.py",), "the suffix is '.py'"),
+        (("--checkpoint=best",), "keeps no best checkpoint"),
+        (("--checkpoint=3",), "allowed: latest, best, 2, 4"),
+        (("--checkpoint=last",), "allowed: latest, best, 2, 4"),
+        (("--num_samples=1",), "evaluation.num_samples is 1"),
+        (("--input=nowhere",), "nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_measured(
+    run: CommandLine, digits_run: Path, flags: tuple[str, ...], message: str
+):
+    before = _files(digits_run)
+    result = run("--mode=evaluate", f"--workdir={digits_run}", *flags)
+    assert result.code == 2
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], result.err
+    assert _files(digits_run) == before
+
+
+def test_the_checkpoint_of_the_lowest_fid_is_kept(folder: Path, tmp_path: Path):
+    """Also by a run that is cut off, and then goes on from before its best step."""
+    workdir, best = tmp_path / "run", tmp_path / "run" / "best"
+    config = _of_folder(folder, train__evaluate_every=1)
+    config.evaluation.num_samples_on_the_way = 16
+    fids: list[float | None] = []
+    meter = image_quality.Meter(lambda _: None, None, {}, 0)
+
+    def evaluate(experiment, averages, given, num_samples=None):
+        assert given is meter
+        if num_samples is None:
+            return {"fid": 1.0}  # At the end there is the last checkpoint.
+        assert num_samples == 16
+        if fids[0] is None:
+            raise _KilledError
+        return {"fid": fids.pop(0), "preprocessing": "tf"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "evaluate", evaluate)
+        patch.setattr(figures, "open_meter", lambda _: meter)
+        patch.setattr(train, "_draw", lambda *_: None)
+        fids += [5.0, 3.0, 4.0, None]
+        with pytest.raises(_KilledError):
+            train.train(config, workdir)
+        assert [path.name for path in best.iterdir()] == ["2"]
+        fids[:] = [4.0, 3.0, 2.5]  # Of steps 3 to 5.
+        train.train(config, workdir)
+    assert not fids
+    assert [path.name for path in best.iterdir()] == ["5"]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line).get("evaluation/fid") for line in lines]
+    assert [fid for fid in found if fid] == [5.0, 3.0, 4.0, 3.0, 2.5]
+    loaded = modes.load_run(workdir, checkpoint="best")
+    assert loaded.step == 5
+    assert modes.load_run(workdir).step == 6
+    kept = modes.load_run(workdir, checkpoint="4")
+    assert kept.step == 4
+    with pytest.raises(AssertionError):
+        assert_trees_equal(loaded.variables, kept.variables)
+
+
+def test_outliers_are_detected_from_the_command_line(
+    run: CommandLine, digits_run: Path, tmp_path: Path
+):
+    np.savez(tmp_path / "black.npz", x=np.zeros((30, 8, 8, 1), np.uint8))
+    names = f"inverted,noise,photos,{tmp_path / 'black.npz'}"
+    flags = (f"--out={names}", "--baselines", "--num_draws=2", "--limit=60")
+    result = run("--mode=ood", f"--workdir={digits_run}", *flags)
+    assert result.code == 0, result.err
+    folder = digits_run / "ood"
+    assert result.out.splitlines()[0] == str(folder)
+    assert (folder / "report.txt").read_text().strip() in result.out
+    report = json.loads((folder / "report.json").read_text())
+    assert report["inliers"] == {"name": "test", "num_images": 60}
+    sizes = dict(zip(names.split(","), (60, 60, 60, 30), strict=True))
+    assert report["outliers"] == sizes
+    scores = ["energy", "gradient norm", "energy over t"]
+    baselines = ["kernel density", "Gaussian mixture", "isolation forest"]
+    for name in sizes:
+        found = report["figures"][name]
+        assert {*scores, *baselines, "PCA reconstruction error"} == found.keys()
+        for figures_of_score in found.values():
+            for estimate in figures_of_score.values():
+                assert 0 <= estimate["low"] <= estimate["high"] <= 1
+    # No model is needed to tell noise from digits.
+    assert report["figures"]["noise"]["kernel density"]["auroc"]["value"] > 0.99
+    kept = np.load(folder / "scores.npz")
+    assert kept["test/energy"].shape == (60,)
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    assert len(pictures) == 8 and "noise_roc.png" in pictures
+    # No folder is written twice, and what is drawn is drawn the same again.
+    again = detection.detect(digits_run, ["noise"], num_draws=1, limit=60)
+    assert again == digits_run / "ood-1"
+    np.testing.assert_allclose(
+        np.load(again / "scores.npz")["noise/energy"], kept["noise/energy"], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"outliers": []}, "--out is empty"),
+        ({"outliers": ["noise", "noise"]}, "names noise twice"),
+        ({"outliers": ["held_out_classes"]}, "this run left no class out"),
+        ({"outliers": ["noise"], "inliers": "inverted"}, "only be in --out"),
+        ({"outliers": ["nois"]}, "noise"),
+        ({"outliers": ["noise"], "num_draws": 0}, "--num_draws is 0"),
+        ({"outliers": ["noise"], "checkpoint": "9"}, "--checkpoint=9"),
+    ],
+)
+def test_outliers_that_cannot_be_detected(
+    digits_run: Path, arguments: dict, message: str
+):
+    before = _files(digits_run)
+    with pytest.raises(InputError, match=message):
+        detection.detect(digits_run, **arguments)
+    assert _files(digits_run) == before
+
+
+def test_a_class_can_be_left_out(tmp_path: Path):
+    config = _config(data__held_out_classes=(9, 3))
+    config_lib.validate(config)
+    _train(config, tmp_path / "run")
+    source = modes.load_run(tmp_path / "run", open_images=True).experiment.source
+    found, whole = source.image_set, images.open_images(_config().data, config.seed)
+    assert not np.isin(found.train_labels, (3, 9)).any()
+    assert not np.isin(found.test_labels, (3, 9)).any()
+    labels = np.concatenate([whole.train_labels, whole.test_labels])
+    assert len(found.left_out) == np.isin(labels, (3, 9)).sum()
+    assert len(found.train) == (~np.isin(whole.train_labels, (3, 9))).sum()
+    kept = images.stack(found.train)
+    np.testing.assert_array_equal(
+        kept, images.stack(whole.train)[~np.isin(whole.train_labels, (3, 9))]
+    )
+    folder = detection.detect(tmp_path / "run", ["held_out_classes"], limit=20)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["outliers"] == {"held_out_classes": 20}
+    for classes, message in (((10,), "choose of"), (tuple(range(10)), "leave one")):
+        with pytest.raises(InputError, match=message):
+            images.open_images(_config(data__held_out_classes=classes).data, 0)

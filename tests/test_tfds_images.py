@@ -34,7 +34,10 @@ def settings_of(directory, **changes):
         "test_fraction": 0.25,
     }
     return SimpleNamespace(
-        name="tfds", tfds_dir=str(directory), **{**defaults, **changes}
+        name="tfds",
+        tfds_dir=str(directory),
+        held_out_classes=(),
+        **{**defaults, **changes},
     )
 
 
@@ -142,7 +145,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if f is not PathFinder] + [Without]
 data = SimpleNamespace(
     name="tfds", tfds="cifar10", tfds_dir=sys.argv[1], split="train",
     test_split="test", limit=0, image_size=32, channels=3, crop=None,
-    test_fraction=0.1,
+    test_fraction=0.1, held_out_classes=(),
 )
 print(images.stack(images.open_images(data, 0).train).shape)
 '''

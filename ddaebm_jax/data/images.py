@@ -77,7 +77,40 @@ def open_images(data: Any, seed: int) -> ImageSet:
         )
     else:
         raise InputError(f"data.name is '{data.name}'; allowed: {', '.join(IMAGES)}")
-    return _first(images, data.limit)
+    images = _first(images, data.limit)
+    classes = tuple(data.held_out_classes)
+    return _without_classes(images, classes) if classes else images
+
+
+def _without_classes(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
+    """Takes classes out of what is trained on and what is tested with."""
+    labels = (images.train_labels, images.test_labels)
+    if labels[0] is None or labels[1] is None:
+        raise InputError(
+            f"data.held_out_classes is {classes}, but the images of data.name = "
+            f"'{images.name}' have no labels; it is for digits"
+        )
+    known = np.union1d(*labels).tolist()
+    unknown = sorted(set(classes) - set(known))
+    if unknown or set(classes) == set(known):
+        raise InputError(
+            f"data.held_out_classes is {classes}; choose of {known}, and leave one or "
+            "more to train on"
+        )
+    kept, left = [], []
+    for part, of_part in zip((images.train, images.test), labels, strict=True):
+        out = np.isin(of_part, classes)
+        kept.append((Subset(part, np.flatnonzero(~out)), of_part[~out]))
+        left.append(stack(Subset(part, np.flatnonzero(out))))
+    return dataclasses.replace(
+        images,
+        train=kept[0][0],
+        train_labels=kept[0][1],
+        test=kept[1][0],
+        test_labels=kept[1][1],
+        content=digest(images.content.encode(), np.array(sorted(set(classes)))),
+        left_out=np.concatenate(left),
+    )
 
 
 def _first(images: ImageSet, limit: int) -> ImageSet:

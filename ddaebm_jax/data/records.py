@@ -74,6 +74,7 @@ class ImageSet:
       train_labels: the class of each training image; None where there are none.
       test_labels: of each test image.
       skipped: number of corrupt files that were left out.
+      left_out: images of the classes that are neither trained on nor tested with.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ImageSet:
     train_labels: Integer[np.ndarray, " n"] | None = None
     test_labels: Integer[np.ndarray, " m"] | None = None
     skipped: int = 0
+    left_out: Records | None = None
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 that tells this set, and its split, from others."""

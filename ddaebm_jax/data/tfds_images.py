@@ -17,7 +17,13 @@ import numpy as np
 from absl import logging
 
 from ddaebm_jax.data.decoding import Crop, prepare
-from ddaebm_jax.data.records import ImageSet, digest, hold_out, split_set
+from ddaebm_jax.data.records import (
+    ImageSet,
+    Records,
+    digest,
+    hold_out,
+    split_set,
+)
 from ddaebm_jax.errors import InputError
 
 _FORMAT = "array_record"
@@ -97,18 +103,13 @@ def load_tfds(
             "data.tfds is empty; data.name = 'tfds' needs the name of a TFDS set, for "
             "example cifar10"
         )
-    builder = _builder(name, tfds_dir)
-    _check_feature(builder, name, channels)
-    if not builder.is_prepared():
-        _prepare(builder, name)
+    builder = _prepared(name, tfds_dir, channels)
     folder = os.fspath(builder.data_dir)
     if test_split:
         _check_apart(folder, split, test_split)
 
     def images(part: str) -> _TfdsImages:
-        records = _TfdsImages(folder, part, image_size, channels, crop)
-        records[0]  # What cannot be prepared shows itself before training.
-        return records
+        return _open_images(folder, part, image_size, channels, crop)
 
     event_shape = (image_size, image_size, channels)
     train = images(split)
@@ -125,6 +126,49 @@ def load_tfds(
         test=test,
         content=digest(content.encode(), repr((test_split, len(test))).encode()),
     )
+
+
+def open_split(
+    name: str,
+    tfds_dir: str,
+    split: str,
+    image_size: int,
+    channels: int,
+    crop: Crop | None,
+) -> Records:
+    """Opens the images of one split of a TFDS set; prepares the set if needed.
+
+    Args:
+      name: as in `load_tfds`.
+      tfds_dir: as in `load_tfds`.
+      split: as TFDS writes it.
+      image_size: as in `decoding.prepare`.
+      channels: as in `decoding.prepare`.
+      crop: as in `decoding.prepare`.
+
+    Raises:
+      InputError: as `load_tfds`.
+    """
+    builder = _prepared(name, tfds_dir, channels)
+    folder = os.fspath(builder.data_dir)
+    return _open_images(folder, split, image_size, channels, crop)
+
+
+def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
+    """Finds a set of images, and prepares it if it is not yet."""
+    builder = _builder(name, tfds_dir)
+    _check_feature(builder, name, channels)
+    if not builder.is_prepared():
+        _prepare(builder, name)
+    return builder
+
+
+def _open_images(
+    folder: str, split: str, size: int, channels: int, crop: Crop | None
+) -> _TfdsImages:
+    records = _TfdsImages(folder, split, size, channels, crop)
+    records[0]  # What cannot be prepared shows itself before training.
+    return records
 
 
 def _some_pixels(records: _TfdsImages) -> np.ndarray:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
+from ddaebm_jax.evaluation.fid import frechet_distance_of_points
+
 # Chosen on the digits: 0.977 of held-out ones right, with a mean top probability of
 # 0.971. Less weight decay is as accurate, and surer of noise; more is too unsure.
 _HIDDEN_WIDTHS = (128, 64)
@@ -101,52 +103,6 @@ def probabilities(
 ) -> Float[np.ndarray, "n classes"]:
     """Returns the judge's probability of each class, in the order of its `classes`."""
     return judge.classifier.predict_proba(_scaled_rows(images))
-
-
-def frechet_distance(
-    first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "m d"]
-) -> float:
-    """Returns the Fréchet distance of two sets of points, each taken as a Gaussian.
-
-    |μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2}), the squared 2-Wasserstein
-    distance of N(μ_a, Σ_a) and N(μ_b, Σ_b) (Dowson and Landau 1982; in the features
-    of another network the FID, Heusel et al. 2017). The covariances are unbiased: they
-    divide by n − 1. The distance itself is biased upwards, more for fewer points.
-
-    Any number of points from two on will do, also fewer than d: the trace of the root
-    comes from the points' triangular factors, no root of a covariance is taken.
-
-    Args:
-      first: points, one a row.
-      second: points of the same width.
-
-    Raises:
-      ValueError: for fewer than two points in either, or one that is not finite.
-    """
-    means, factors = [], []
-    for name, points in (("first", first), ("second", second)):
-        if len(points) < 2:
-            raise ValueError(
-                f"the {name} set has {len(points)} points; a covariance needs at "
-                "least 2: give more"
-            )
-        bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"{len(bad)} of {len(points)} points of the {name} set are not finite, "
-                f"the first at {bad[0]}; check what they were computed from"
-            )
-        points = np.asarray(points, np.float64)
-        means.append(points.mean(axis=0))
-        centred = (points - means[-1]) / np.sqrt(len(points) - 1)
-        factors.append(np.linalg.qr(centred, mode="r"))
-    # Σ_a = AᵀA and Σ_b = BᵀB: the eigenvalues of Σ_a Σ_b are those of (A Bᵀ)(A Bᵀ)ᵀ,
-    # and so their roots are the singular values of A Bᵀ.
-    root_trace = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
-    traces = sum((factor**2).sum() for factor in factors)
-    distance = ((means[0] - means[1]) ** 2).sum() + traces - 2.0 * root_trace
-    # Rounding can leave a little less than nothing.
-    return max(float(distance), 0.0)
 
 
 def nearest_distances(
@@ -259,14 +215,16 @@ def _frechet_figures(judge, samples, train, test, seed) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     # The halves first: they must not depend on how many samples there are.
     shuffled = (rng.permutation(real) for _ in range(_RANDOM_PAIRS))
-    halves = [frechet_distance(rows[:half], rows[half:]) for rows in shuffled]
+    halves = [frechet_distance_of_points(rows[:half], rows[half:]) for rows in shuffled]
     drawn = [
-        frechet_distance(rng.choice(seen, len(samples)), held_out)
+        frechet_distance_of_points(rng.choice(seen, len(samples)), held_out)
         for _ in range(_RANDOM_PAIRS)
     ]
     return {
-        "frechet_samples": frechet_distance(features(judge, samples), held_out),
-        "frechet_train": frechet_distance(seen, held_out),
+        "frechet_samples": frechet_distance_of_points(
+            features(judge, samples), held_out
+        ),
+        "frechet_train": frechet_distance_of_points(seen, held_out),
         "frechet_train_drawn": float(np.mean(drawn)),
         "frechet_real_halves": float(np.mean(halves)),
     }

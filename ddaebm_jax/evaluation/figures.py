@@ -1,5 +1,6 @@
 """The figures and pictures of a trained model, by kind of data."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
 
-from ddaebm_jax import density, sampling, writers
+from ddaebm_jax import density, parallel, sampling, writers
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import digits, ood, synthetic
+from ddaebm_jax.evaluation import digits, image_quality, ood, synthetic
 from ddaebm_jax.models import Players
 
 # Seeds of what evaluation draws: the same for every model, so that figures compare.
@@ -48,7 +50,10 @@ def draw_samples(
       num_samples: how many.
       seed: sample i depends on (seed, i) only.
     """
-    return _draw(experiment, variables, num_samples, seed, sampling.sample, axis=0)
+    drawer = sampling.sample
+    return np.concatenate(
+        list(_draw(experiment, variables, num_samples, seed, drawer, axis=0))
+    )
 
 
 def draw_levels(
@@ -56,7 +61,17 @@ def draw_levels(
 ) -> np.ndarray:
     """Draws samples with the way they took: x_T, …, x_0, each [num_samples, …]."""
     drawer = sampling.sample_trajectory
-    return _draw(experiment, variables, num_samples, seed, drawer, axis=1)
+    parts = _draw(experiment, variables, num_samples, seed, drawer, axis=1)
+    return np.concatenate(list(parts), axis=1)
+
+
+def draw_images(
+    experiment: Any, variables: Players, num_samples: int, seed: int = _SAMPLE_SEED
+) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:
+    """Yields samples of images a chunk at a time; see `draw_samples`."""
+    drawer = sampling.sample
+    for part in _draw(experiment, variables, num_samples, seed, drawer, axis=0):
+        yield np.asarray(images.to_uint8(part))
 
 
 def _draw(
@@ -66,27 +81,29 @@ def _draw(
     seed: int,
     drawer: Any,
     axis: int,
-) -> np.ndarray:
+) -> Iterator[np.ndarray]:
     """Draws a chunk at a time; each is taken to the host before the next."""
-    chunk = min(num_samples, rows_at_a_time(experiment))
-    generator = _local(variables.generator)
-    parts = [
-        np.asarray(
-            _draw_chunk(
-                drawer,
-                experiment.networks,
-                chunk,
-                experiment.game.latent,
-                experiment.schedule,
-                generator,
-                jax.random.key(seed),
-                first,
-            )
+    mesh = evaluation_mesh(experiment)
+    chunk = parallel.whole_rows(mesh, min(num_samples, rows_at_a_time(experiment)))
+    generator = jax.device_put(variables.generator, parallel.replicated(mesh))
+    for first in range(0, num_samples, chunk):
+        drawn = _draw_chunk(
+            drawer,
+            experiment.networks,
+            experiment.game.latent,
+            parallel.replicated(mesh),
+            experiment.schedule,
+            generator,
+            jax.random.key(seed),
+            parallel.split_rows(mesh, np.arange(first, first + chunk, dtype=np.int32)),
         )
-        for first in range(0, num_samples, chunk)
-    ]
-    whole = np.concatenate(parts, axis=axis)
-    return whole[(slice(None),) * axis + (slice(num_samples),)]
+        wanted = min(chunk, num_samples - first)
+        yield np.asarray(drawn)[(slice(None),) * axis + (slice(wanted),)]
+
+
+def evaluation_mesh(experiment: Any) -> Mesh:
+    """Returns the devices over which sampling and scoring are split."""
+    return parallel.make_mesh(experiment.config.parallel.num_devices)
 
 
 def rows_at_a_time(experiment: Any) -> int:
@@ -98,35 +115,54 @@ def rows_at_a_time(experiment: Any) -> int:
 
 # The networks are functions and so static: one program for all calls of a run.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw_chunk(drawer, networks, num_samples, latent, schedule, generator, key, first):
-    return drawer(schedule, networks, generator, key, num_samples, latent, first)
+def _draw_chunk(drawer, networks, latent, whole, schedule, generator, key, rows):
+    num = len(rows)
+    drawn = drawer(schedule, networks, generator, key, num, latent, rows)
+    # Every device holds all of them, so that every process can read them.
+    return jax.lax.with_sharding_constraint(drawn, whole)
 
 
-@partial(jax.jit, static_argnums=0)
-def _energies(networks, params, x):
+@partial(jax.jit, static_argnums=(0, 1))
+def _energies(networks, whole, params, x):
     if x.dtype == jnp.uint8:
         x = images.to_float(x)
-    return density.energy_at_data(networks, params, x)
-
-
-def _local(variables: Any) -> Any:
-    """Takes replicated variables to one device: evaluation is not sharded."""
-    return jax.device_put(jax.tree.map(np.asarray, variables), jax.devices()[0])
+    found = density.energy_at_data(networks, params, x)
+    return jax.lax.with_sharding_constraint(found, whole)
 
 
 def energies(experiment: Any, variables: Players, x: np.ndarray | Array) -> np.ndarray:
     """Returns f(x, 0) of rows, a chunk at a time; images may be uint8."""
-    params = _local(variables.energy)
-    return np.asarray(
-        density.evaluate_in_chunks(
-            lambda part: _energies(experiment.networks, params, jnp.asarray(part)),
-            x,
-            rows_at_a_time(experiment),
-        )
-    )
+    mesh = evaluation_mesh(experiment)
+    whole = parallel.replicated(mesh)
+    params = jax.device_put(variables.energy, whole)
+
+    def one(part: np.ndarray) -> Array:
+        rows = parallel.split_rows(mesh, part)
+        return _energies(experiment.networks, whole, params, rows)[: len(part)]
+
+    chunk = rows_at_a_time(experiment)
+    return np.asarray(density.evaluate_in_chunks(one, np.asarray(x), chunk))
 
 
-def evaluate(experiment: Any, variables: Players) -> dict[str, Any]:
+def open_meter(experiment: Any) -> image_quality.Meter | None:
+    """Opens what measures images by Inception's features, if the config wants it.
+
+    Raises:
+      InputError: as `image_quality.open_meter`.
+    """
+    settings = experiment.config.evaluation
+    if not settings.inception:
+        return None
+    mesh = evaluation_mesh(experiment)
+    return image_quality.open_meter(settings, experiment.source.image_set, mesh)
+
+
+def evaluate(
+    experiment: Any,
+    variables: Players,
+    meter: image_quality.Meter | None = None,
+    num_samples: int | None = None,
+) -> dict[str, Any]:
     """Returns a trained model's figures.
 
     Of a synthetic distribution: modes found and share of high-quality samples (where
@@ -134,22 +170,25 @@ def evaluate(experiment: Any, variables: Players) -> dict[str, Any]:
     two real sets), Jensen-Shannon divergence of the densities on a grid. Of a table
     with outliers: AUROC of f(x, 0), and of four baselines on the same split. Of
     images: energies of held-out images and samples, and how well they tell the two
-    apart; of labelled ones what a classifier sees in the samples (`digits`).
+    apart; of labelled ones what a classifier sees in the samples (`digits`); with a
+    meter what `image_quality` says.
 
     Args:
       experiment: what the config describes (`train.Experiment`).
       variables: of the networks, usually the averages.
+      meter: of images; see `open_meter`.
+      num_samples: how many are drawn; None: evaluation.num_samples.
     """
+    num = num_samples or experiment.config.evaluation.num_samples
     if experiment.source.distribution is not None:
-        return _evaluate_plane(experiment, variables)
+        return _evaluate_plane(experiment, variables, num)
     if experiment.source.holds_images:
-        return _evaluate_images(experiment, variables)
+        return _evaluate_images(experiment, variables, num, meter)
     return _evaluate_table(experiment, variables)
 
 
-def _evaluate_plane(experiment: Any, variables: Players) -> dict[str, Any]:
+def _evaluate_plane(experiment: Any, variables: Players, num: int) -> dict[str, Any]:
     truth, settings = experiment.source.distribution, experiment.config.evaluation
-    num = settings.num_samples
     samples = draw_samples(experiment, variables, num)
     held_out = experiment.source.held_out(num, _HELD_OUT_SEED)
     others = experiment.source.held_out(num, _HELD_OUT_SEED + 1)
@@ -193,16 +232,33 @@ def _evaluate_table(experiment: Any, variables: Players) -> dict[str, Any]:
     return figures
 
 
-def _evaluate_images(experiment: Any, variables: Players) -> dict[str, Any]:
-    found, num = experiment.source.image_set, experiment.config.evaluation.num_samples
+def _evaluate_images(
+    experiment: Any,
+    variables: Players,
+    num: int,
+    meter: image_quality.Meter | None,
+) -> dict[str, Any]:
+    found = experiment.source.image_set
     labelled = found.train_labels is not None
+    held_out = experiment.source.held_out(num, _HELD_OUT_SEED)
     # Without a judge of samples only their energies are wanted, as many as there are
     # held-out images to hold against.
-    held_out = experiment.source.held_out(num, _HELD_OUT_SEED)
-    samples = draw_samples(experiment, variables, num if labelled else len(held_out))
+    drawn = num if labelled or meter is not None else len(held_out)
+    kept: list[np.ndarray] = []
+    stream = _keeping(
+        draw_images(experiment, variables, drawn),
+        kept,
+        num if labelled else len(held_out),
+    )
+    figures: dict[str, Any] = {}
+    if meter is not None:
+        figures |= meter.measure(stream)
+    for _ in stream:  # What is left, to be kept.
+        pass
+    samples = np.concatenate(kept)
     real = energies(experiment, variables, held_out)
     fake = energies(experiment, variables, samples[: len(real)])
-    figures: dict[str, Any] = {
+    figures |= {
         "held_out_energy_mean": float(real.mean()),
         "samples_energy_mean": float(fake.mean()),
         # 0.5: the energy cannot tell them apart.
@@ -210,7 +266,7 @@ def _evaluate_images(experiment: Any, variables: Players) -> dict[str, Any]:
     }
     if labelled:
         figures |= digits.evaluate_digits(
-            np.asarray(images.to_uint8(samples)),
+            samples,
             images.stack(found.train),
             found.train_labels,
             images.stack(found.test),
@@ -218,6 +274,18 @@ def _evaluate_images(experiment: Any, variables: Players) -> dict[str, Any]:
             experiment.config.seed,
         )
     return figures
+
+
+def _keeping(
+    chunks: Iterator[np.ndarray], kept: list[np.ndarray], most: int
+) -> Iterator[np.ndarray]:
+    """Passes images on, and keeps the first `most` of them."""
+    missing = most
+    for part in chunks:
+        if missing > 0:
+            kept.append(part[:missing])
+            missing -= len(part)
+        yield part
 
 
 def draw_pictures(

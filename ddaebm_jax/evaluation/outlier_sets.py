@@ -1,0 +1,167 @@
+"""Images that a model was not trained on: altered, made, read from files or TFDS."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ddaebm_jax.data import image_files, image_sets, tfds_images
+from ddaebm_jax.data.records import stack
+from ddaebm_jax.errors import InputError
+
+BUILT_IN = ("inverted", "shuffled", "noise", "photos", "digits")
+
+# A half leaves patches of the photographs the most room.
+_HALF = 0.5
+# ITU-R BT.601's weights of red, green and blue in grey, as Pillow's.
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+# A TFDS set, perhaps with its version, then perhaps a split: "mnist:3.0.1:train[:9]".
+_SET_AND_SPLIT = re.compile(r"(?P<set>[^:]+(:[\d.*]+)?)(:(?P<split>.+))?")
+_SPLIT = "test"
+
+Images = UInt8[np.ndarray, "n height width channels"]
+
+
+def open_outliers(
+    name: str,
+    inliers: UInt8[np.ndarray, "n height width channels"],
+    event_shape: tuple[int, int, int],
+    data: Any,
+    seed: int,
+    limit: int,
+) -> UInt8[np.ndarray, "m height width channels"]:
+    """Returns the images that a name stands for, of the model's shape.
+
+    - `inverted`: 255 − x of each inlier.
+    - `shuffled`: each inlier's pixels in a random order of its own, by (seed, i); the
+      channels of a pixel stay together.
+    - `noise`: uniform random bytes, as many images as inliers.
+    - `photos`: patches of scikit-learn's two photographs at random places, as many as
+      inliers; grey for a model of one channel.
+    - `digits`: scikit-learn's 1,797 digits, enlarged (bilinear), and the same in all
+      channels.
+    - A folder, or an NPZ file: as `image_files.read_images`, cropped as the config
+      says, as in `--mode=score`.
+    - Else a set of TFDS, downloaded and prepared if needed, of which the split `test`
+      or the one behind a colon is taken: `svhn_cropped`, `svhn_cropped:train[:10%]`.
+      The config's crop is for the config's own set; others are resized and cropped
+      at the centre. Grey images are repeated for a model of colours.
+
+    Args:
+      name: one of `BUILT_IN`, a path or a TFDS set, looked for in this order.
+      inliers: what the model is tested on.
+      event_shape: the model's height, width and channels.
+      data: the config's `data` section; read are `crop`, `skip_corrupt`, `tfds` and
+        `tfds_dir`.
+      seed: of what is drawn.
+      limit: the first so many images at most; 0: all.
+
+    Raises:
+      FileNotFoundError: if a path is not there.
+      InputError: if nothing has this name, or what has it cannot be used.
+      ModuleNotFoundError: for `photos` and `digits` without scikit-learn.
+    """
+    if name in BUILT_IN:
+        images = _built_in(name, inliers, event_shape, seed)
+    elif _is_path(name):
+        path, crop = Path(name).expanduser(), _crop(data)
+        images, _ = image_files.read_images(path, event_shape, data.skip_corrupt, crop)
+    else:
+        images = _read_tfds(name, event_shape, data, limit)
+    return images[:limit] if limit else images
+
+
+def _built_in(
+    name: str, inliers: np.ndarray, event_shape: tuple[int, int, int], seed: int
+) -> Images:
+    if name == "inverted":
+        return 255 - inliers
+    if name == "shuffled":
+        return _shuffled(inliers, seed)
+    if name == "noise":
+        rng = np.random.default_rng(seed)
+        return rng.integers(0, 256, (len(inliers), *event_shape), np.uint8)
+    if name == "photos":
+        return _photos(len(inliers), event_shape, seed)
+    return _digits(event_shape)
+
+
+def _shuffled(images: Images, seed: int) -> Images:
+    number, height, width, channels = images.shape
+    pixels = images.reshape(number, height * width, channels)
+    orders = (
+        np.random.default_rng((seed, i)).permutation(height * width)
+        for i in range(number)
+    )
+    moved = [image[order] for image, order in zip(pixels, orders, strict=True)]
+    return np.stack(moved).reshape(images.shape)
+
+
+def _photos(num: int, event_shape: tuple[int, int, int], seed: int) -> Images:
+    size, _, channels = event_shape
+    # A split needs one patch in either part.
+    photos = image_sets.load_photos(size, 3, max(num, 2), _HALF, seed)
+    patches = np.concatenate([stack(photos.train), stack(photos.test)])[:num]
+    if channels == 1:
+        return np.round(patches @ _LUMA).astype(np.uint8)[..., None]
+    return patches
+
+
+def _digits(event_shape: tuple[int, int, int]) -> Images:
+    from PIL import Image
+    from sklearn import datasets
+
+    height, width, channels = event_shape
+    raw = datasets.load_digits().images
+    levels = np.round(raw * (255 / raw.max())).astype(np.uint8)
+    enlarged = [
+        Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        for image in levels
+    ]
+    return np.stack(enlarged)[..., None].repeat(channels, axis=3)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is a file's or a folder's, there or not.
+
+    A TFDS set may have a slash in its name, but neither begins nor ends so.
+    """
+    written_as_path = name.startswith((".", "/", "~")) or name.endswith(("/", ".npz"))
+    return written_as_path or (name != "" and Path(name).exists())
+
+
+def _crop(data: Any) -> tuple[int, ...] | None:
+    return None if data.crop is None else tuple(data.crop)
+
+
+def _read_tfds(
+    name: str, event_shape: tuple[int, int, int], data: Any, limit: int
+) -> Images:
+    size, _, channels = event_shape
+    match = _SET_AND_SPLIT.fullmatch(name)
+    found, split = (match["set"], match["split"] or _SPLIT) if match else (name, _SPLIT)
+    crop = _crop(data) if found == data.tfds else None
+    try:
+        records = tfds_images.open_split(
+            found, data.tfds_dir, split, size, channels, crop
+        )
+    except InputError as error:
+        close = difflib.get_close_matches(name, BUILT_IN)
+        raise InputError(
+            f"--out has '{name}', which is no path and none of {', '.join(BUILT_IN)}"
+            + (f" (close: {', '.join(close)})" if close else "")
+            + f"; taken for a set of TFDS: {error}"
+        ) from error
+    num = min(limit or len(records), len(records))
+    num_bytes = num * size * size * channels
+    if num_bytes > image_files.MAX_BYTES:
+        raise InputError(
+            f"--out has '{name}': {num} images take {num_bytes} bytes; at most "
+            f"{image_files.MAX_BYTES} are allowed; take a part, for example "
+            f"{found}:{split.partition('[')[0]}[:10000]"
+        )
+    return stack(records, num, f"--out={name}")

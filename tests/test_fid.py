@@ -1,0 +1,251 @@
+"""Figures of features: against closed forms, other implementations, and each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import linalg
+from sklearn.neighbors import NearestNeighbors
+
+from ddaebm_jax.evaluation import fid
+
+
+def normals(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def gaussian(seed: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """A mean and a covariance far from a multiple of the identity."""
+    factor = normals(seed, dim, dim) * np.geomspace(0.01, 3.0, dim)
+    return normals(seed + 1, dim), factor @ factor.T
+
+
+def exact_moments(mean: np.ndarray, covariance: np.ndarray) -> fid.Moments:
+    return fid.Moments(1_001, mean, covariance * 1_000)
+
+
+def textbook(first, second) -> float:
+    """The formula of Heusel et al. 2017, its root by SciPy."""
+    root = linalg.sqrtm(first[1] @ second[1])
+    traces = np.trace(first[1] + second[1] - 2.0 * np.real(root))
+    return float(((first[0] - second[0]) ** 2).sum() + traces)
+
+
+def test_moments_are_numpys():
+    points = normals(0, 50, 6) + 3.0
+    found = fid.moments(points)
+    assert found.count == 50
+    np.testing.assert_allclose(found.mean, points.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        found.covariance, np.cov(points, rowvar=False), rtol=1e-10, atol=1e-12
+    )
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_moments_do_not_depend_on_batches_or_order(sizes: list[int], seed: int):
+    # A large mean: sums of squares would lose nine digits to it.
+    points = normals(seed, sum(sizes), 4) + 1e4
+    parts = np.split(points, np.cumsum(sizes)[:-1])
+    np.random.default_rng(seed).shuffle(parts)
+    total = None
+    for part in parts:
+        total = fid.add(total, fid.moments(part))
+    whole = fid.moments(points)
+    assert total.count == whole.count
+    np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(total.scatter, whole.scatter, rtol=1e-6, atol=1e-6)
+
+
+def test_features_of_float32_are_summed_in_float64():
+    points = np.full((1_000, 1), 16_777_217.0) + np.arange(1_000)[:, None] % 2
+    found = fid.moments(points.astype(np.float32))
+    assert found.mean.dtype == found.scatter.dtype == np.float64
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12))
+def test_frechet_distance_is_the_textbooks(seed: int, dim: int):
+    first, second = gaussian(seed, dim), gaussian(seed + 7, dim)
+    found = fid.frechet_distance(exact_moments(*first), exact_moments(*second))
+    assert found == pytest.approx(textbook(first, second), rel=1e-5, abs=1e-6)
+    back = fid.frechet_distance(exact_moments(*second), exact_moments(*first))
+    assert back == pytest.approx(found, rel=1e-9, abs=1e-9)
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    """|Δμ|² + Σ (σ_a − σ_b)², whatever the axes are."""
+    axes = np.linalg.qr(normals(2, 5, 5))[0]
+    sigma_a, sigma_b = np.array([0, 1e-3, 1, 2, 5]), np.array([3, 1e-3, 0, 2.5, 4])
+    shift = normals(3, 5)
+    found = fid.frechet_distance(
+        exact_moments(np.zeros(5), axes @ np.diag(sigma_a**2) @ axes.T),
+        exact_moments(shift, axes @ np.diag(sigma_b**2) @ axes.T),
+    )
+    expected = (shift**2).sum() + ((sigma_a - sigma_b) ** 2).sum()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [300, 5])
+def test_frechet_distance_of_points_and_of_moments_agree(number: int):
+    """Also where the covariances are singular."""
+    first, second = normals(4, number, 20), 2.0 * normals(5, number, 20) + 0.3
+    found = fid.frechet_distance(fid.moments(first), fid.moments(second))
+    assert found == pytest.approx(
+        fid.frechet_distance_of_points(first, second), rel=1e-5
+    )
+
+
+def test_a_set_has_no_distance_to_itself():
+    points = fid.moments(normals(6, 100, 30))
+    assert fid.frechet_distance(points, points) < 1e-9
+
+
+def test_frechet_distance_of_samples_goes_to_the_gaussians():
+    first, second = gaussian(8, 4), gaussian(9, 4)
+    draws = [
+        np.random.default_rng(i).multivariate_normal(*one, 200_000)
+        for i, one in enumerate((first, second))
+    ]
+    found = fid.frechet_distance(*map(fid.moments, draws))
+    assert found == pytest.approx(textbook(first, second), rel=0.01)
+
+
+def test_frechet_distance_refuses_what_has_none():
+    good = fid.moments(normals(0, 9, 3))
+    with pytest.raises(ValueError, match="first set has 1 points"):
+        fid.frechet_distance(fid.moments(normals(0, 1, 3)), good)
+    with pytest.raises(ValueError, match="second set's moments are not finite"):
+        fid.frechet_distance(good, good._replace(mean=np.array([0, np.nan, 0])))
+
+
+def test_inception_score_of_known_classifiers():
+    classes = 8
+    sure = 60.0 * np.eye(classes, dtype=np.float32)
+    # Each split sees every class as often: exp(log classes).
+    even = np.tile(sure, (20, 1))
+    assert fid.inception_score(even).value == pytest.approx(classes, rel=1e-5)
+    assert fid.inception_score(even).spread == pytest.approx(0.0, abs=1e-5)
+    # One class only, or no opinion at all: 1.
+    assert fid.inception_score(sure[:1].repeat(40, axis=0)).value == pytest.approx(1.0)
+    assert fid.inception_score(np.zeros((40, classes))).value == pytest.approx(1.0)
+
+
+def test_inception_score_by_hand():
+    logits = normals(1, 47, 5).astype(np.float32)
+    scores = []
+    for part in np.array_split(logits.astype(np.float64), 10):
+        p = np.exp(part) / np.exp(part).sum(axis=1, keepdims=True)
+        divergence = (p * np.log(p / p.mean(axis=0, keepdims=True))).sum(axis=1)
+        scores.append(np.exp(divergence.mean()))
+    found = fid.inception_score(logits)
+    assert found.value == pytest.approx(np.mean(scores), rel=1e-10)
+    assert found.spread == pytest.approx(np.std(scores), rel=1e-8)
+    # An offset of all logits, however large, says nothing.
+    assert fid.inception_score(logits + 1e4).value == pytest.approx(
+        found.value, rel=1e-2
+    )
+    with pytest.raises(ValueError, match="draw more samples"):
+        fid.inception_score(logits[:9])
+
+
+def test_kernel_distance_by_hand():
+    """Of one subset that is the whole sets, against sums over pairs."""
+    a, b = normals(0, 7, 3), normals(1, 7, 3) + 0.5
+
+    def kernel(x, y):
+        return (x @ y / 3 + 1.0) ** 3
+
+    own = [
+        np.mean([kernel(s[i], s[j]) for i in range(7) for j in range(7) if i != j])
+        for s in (a, b)
+    ]
+    cross = np.mean([kernel(x, y) for x in a for y in b])
+    found = fid.kernel_distance(a, b, num_subsets=1, subset_size=7)
+    assert found.value == pytest.approx(sum(own) - 2 * cross, rel=1e-10)
+    assert np.isnan(found.spread)  # One subset does not tell it.
+
+
+def test_kernel_distance_is_unbiased():
+    """Of equal distributions it is nothing on average, for small sets too."""
+    found = [
+        fid.kernel_distance(
+            normals(2 * i, 20, 4), normals(2 * i + 1, 20, 4), 1, 20, i
+        ).value
+        for i in range(2_000)
+    ]
+    error = np.std(found) / np.sqrt(len(found))
+    assert abs(np.mean(found)) < 4 * error
+    # The biased estimate, with the pairs of a point and itself, would be seen.
+    self_pairs = np.mean([((x @ x) / 4 + 1) ** 3 for x in normals(0, 500, 4)])
+    assert error < 0.05 * self_pairs * 2 / 20
+
+
+def test_kernel_distance_tells_sets_apart_and_how_surely():
+    real, fake = normals(0, 2_000, 8), normals(1, 2_000, 8) + 0.2
+    found = fid.kernel_distance(real, fake, 50, 200)
+    assert found.value > 5 * found.spread > 0
+    assert found == fid.kernel_distance(real, fake, 50, 200)
+    assert found != fid.kernel_distance(real, fake, 50, 200, seed=1)
+    with pytest.raises(ValueError, match="at least 2 of each"):
+        fid.kernel_distance(real[:1], fake)
+
+
+def test_neighbours_of_one_cloud_and_of_two():
+    cloud = normals(0, 400, 5)
+    same = fid.neighbours(cloud, cloud)
+    assert same.precision == same.recall == same.coverage == 1.0
+    apart = fid.neighbours(cloud, cloud + 100.0)
+    assert apart == fid.Neighbours(0.0, 0.0, 0.0, 0.0)
+    equal = fid.neighbours(normals(1, 3_000, 3), normals(2, 3_000, 3))
+    assert equal.density == pytest.approx(1.0, abs=0.05)
+    # The chance that one of k balls' worth of points falls in: 1 − 2^−k (Naeem).
+    assert equal.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+
+
+def test_neighbours_of_half_the_modes():
+    """Samples that are good but miss one of two modes, and the other way round."""
+    near, far = normals(0, 300, 4), normals(1, 300, 4) + 50.0
+    data, half = np.concatenate([near, far]), normals(2, 600, 4)
+    lost = fid.neighbours(data, half)
+    assert lost.precision > 0.9 and 0.4 < lost.recall < 0.52
+    assert lost.coverage < 0.52
+    gained = fid.neighbours(half, data)
+    assert 0.4 < gained.precision < 0.52 and gained.recall > 0.9
+
+
+@given(st.integers(0, 10**6))
+def test_neighbours_are_those_of_scikit_learn(seed: int):
+    rng = np.random.default_rng(seed)
+    real, fake = rng.normal(size=(60, 4)), rng.normal(size=(45, 4)) * 1.3 + 0.4
+
+    def radii(points, k):
+        found = NearestNeighbors(n_neighbors=k + 1).fit(points).kneighbors(points)[0]
+        return found[:, -1]
+
+    apart = np.linalg.norm(real[:, None] - fake[None], axis=-1)
+    in_real = apart <= radii(real, 3)[:, None]
+    in_fake = apart <= radii(fake, 3)[None, :]
+    balls = apart <= radii(real, 5)[:, None]
+    found = fid.neighbours(real, fake)
+    assert found.precision == pytest.approx(in_real.any(axis=0).mean())
+    assert found.recall == pytest.approx(in_fake.any(axis=1).mean())
+    assert found.density == pytest.approx(balls.sum() / 5 / 45)
+    assert found.coverage == pytest.approx(balls.any(axis=1).mean())
+
+
+def test_neighbours_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    """More points than fit one table of distances, far from the origin."""
+    real, fake = normals(0, 50, 6), normals(1, 40, 6) + 0.3
+    whole = fid.neighbours(real, fake)
+    monkeypatch.setattr(fid, "_DISTANCE_ROWS", 7)
+    assert fid.neighbours(real, fake) == whole
+    assert fid.neighbours(real + 1e3, fake + 1e3) == whole
+    with pytest.raises(ValueError, match="at least 6 of each"):
+        fid.neighbours(real, fake[:5])
+
+
+def test_distances_are_computed_in_full_precision():
+    a = jnp.asarray(normals(0, 3, 64), jnp.float32)
+    jaxpr = str(jax.make_jaxpr(lambda x: fid._squared_distances(x, x))(a))
+    assert "HIGHEST" in jaxpr

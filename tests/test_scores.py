@@ -1,0 +1,113 @@
+"""Scores of single points, against closed forms of a quadratic energy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SCHEDULE, STEPS
+
+from ddaebm_jax import models
+from ddaebm_jax.data import images
+from ddaebm_jax.evaluation import scores
+
+# f(x, t) = −½ p_t ‖x − m‖² + c_t.
+PRECISION = np.array([2.0, 1.0, 0.5, 0.25])
+CONSTANT = np.array([1.0, -3.0, 0.5, 2.0])
+VARIABLES = {"p": jnp.asarray(PRECISION, "f"), "c": jnp.asarray(CONSTANT, "f")}
+MEAN = 0.25
+
+
+def quadratic(variables, x, t, rngs=None):
+    squares = ((x - MEAN) ** 2).reshape(x.shape[0], -1).sum(axis=1)
+    return -0.5 * variables["p"][t] * squares + variables["c"][t]
+
+
+NETWORKS = models.Networks(*[quadratic] * 6, event_shape=(3, 2, 1), nz=1)
+
+
+def scored(x, seed=0, num_draws=2, chunk=4):
+    return scores.ood_scores(NETWORKS, SCHEDULE, VARIABLES, x, seed, num_draws, chunk)
+
+
+def points(rows=7, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-1, 1, (rows, 3, 2, 1)).astype(np.float32)
+
+
+def expected_over_t(x):
+    """Σ_t E f(A_t x + S_t ε, t): the noise adds S_t² a dimension to the square."""
+    a, s = (np.asarray(v, float) for v in (SCHEDULE.a_cum, SCHEDULE.sigma_cum))
+    total = np.zeros(len(x))
+    for t in range(STEPS):
+        squares = ((a[t] * x - MEAN) ** 2 + s[t] ** 2).sum(axis=(1, 2, 3))
+        total += -0.5 * PRECISION[t] * squares + CONSTANT[t]
+    return total
+
+
+def test_scores_at_the_data_are_closed_forms():
+    x = points()
+    found = scored(x)
+    assert list(found) == ["energy", "gradient norm", "energy over t"]
+    assert all(value.shape == (7,) for value in found.values())
+    distance = np.sqrt(((x - MEAN) ** 2).sum(axis=(1, 2, 3)))
+    energy = -0.5 * PRECISION[0] * distance**2 + CONSTANT[0]
+    np.testing.assert_allclose(found["energy"], energy, rtol=1e-5)
+    norm = -PRECISION[0] * distance
+    np.testing.assert_allclose(found["gradient norm"], norm, rtol=1e-5)
+
+
+def test_energy_over_t_is_the_mean_over_the_noise():
+    x = points(3)
+    one, many = (scored(x, num_draws=n)["energy over t"] for n in (1, 4_000))
+    # One draw's standard deviation is about 4.
+    np.testing.assert_allclose(many, expected_over_t(x), atol=0.25)
+    assert (abs(one - many) > 0.25).any()
+
+
+def test_noise_is_that_of_the_point_the_draw_and_the_time():
+    x, seed, num_draws = points(5), 3, 2
+    total = np.zeros(len(x))
+    for i, row in enumerate(x):
+        for draw in range(num_draws):
+            for t in range(STEPS):
+                key = jax.random.key(seed)
+                for number in (i, draw, t):
+                    key = jax.random.fold_in(key, number)
+                eps = np.asarray(jax.random.normal(key, row.shape))
+                x_t = SCHEDULE.a_cum[t] * row + SCHEDULE.sigma_cum[t] * eps
+                total[i] += quadratic(VARIABLES, x_t[None], jnp.array([t]))[0]
+    found = scored(x, seed, num_draws)["energy over t"]
+    np.testing.assert_allclose(found, total / num_draws, rtol=1e-5)
+    other = scored(x, seed + 1, num_draws)["energy over t"]
+    assert (other != found).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
+def test_chunks_change_nothing(chunk):
+    x = points()
+    for name, values in scored(x, chunk=chunk).items():
+        np.testing.assert_allclose(values, scored(x, chunk=4)[name], rtol=1e-5)
+
+
+def test_a_point_keeps_its_noise_whatever_follows():
+    x = points()
+    for name, values in scored(x[:5]).items():
+        np.testing.assert_allclose(values, scored(x)[name][:5], rtol=1e-5)
+
+
+def test_bytes_are_scored_as_the_images_that_they_are():
+    x = np.random.default_rng(0).integers(0, 256, (5, 3, 2, 1), np.uint8)
+    for name, values in scored(x).items():
+        expected = scored(np.asarray(images.to_float(x)))[name]
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("numbers", [{"num_draws": 0}, {"chunk": 0}])
+def test_numbers_of_no_use_are_refused(numbers):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        scored(points(), **numbers)
+
+
+def test_no_point_is_refused():
+    with pytest.raises(ValueError, match="no rows"):
+        scored(points(0))
