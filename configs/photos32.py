@@ -40,8 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.beta1 = 0.5
     config.optimizer.beta2 = 0.9
-    config.optimizer.ema_decay = 0.998
-    config.train.num_steps = 4_000
+    config.optimizer.ema_decay = 0.999
+    config.train.num_steps = 10_000
     config.train.report_every = 50
     config.train.picture_every = 500
     config.train.checkpoint_every = 500

@@ -1,5 +1,6 @@
 """What the commands share: flags and errors of the user's end in one line."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -9,12 +10,21 @@ from absl import flags, logging
 from ddaebm_jax.errors import InputError
 
 
-def fail(message: str) -> NoReturn:
-    """Prints `error: …` on one line and ends the program with status 2."""
+def fail(message: str, at_once: bool = False) -> NoReturn:
+    """Prints `error: …` on one line and ends the program with status 2.
+
+    Args:
+      message: what is wrong.
+      at_once: leave out what runs at a program's end, which may wait for processes
+        that are gone.
+    """
     # A recipe's own traceback may come along: its last line says what happened.
     parts = message.split("Traceback (most recent call last)")
     text = parts[0] if len(parts) == 1 else parts[-1].strip().splitlines()[-1]
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    if at_once:
+        sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from ddaebm_jax import diffusion, objective
+from ddaebm_jax import diffusion, objective, parallel
 from ddaebm_jax.data import images, synthetic
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import image_quality, inception
 from ddaebm_jax.models import NETWORKS, layers, mlp, ncsnpp
+from ddaebm_jax.models.encoder import RESIDUAL_FROM
 
 TABLES = ("breast_cancer", "table")
 DATASETS = (*synthetic.SYNTHETIC, *TABLES, *images.IMAGES)
@@ -203,7 +204,8 @@ def base() -> ml_collections.ConfigDict:
     # Steps between pictures; 0: only at the end.
     train.picture_every = 5_000
     # Steps between evaluations on the way; 0: only at the end. With
-    # evaluation.inception the model of the lowest FID is kept in best/.
+    # evaluation.inception the model of the lowest FID, the last one's included, is
+    # kept in best/.
     train.evaluate_every = 0
     # Steps between checkpoints; the last step is always saved.
     train.checkpoint_every = 5_000
@@ -212,9 +214,14 @@ def base() -> ml_collections.ConfigDict:
     # Also write TensorBoard event files (needs TensorFlow).
     train.tensorboard = True
 
-    config.parallel = parallel = ml_collections.ConfigDict()
-    # Devices over which the batch is split; 0: all.
-    parallel.num_devices = 0
+    config.parallel = devices = ml_collections.ConfigDict()
+    # Devices over which the batch is split; 0: all, of all processes.
+    devices.num_devices = 0
+    # `jit`: one program for all devices, split by XLA; `pmap`: one program a device.
+    devices.mode = "jit"
+    # Of `jit`: every device keeps a part of the state only (fully sharded data
+    # parallelism); saves memory, costs traffic.
+    devices.fsdp = False
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     # Samples drawn for the figures.
@@ -390,6 +397,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "game.recon_latent": objective.RECON_LATENTS,
     "game.divergence": objective.DIVERGENCES,
     "optimizer.schedule": RATE_SCHEDULES,
+    "parallel.mode": parallel.MODES,
     "evaluation.preprocessing": inception.PREPROCESSINGS,
     "evaluation.reference": image_quality.REFERENCES,
 }
@@ -451,6 +459,13 @@ def _combination_problems(config: Any) -> Iterator[str]:
             "positive one, for example 1e-5"
         )
     yield from _unread_problems(config)
+    yield from _parallel_problems(config)
+    if 0 < config.evaluation.num_samples_on_the_way < 10:
+        yield (
+            "evaluation.num_samples_on_the_way is "
+            f"{config.evaluation.num_samples_on_the_way}; 0 (as many as num_samples), "
+            "or at least 10, is needed"
+        )
     yield from _data_problems(config.data)
     if config.data.name in images.IMAGES:
         if config.model.name != "ncsnpp":
@@ -515,6 +530,25 @@ def _unread_problems(config: Any) -> Iterator[str]:
                     f"{field} is '{value}', which model.name '{config.model.name}' "
                     f"would ignore; it is for '{model}'"
                 )
+
+
+def _parallel_problems(config: Any) -> Iterator[str]:
+    """What one program a device cannot do."""
+    if config.parallel.mode != "pmap":
+        return
+    if config.parallel.fsdp:
+        yield "parallel.fsdp is True, which parallel.mode 'pmap' cannot do; use 'jit'"
+    if config.model.name == "mlp" and config.model.mlp.norm == "batch":
+        yield (
+            "parallel.mode is 'pmap', where each device would norm its own part of the "
+            "batch (model.mlp.norm='batch'); use 'jit'"
+        )
+    if config.model.name == "ncsnpp" and config.data.image_size >= RESIDUAL_FROM:
+        yield (
+            "parallel.mode is 'pmap', where the posterior's minibatch deviation (of "
+            f"images from {RESIDUAL_FROM} on) would depend on the number of devices; "
+            "use 'jit'"
+        )
 
 
 def _data_problems(data: Any) -> Iterator[str]:
@@ -628,6 +662,21 @@ FREE_ON_RESUME = (
 )
 
 
+# Fields that the first version's configs do not have.
+_ADDED = (
+    "data.held_out_classes",
+    "parallel.mode",
+    "parallel.fsdp",
+    "evaluation.num_samples_on_the_way",
+    "evaluation.inception",
+    "evaluation.inception_weights",
+    "evaluation.preprocessing",
+    "evaluation.reference",
+    "evaluation.reference_path",
+    "evaluation.num_kept_features",
+)
+
+
 def differences(
     old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
@@ -674,23 +723,16 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
     """Adds the fields that a config of an earlier version did not have.
 
-    A field that is new starts with what was done before there was one.
+    Only those: another one that is missing is an error, not a guess. Their defaults
+    are what was done before there were such fields.
     """
-
-    def complete(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-        result = {**default, **given}
-        for key, value in default.items():
-            if isinstance(value, dict) and isinstance(given.get(key), dict):
-                result[key] = complete(given[key], value)
-        return result
-
-    default = base().to_dict()
-    return {
-        key: complete(value, default[key])
-        if isinstance(value, dict) and isinstance(default.get(key), dict)
-        else value
-        for key, value in values.items()
-    }
+    default = dict(_leaves(base()))
+    result = {**values}
+    for field in _ADDED:
+        section, name = field.split(".")
+        if isinstance(result.get(section), dict):
+            result[section] = {name: default[field], **result[section]}
+    return result
 
 
 def _with_tuples(value: Any) -> Any:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ddaebm_jax import checkpointing, train, writers
+from ddaebm_jax import checkpointing, parallel, train, writers
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
@@ -293,26 +293,21 @@ def evaluate(
     started = time.monotonic()
     run = load_run(workdir, open_images=True, checkpoint=checkpoint)
     config = run.experiment.config
-    for name, value in settings.items():
-        if value is not None:
-            config.evaluation[name] = value
+    changed = {name: v for name, v in settings.items() if v is not None}
+    for name, value in changed.items():
+        config.evaluation[name] = value
     config_lib.validate(config)
-    num = config.evaluation.num_samples
+    _check_evaluation(run, input_path, changed)
+    report: dict[str, Any] = {}
     if input_path is None:
         meter = figures.open_meter(run.experiment)
-        found = figures.evaluate(run.experiment, run.variables, meter, num)
+        found = figures.evaluate(run.experiment, run.variables, meter)
+        report |= {"step": run.step, "checkpoint": checkpoint}
     else:
         found = _measure_images(run, input_path, skip_corrupt)
-    report = {
-        "step": run.step,
-        "checkpoint": checkpoint,
-        "images": "samples" if input_path is None else str(input_path),
-        "figures": found,
-        "seconds": time.monotonic() - started,
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": {"jax": jax.__version__},
-    }
-    if jax.process_index() == 0:
+        report["images"] = str(input_path)
+    report |= {"figures": found, **circumstances(run.experiment, started)}
+    if parallel.is_first_process():
         path = free_path(run.workdir / train.REPORT_FILE, (".txt",))
         write_json_atomically(path, report)
         table = writers.format_report(report)
@@ -321,18 +316,54 @@ def evaluate(
     return report
 
 
+def circumstances(experiment: train.Experiment, started: float) -> dict[str, Any]:
+    """Returns what every report says of how it came about, as plain JSON values."""
+    mesh = figures.evaluation_mesh(experiment)
+    return {
+        "seconds": time.monotonic() - started,
+        "device": f"{mesh.size} × {jax.devices()[0].device_kind}",
+        "versions": {"jax": jax.__version__},
+    }
+
+
+def _check_evaluation(
+    run: Run, input_path: str | Path | None, changed: dict[str, Any]
+) -> None:
+    """Refuses settings that nothing would read."""
+    settings, images_held = run.experiment.config, run.experiment.source.holds_images
+    only_of_inception = sorted(changed.keys() - {"num_samples"})
+    if not images_held and (input_path is not None or only_of_inception):
+        what = "--input" if input_path is not None else f"--{only_of_inception[0]}"
+        raise InputError(
+            f"{what} is for runs of images, and data.name of {run.workdir} is "
+            f"'{settings.data.name}'; leave it out"
+        )
+    if input_path is not None and changed.get("inception") is False:
+        raise InputError(
+            "--inception_weights=none leaves nothing to measure --input by; leave one "
+            "of them out"
+        )
+    unread = [name for name in only_of_inception if not name.startswith("inception")]
+    if unread and input_path is None and not settings.evaluation.inception:
+        raise InputError(
+            f"--{unread[0]} is for Inception's features, by which this run is not "
+            "measured; give --inception_weights=published, or a file of the weights"
+        )
+
+
 def _measure_images(
     run: Run, input_path: str | Path, skip_corrupt: bool
 ) -> dict[str, Any]:
-    source, data = run.experiment.source, run.experiment.config.data
-    if not source.holds_images:
-        raise InputError("--input is for runs of images; leave it out")
+    source, config = run.experiment.source, run.experiment.config
     pixels, _ = images.read_images(
-        input_path, source.event_shape, skip_corrupt, data.crop
+        input_path, source.event_shape, skip_corrupt, config.data.crop
     )
-    run.experiment.config.evaluation.inception = True
+    # Files come in the order of their names, often by kind; splits and subsets are to
+    # be alike.
+    order = np.random.default_rng(0).permutation(len(pixels))
+    config.evaluation.inception = True
     meter = figures.open_meter(run.experiment)
-    size = run.experiment.config.evaluation.batch_size
+    size = config.evaluation.batch_size
     return meter.measure(
-        pixels[start : start + size] for start in range(0, len(pixels), size)
+        pixels[order[start : start + size]] for start in range(0, len(pixels), size)
     )

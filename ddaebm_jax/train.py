@@ -7,6 +7,7 @@ of it, and all randomness is a function of (seed, step).
 import contextlib
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,10 @@ _STEPS_PER_DISPATCH = {"mlp": 100, "ncsnpp": 10}
 
 class TrainingError(InputError):
     """Training cannot go on; the message says at which step and why."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of the run is gone."""
 
 
 class Experiment(NamedTuple):
@@ -148,19 +153,26 @@ def init_state(experiment: Experiment) -> minimax.TrainState:
 
 
 def abstract_state(experiment: Experiment) -> minimax.TrainState:
-    """Returns the shapes of the state, on the first device, to restore one into."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: init_state(experiment)),
-    )
+    """Returns the shapes of the state, whole on every device, to restore one into."""
+    mesh = parallel.make_mesh(experiment.config.parallel.num_devices)
+    return parallel.JitLayout(mesh).restored_like(_state_shapes(experiment))
 
 
-def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
+def _state_shapes(experiment: Experiment) -> minimax.TrainState:
+    return jax.eval_shape(lambda: init_state(experiment))
+
+
+def make_dispatch(
+    experiment: Experiment, axis_name: str | None = None
+) -> Callable[..., Any]:
     """Returns (state, arrays, index, batches, length) → (state, metrics).
 
     K = length steps on the device. Noise is drawn inside, each example's from its own
     key, and so are the batches where no input stream gives them ([K, batch, …]).
+
+    Args:
+      experiment: what the config describes.
+      axis_name: as in `minimax.make_step`.
     """
     step = minimax.make_step(
         experiment.game,
@@ -168,6 +180,7 @@ def make_dispatch(experiment: Experiment) -> Callable[..., Any]:
         experiment.networks,
         experiment.optimizers,
         experiment.config.optimizer.ema_decay,
+        axis_name,
     )
     seed = experiment.config.seed
     networks, num_steps = experiment.networks, experiment.schedule.num_steps
@@ -224,27 +237,32 @@ class Dispatcher:
 
     def __init__(self, experiment: Experiment) -> None:
         config = experiment.config
-        self._mesh = parallel.make_mesh(
-            config.parallel.num_devices, config.data.batch_size
-        )
-        sharding = parallel.replicated(self._mesh)
-        self._jitted = jax.jit(
-            make_dispatch(experiment),
-            static_argnums=4,
-            donate_argnums=0,
-            out_shardings=(sharding, sharding),
-        )
+        mesh = parallel.make_mesh(config.parallel.num_devices, config.data.batch_size)
+        layout = parallel.make_layout(config.parallel.mode, mesh, config.parallel.fsdp)
+        self._layout = layout
+        self._jitted = layout.jit(make_dispatch(experiment, layout.axis_name))
         self._inputs = (
-            jax.device_put(experiment.source.arrays, sharding),
-            parallel.batch_index(self._mesh, config.data.batch_size),
+            layout.place_data(experiment.source.arrays),
+            layout.batch_index(config.data.batch_size),
         )
-        self.num_devices = self._mesh.size
+        self.num_devices = mesh.size
         self._compiled: dict[int, Any] = {}
         self.compile_seconds = 0.0
 
     def place(self, state: minimax.TrainState) -> minimax.TrainState:
-        """Puts a copy of the state on every device of the mesh."""
-        return jax.device_put(state, parallel.replicated(self._mesh))
+        """Puts a copy of the state on the devices."""
+        return self._layout.place(state)
+
+    def saved(self, state: minimax.TrainState) -> minimax.TrainState:
+        """Returns the state as checkpoints and evaluation want it."""
+        return self._layout.saved(state)
+
+    def restore(
+        self, checkpoints: Checkpoints, experiment: Experiment, step: int
+    ) -> minimax.TrainState:
+        """Restores a state onto the devices, whatever devices it was saved from."""
+        like = self._layout.restored_like(_state_shapes(experiment))
+        return self._layout.taken_up(checkpoints.restore(like, step))
 
     def __call__(
         self, state: minimax.TrainState, length: int, batches: np.ndarray | None = None
@@ -257,13 +275,14 @@ class Dispatcher:
           batches: what the input stream gave for these steps, [K, batch, …].
         """
         if batches is not None:
-            batches = jax.device_put(batches, parallel.split_batches(self._mesh))
+            batches = self._layout.place_batches(batches)
         inputs = (state, *self._inputs, batches)
         if length not in self._compiled:
             start = time.monotonic()
             self._compiled[length] = self._jitted.lower(*inputs, length).compile()
             self.compile_seconds += time.monotonic() - start
-        return self._compiled[length](*inputs)
+        state, metrics = self._compiled[length](*inputs)
+        return state, self._layout.metrics(metrics)
 
 
 def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
@@ -460,48 +479,144 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     workdir = Path(workdir)
     started = time.monotonic()
     config_lib.validate(config)
+    _check_processes_agree(config)
     open_workdir(workdir, config)
+    parallel.wait_for_all("the run directory has been looked at")
     use_compilation_cache(config.compilation_cache)
     experiment = build(config)
     dispatcher = Dispatcher(experiment)
-    state = dispatcher.place(init_state(experiment))
-    counts = log_parameters(state.variables)
+    start = init_state(experiment)
+    counts = log_parameters(start.variables)
     meter = figures.open_meter(experiment)
+    with contextlib.ExitStack() as stack:
+        run, state = _open_run(stack, experiment, workdir, dispatcher, meter, start)
+        del start
+        first = run.first_step
+        try:
+            state = _loop(run, state)
+            state = dispatcher.saved(state)
+            report = {
+                "step": config.train.num_steps,
+                "figures": _final_figures(run, state),
+                "parameters": counts,
+                "seconds": time.monotonic() - started,
+                "compile_seconds": dispatcher.compile_seconds,
+                "resumed_from_step": first,
+                "device": f"{dispatcher.num_devices} × {jax.devices()[0].device_kind}",
+                "processes": jax.process_count(),
+                "versions": {"jax": jax.__version__},
+            }
+            _finish(run, state, report)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            # What is open waits for the others when it is closed, and they are gone.
+            stack.pop_all()
+            raise LostProcessError(
+                f"the other processes cannot be reached any more ({_first_line(error)})"
+                "; one of them has ended or hangs: see its output. Start all of them "
+                "again with the same command: the run goes on from its newest "
+                "checkpoint"
+            ) from error
+    return report
 
-    total = config.train.num_steps
-    if not (workdir / CONFIG_FILE).exists():
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _check_processes_agree(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError, in every process, if one of them was given another config."""
+    text = config_lib.to_json(config)
+    found = parallel.differing_processes(text)
+    if found is None:
+        return
+    process, first, other = found
+    differences = config_lib.differences(
+        config_lib.from_json(first), config_lib.from_json(other)
+    )
+    listed = ", ".join(
+        f"{name} ({one!r} in process 0, {two!r} in process {process})"
+        for name, (one, two) in differences.items()
+    )
+    raise InputError(
+        f"the processes were given different configs: {listed}; start all of them with "
+        "the same command"
+    )
+
+
+class _Run(NamedTuple):
+    """What the loop works with.
+
+    Attributes:
+      experiment: what the config describes.
+      workdir: the run directory.
+      dispatcher: takes the steps.
+      batches: the input stream; None where there is none.
+      checkpoints: the newest ones.
+      best: the one of the lowest FID; None without a meter.
+      meter: measures images; None: not wanted.
+      output: where reports go.
+      info: what travels with every checkpoint.
+      first_step: where this run starts or goes on.
+    """
+
+    experiment: Experiment
+    workdir: Path
+    dispatcher: Dispatcher
+    batches: Batches | None
+    checkpoints: Checkpoints
+    best: Any
+    meter: image_quality.Meter | None
+    output: writers.Writers | writers.Silent
+    info: dict[str, Any]
+    first_step: int
+
+
+def _open_run(
+    stack: contextlib.ExitStack,
+    experiment: Experiment,
+    workdir: Path,
+    dispatcher: Dispatcher,
+    meter: image_quality.Meter | None,
+    start: minimax.TrainState,
+) -> tuple[_Run, minimax.TrainState]:
+    """Opens a run directory and all that must be closed; restores its newest state."""
+    config, total = experiment.config, experiment.config.train.num_steps
+    writes = parallel.is_first_process()
+    if writes and not (workdir / CONFIG_FILE).exists():
         # First of all: from here on the directory is known as a run.
         workdir.mkdir(parents=True, exist_ok=True)
         write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
-    with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-        stack.callback(checkpoints.close)
-        found = checkpoints.latest_step()
-        first = found or 0
-        if first > total:
-            raise InputError(
-                f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
-                f"{total}; raise it, or name a new --workdir"
-            )
-        best = _Best(workdir) if meter is not None else None
-        if best is not None:
-            stack.callback(best.close)
-        batches = open_batches(experiment)
-        if batches is not None:
-            stack.callback(batches.close)
-        if found is not None:
-            saved = checkpoints.info(found)
-            _check_data(saved["data"], experiment.source, workdir)
-            state = checkpoints.restore(state, found)
-            # Imported weights, and runs without a stream, have no position.
-            if batches is not None and saved.get("input") is not None:
-                batches.restore(saved["input"])
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    stack.callback(checkpoints.close)
+    found = checkpoints.latest_step()
+    first = found or 0
+    if first > total:
+        raise InputError(
+            f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
+            f"{total}; raise it, or name a new --workdir"
+        )
+    best = _Best(workdir) if meter is not None else None
+    if best is not None:
+        stack.callback(best.close)
+    batches = open_batches(experiment)
+    if batches is not None:
+        stack.callback(batches.close)
+    if found is None:
+        state = dispatcher.place(start)
+    else:
+        saved = checkpoints.info(found)
+        _check_data(saved["data"], experiment.source, workdir)
+        state = dispatcher.restore(checkpoints, experiment, found)
+        # Imported weights, and runs without a stream, have no position.
+        if batches is not None and saved.get("input") is not None:
+            batches.restore(saved["input"])
+    output: writers.Writers | writers.Silent = writers.Silent()
+    if writes:
         write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
         experiment.source.save(workdir)
-        info = {
-            "config": config.to_dict(),
-            "data": experiment.source.metadata(),
-        }
         output = writers.Writers(
             workdir,
             first,
@@ -509,93 +624,111 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             config.train.tensorboard,
             config.data.batch_size if experiment.source.holds_images else None,
         )
-        stack.callback(output.close)
-        output.message(
-            f"training from step {first} to {total} in {workdir} on "
-            f"{dispatcher.num_devices} {jax.default_backend()} device(s)"
-        )
-        state = _loop(
-            config,
-            experiment,
-            workdir,
-            state,
-            dispatcher,
-            batches,
-            checkpoints,
-            output,
-            info,
-            meter,
-            best,
-        )
-        seconds = time.monotonic() - started
-        report = {
-            "step": total,
-            "figures": figures.evaluate(experiment, state.ema, meter),
-            "parameters": counts,
-            "seconds": seconds,
-            "compile_seconds": dispatcher.compile_seconds,
-            "resumed_from_step": first,
-            "device": f"{dispatcher.num_devices} × {jax.devices()[0].device_kind}",
-            "versions": {"jax": jax.__version__},
-        }
-        write_json_atomically(workdir / REPORT_FILE, report)
-        output.scalars(total, {f"final/{k}": v for k, v in report["figures"].items()})
-        _draw(experiment, state, workdir, output, total)
-    return report
+    stack.callback(output.close)
+    output.message(
+        f"training from step {first} to {total} in {workdir} on "
+        f"{dispatcher.num_devices} {jax.default_backend()} device(s)"
+    )
+    info = {"config": config.to_dict(), "data": experiment.source.metadata()}
+    run = _Run(
+        experiment,
+        workdir,
+        dispatcher,
+        batches,
+        checkpoints,
+        best,
+        meter,
+        output,
+        info,
+        first,
+    )
+    return run, state
+
+
+def _final_figures(run: _Run, state: minimax.TrainState) -> dict[str, Any]:
+    """Measures the last state, and lets it compete for the lowest FID."""
+    found = figures.evaluate(run.experiment, state.ema, run.meter)
+    if run.best is not None:
+        settings = run.experiment.config.evaluation
+        fewer, compared = settings.num_samples_on_the_way, found
+        if fewer not in (0, settings.num_samples):
+            compared = figures.evaluate(run.experiment, state.ema, run.meter, fewer)
+        run.best.offer(state, compared, run.info)
+    return found
+
+
+def _finish(run: _Run, state: minimax.TrainState, report: dict[str, Any]) -> None:
+    """Writes the final figures and pictures."""
+    step = report["step"]
+    if parallel.is_first_process():
+        write_json_atomically(run.workdir / REPORT_FILE, report)
+    run.output.scalars(step, {f"final/{k}": v for k, v in report["figures"].items()})
+    _draw(run, state, step)
+
+
+# What two FIDs must have in common to be compared.
+_MEASUREMENT = (
+    "num_images",
+    "num_reference",
+    "preprocessing",
+    "reference",
+    "reference_images",
+    "inception_weights",
+)
 
 
 class _Best:
-    """Keeps the checkpoint of the lowest FID on the way."""
+    """Keeps the checkpoint of the lowest FID, all measured in one way."""
 
     def __init__(self, workdir: Path) -> None:
         self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST)
+        self._fid, self._measurement = math.inf, None
         step = self._checkpoints.latest_step()
-        self._fid = (
-            math.inf if step is None else float(self._checkpoints.info(step)["fid"])
-        )
+        if step is not None:
+            info = self._checkpoints.info(step)
+            self._fid, self._measurement = float(info["fid"]), info["measurement"]
 
     def offer(
-        self, state: minimax.TrainState, fid: float, info: dict[str, Any]
+        self, state: minimax.TrainState, found: dict[str, Any], info: dict[str, Any]
     ) -> None:
-        """Saves a state if its FID is the lowest so far."""
+        """Saves a state if its FID is the lowest so far.
+
+        One measured in another way, as after a resume with other settings, compares
+        with none before it.
+        """
+        fid = found["fid"]
+        measurement = {name: found[name] for name in _MEASUREMENT}
+        if self._measurement not in (None, measurement):
+            logging.info("FID is measured in another way now; the best starts anew")
+            self._fid = math.inf
         if fid < self._fid:
-            self._fid = fid
-            self._checkpoints.save(state, {**info, "input": None, "fid": fid})
+            self._fid, self._measurement = fid, measurement
+            own = {"input": None, "fid": fid, "measurement": measurement}
+            self._checkpoints.save(state, {**info, **own})
             logging.info("step %d has the lowest FID so far, %.3f", state.step, fid)
 
     def close(self) -> None:
         self._checkpoints.close()
 
 
-def _draw(
-    experiment: Experiment,
-    state: minimax.TrainState,
-    workdir: Path,
-    output: writers.Writers,
-    step: int,
-) -> None:
-    """Draws the averaged model's pictures, into files and TensorBoard."""
-    directory = workdir / "samples"
-    pictures = figures.draw_pictures(experiment, state.ema, directory, step)
-    for name, path in pictures.files.items():
-        output.picture(step, name, path)
-    output.histograms(step, pictures.histograms)
+def _draw(run: _Run, state: minimax.TrainState, step: int) -> None:
+    """Draws the averaged model's pictures, into files and TensorBoard.
+
+    All processes sample together; the first one keeps what is drawn.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = run.workdir / "samples"
+        if not parallel.is_first_process():
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pictures = figures.draw_pictures(run.experiment, state.ema, directory, step)
+        for name, path in pictures.files.items():
+            run.output.picture(step, name, path)
+        run.output.histograms(step, pictures.histograms)
 
 
-def _loop(
-    config: ml_collections.ConfigDict,
-    experiment: Experiment,
-    workdir: Path,
-    state: minimax.TrainState,
-    dispatcher: Dispatcher,
-    batches: Batches | None,
-    checkpoints: Checkpoints,
-    output: writers.Writers,
-    info: dict[str, Any],
-    meter: image_quality.Meter | None,
-    best: "_Best | None",
-) -> minimax.TrainState:
+def _loop(run: _Run, state: minimax.TrainState) -> minimax.TrainState:
     """Takes all steps that are left, with reports, pictures and checkpoints."""
+    config, dispatcher, output = run.experiment.config, run.dispatcher, run.output
     train, total = config.train, config.train.num_steps
     average = _Average()
     compiled = 0.0
@@ -603,10 +736,9 @@ def _loop(
     def due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    for start, step in dispatches(config, int(state.step)):
-        length = step - start
-        batch = None if batches is None else batches.next(length)
-        state, metrics = dispatcher(state, length, batch)
+    for start, step in dispatches(config, run.first_step):
+        batch = None if run.batches is None else run.batches.next(step - start)
+        state, metrics = dispatcher(state, step - start, batch)
         average.add(metrics, step - start)
         if dispatcher.compile_seconds > compiled:
             seconds = dispatcher.compile_seconds - compiled
@@ -616,18 +748,23 @@ def _loop(
         save = due(step, train.checkpoint_every) or step == total
         if due(step, train.report_every) or save:
             output.report(step, _checked(step, average.take()))
-        if due(step, train.evaluate_every) and step < total:
+        evaluate = due(step, train.evaluate_every) and step < total
+        draw = due(step, train.picture_every) and step < total
+        if not (evaluate or draw or save):
+            continue
+        saved = dispatcher.saved(state)
+        if evaluate:
             fewer = config.evaluation.num_samples_on_the_way or None
-            found = figures.evaluate(experiment, state.ema, meter, fewer)
+            found = figures.evaluate(run.experiment, saved.ema, run.meter, fewer)
             output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
-            if best is not None:
-                best.offer(state, found["fid"], info)
-            output.restart_clock(step)
-        if due(step, train.picture_every) and step < total:
-            _draw(experiment, state, workdir, output, step)
-            output.restart_clock(step)
+            if run.best is not None:
+                run.best.offer(saved, found, run.info)
+        if draw:
+            _draw(run, saved, step)
         if save:
             # Last: a run resumed from here has missed nothing.
-            position = None if batches is None else batches.state()
-            checkpoints.save(state, {**info, "input": position})
+            position = None if run.batches is None else run.batches.state()
+            run.checkpoints.save(saved, {**run.info, "input": position})
+        if evaluate or draw:
+            output.restart_clock(step)
     return state

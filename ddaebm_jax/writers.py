@@ -197,6 +197,32 @@ class Writers:
             self._tensorboard.close()
 
 
+class Silent:
+    """Stands for `Writers` in the processes that write nothing."""
+
+    def restart_clock(self, step: int) -> None:
+        """Does nothing."""
+
+    def report(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Does nothing."""
+
+    def message(self, text: str) -> None:
+        """Logs a line."""
+        logging.info(text)
+
+    def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Does nothing."""
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Does nothing."""
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def format_seconds(seconds: float) -> str:
     """Returns a duration as people read it: `45s`, `12m 30s`, `3h 05m`."""
     whole = round(seconds)

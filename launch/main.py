@@ -46,6 +46,21 @@ _SEED = flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Train with several processes, which a cluster (TPU pod, Slurm) or the next three "
+    "flags tell of each other. All get the same command, but for --process_id.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "host:port of process 0, where no cluster tells it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0.", lower_bound=0
+)
 _INPUT = flags.DEFINE_string(
     "input",
     None,
@@ -64,6 +79,15 @@ _PREPROCESSING = flags.DEFINE_enum(
     None,
     ["tf", "pytorch_fid"],
     "What goes into Inception. Default: the config's.",
+)
+_REFERENCE = flags.DEFINE_enum(
+    "reference",
+    None,
+    ["train", "test"],
+    "Images that samples are held against. Default: the config's.",
+)
+_REFERENCE_PATH = flags.DEFINE_string(
+    "reference_path", None, "File of their statistics, made where it is not there."
 )
 _IN = flags.DEFINE_string(
     "in", "test", "Inliers: `test`, or as in --out (of one name)."
@@ -92,14 +116,20 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: in --work
 # Flags that only some modes read; elsewhere they would be ignored.
 _MODES_OF_FLAG = {
     "config": ("train",),
+    "distributed": ("train", "evaluate"),
+    "coordinator": ("train", "evaluate"),
+    "num_processes": ("train", "evaluate"),
+    "process_id": ("train", "evaluate"),
     "checkpoint": ("sample", "score", "evaluate", "ood"),
     "num_samples": ("sample", "evaluate"),
     "seed": ("sample", "ood"),
     "input": ("score", "evaluate"),
-    "skip_corrupt": ("score", "evaluate"),
+    "skip_corrupt": ("score", "evaluate", "ood"),
     "output": ("sample", "score"),
     "inception_weights": ("train", "evaluate"),
     "preprocessing": ("evaluate",),
+    "reference": ("evaluate",),
+    "reference_path": ("evaluate",),
     "in": ("ood",),
     "out": ("ood",),
     "baselines": ("ood",),
@@ -115,11 +145,38 @@ def _check_flags() -> None:
                 f"--{name} is for --mode={' or '.join(modes)}; --mode={_MODE.value} "
                 "would ignore it: leave it out"
             )
+    if _MODE.value != "evaluate":
+        return
+    # Images from elsewhere are of no checkpoint, and there are as many as there are.
+    ignored = ("num_samples", "checkpoint") if _INPUT.value else ("skip_corrupt",)
+    for name in ignored:
+        if flags.FLAGS[name].present:
+            raise InputError(
+                f"--{name} has no meaning {'with' if _INPUT.value else 'without'} "
+                "--input: leave it out"
+            )
+
+
+def _join_processes() -> None:
+    names = ("coordinator", "num_processes", "process_id")
+    given = [name for name in names if flags.FLAGS[name].present]
+    if not _DISTRIBUTED.value:
+        if given:
+            raise InputError(f"--{given[0]} is for --distributed; give that too")
+        return
+    if _MODE.value == "train" and not _WORKDIR.value:
+        raise InputError("--distributed needs --workdir, the same for all processes")
+    from ddaebm_jax import parallel
+
+    parallel.join(
+        parallel.Processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    )
 
 
 def _run() -> None:
     _check_flags()
-    from ddaebm_jax import detection, modes, train, writers
+    _join_processes()
+    from ddaebm_jax import detection, modes, parallel, train, writers
 
     if _MODE.value == "train":
         if _CONFIG.value is None:
@@ -129,8 +186,12 @@ def _run() -> None:
             )
         workdir = _WORKDIR.value or _new_workdir()
         _CONFIG.value.evaluation.update(_inception_settings())
-        report = train.train(_CONFIG.value, workdir)
-        print(f"{workdir}\n{writers.format_report(report)}")
+        try:
+            report = train.train(_CONFIG.value, workdir)
+        except train.LostProcessError as error:
+            command_line.fail(str(error), at_once=True)
+        if parallel.is_first_process():
+            print(f"{workdir}\n{writers.format_report(report)}")
         return
     if not _WORKDIR.value:
         raise InputError(f"--mode={_MODE.value} needs --workdir, a run directory")
@@ -157,21 +218,25 @@ def _run() -> None:
             _SKIP_CORRUPT.value,
             num_samples=_NUM_SAMPLES.value,
             preprocessing=_PREPROCESSING.value,
+            reference=_REFERENCE.value,
+            reference_path=_REFERENCE_PATH.value,
             **_inception_settings(),
         )
-        print(writers.format_report(report))
+        if parallel.is_first_process():
+            print(writers.format_report(report))
     else:
         folder = detection.detect(
             workdir,
-            detection.names(_OUT.value or ""),
+            [name.strip() for name in (_OUT.value or "").split(",") if name.strip()],
             _IN.value,
             checkpoint,
             _SEED.value,
             _NUM_DRAWS.value,
             _BASELINES.value,
             _LIMIT.value,
+            _SKIP_CORRUPT.value,
         )
-        print(f"{folder}\n{detection.read_table(folder)}")
+        print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
 
 
 def _inception_settings() -> dict[str, Any]:

@@ -59,9 +59,11 @@ def test_moments_do_not_depend_on_batches_or_order(sizes: list[int], seed: int):
 
 
 def test_features_of_float32_are_summed_in_float64():
-    points = np.full((1_000, 1), 16_777_217.0) + np.arange(1_000)[:, None] % 2
-    found = fid.moments(points.astype(np.float32))
-    assert found.mean.dtype == found.scatter.dtype == np.float64
+    # In float32 a hundred thousand of these sum to nothing near their mean.
+    points = (np.arange(100_000)[:, None] % 2 + 1e4).astype(np.float32)
+    found = fid.moments(points)
+    assert found.mean[0] == pytest.approx(1e4 + 0.5, rel=1e-12)
+    assert found.covariance[0, 0] == pytest.approx(0.25, rel=1e-4)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12))
@@ -124,11 +126,11 @@ def test_inception_score_of_known_classifiers():
     sure = 60.0 * np.eye(classes, dtype=np.float32)
     # Each split sees every class as often: exp(log classes).
     even = np.tile(sure, (20, 1))
-    assert fid.inception_score(even).value == pytest.approx(classes, rel=1e-5)
-    assert fid.inception_score(even).spread == pytest.approx(0.0, abs=1e-5)
+    assert fid.inception_score(even).mean == pytest.approx(classes, rel=1e-5)
+    assert fid.inception_score(even).std == pytest.approx(0.0, abs=1e-5)
     # One class only, or no opinion at all: 1.
-    assert fid.inception_score(sure[:1].repeat(40, axis=0)).value == pytest.approx(1.0)
-    assert fid.inception_score(np.zeros((40, classes))).value == pytest.approx(1.0)
+    assert fid.inception_score(sure[:1].repeat(40, axis=0)).mean == pytest.approx(1.0)
+    assert fid.inception_score(np.zeros((40, classes))).mean == pytest.approx(1.0)
 
 
 def test_inception_score_by_hand():
@@ -139,12 +141,10 @@ def test_inception_score_by_hand():
         divergence = (p * np.log(p / p.mean(axis=0, keepdims=True))).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
     found = fid.inception_score(logits)
-    assert found.value == pytest.approx(np.mean(scores), rel=1e-10)
-    assert found.spread == pytest.approx(np.std(scores), rel=1e-8)
+    assert found.mean == pytest.approx(np.mean(scores), rel=1e-10)
+    assert found.std == pytest.approx(np.std(scores), rel=1e-8)
     # An offset of all logits, however large, says nothing.
-    assert fid.inception_score(logits + 1e4).value == pytest.approx(
-        found.value, rel=1e-2
-    )
+    assert fid.inception_score(logits + 1e4).mean == pytest.approx(found.mean, rel=1e-2)
     with pytest.raises(ValueError, match="draw more samples"):
         fid.inception_score(logits[:9])
 
@@ -161,17 +161,15 @@ def test_kernel_distance_by_hand():
         for s in (a, b)
     ]
     cross = np.mean([kernel(x, y) for x in a for y in b])
-    found = fid.kernel_distance(a, b, num_subsets=1, subset_size=7)
+    found = fid.kernel_distance(a, b, subset_size=7)
     assert found.value == pytest.approx(sum(own) - 2 * cross, rel=1e-10)
-    assert np.isnan(found.spread)  # One subset does not tell it.
+    assert found.error is None  # One subset does not tell it.
 
 
 def test_kernel_distance_is_unbiased():
     """Of equal distributions it is nothing on average, for small sets too."""
     found = [
-        fid.kernel_distance(
-            normals(2 * i, 20, 4), normals(2 * i + 1, 20, 4), 1, 20, i
-        ).value
+        fid.kernel_distance(normals(2 * i, 20, 4), normals(2 * i + 1, 20, 4)).value
         for i in range(2_000)
     ]
     error = np.std(found) / np.sqrt(len(found))
@@ -183,12 +181,25 @@ def test_kernel_distance_is_unbiased():
 
 def test_kernel_distance_tells_sets_apart_and_how_surely():
     real, fake = normals(0, 2_000, 8), normals(1, 2_000, 8) + 0.2
-    found = fid.kernel_distance(real, fake, 50, 200)
-    assert found.value > 5 * found.spread > 0
-    assert found == fid.kernel_distance(real, fake, 50, 200)
-    assert found != fid.kernel_distance(real, fake, 50, 200, seed=1)
+    found = fid.kernel_distance(real, fake, 200)
+    assert found.value > 5 * found.error > 0
+    assert found == fid.kernel_distance(real, fake, 200)
+    assert found != fid.kernel_distance(real, fake, 200, seed=1)
     with pytest.raises(ValueError, match="at least 2 of each"):
         fid.kernel_distance(real[:1], fake)
+
+
+def test_kernel_distance_knows_its_error():
+    """Over data sets drawn anew, against the error that each of them reports."""
+    found = [
+        fid.kernel_distance(
+            normals(2 * i, 400, 4), normals(2 * i + 1, 400, 4) + 0.3, 40
+        )
+        for i in range(200)
+    ]
+    scatter = np.std([one.value for one in found])
+    reported = np.sqrt(np.mean([one.error**2 for one in found]))
+    assert reported == pytest.approx(scatter, rel=0.25)
 
 
 def test_neighbours_of_one_cloud_and_of_two():

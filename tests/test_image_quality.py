@@ -110,11 +110,13 @@ def test_figures_are_those_of_the_features():
         fid.frechet_distance_of_points(real.pool, fake.pool), rel=1e-6
     )
     score = fid.inception_score(fake.logits)
-    assert found["inception_score"] == pytest.approx(score.value)
-    assert found["inception_score_std"] == pytest.approx(score.spread)
+    assert found["inception_score"] == pytest.approx(score.mean)
+    assert found["inception_score_std"] == pytest.approx(score.std)
     near = fid.neighbours(meter.reference.features, fake.pool[:100])
     assert (found["precision"], found["coverage"]) == (near.precision, near.coverage)
     assert found["num_images"] == 200 and found["num_reference"] == 300
+    assert found["num_compared"] == 100
+    assert "kid_error" not in found  # One subset does not tell it.
     assert found["preprocessing"] == "tf" and found["reference"] == "train"
     assert found["inception_weights_published"] is False
     json.dumps(found)  # Plain values: they go into reports.
@@ -122,6 +124,39 @@ def test_figures_are_those_of_the_features():
     own = meter.measure(in_chunks(image_set().train, 50))
     assert own["fid"] < 1e-6 < found["fid"] / 100
     assert abs(own["kid"]) < found["kid"] / 10
+
+
+def test_as_many_are_compared_of_either_set():
+    """Coverage of equal distributions is 1 − 2⁻⁵ whatever the number of samples."""
+    meter = opened(num_kept_features=300)
+    found = [
+        meter.measure([pictures(num, 100 + i)]) for num in (40, 150) for i in range(20)
+    ]
+    assert {one["num_compared"] for one in found} == {40, 150}
+    for part in (found[:20], found[20:]):
+        coverage = np.mean([one["coverage"] for one in part])
+        assert coverage == pytest.approx(1 - 2**-5, abs=0.04)
+
+
+def test_a_reference_that_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """In the cache it is done without; where the user wanted it, it is an error."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="no file can be written"):
+        opened(reference_path=str(tmp_path / "file" / "reference.npz"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level("WARNING"):
+        assert opened().reference.moments.count == 300
+    assert "not kept for the next time" in caplog.text
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(np, "savez", full)
+    assert opened().reference.moments.count == 300
+    assert not list((tmp_path / "cache").rglob("*.*"))
 
 
 def test_the_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch):

@@ -26,7 +26,7 @@ from ddaebm_jax import checkpointing, density, detection, minimax, modes, train
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures, image_quality
+from ddaebm_jax.evaluation import figures, image_quality, outlier_sets
 
 DIGITS = ROOT / "configs" / "digits.py"
 
@@ -623,6 +623,41 @@ def test_a_run_is_measured_by_inceptions_features(
     ideal = json.loads(newest.read_text())["figures"]
     assert ideal["num_images"] == 179 and ideal["fid"] < 1e-3 * found["fid"]
     assert ideal["precision"] == ideal["recall"] == ideal["coverage"] == 1.0
+    assert "step" not in json.loads(newest.read_text())  # They are of no checkpoint.
+
+
+def test_figures_of_a_folder_do_not_depend_on_its_order(
+    digits_run: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Images sorted by kind have the Inception score of images that are not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = images.open_images(train.read_config(digits_run).data, 0)
+    pixels = images.stack(found.test, 200)
+    scores = []
+    for name, order in (
+        ("mixed", np.arange(200)),
+        ("sorted", np.argsort(pixels.mean(axis=(1, 2, 3)))),
+    ):
+        np.savez(tmp_path / f"{name}.npz", x=pixels[order])
+        report = modes.evaluate(
+            digits_run,
+            input_path=tmp_path / f"{name}.npz",
+            inception=True,
+            inception_weights=str(weights),
+        )
+        scores.append(report["figures"]["inception_score"])
+    assert scores[0] == pytest.approx(scores[1], rel=0.02)
+
+
+def test_a_part_of_a_folder_is_of_all_kinds(digits_run: Path, tmp_path: Path):
+    """Not its first files, which may all be of one kind."""
+    pixels = np.concatenate([np.zeros((40, 8, 8)), np.full((40, 8, 8), 255)])
+    _write_folder(tmp_path / "kinds", pixels.astype(np.uint8))
+    data = train.read_config(digits_run).data
+    name, shape = str(tmp_path / "kinds"), (8, 8, 1)
+    none = np.zeros((0, *shape), np.uint8)
+    part = outlier_sets.open_outliers(name, none, shape, data, 0, 30)
+    assert len(part) == 30 and 50 < part.mean() < 200
 
 
 @pytest.mark.parametrize(
@@ -635,6 +670,10 @@ def test_a_run_is_measured_by_inceptions_features(
         (("--checkpoint=last",), "allowed: latest, best, 2, 4"),
         (("--num_samples=1",), "evaluation.num_samples is 1"),
         (("--input=nowhere",), "nowhere: no such folder"),
+        (("--input=nowhere", "--num_samples=9"), "--num_samples has no meaning with"),
+        (("--input=nowhere", "--inception_weights=none"), "leave one of them out"),
+        (("--preprocessing=pytorch_fid",), "--preprocessing is for Inception's"),
+        (("--skip_corrupt",), "--skip_corrupt has no meaning without --input"),
     ],
 )
 def test_what_cannot_be_measured(
@@ -655,15 +694,16 @@ def test_the_checkpoint_of_the_lowest_fid_is_kept(folder: Path, tmp_path: Path):
     config.evaluation.num_samples_on_the_way = 16
     fids: list[float | None] = []
     meter = image_quality.Meter(lambda _: None, None, {}, 0)
+    measurement = dict.fromkeys(train._MEASUREMENT, "the same")
 
     def evaluate(experiment, averages, given, num_samples=None):
         assert given is meter
         if num_samples is None:
-            return {"fid": 1.0}  # At the end there is the last checkpoint.
+            return {"fid": 0.1, **measurement}  # Of more samples: not to be compared.
         assert num_samples == 16
         if fids[0] is None:
             raise _KilledError
-        return {"fid": fids.pop(0), "preprocessing": "tf"}
+        return {"fid": fids.pop(0), **measurement}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "evaluate", evaluate)
@@ -673,20 +713,41 @@ def test_the_checkpoint_of_the_lowest_fid_is_kept(folder: Path, tmp_path: Path):
         with pytest.raises(_KilledError):
             train.train(config, workdir)
         assert [path.name for path in best.iterdir()] == ["2"]
-        fids[:] = [4.0, 3.0, 2.5]  # Of steps 3 to 5.
+        fids[:] = [4.0, 3.0, 2.5, 2.2]  # Of steps 3 to 6: the last competes too.
         train.train(config, workdir)
     assert not fids
-    assert [path.name for path in best.iterdir()] == ["5"]
+    assert [path.name for path in best.iterdir()] == ["6"]
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line).get("evaluation/fid") for line in lines]
     assert [fid for fid in found if fid] == [5.0, 3.0, 4.0, 3.0, 2.5]
     loaded = modes.load_run(workdir, checkpoint="best")
-    assert loaded.step == 5
-    assert modes.load_run(workdir).step == 6
+    assert loaded.step == 6
     kept = modes.load_run(workdir, checkpoint="4")
     assert kept.step == 4
     with pytest.raises(AssertionError):
         assert_trees_equal(loaded.variables, kept.variables)
+
+
+def test_fids_measured_in_different_ways_are_not_compared(
+    unbroken: Path, tmp_path: Path
+):
+    state = _final_state(unbroken)
+    best = train._Best(tmp_path)
+
+    def kept_after(step: int, fid: float, way: str) -> list[int]:
+        found = {"fid": fid, **dict.fromkeys(train._MEASUREMENT, way)}
+        best.offer(state.replace(step=np.int32(step)), found, {})
+        best._checkpoints.wait()
+        return best._checkpoints.steps()
+
+    assert kept_after(1, 5.0, "tf") == [1]
+    assert kept_after(2, 6.0, "tf") == [1]
+    best.close()
+    best = train._Best(tmp_path)  # As after a resume.
+    assert kept_after(3, 5.5, "tf") == [1]
+    assert kept_after(4, 9.0, "pytorch_fid") == [4]
+    assert kept_after(5, 8.0, "tf") == [5]
+    best.close()
 
 
 def test_outliers_are_detected_from_the_command_line(
@@ -715,14 +776,16 @@ def test_outliers_are_detected_from_the_command_line(
     # No model is needed to tell noise from digits.
     assert report["figures"]["noise"]["kernel density"]["auroc"]["value"] > 0.99
     kept = np.load(folder / "scores.npz")
-    assert kept["test/energy"].shape == (60,)
+    assert kept["in/energy"].shape == (60,)
     pictures = sorted(path.name for path in folder.glob("*.png"))
     assert len(pictures) == 8 and "noise_roc.png" in pictures
     # No folder is written twice, and what is drawn is drawn the same again.
     again = detection.detect(digits_run, ["noise"], num_draws=1, limit=60)
     assert again == digits_run / "ood-1"
     np.testing.assert_allclose(
-        np.load(again / "scores.npz")["noise/energy"], kept["noise/energy"], rtol=1e-4
+        np.load(again / "scores.npz")["out/noise/energy"],
+        kept["out/noise/energy"],
+        rtol=1e-4,
     )
 
 
@@ -730,10 +793,14 @@ def test_outliers_are_detected_from_the_command_line(
     ("arguments", "message"),
     [
         ({"outliers": []}, "--out is empty"),
-        ({"outliers": ["noise", "noise"]}, "names noise twice"),
+        ({"outliers": ["noise", "noise"]}, "name noise twice"),
         ({"outliers": ["held_out_classes"]}, "this run left no class out"),
         ({"outliers": ["noise"], "inliers": "inverted"}, "only be in --out"),
-        ({"outliers": ["nois"]}, "noise"),
+        ({"outliers": ["nois"]}, "did you mean 'noise'"),
+        ({"outliers": ["test"], "inliers": "noise"}, "it is for --in"),
+        ({"outliers": ["noise"], "inliers": "noise"}, "noise twice"),
+        ({"outliers": ["digits"]}, "what this run was trained on"),
+        ({"outliers": ["noise"], "inliers": "held_out_classes"}, "left no class out"),
         ({"outliers": ["noise"], "num_draws": 0}, "--num_draws is 0"),
         ({"outliers": ["noise"], "checkpoint": "9"}, "--checkpoint=9"),
     ],
@@ -765,6 +832,6 @@ def test_a_class_can_be_left_out(tmp_path: Path):
     folder = detection.detect(tmp_path / "run", ["held_out_classes"], limit=20)
     report = json.loads((folder / "report.json").read_text())
     assert report["outliers"] == {"held_out_classes": 20}
-    for classes, message in (((10,), "choose of"), (tuple(range(10)), "leave one")):
+    for classes, message in (((10,), "choose of"), (tuple(range(9)), "at least two")):
         with pytest.raises(InputError, match=message):
             images.open_images(_config(data__held_out_classes=classes).data, 0)

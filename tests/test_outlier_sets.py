@@ -118,7 +118,8 @@ def test_folder_is_read_and_cropped_like_the_models_images(tmp_path):
     cropped = opened(tmp_path, crop=(1, 3, 17, 19))
     np.testing.assert_array_equal(cropped, pictures[:, 3:19, 1:17])
     np.testing.assert_array_equal(
-        opened(tmp_path, crop=[1, 3, 17, 19], limit=2), cropped[:2]
+        opened(tmp_path, crop=[1, 3, 17, 19], limit=2),
+        cropped[outlier_sets.some(len(cropped), 2, 0)],
     )
 
 
@@ -209,7 +210,9 @@ def test_tfds_set_gives_its_test_split_or_the_named_one(prepared):
     test = read("svhn_cropped")
     assert as_set(test) == as_set(pictures_of(shape, "test"))
     np.testing.assert_array_equal(read("svhn_cropped:test"), test)
-    np.testing.assert_array_equal(read("svhn_cropped", limit=3), test[:3])
+    np.testing.assert_array_equal(
+        read("svhn_cropped", limit=3), test[outlier_sets.some(len(test), 3, 0)]
+    )
     train = read("svhn_cropped:train")
     assert as_set(train) == as_set(pictures_of(shape, "train"))
     np.testing.assert_array_equal(read("svhn_cropped:train[1:3]"), train[1:3])
@@ -247,14 +250,10 @@ def test_crop_is_for_the_configs_own_set_only(prepared):
         ("svhn_cropped", (64, 64, 3), "at least 64 a side are needed"),
         ("svhn_cropped:nope", COLOUR, "split 'nope' cannot be opened"),
         ("svhn_croped", COLOUR, r"none of inverted, .*close: svhn_cropped"),
-        (
-            "invert",
-            COLOUR,
-            r"none of inverted, shuffled, .*\(close: inverted\).*TFDS knows",
-        ),
+        ("invert", COLOUR, r"there is no set 'invert'; did you mean 'inverted'"),
         ("shufled:test", COLOUR, "close: shuffled.*TFDS"),
-        ("", COLOUR, "'', which is no path"),
-        (":test", COLOUR, "':test', which is no path"),
+        ("", COLOUR, "'' is no path"),
+        (":test", COLOUR, "':test' is no path"),
     ],
 )
 def test_names_of_no_use_are_refused(prepared, name, event_shape, part):

@@ -132,7 +132,7 @@ def test_the_number_of_devices_does_not_change_the_run(
 
 def test_the_batch_is_split_over_the_devices():
     mesh = parallel.make_mesh(4, 8)
-    index = parallel.batch_index(mesh, 8)
+    index = parallel.JitLayout(mesh).batch_index(8)
     assert [shard.data.tolist() for shard in index.addressable_shards] == [
         [0, 1],
         [2, 3],

@@ -235,7 +235,13 @@ def _read_npz(
             )
         if not array.shape[0]:
             raise InputError(f"{path}: the array {array} is empty; give an image")
-        return file.read(array).reshape(-1, *event_shape)
+        images = file.read(array).reshape(-1, *event_shape)
+        if images.max() == 1:
+            raise InputError(
+                f"{path}: the array {array} holds nothing above 1, so hardly pixels "
+                "0 … 255; save (255 * x).astype('uint8')"
+            )
+        return images
 
 
 def _npz_images(path: Path, arrays: dict[str, ArrayHeader]) -> ArrayHeader:

@@ -92,10 +92,10 @@ def _without_classes(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
         )
     known = np.union1d(*labels).tolist()
     unknown = sorted(set(classes) - set(known))
-    if unknown or set(classes) == set(known):
+    if unknown or len(set(known) - set(classes)) < 2:
         raise InputError(
-            f"data.held_out_classes is {classes}; choose of {known}, and leave one or "
-            "more to train on"
+            f"data.held_out_classes is {classes}; choose of {known}, and leave at "
+            "least two to train on"
         )
     kept, left = [], []
     for part, of_part in zip((images.train, images.test), labels, strict=True):

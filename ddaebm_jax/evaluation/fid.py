@@ -142,21 +142,21 @@ def _distance(
     return max(float(distance), 0.0)
 
 
-class Estimate(NamedTuple):
-    """A figure that scatters.
+class Score(NamedTuple):
+    """An Inception score.
 
     Attributes:
-      value: its mean.
-      spread: what the function that made it says.
+      mean: over the splits.
+      std: over the splits.
     """
 
-    value: float
-    spread: float
+    mean: float
+    std: float
 
 
 def inception_score(
     logits: Float[np.ndarray, "n classes"], num_splits: int = 10
-) -> Estimate:
+) -> Score:
     """Returns exp E KL(p(y|x) ‖ p(y)) over splits: mean and standard deviation.
 
     Salimans et al. 2016, eq. 1; consecutive splits as there, the standard deviation
@@ -184,47 +184,64 @@ def inception_score(
         # Where p is 0, p log p is too; there log_p is finite, so no care is needed.
         log_marginal = np.log(np.maximum(marginal, np.finfo(np.float64).tiny))
         scores.append(np.exp((p * (log_p - log_marginal)).sum(axis=1).mean()))
-    return Estimate(float(np.mean(scores)), float(np.std(scores)))
+    return Score(float(np.mean(scores)), float(np.std(scores)))
+
+
+class KernelDistance(NamedTuple):
+    """A kernel Inception distance.
+
+    Attributes:
+      value: the mean over subsets.
+      error: its standard error; None where there is one subset only.
+    """
+
+    value: float
+    error: float | None
 
 
 def kernel_distance(
     real: Float[np.ndarray, "n d"],
     fake: Float[np.ndarray, "m d"],
-    num_subsets: int = 100,
     subset_size: int = 1_000,
+    most_subsets: int = 100,
     seed: int = 0,
-) -> Estimate:
+) -> KernelDistance:
     """Returns the kernel Inception distance and its standard error.
 
     The unbiased squared maximum mean discrepancy with k(a, b) = (a·b/d + 1)³ (Bińkowski
-    et al. 2018), the mean over random subsets. It can be negative. The standard error
-    is that of the mean over subsets; subsets overlap, so with few features it is too
-    small.
+    et al. 2018), the mean over subsets. It can be negative. Subsets are disjoint, so
+    that they are independent and their scatter tells the mean's error.
 
     Args:
       real: features of data.
       fake: features of samples.
-      num_subsets: drawn from either set.
-      subset_size: points a subset, without replacement; less where there are fewer.
+      subset_size: points a subset; less where there are fewer.
+      most_subsets: of either set; less where the points do not suffice.
       seed: of the subsets.
 
     Raises:
       ValueError: for fewer than two points in either set.
     """
-    size = min(subset_size, len(real), len(fake))
+    least = min(len(real), len(fake))
+    size = min(subset_size, least)
     if size < 2:
         raise ValueError(
             f"there are {len(real)} real and {len(fake)} generated features; the "
             "kernel distance needs at least 2 of each"
         )
     rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(points)) for points in (real, fake)]
     distances = []
-    for _ in range(num_subsets):
-        a = real[rng.choice(len(real), size, replace=False)].astype(np.float64)
-        b = fake[rng.choice(len(fake), size, replace=False)].astype(np.float64)
+    for start in range(0, size * min(most_subsets, least // size), size):
+        a, b = (
+            points[order[start : start + size]].astype(np.float64)
+            for points, order in zip((real, fake), orders, strict=True)
+        )
         distances.append(_unbiased_mmd(a, b))
-    spread = np.std(distances, ddof=1) if num_subsets > 1 else np.nan
-    return Estimate(float(np.mean(distances)), float(spread / np.sqrt(num_subsets)))
+    error = None
+    if len(distances) > 1:
+        error = float(np.std(distances, ddof=1) / np.sqrt(len(distances)))
+    return KernelDistance(float(np.mean(distances)), error)
 
 
 def _unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:

@@ -6,15 +6,16 @@ written into every report, since a FID means nothing without.
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
 
+from ddaebm_jax import parallel
 from ddaebm_jax.data.images import ImageSet, Subset, stack
 from ddaebm_jax.data.npz_files import NpzFile
 from ddaebm_jax.data.records import digest
@@ -117,21 +118,22 @@ def _chunks_of(records: Any, size: int) -> Iterator[np.ndarray]:
 
 def save_reference(path: Path, reference: Reference) -> None:
     """Writes a reference; never half of one, never over a file that is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            count=reference.moments.count,
-            mean=reference.moments.mean,
-            scatter=reference.moments.scatter,
-            features=reference.features,
-            fingerprint=json.dumps(reference.fingerprint, sort_keys=True),
-        )
-    if path.exists():  # Another run has been faster.
-        partial.unlink()
-    else:
-        partial.replace(path)
+    handle, name = tempfile.mkstemp(".partial", path.name + ".", path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(
+                file,
+                count=reference.moments.count,
+                mean=reference.moments.mean,
+                scatter=reference.moments.scatter,
+                features=reference.features,
+                fingerprint=json.dumps(reference.fingerprint, sort_keys=True),
+            )
+        if not path.exists():  # Else another run has been faster.
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
@@ -196,12 +198,13 @@ class Meter(NamedTuple):
         - `fid`: Fréchet Inception distance of all images to the whole reference.
         - `inception_score`, `inception_score_std`: over 10 splits; left out for fewer
           than 10 images.
-        - `kid`, `kid_error`: kernel Inception distance and its standard error over 100
-          subsets of 1,000.
+        - `kid`, `kid_error`: kernel Inception distance and its standard error over
+          subsets of 1,000; left out for fewer than 2,000 images.
         - `precision`, `recall` (k = 3), `density`, `coverage` (k = 5), left out for
-          fewer than 6 images; as `kid`, of at most `num_kept` images and as many of
-          the reference.
-        - `num_images`, `num_reference`.
+          fewer than 6 images.
+        - `num_images`, `num_reference`; `num_compared`, of images and of the reference
+          each, at most `num_kept`: of these are `kid` and `precision` to `coverage`,
+          all of which change with it.
         - what `about` holds.
 
         Raises:
@@ -225,24 +228,34 @@ class Meter(NamedTuple):
                     what,
                     width,
                 )
-        real = self.reference.features
-        kernel = fid.kernel_distance(real, found.features, seed=_SEED)
+        real, fake = _as_many(self.reference.features, found.features)
+        kernel = fid.kernel_distance(real, fake, seed=_SEED)
         figures: dict[str, Any] = {
             "fid": fid.frechet_distance(self.reference.moments, found.moments),
             "kid": kernel.value,
-            "kid_error": kernel.spread,
         }
+        if kernel.error is not None:
+            figures["kid_error"] = kernel.error
         if count >= 10:
             score = fid.inception_score(found.logits)
-            figures["inception_score"] = score.value
-            figures["inception_score_std"] = score.spread
-        if min(len(found.features), len(real)) > 5:
-            figures |= fid.neighbours(real, found.features)._asdict()
+            figures["inception_score"] = score.mean
+            figures["inception_score_std"] = score.std
+        if len(real) > 5:
+            figures |= fid.neighbours(real, fake)._asdict()
         return figures | {
             "num_images": count,
             "num_reference": self.reference.moments.count,
+            "num_compared": len(real),
             **self.about,
         }
+
+
+def _as_many(real: np.ndarray, fake: np.ndarray) -> list[np.ndarray]:
+    """Chooses as many features of either set, at random: they may be in some order."""
+    num, rng = min(len(real), len(fake)), np.random.default_rng(_SEED)
+    return [
+        points[np.sort(rng.permutation(len(points))[:num])] for points in (real, fake)
+    ]
 
 
 def open_meter(evaluation: Any, image_set: ImageSet, mesh: Any) -> Meter:
@@ -285,6 +298,7 @@ def open_meter(evaluation: Any, image_set: ImageSet, mesh: Any) -> Meter:
             "inception_weights": network.fingerprint,
             "inception_weights_published": network.published,
             "num_features": network.num_features,
+            "num_kept_features": evaluation.num_kept_features,
         },
         evaluation.num_kept_features,
     )
@@ -303,8 +317,15 @@ def _open_reference(
     else:
         name = digest(json.dumps(fingerprint, sort_keys=True).encode())[:32]
         path = cache_directory("reference") / f"{name}.npz"
-    if path.exists():
+    # Together: what follows is computed on the devices of all processes.
+    if parallel.all_agree(path.exists()):
         return load_reference(path, fingerprint)
+    writable = _is_writable(path.parent)
+    if evaluation.reference_path and not writable:
+        raise InputError(
+            f"evaluation.reference_path is {path}, where no file can be written; name "
+            "another, or leave it empty"
+        )
     num = len(records)
     logging.info("computing the reference statistics of %d images once", num)
     keep = np.random.default_rng(_SEED).permutation(num)
@@ -313,7 +334,19 @@ def _open_reference(
         extract, _chunks_of(records, evaluation.batch_size), keep, keep_logits=False
     )
     reference = Reference(found.moments, found.features, fingerprint)
-    if jax.process_index() == 0:
+    try:
+        if not writable:
+            raise OSError(f"{path.parent} cannot be written to")
         save_reference(path, reference)
         logging.info("kept them in %s", path)
+    except OSError as error:  # They are needed all the same.
+        logging.warning("they are not kept for the next time: %s", error)
     return reference
+
+
+def _is_writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK)

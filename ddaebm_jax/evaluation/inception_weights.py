@@ -57,7 +57,7 @@ def load_network(path: str = "") -> Network:
     if not path:
         file = _published_file()
         return _network(torch_files.read_state_dict(file), str(file), published=True)
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.suffix not in _SUFFIXES:
         raise InputError(
             f"{file}: the suffix is {shown(file.suffix)}; allowed: "

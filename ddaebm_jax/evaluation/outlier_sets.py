@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 
 from ddaebm_jax.data import image_files, image_sets, tfds_images
-from ddaebm_jax.data.records import stack
+from ddaebm_jax.data.records import Subset, stack
 from ddaebm_jax.errors import InputError
 
 BUILT_IN = ("inverted", "shuffled", "noise", "photos", "digits")
@@ -58,7 +58,8 @@ def open_outliers(
       data: the config's `data` section; read are `crop`, `skip_corrupt`, `tfds` and
         `tfds_dir`.
       seed: of what is drawn.
-      limit: the first so many images at most; 0: all.
+      limit: so many images at most; of files and TFDS sets chosen by the seed, since
+        they may come in the order of their kinds; 0: all.
 
     Raises:
       FileNotFoundError: if a path is not there.
@@ -67,12 +68,18 @@ def open_outliers(
     """
     if name in BUILT_IN:
         images = _built_in(name, inliers, event_shape, seed)
-    elif _is_path(name):
+        return images[: limit or len(images)]
+    if _is_path(name):
         path, crop = Path(name).expanduser(), _crop(data)
         images, _ = image_files.read_images(path, event_shape, data.skip_corrupt, crop)
-    else:
-        images = _read_tfds(name, event_shape, data, limit)
-    return images[:limit] if limit else images
+        return images[some(len(images), limit, seed)]
+    return _read_tfds(name, event_shape, data, seed, limit)
+
+
+def some(num: int, limit: int, seed: int) -> Integer[np.ndarray, " n"]:
+    """Returns which of `num` images are taken, ascending; limit 0: all."""
+    order = np.random.default_rng(seed).permutation(num)
+    return np.sort(order[: limit or num])
 
 
 def _built_in(
@@ -139,9 +146,12 @@ def _crop(data: Any) -> tuple[int, ...] | None:
 
 
 def _read_tfds(
-    name: str, event_shape: tuple[int, int, int], data: Any, limit: int
+    name: str, event_shape: tuple[int, int, int], data: Any, seed: int, limit: int
 ) -> Images:
     size, _, channels = event_shape
+    typed = difflib.get_close_matches(name, BUILT_IN, 1, 0.8)
+    if typed:
+        raise InputError(f"there is no set '{name}'; did you mean '{typed[0]}'?")
     match = _SET_AND_SPLIT.fullmatch(name)
     found, split = (match["set"], match["split"] or _SPLIT) if match else (name, _SPLIT)
     crop = _crop(data) if found == data.tfds else None
@@ -152,7 +162,7 @@ def _read_tfds(
     except InputError as error:
         close = difflib.get_close_matches(name, BUILT_IN)
         raise InputError(
-            f"--out has '{name}', which is no path and none of {', '.join(BUILT_IN)}"
+            f"'{name}' is no path and none of {', '.join(BUILT_IN)}"
             + (f" (close: {', '.join(close)})" if close else "")
             + f"; taken for a set of TFDS: {error}"
         ) from error
@@ -160,8 +170,8 @@ def _read_tfds(
     num_bytes = num * size * size * channels
     if num_bytes > image_files.MAX_BYTES:
         raise InputError(
-            f"--out has '{name}': {num} images take {num_bytes} bytes; at most "
+            f"'{name}': {num} images take {num_bytes} bytes; at most "
             f"{image_files.MAX_BYTES} are allowed; take a part, for example "
             f"{found}:{split.partition('[')[0]}[:10000]"
         )
-    return stack(records, num, f"--out={name}")
+    return stack(Subset(records, some(len(records), limit, seed)), None, name)

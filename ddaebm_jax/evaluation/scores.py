@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from ddaebm_jax import density, diffusion, objective
+from ddaebm_jax import density, diffusion, objective, parallel
 from ddaebm_jax.data import images
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks
@@ -23,6 +24,7 @@ def ood_scores(
     seed: int,
     num_draws: int,
     chunk: int,
+    mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns three scores of each point, by name, float32 [n].
 
@@ -37,11 +39,12 @@ def ood_scores(
     Args:
       networks: the apply functions.
       schedule: the diffusion that the networks were trained with.
-      variables: the energy's, on one device.
+      variables: the energy's.
       x: points in the networks' units, or uint8 images.
       seed: of the noise: draw j of point i at t depends on (seed, i, j, t) only.
       num_draws: at least 1.
       chunk: points that a network takes at once; changes nothing but rounding.
+      mesh: devices over which they are split; None: one device.
 
     Raises:
       ValueError: if there is no point, or a number is below 1.
@@ -51,12 +54,17 @@ def ood_scores(
             f"num_draws is {num_draws} and chunk is {chunk}; both must be at least 1"
         )
     key = jax.random.key(seed)
+    mesh = parallel.make_mesh(1) if mesh is None else mesh
+    variables = jax.device_put(variables, parallel.replicated(mesh))
 
     def in_chunks(score: Callable[[Array, Array], Array]) -> np.ndarray:
         # A chunk is its points' places: those that fill up the last one bring their
         # own noise, and are dropped.
         values = density.evaluate_in_chunks(
-            lambda places: score(jnp.asarray(x[places]), jnp.asarray(places)),
+            lambda places: score(
+                parallel.split_rows(mesh, np.asarray(x)[places]),
+                parallel.split_rows(mesh, places),
+            )[: len(places)],
             np.arange(len(x), dtype=np.int32),
             chunk,
         )

@@ -1,0 +1,396 @@
+"""Devices and processes: every way of running a step gives one result."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import quick
+from cli import MAIN, ROOT, environment, tiny
+from helpers import assert_trees_close
+from test_config import load_recipe
+
+from ddaebm_jax import checkpointing, minimax, parallel, train
+from ddaebm_jax import config as config_lib
+from ddaebm_jax.errors import InputError
+
+STEPS = 3
+
+PLANE = {
+    "model.mlp.hidden": (16, 8),
+    "model.mlp.x_widths": (4, 4),
+    "data.batch_size": 16,
+    "optimizer.ema_decay": 0.9,
+    "optimizer.max_grad_norm": 1.0,
+    "optimizer.learning_rate": 1e-3,
+}
+IMAGES = {
+    "data.batch_size": 16,
+    "data.on_device": True,
+    "model.nz": 4,
+    "model.unet.nf": 8,
+    "model.unet.ch_mult": (1,),
+    "model.unet.num_res_blocks": 1,
+    "model.unet.attn_resolutions": (),
+    "model.unet.z_emb_dim": 8,
+    "model.unet.n_mlp": 0,
+    "model.encoder.ngf": 4,
+    "model.encoder.t_emb_dim": 8,
+    "optimizer.schedule": "constant",
+    "optimizer.learning_rate": 1e-3,
+}
+
+
+def plane(**fields: Any) -> ml_collections.ConfigDict:
+    config = config_lib.base()
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    config.update_from_flattened_dict(PLANE | changes)
+    return config
+
+
+def digits(**fields: Any) -> ml_collections.ConfigDict:
+    config = load_recipe(ROOT / "configs" / "digits.py")
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    config.update_from_flattened_dict(IMAGES | changes)
+    return config
+
+
+def indices(step: int) -> np.ndarray:
+    """Which digits a step takes."""
+    return np.random.default_rng(step).integers(0, 1_000, (1, 16), dtype=np.int32)
+
+
+def trained(config: ml_collections.ConfigDict, steps: int = STEPS) -> tuple:
+    """Returns the state after some steps, as it is saved, and the last metrics."""
+    config_lib.validate(config)
+    experiment = train.build(config)
+    dispatcher = train.Dispatcher(experiment)
+    state = dispatcher.place(train.init_state(experiment))
+    batches = [
+        indices(step) if experiment.source.holds_images else None
+        for step in range(steps)
+    ]
+    first = batches[0]
+    placed = None if first is None else dispatcher._layout.place_batches(first)
+    lowered = dispatcher._jitted.lower(state, *dispatcher._inputs, placed, 1)
+    # With little effort: it runs a few times.
+    dispatcher._compiled[1] = lowered.compile(compiler_options=quick._options())
+    for batch in batches:
+        state, metrics = dispatcher(state, 1, batch)
+    return dispatcher.saved(state), minimax.with_gaps(jax.device_get(metrics))
+
+
+def assert_same_run(actual: Any, expected: Any):
+    """Asserts that two states are the same up to rounding, after a few steps.
+
+    Adam's first steps are near the learning rate (1e-3) whatever the gradient, and
+    so another noise or batch would move most numbers by about that. Rounding does so
+    only where a gradient is next to nothing: few numbers, and none by much.
+    """
+    apart = [
+        np.abs(np.asarray(a) - np.asarray(b)).ravel()
+        for a, b in zip(
+            jax.tree.leaves((actual.variables, actual.ema)),
+            jax.tree.leaves((expected.variables, expected.ema)),
+            strict=True,
+        )
+    ]
+    everything = np.concatenate(apart)
+    assert everything.max() < 5e-4
+    assert everything.mean() < 3e-6
+
+
+WAYS = {
+    "jit": {"parallel__num_devices": 8},
+    "pmap": {"parallel__num_devices": 8, "parallel__mode": "pmap"},
+    "pmap of 2": {"parallel__num_devices": 2, "parallel__mode": "pmap"},
+    "fsdp": {"parallel__num_devices": 8, "parallel__fsdp": True},
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple]:
+    """Of one device."""
+    return {
+        "plane": trained(plane(parallel__num_devices=1)),
+        "digits": trained(digits(parallel__num_devices=1)),
+    }
+
+
+def test_another_batch_is_another_run(alone: dict[str, tuple]):
+    """The comparison sees what it is for."""
+    other = trained(plane(parallel__num_devices=1, data__batch_size=8))[0]
+    with pytest.raises(AssertionError):
+        assert_same_run(other, alone["plane"][0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [*(("plane", way) for way in WAYS), ("digits", "pmap"), ("digits", "fsdp")],
+)
+def test_every_way_gives_what_one_device_gives(
+    alone: dict[str, tuple], kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    """After 3 steps, float32."""
+    monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
+    config = {"plane": plane, "digits": digits}[kind](**WAYS[way])
+    state, metrics = trained(config)
+    expected, expected_metrics = alone[kind]
+    assert_same_run(state, expected)
+    assert int(state.step) == STEPS
+    assert_trees_close(metrics, expected_metrics, rtol=2e-3, atol=1e-3)
+    leaves = jax.tree.leaves((state.variables, state.opt_energy))
+    whole = [leaf.is_fully_replicated for leaf in leaves]
+    if way == "fsdp":
+        split = [leaf for leaf in leaves if not leaf.is_fully_replicated]
+        assert len(split) > 10
+        for leaf in split:
+            shard = leaf.addressable_shards[0].data
+            assert shard.size * 8 == leaf.size
+    else:
+        assert all(whole)
+
+
+def compiled_text(config: ml_collections.ConfigDict) -> str:
+    experiment = train.build(config)
+    dispatcher = train.Dispatcher(experiment)
+    state = dispatcher.place(train.init_state(experiment))
+    inputs = (state, *dispatcher._inputs, None)
+    return dispatcher._jitted.lower(*inputs, 1).compile().as_text()
+
+
+def collectives(text: str) -> list[str]:
+    return re.findall(r"= .*? (all-[a-z-]+|reduce-scatter|collective-\w+)\(", text)
+
+
+def test_gradients_are_reduced_once_a_player(monkeypatch: pytest.MonkeyPatch):
+    """The energy's, and the generator's with the posterior's; nothing is gathered."""
+    found = collectives(compiled_text(plane(parallel__num_devices=8)))
+    assert found == ["all-reduce", "all-reduce"]
+    monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
+    gathered = compiled_text(plane(parallel__num_devices=8, parallel__fsdp=True))
+    assert "all-gather" in collectives(gathered)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel__mode": "pmapp"}, r"allowed: jit, pmap \(did you mean 'pmap'"),
+        ({"parallel__mode": "pmap", "parallel__fsdp": True}, "fsdp is True"),
+        ({"parallel__mode": "pmap", "model__mlp__norm": "batch"}, "norm='batch'"),
+    ],
+)
+def test_what_does_not_go_together(fields: dict, message: str):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.validate(plane(**fields))
+
+
+def test_parts_of_a_state():
+    mesh = parallel.make_mesh(4)
+    spec = parallel.fully_sharded(mesh, (3, 256, 512)).spec
+    assert spec == jax.sharding.PartitionSpec(None, None, "data")
+    assert parallel.fully_sharded(mesh, (512, 31)).is_fully_replicated  # Too small.
+    assert parallel.fully_sharded(mesh, (513, 1_001)).is_fully_replicated
+    assert parallel.fully_sharded(mesh, ()).is_fully_replicated
+
+
+def test_processes_must_be_told_of_wholly():
+    for told in (("host:1", None, 0), ("", 2, None), ("", 2, 0)):
+        with pytest.raises(InputError, match="belong together"):
+            parallel.join(parallel.Processes(*told))
+    with pytest.raises(InputError, match="process_id is 2 of --num_processes=2"):
+        parallel.join(parallel.Processes("localhost:1", 2, 2))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_checkpoint_is_taken_up_by_another_number_of_devices(
+    tmp_path: Path, devices: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Saved by 4, in parts; the whole way on 4 gives the same."""
+    monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
+    fields = {
+        "train__report_every": 2,
+        "train__checkpoint_every": 2,
+        "train__picture_every": 0,
+        "train__steps_per_dispatch": 2,
+        "train__tensorboard": False,
+        "evaluation__num_samples": 16,
+        "evaluation__num_projections": 4,
+    }
+    saved = plane(
+        train__num_steps=2, parallel__num_devices=4, parallel__fsdp=True, **fields
+    )
+    train.train(saved, tmp_path / "run")
+    on = plane(train__num_steps=4, parallel__num_devices=devices, **fields)
+    train.train(on, tmp_path / "run")
+    whole = trained(plane(parallel__num_devices=4), steps=4)[0]
+    assert_same_run(final_state(tmp_path / "run"), whole)
+
+
+def final_state(workdir: Path) -> minimax.TrainState:
+    experiment = train.build(train.read_config(workdir))
+    checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
+    state = checkpoints.restore(train.abstract_state(experiment))
+    checkpoints.close()
+    return state
+
+
+# --- Several processes ------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def start(
+    flags: list[str], *of_each: list[str], devices: int = 2
+) -> list[subprocess.Popen]:
+    """Starts one process for each list of additional flags."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(MAIN),
+                *flags,
+                *own,
+                "--distributed",
+                f"--coordinator=localhost:{port}",
+                f"--num_processes={len(of_each)}",
+                f"--process_id={number}",
+            ],
+            env=environment(devices),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number, own in enumerate(of_each)
+    ]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    results = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        results.append((process.returncode, out, err))
+    return results
+
+
+GAUSSIANS = "configs/gaussians25.py"
+# Nothing decays there, so that a run's length may change.
+RELEASED = "configs/released_gaussians25.py"
+RUN = {
+    "train__num_steps": 6,
+    "train__steps_per_dispatch": 1,
+    "train__report_every": 2,
+    "train__checkpoint_every": 2,
+    "evaluation__num_samples": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes with two devices each."""
+    workdir = tmp_path_factory.mktemp("together") / "run"
+    results = ended(start([*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"], [], []))
+    for code, _, err in results:
+        assert code == 0, err
+    first, second = (out for _, out, _ in results)
+    assert str(workdir) in first and "modes_found" in first
+    assert str(workdir) not in second  # One process reports.
+    return workdir
+
+
+def of_run(workdir: Path, **fields: Any) -> ml_collections.ConfigDict:
+    """The config of a run, changed."""
+    config = train.read_config(workdir)
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_two_processes_do_what_one_does(together: Path, tmp_path: Path):
+    train.train(of_run(together, parallel__num_devices=4), tmp_path / "run")
+    expected = final_state(tmp_path / "run")
+    assert_same_run(final_state(together), expected)
+    report = json.loads((together / "report.json").read_text())
+    assert report["processes"] == 2 and report["device"] == "4 × cpu"
+    lines = (together / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [2, 4, 6, 6]
+    assert sorted(path.name for path in (together / "samples").iterdir()) == [
+        "plane_00000006.png",
+        "steps_00000006.png",
+    ]
+
+
+def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
+    flags = [
+        *tiny(RELEASED, **{**RUN, "train__num_steps": 10_000}),
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    processes = start(flags, [], [])
+    deadline = time.monotonic() + 240
+    checkpoints = tmp_path / "run" / "checkpoints"
+    try:
+        while not (checkpoints / "4").exists():
+            assert time.monotonic() < deadline, "no checkpoint"
+            assert all(process.poll() is None for process in processes), ended(
+                processes
+            )
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGKILL)
+        code, _, err = ended(processes[:1])[0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert code != 0
+    assert "error: the other processes cannot be reached" in err
+    assert "goes on from its newest checkpoint" in err
+    saved = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    total = saved + 2
+    shorter = [
+        f"--config.train.num_steps={total}" if "num_steps" in flag else flag
+        for flag in flags
+    ]
+    for code, _, err in ended(start(shorter, [], [])):
+        assert code == 0, err
+    assert int(final_state(tmp_path / "run").step) == total
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["resumed_from_step"] == saved
+
+
+def test_processes_with_different_configs_are_refused(tmp_path: Path):
+    flags = [*tiny(GAUSSIANS, **RUN), f"--workdir={tmp_path / 'run'}"]
+    results = ended(start(flags, [], ["--config.game.gamma=0.5"], devices=1))
+    for code, _, err in results:
+        assert code == 2
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, err
+        assert "game.gamma (" in lines[0] and "0.5 in process 1" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_distributed_needs_a_directory():
+    result = subprocess.run(
+        [sys.executable, str(MAIN), f"--config={GAUSSIANS}", "--distributed"],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "--distributed needs --workdir" in result.stderr
