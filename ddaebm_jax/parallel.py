@@ -33,11 +33,14 @@ class Processes(NamedTuple):
         Slurm, Open MPI, Kubernetes).
       num_processes: how many there are.
       process_id: this one's number, from 0.
+      heartbeat_timeout: seconds of silence after which JAX takes a process for dead,
+        and ends the others with a message that names it.
     """
 
     coordinator: str = ""
     num_processes: int | None = None
     process_id: int | None = None
+    heartbeat_timeout: int = 100
 
 
 def join(processes: Processes) -> None:
@@ -61,11 +64,12 @@ def join(processes: Processes) -> None:
             f"--process_id is {processes.process_id} of --num_processes="
             f"{processes.num_processes}; numbers from 0 up to one below are needed"
         )
+    timeout = {"heartbeat_timeout_seconds": processes.heartbeat_timeout}
     try:
         if all(given):
-            jax.distributed.initialize(*processes)
+            jax.distributed.initialize(*processes[:3], **timeout)
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**timeout)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(

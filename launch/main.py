@@ -61,6 +61,12 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Number of this process, from 0.", lower_bound=0
 )
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    100,
+    "Seconds after which a silent process is taken for dead, and the others end.",
+    lower_bound=1,
+)
 _INPUT = flags.DEFINE_string(
     "input",
     None,
@@ -120,6 +126,7 @@ _MODES_OF_FLAG = {
     "coordinator": ("train", "evaluate"),
     "num_processes": ("train", "evaluate"),
     "process_id": ("train", "evaluate"),
+    "heartbeat_timeout": ("train", "evaluate"),
     "checkpoint": ("sample", "score", "evaluate", "ood"),
     "num_samples": ("sample", "evaluate"),
     "seed": ("sample", "ood"),
@@ -158,7 +165,7 @@ def _check_flags() -> None:
 
 
 def _join_processes() -> None:
-    names = ("coordinator", "num_processes", "process_id")
+    names = ("coordinator", "num_processes", "process_id", "heartbeat_timeout")
     given = [name for name in names if flags.FLAGS[name].present]
     if not _DISTRIBUTED.value:
         if given:
@@ -169,7 +176,12 @@ def _join_processes() -> None:
     from ddaebm_jax import parallel
 
     parallel.join(
-        parallel.Processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        parallel.Processes(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            _HEARTBEAT_TIMEOUT.value,
+        )
     )
 
 

@@ -341,7 +341,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
         *tiny(RELEASED, **{**RUN, "train__num_steps": 10_000}),
         f"--workdir={tmp_path / 'run'}",
     ]
-    processes = start(flags, [], [])
+    processes = start([*flags, "--heartbeat_timeout=10"], [], [])
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / "run" / "checkpoints"
     try:
@@ -357,8 +357,9 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
         for process in processes:
             process.kill()
     assert code != 0
-    assert "error: the other processes cannot be reached" in err
-    assert "goes on from its newest checkpoint" in err
+    # JAX's own words where it notices first, ours where a computation does.
+    noticed = ("another task died", "error: the other processes cannot be reached")
+    assert any(words in err for words in noticed), err
     saved = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
     total = saved + 2
     shorter = [
