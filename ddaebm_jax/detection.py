@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
-from ddaebm_jax import modes, writers
+from ddaebm_jax import modes, parallel, writers
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures, ood, outlier_sets, scores
@@ -51,7 +51,7 @@ def detect(
       skip_corrupt: leave a folder's images out that are of no use.
 
     Returns:
-      The folder.
+      The folder, which the first of several processes writes.
 
     Raises:
       InputError: for a run without images, or sets that cannot be opened.
@@ -99,6 +99,8 @@ def detect(
         **modes.circumstances(run.experiment, started),
     }
     folder = modes.free_path(run.workdir / "ood")
+    if not parallel.is_first_process():
+        return folder
     folder.mkdir()
     write_json_atomically(folder / "report.json", report)
     table = ood.format_detections(detections)

@@ -122,11 +122,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to write. Default: in --work
 # Flags that only some modes read; elsewhere they would be ignored.
 _MODES_OF_FLAG = {
     "config": ("train",),
-    "distributed": ("train", "evaluate"),
-    "coordinator": ("train", "evaluate"),
-    "num_processes": ("train", "evaluate"),
-    "process_id": ("train", "evaluate"),
-    "heartbeat_timeout": ("train", "evaluate"),
+    "distributed": ("train", "evaluate", "ood"),
+    "coordinator": ("train", "evaluate", "ood"),
+    "num_processes": ("train", "evaluate", "ood"),
+    "process_id": ("train", "evaluate", "ood"),
+    "heartbeat_timeout": ("train", "evaluate", "ood"),
     "checkpoint": ("sample", "score", "evaluate", "ood"),
     "num_samples": ("sample", "evaluate"),
     "seed": ("sample", "ood"),
@@ -248,7 +248,8 @@ def _run() -> None:
             _LIMIT.value,
             _SKIP_CORRUPT.value,
         )
-        print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
+        if parallel.is_first_process():
+            print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
 
 
 def _inception_settings() -> dict[str, Any]:

@@ -8,12 +8,14 @@ from cli import ROOT, environment
 _CORE = (
     "diffusion objective minimax sampling density parallel models models.mlp "
     "models.ncsnpp models.encoder models.resample data.synthetic data.tabular "
-    "data.images evaluation.synthetic evaluation.ood evaluation.digits interop"
+    "data.images evaluation.synthetic evaluation.ood evaluation.digits evaluation.fid "
+    "evaluation.inception evaluation.inception_weights evaluation.image_quality "
+    "evaluation.scores evaluation.outlier_sets torch_files interop"
 ).split()
 
 _CHECK = f"""
 import sys
-blocked = "tensorflow clu orbax ml_collections matplotlib PIL sklearn grain"
+blocked = "tensorflow clu orbax ml_collections matplotlib PIL sklearn grain torch"
 for name in blocked.split():
     sys.modules[name] = None
 import importlib

@@ -226,7 +226,7 @@ def test_training_goes_on_from_imported_weights(
     """Up to the first step, which test_train takes."""
     started = []
 
-    def loop(config, experiment, workdir, state, *rest):
+    def loop(run, state):
         started.append(state)
         return state
 

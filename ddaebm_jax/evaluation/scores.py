@@ -55,25 +55,25 @@ def ood_scores(
         )
     key = jax.random.key(seed)
     mesh = parallel.make_mesh(1) if mesh is None else mesh
-    variables = jax.device_put(variables, parallel.replicated(mesh))
+    whole = parallel.replicated(mesh)
+    variables = jax.device_put(variables, whole)
 
     def in_chunks(score: Callable[[Array, Array], Array]) -> np.ndarray:
         # A chunk is its points' places: those that fill up the last one bring their
         # own noise, and are dropped.
-        values = density.evaluate_in_chunks(
-            lambda places: score(
-                parallel.split_rows(mesh, np.asarray(x)[places]),
-                parallel.split_rows(mesh, places),
-            )[: len(places)],
-            np.arange(len(x), dtype=np.int32),
-            chunk,
-        )
-        return np.asarray(values)
+        def of(places: np.ndarray) -> Array:
+            part = parallel.split_rows(mesh, np.asarray(x)[places])
+            found = score(part, parallel.split_rows(mesh, places))
+            # Every process is to have them all.
+            return jax.device_put(found, whole)[: len(places)]
+
+        numbers = np.arange(len(x), dtype=np.int32)
+        return np.asarray(density.evaluate_in_chunks(of, numbers, chunk))
 
     def over_t(part: Array, places: Array) -> Array:
         # Not in one program: that would hold all activations at once, or scan, which
         # is slow on a CPU.
-        total = jnp.zeros(places.shape)
+        total: Any = 0.0
         for draw in range(num_draws):
             for t in range(schedule.num_steps):
                 total += _energy_at(
