@@ -163,6 +163,14 @@ def make_mesh(num_devices: int, batch_size: int | None = None) -> Mesh:
     return Mesh(np.asarray(used), (DATA_AXIS,))
 
 
+def mesh_for_evaluation(num_devices: int) -> Mesh:
+    """Returns the mesh of a trained run: as `make_mesh`, but of what there is.
+
+    A run is sampled and measured on other machines than it was trained on.
+    """
+    return make_mesh(num_devices if num_devices < jax.device_count() else 0)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

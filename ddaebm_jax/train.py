@@ -154,7 +154,7 @@ def init_state(experiment: Experiment) -> minimax.TrainState:
 
 def abstract_state(experiment: Experiment) -> minimax.TrainState:
     """Returns the shapes of the state, whole on every device, to restore one into."""
-    mesh = parallel.make_mesh(experiment.config.parallel.num_devices)
+    mesh = parallel.mesh_for_evaluation(experiment.config.parallel.num_devices)
     return parallel.JitLayout(mesh).restored_like(_state_shapes(experiment))
 
 

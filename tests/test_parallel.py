@@ -19,7 +19,7 @@ from cli import MAIN, ROOT, environment, tiny
 from helpers import assert_trees_close
 from test_config import load_recipe
 
-from ddaebm_jax import checkpointing, minimax, parallel, train
+from ddaebm_jax import checkpointing, minimax, modes, parallel, train
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
 
@@ -234,6 +234,26 @@ def test_a_checkpoint_is_taken_up_by_another_number_of_devices(
     train.train(on, tmp_path / "run")
     whole = trained(plane(parallel__num_devices=4), steps=4)[0]
     assert_same_run(final_state(tmp_path / "run"), whole)
+
+
+def test_a_run_is_used_where_there_are_fewer_devices(tmp_path: Path):
+    """Trained on 64, so its config says; sampled on the 8 that are here."""
+    fields = {
+        "train__num_steps": 1,
+        "train__picture_every": 0,
+        "train__tensorboard": False,
+        "evaluation__num_samples": 16,
+        "evaluation__num_projections": 4,
+    }
+    train.train(plane(**fields), tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["parallel"]["num_devices"] = 64
+    path.write_text(json.dumps(config))
+    drawn = modes.sample(tmp_path / "run", 10, 0, str(tmp_path / "drawn.npz"))
+    assert np.load(drawn)["x"].shape == (10, 2)
+    with pytest.raises(InputError, match=r"parallel\.num_devices is 64"):
+        train.train(of_run(tmp_path / "run"), tmp_path / "run")
 
 
 def final_state(workdir: Path) -> minimax.TrainState:

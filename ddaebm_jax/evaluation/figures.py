@@ -103,7 +103,7 @@ def _draw(
 
 def evaluation_mesh(experiment: Any) -> Mesh:
     """Returns the devices over which sampling and scoring are split."""
-    return parallel.make_mesh(experiment.config.parallel.num_devices)
+    return parallel.mesh_for_evaluation(experiment.config.parallel.num_devices)
 
 
 def rows_at_a_time(experiment: Any) -> int:
