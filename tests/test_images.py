@@ -36,6 +36,7 @@ def settings_of(name, **changes):
         "split": "train",
         "test_split": "test",
         "limit": 0,
+        "held_out_classes": (),
         "image_size": 8,
         "channels": 3,
         "crop": None,

@@ -314,7 +314,7 @@ def _fetch(path: Path) -> None:
         raise InputError(
             f"the FID's Inception weights, {path.name}, could not be fetched from "
             f"{PUBLISHED_URL} to {path.parent} ({reason}); fetch that file elsewhere "
-            "and give it as --inception_weights=FILE"
+            "and give it as --inception_weights=FILE (=none: do without)"
         ) from error
     finally:
         if partial is not None:
