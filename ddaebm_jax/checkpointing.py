@@ -6,6 +6,7 @@ A step's data and noise are functions of (seed, step), so that the state alone f
 how a run goes on: a resumed run is bit-identical to an unbroken one.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,53 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for saves and releases the directory."""
         self._manager.close()
+
+
+# What two FIDs must have in common to be compared.
+MEASUREMENT = (
+    "num_images",
+    "num_reference",
+    "preprocessing",
+    "reference",
+    "reference_images",
+    "inception_weights",
+)
+
+
+class BestCheckpoint:
+    """Keeps the checkpoint of the lowest FID, all measured in one way."""
+
+    def __init__(self, workdir: Path) -> None:
+        """Opens what a run directory has kept, if anything."""
+        self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST)
+        self._fid, self._measurement = math.inf, None
+        step = self._checkpoints.latest_step()
+        if step is not None:
+            info = self._checkpoints.info(step)
+            self._fid, self._measurement = float(info["fid"]), info["measurement"]
+
+    def offer(
+        self, state: TrainState, found: dict[str, Any], info: dict[str, Any]
+    ) -> None:
+        """Saves a state if its FID is the lowest so far.
+
+        One measured in another way, as after a resume with other settings, compares
+        with none before it.
+        """
+        fid = found["fid"]
+        measurement = {name: found[name] for name in MEASUREMENT}
+        if self._measurement not in (None, measurement):
+            logging.info("FID is measured in another way now; the best starts anew")
+            self._fid = math.inf
+        if fid < self._fid:
+            self._fid, self._measurement = fid, measurement
+            own = {"input": None, "fid": fid, "measurement": measurement}
+            self._checkpoints.save(state, {**info, **own})
+            logging.info("step %d has the lowest FID so far, %.3f", state.step, fid)
+
+    def close(self) -> None:
+        """Waits for saves and releases the directory."""
+        self._checkpoints.close()
 
 
 def _first_line(error: Exception) -> str:

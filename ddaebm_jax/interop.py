@@ -236,18 +236,9 @@ def convert(
                 f"does not fit {'/'.join(target.path)} ({ours}); give the config that "
                 "these weights were trained with"
             )
-        if not np.issubdtype(array.dtype, np.floating):
-            raise InputError(
-                f"{origin}: {name} holds {array.dtype}; floating-point weights are "
-                "needed"
-            )
-        with np.errstate(over="ignore"):
-            converted = np.ascontiguousarray(converted, np.float32)
-        if not np.isfinite(converted).all():
-            raise InputError(
-                f"{origin}: {name} holds NaN, Inf, or more than float32 can; use "
-                "another file"
-            )
+        converted = np.ascontiguousarray(
+            torch_files.finite_float32(name, converted, origin, "use another file")
+        )
         node = params
         for part in target.path[:-1]:
             node = node.setdefault(part, {})

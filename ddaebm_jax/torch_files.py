@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from ddaebm_jax.data.npz_files import shown
 from ddaebm_jax.errors import InputError
@@ -137,6 +137,34 @@ def read_safetensors(path: str | Path) -> Arrays:
     path = Path(path)
     advice = "save it again with safetensors.torch.save_file(model.state_dict(), path)"
     return _in_one_line(path, _read_safetensors, "a safetensors file", advice)
+
+
+def finite_float32(
+    name: str, array: Shaped[np.ndarray, "..."], origin: str, remedy: str
+) -> Float[np.ndarray, "..."]:
+    """Returns weights as float32.
+
+    Args:
+      name: of the weights.
+      array: what a file holds.
+      origin: what the error messages call the file.
+      remedy: what to try, the end of the message.
+
+    Raises:
+      InputError: for other numbers than floating-point ones, or ones that float32
+        does not hold.
+    """
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(
+            f"{origin}: {name} holds {array.dtype}; floating-point weights are needed"
+        )
+    with np.errstate(over="ignore"):
+        array = np.asarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"{origin}: {name} holds NaN, Inf, or more than float32 can; {remedy}"
+        )
+    return array
 
 
 def _in_one_line(

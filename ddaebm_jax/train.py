@@ -5,7 +5,6 @@ of it, and all randomness is a function of (seed, step).
 """
 
 import contextlib
-import math
 import os
 import tempfile
 import time
@@ -31,7 +30,7 @@ from ddaebm_jax import (
     parallel,
     writers,
 )
-from ddaebm_jax.checkpointing import BEST, Checkpoints
+from ddaebm_jax.checkpointing import BestCheckpoint, Checkpoints
 from ddaebm_jax.data import Source, open_source
 from ddaebm_jax.data.images import Batches
 from ddaebm_jax.errors import InputError
@@ -567,7 +566,7 @@ class _Run(NamedTuple):
     dispatcher: Dispatcher
     batches: Batches | None
     checkpoints: Checkpoints
-    best: Any
+    best: BestCheckpoint | None
     meter: image_quality.Meter | None
     output: writers.Writers | writers.Silent
     info: dict[str, Any]
@@ -598,7 +597,7 @@ def _open_run(
             f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
             f"{total}; raise it, or name a new --workdir"
         )
-    best = _Best(workdir) if meter is not None else None
+    best = BestCheckpoint(workdir) if meter is not None else None
     if best is not None:
         stack.callback(best.close)
     batches = open_batches(experiment)
@@ -664,51 +663,6 @@ def _finish(run: _Run, state: minimax.TrainState, report: dict[str, Any]) -> Non
         write_json_atomically(run.workdir / REPORT_FILE, report)
     run.output.scalars(step, {f"final/{k}": v for k, v in report["figures"].items()})
     _draw(run, state, step)
-
-
-# What two FIDs must have in common to be compared.
-_MEASUREMENT = (
-    "num_images",
-    "num_reference",
-    "preprocessing",
-    "reference",
-    "reference_images",
-    "inception_weights",
-)
-
-
-class _Best:
-    """Keeps the checkpoint of the lowest FID, all measured in one way."""
-
-    def __init__(self, workdir: Path) -> None:
-        self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST)
-        self._fid, self._measurement = math.inf, None
-        step = self._checkpoints.latest_step()
-        if step is not None:
-            info = self._checkpoints.info(step)
-            self._fid, self._measurement = float(info["fid"]), info["measurement"]
-
-    def offer(
-        self, state: minimax.TrainState, found: dict[str, Any], info: dict[str, Any]
-    ) -> None:
-        """Saves a state if its FID is the lowest so far.
-
-        One measured in another way, as after a resume with other settings, compares
-        with none before it.
-        """
-        fid = found["fid"]
-        measurement = {name: found[name] for name in _MEASUREMENT}
-        if self._measurement not in (None, measurement):
-            logging.info("FID is measured in another way now; the best starts anew")
-            self._fid = math.inf
-        if fid < self._fid:
-            self._fid, self._measurement = fid, measurement
-            own = {"input": None, "fid": fid, "measurement": measurement}
-            self._checkpoints.save(state, {**info, **own})
-            logging.info("step %d has the lowest FID so far, %.3f", state.step, fid)
-
-    def close(self) -> None:
-        self._checkpoints.close()
 
 
 def _draw(run: _Run, state: minimax.TrainState, step: int) -> None:

@@ -209,17 +209,7 @@ def _check_names(named: Mapping[str, np.ndarray], origin: str) -> None:
 
 
 def _float32(name: str, array: np.ndarray, origin: str) -> np.ndarray:
-    if not np.issubdtype(array.dtype, np.floating):
-        raise InputError(
-            f"{origin}: {name} holds {array.dtype}; floating-point weights are needed"
-        )
-    with np.errstate(over="ignore"):
-        array = np.asarray(array, np.float32)
-    if not np.isfinite(array).all():
-        raise InputError(
-            f"{origin}: {name} holds NaN, Inf, or more than float32 can; fetch the "
-            "file again"
-        )
+    array = torch_files.finite_float32(name, array, origin, "fetch the file again")
     if name.endswith(".running_var") and (array < 0).any():
         raise InputError(
             f"{origin}: {name} holds {array.min():.3g}, and a variance cannot be below "
