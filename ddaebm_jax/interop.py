@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddaebm_jax import torch_files
+from ddaebm_jax.data.npz_files import NpzFile
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players, encoder
 
@@ -247,15 +248,9 @@ def convert(
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # Damaged files raise a dozen kinds.
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path} cannot be read as an NPZ of plain arrays ({reason}); write it "
-            "with numpy.savez(path, **arrays)"
-        ) from error
+    advice = "write it with numpy.savez(path, **arrays)"
+    with NpzFile(path, torch_files.MAX_BYTES, advice) as file:
+        return {name: file.read(array) for name, array in file.arrays.items()}
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:

@@ -25,8 +25,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from ddaebm_jax.data.npz_files import shown
+from ddaebm_jax.data.npz_files import open_zip, shown
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.files import open_regular
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
@@ -70,6 +71,12 @@ _LEGACY_PROTOCOL = 1001
 
 # A tensor takes about 200 bytes of a pickle, and as many of a safetensors header.
 _MOST_PICKLE_BYTES = _MOST_HEADER_BYTES = 2**23
+# Of a pickle; a tensor takes about 30, and one may take a hundred bytes of memory.
+_MOST_INSTRUCTIONS = 500_000
+# Tensors may share numbers, as tied weights do; so often, over all.
+_MOST_SHARED = 4
+# Most bytes of a file.
+MAX_BYTES = 8 * 2**30
 # Of a tensor; NumPy has no more.
 _MOST_AXES = 32
 
@@ -173,8 +180,10 @@ def _in_one_line(
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     try:
-        with path.open("rb") as file:
+        with open_regular(path, MAX_BYTES) as file:
             return read(file, path.stat().st_size)
+    except InputError:
+        raise
     except _Refused as error:
         raise InputError(f"{path}: {error}") from error
     # What is not foreseen below is a dozen kinds, of zipfile's and of pickletools'.
@@ -220,7 +229,7 @@ def _read_torch(file: io.BufferedIOBase, size: int) -> Arrays:
 
 def _read_zip(file: io.BufferedIOBase, size: int) -> Arrays:
     """Reads NAME/data.pkl and the storages NAME/data/KEY."""
-    with zipfile.ZipFile(file) as archive:
+    with open_zip(file) as archive:
 
         def content(name: str, most: int) -> bytes:
             try:
@@ -319,6 +328,13 @@ def _storages(tensors: dict[str, _Tensor], size: int) -> list[_Storage]:
     needed = sum(storage.num_bytes for storage in storages.values())
     if needed > size:
         raise _Damaged(f"its tensors need {needed} bytes, and it has {size} in all")
+    stored = sum(storage.count for storage in storages.values())
+    looked_at = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if looked_at > _MOST_SHARED * stored:
+        raise _Damaged(
+            f"its tensors have {looked_at} numbers and share {stored}; at most "
+            f"{_MOST_SHARED} times as many are allowed"
+        )
     return list(storages.values())
 
 
@@ -350,7 +366,9 @@ def _unpickle(file: io.BufferedIOBase) -> object:
     start = file.tell()
     buffer = io.BytesIO(file.read(_MOST_PICKLE_BYTES))
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(buffer):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(buffer)):
+        if number == _MOST_INSTRUCTIONS:
+            raise _Damaged(f"a pickle in it has more than {number} instructions")
         machine.step(opcode.name, argument)
     file.seek(start + buffer.tell())
     if len(machine.stack) != 1 or machine.outer:
@@ -419,8 +437,11 @@ class _Machine:
             case "GLOBAL":
                 push(_global(argument))
             case "STACK_GLOBAL":
-                module, attribute = self.pop(2)
-                push(_global(f"{module} {attribute}"))
+                names = self.pop(2)
+                # Others may be nested so that no memory holds them written out.
+                if not all(type(name) is str for name in names):
+                    raise _Damaged("a pickle in it names something by no name")
+                push(_global(" ".join(names)))
             case "BINPERSID":
                 push(_storage(*self.pop(1)))
             case "REDUCE":

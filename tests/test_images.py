@@ -41,6 +41,7 @@ def settings_of(name, **changes):
         "channels": 3,
         "crop": None,
         "skip_corrupt": False,
+        "timeout": 600,
         "test_fraction": 0.25,
         "num_patches": 40,
     }

@@ -1,5 +1,6 @@
 """TFDS sets: read as prepared, without TensorFlow, and refused when they cannot be."""
 
+import errno
 import io
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from cli import ROOT, environment
 from PIL import Image
 
-from ddaebm_jax.data import images
+from ddaebm_jax.data import images, tfds_images
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.errors import InputError
 
@@ -31,6 +32,7 @@ def settings_of(directory, **changes):
         "image_size": 32,
         "channels": 3,
         "crop": None,
+        "skip_corrupt": False,
         "test_fraction": 0.25,
     }
     return SimpleNamespace(
@@ -145,7 +147,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if f is not PathFinder] + [Without]
 data = SimpleNamespace(
     name="tfds", tfds="cifar10", tfds_dir=sys.argv[1], split="train",
     test_split="test", limit=0, image_size=32, channels=3, crop=None,
-    test_fraction=0.1, held_out_classes=(),
+    test_fraction=0.1, held_out_classes=(), skip_corrupt=False,
 )
 print(images.stack(images.open_images(data, 0).train).shape)
 '''
@@ -162,6 +164,55 @@ def test_reading_needs_no_tensorflow(prepared):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"({NUM_TRAIN}, 32, 32, 3)"
+
+
+class Spoiled:
+    """A split of which some records cannot be read."""
+
+    def __init__(self, source, errors):
+        self._source = source
+        self._errors = errors
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        if index in self._errors:
+            raise self._errors[index]
+        return self._source[index]
+
+
+@pytest.fixture
+def spoiled(prepared, monkeypatch):
+    """Spoils the set's records; returns how to say which."""
+    whole, errors = tfds_images._open_source, {}
+    monkeypatch.setattr(
+        tfds_images, "_open_source", lambda *split: Spoiled(whole(*split), errors)
+    )
+    return lambda **kinds: errors.update(
+        {int(name[1:]): error for name, error in kinds.items()}
+    )
+
+
+def test_damaged_records_are_named_or_passed_over(prepared, spoiled):
+    whole = images.stack(opened(prepared).train)
+    # The first is looked at when the set is opened, the second is not.
+    spoiled(_0=ValueError("checksum\nfails"), _2=ValueError("checksum fails"))
+    with pytest.raises(InputError, match=r"record 0 of 'train': .*checksum fails"):
+        opened(prepared)
+    found = opened(prepared, skip_corrupt=True)
+    expected = whole[[1, 1, 3, *range(3, NUM_TRAIN)]]
+    np.testing.assert_array_equal(images.stack(found.train), expected)
+    stream = Batches(NUM_TRAIN, 4, 0, found.train, num_workers=0)
+    index = Batches(NUM_TRAIN, 4, 0).next(9)
+    np.testing.assert_array_equal(stream.next(9), expected[index])
+
+
+def test_faults_of_the_file_system_are_not_passed_over(prepared, spoiled):
+    spoiled(_2=OSError(errno.EIO, "Input/output error"))
+    found = opened(prepared, skip_corrupt=True)
+    with pytest.raises(InputError, match=r"record 2 .* the file system works"):
+        found.train[2]
 
 
 def test_batches_are_the_records_that_the_order_names(prepared):

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from ddaebm_jax.data.records import UnusableRecord, one_line
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.files import open_regular
 
-# Most pixels of an image file, as its header says.
+# Most pixels of an image file, as its header says, and most bytes of the file.
 MAX_PIXELS = 64 * 2**20
+MAX_FILE_BYTES = 256 * 2**20
 
 # Left, top, right, bottom, in pixels.
 Crop = tuple[int, int, int, int]
@@ -55,7 +58,7 @@ def prepare(
     transparent = "transparency" in image.info
     if transparent or image.mode not in _LOSSLESS[channels]:
         allowed = ", ".join(_LOSSLESS[channels])
-        raise InputError(
+        raise UnusableRecord(
             f"{name}: its mode is {image.mode}{' with transparency' * transparent}; "
             f"allowed for data.channels = {channels}: {allowed}, without "
             f"transparency; convert it to {_PIL_MODE[channels]} first"
@@ -66,7 +69,7 @@ def prepare(
         left, top, right, bottom = crop
         width, height = image.size
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise InputError(
+            raise UnusableRecord(
                 f"{name}: {width}×{height} pixels, and data.crop is {tuple(crop)} "
                 "(left, top, right, bottom); a box inside of the image is needed"
             )
@@ -74,7 +77,7 @@ def prepare(
     width, height = image.size
     short = min(width, height)
     if short < size:
-        raise InputError(
+        raise UnusableRecord(
             f"{name}: {width}×{height} pixels{' once cropped' * (crop is not None)}; "
             f"at least {size} a side are needed; lower data.image_size or leave the "
             "image out"
@@ -92,6 +95,9 @@ def decode_file(
 ) -> UInt8[np.ndarray, "size size channels"]:
     """Decodes a PNG or JPEG file, and prepares its image.
 
+    Sizes are bounded before anything is decoded. Of a JPEG file with several pictures
+    (MPO, as some cameras write) the first is taken; an animated PNG is refused.
+
     Args:
       path: of the file.
       name: of the file, for messages.
@@ -100,34 +106,48 @@ def decode_file(
       crop: as in `prepare`.
 
     Raises:
-      InputError: if the file is damaged, too large, or not usable by `prepare`.
+      UnusableRecord: if the file is damaged, too large, or not usable by `prepare`.
+      InputError: if the file system fails.
     """
     from PIL import Image
 
     # PIL's decoders raise a dozen kinds of errors on damaged bytes.
     try:
-        with path.open("rb") as file:
+        with open_regular(path, MAX_FILE_BYTES, name) as file:
             start = file.read(_PNG_DEPTH + 1)
             # PIL would cut 16-bit colours to 8 bits without a word.
             if start.startswith(_PNG_SIGNATURE) and start[_PNG_DEPTH:] == b"\x10":
-                raise InputError(
+                raise UnusableRecord(
                     f"{name}: 16 bits a channel; 8 are allowed; convert it first"
                 )
             file.seek(0)
             with Image.open(file, formats=("PNG", "JPEG")) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise InputError(
+                    raise UnusableRecord(
                         f"{name}: {width}×{height} pixels; at most {MAX_PIXELS} are "
                         "allowed; make it smaller"
                     )
+                if image.format == "PNG" and getattr(image, "is_animated", False):
+                    raise UnusableRecord(
+                        f"{name}: animated, {image.n_frames} frames; one is allowed; "
+                        "save the frames as files of their own"
+                    )
                 image.load()
                 return prepare(image, size, channels, crop, name)
-    except InputError:
+    except UnusableRecord:
         raise
+    except InputError as error:
+        raise UnusableRecord(str(error)) from error
     except Exception as error:
-        reason = " ".join(str(error).replace(str(path), name).split())[:200]
-        raise InputError(
-            f"{name}: cannot be decoded ({type(error).__name__}: {reason}); a whole "
-            "PNG or JPEG file is needed; fetch it again or remove it"
+        reason = one_line(error).replace(str(path), name)
+        # PIL's own OSErrors have no number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(
+                f"{name}: cannot be read ({reason}); check that it is there and the "
+                "file system works, and start again"
+            ) from error
+        raise UnusableRecord(
+            f"{name}: cannot be decoded ({reason}); a whole PNG or JPEG file is "
+            "needed; fetch it again or remove it"
         ) from error

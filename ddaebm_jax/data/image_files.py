@@ -15,8 +15,17 @@ from jaxtyping import UInt8
 
 from ddaebm_jax.data.decoding import Crop, decode_file
 from ddaebm_jax.data.npz_files import ArrayHeader, NpzFile, described
-from ddaebm_jax.data.records import Records, Subset, digest, in_parallel
+from ddaebm_jax.data.records import (
+    STALL_SECONDS,
+    Records,
+    Subset,
+    UnusableRecord,
+    digest,
+    in_parallel,
+    stack,
+)
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.files import printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Most bytes of decoded images that are kept in memory.
@@ -30,7 +39,7 @@ class FolderImages(NamedTuple):
 
     Attributes:
       records: its images, in the order of their names.
-      names: of the files, relative to the folder, sorted.
+      names: of the files, relative to the folder, sorted; as they may be printed.
       skipped: number of corrupt files that were left out.
       content: SHA-256 of the names and of the images.
     """
@@ -53,6 +62,7 @@ class _Files:
         crop: Crop | None,
     ) -> None:
         self._folder = folder
+        self._root = folder.resolve()
         self._names = names
         self._how = (size, channels, crop)
 
@@ -60,8 +70,20 @@ class _Files:
         return len(self._names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        name = self._names[index]
-        return decode_file(self._folder / name, name, *self._how)
+        path = self._folder / self._names[index]
+        name = printable(self._names[index])
+        if path.is_symlink() and not self._within(path):
+            raise UnusableRecord(
+                f"{name}: a link to outside of the folder, or to itself; put a copy of "
+                "the file there (cp --dereference)"
+            )
+        return decode_file(path, name, *self._how)
+
+    def _within(self, link: Path) -> bool:
+        try:
+            return link.resolve().is_relative_to(self._root)
+        except (OSError, RuntimeError):  # It leads round in a circle.
+            return False
 
 
 def _image_names(folder: Path) -> tuple[str, ...]:
@@ -83,12 +105,14 @@ def read_folder(
     channels: int,
     crop: Crop | None = None,
     skip_corrupt: bool = False,
+    timeout: int | float = STALL_SECONDS,
 ) -> FolderImages:
     """Reads every PNG and JPEG file of a folder, and of the folders in it.
 
     Every file is decoded, so that all that are of no use are found at once. Images
     are kept in memory if they take at most `MAX_BYTES`, else read again on demand.
-    Hidden files and files with other suffixes are left out.
+    Hidden files and files with other suffixes are left out. Links to folders are not
+    followed, and links to files outside of the folder are of no use.
 
     Args:
       path: of the folder.
@@ -96,6 +120,7 @@ def read_folder(
       channels: as in `prepare`.
       crop: as in `prepare`.
       skip_corrupt: leave files of no use out, with a warning that names them.
+      timeout: seconds without progress before giving up; 0: never.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -127,7 +152,7 @@ def read_folder(
             images[index] = image
         return hashlib.sha256(image).digest()
 
-    results = in_parallel(decode, len(names), f"{folder}: decoding images")
+    results = in_parallel(decode, len(names), f"{folder}: decoding images", timeout)
     errors = {i: r for i, r in enumerate(results) if isinstance(r, InputError)}
     records: Records = images if keep else files
     if errors:
@@ -136,8 +161,8 @@ def read_folder(
         records = Subset(records, good)
         names = tuple(names[i] for i in good)
     pixels = b"".join(result for result in results if isinstance(result, bytes))
-    content = digest("\n".join(names).encode(), pixels)
-    return FolderImages(records, names, len(errors), content)
+    content = digest("\n".join(names).encode(errors="surrogateescape"), pixels)
+    return FolderImages(records, tuple(map(printable, names)), len(errors), content)
 
 
 def _report(
@@ -148,7 +173,7 @@ def _report(
 ) -> None:
     """Tells which files are of no use: as a warning if they may be left out."""
     first, *_ = errors.values()
-    some = ", ".join(names[i] for i in list(errors)[:5])
+    some = ", ".join(printable(names[i]) for i in list(errors)[:5])
     more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
     found = f"{folder}: {len(errors)} of {len(names)} images are of no use"
     if len(errors) == len(names):
@@ -207,15 +232,12 @@ def read_images(
             f"{path}: {len(folder.names)} images take {num_bytes} bytes; at most "
             f"{MAX_BYTES} are allowed; score the folder in parts"
         )
-    images = np.stack([folder.records[i] for i in range(len(folder.names))])
-    return images, folder.names
+    return stack(folder.records, None, f"{path}: reading images"), folder.names
 
 
 def _read_npz(
     path: Path, event_shape: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "n height width channels"]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; check the path")
     with NpzFile(path, MAX_BYTES, _SAVE_AGAIN) as file:
         array = _npz_images(path, file.arrays)
         if array.dtype.kind == "O":

@@ -152,6 +152,7 @@ def load_folder(
     test_fraction: float,
     seed: int,
     skip_corrupt: bool,
+    timeout: int | float,
 ) -> ImageSet:
     """Loads a folder of PNG and JPEG files; see `image_files.read_folder`.
 
@@ -163,6 +164,7 @@ def load_folder(
       test_fraction: share that is held out, in (0, 1).
       seed: of the split, a pure function of it and of the number of files.
       skip_corrupt: leave files of no use out, with a warning.
+      timeout: seconds without progress before giving up; 0: never.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -173,7 +175,7 @@ def load_folder(
         raise InputError(
             "data.path is empty; data.name = 'folder' needs the folder of the images"
         )
-    folder = read_folder(path, image_size, channels, crop, skip_corrupt)
+    folder = read_folder(path, image_size, channels, crop, skip_corrupt, timeout)
     return split_set(
         "folder",
         folder.records,

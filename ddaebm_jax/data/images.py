@@ -16,7 +16,14 @@ from ddaebm_jax.data import image_sets, tfds_images
 from ddaebm_jax.data.batches import Batches, order
 from ddaebm_jax.data.decoding import prepare
 from ddaebm_jax.data.image_files import read_images
-from ddaebm_jax.data.records import ImageSet, Records, Subset, digest, stack
+from ddaebm_jax.data.records import (
+    ImageSet,
+    Records,
+    Subset,
+    WithoutUnusable,
+    digest,
+    stack,
+)
 from ddaebm_jax.errors import InputError
 
 __all__ = [
@@ -62,7 +69,13 @@ def open_images(data: Any, seed: int) -> ImageSet:
         )
     elif data.name == "folder":
         images = image_sets.load_folder(
-            data.path, *shape, crop, data.test_fraction, seed, data.skip_corrupt
+            data.path,
+            *shape,
+            crop,
+            data.test_fraction,
+            seed,
+            data.skip_corrupt,
+            data.timeout,
         )
     elif data.name == "tfds":
         images = tfds_images.load_tfds(
@@ -74,10 +87,18 @@ def open_images(data: Any, seed: int) -> ImageSet:
             crop,
             data.test_fraction,
             seed,
+            data.skip_corrupt,
         )
     else:
         raise InputError(f"data.name is '{data.name}'; allowed: {', '.join(IMAGES)}")
     images = _first(images, data.limit)
+    if data.skip_corrupt:
+        # After the split: what is held out must not take the place of what is not.
+        images = dataclasses.replace(
+            images,
+            train=WithoutUnusable(images.train, "the training images"),
+            test=WithoutUnusable(images.test, "the test images"),
+        )
     classes = tuple(data.held_out_classes)
     return _without_classes(images, classes) if classes else images
 

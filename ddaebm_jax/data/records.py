@@ -3,9 +3,9 @@
 Images are uint8 and channels-last wherever they are on the host.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Integer, UInt8
 
+from ddaebm_jax.data import threads
 from ddaebm_jax.errors import InputError
 
 # Threads that decode images. Decoders spend their time outside Python's lock.
@@ -22,8 +23,24 @@ DECODE_THREADS = 8
 _REPORT_SECONDS = 10.0
 # Records that a thread takes at once.
 _CHUNK = 64
+# Seconds without progress after which loading is given up.
+STALL_SECONDS = 600
+# Of the records that may be left out while reading: a share, and that of how many at
+# least. More is no accident.
+_MOST_UNUSABLE = 0.01
+_LEAST_COUNTED = 1_000
 
 _Result = TypeVar("_Result")
+
+
+class UnusableRecord(InputError):
+    """A record that is damaged or does not fit, whoever reads it and whenever."""
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Returns an error as one short line, to be part of a message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:most]}{'…' * (len(text) > most)}"
 
 
 @runtime_checkable
@@ -58,6 +75,70 @@ class Subset:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self._whole[int(self._indices[index])]
+
+
+class WithoutUnusable:
+    """Records of which the unusable ones are replaced, each by the next usable one.
+
+    Which one that is depends on the records alone, so it is the same for all
+    processes, threads and runs. Each process warns once of each record that it finds.
+    A file system's errors are no fault of a record, and are raised.
+    """
+
+    def __init__(self, whole: Records, what: str) -> None:
+        """Wraps records.
+
+        Args:
+          whole: what is read; after the last record comes the first.
+          what: the records are, for messages.
+        """
+        self._whole = whole
+        self._what = what
+        self._most = int(max(len(whole), _LEAST_COUNTED) * _MOST_UNUSABLE)
+        self._found: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": set(self._found), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        number = len(self._whole)
+        for step in range(number):
+            place = (index + step) % number
+            if place in self._found:
+                continue
+            try:
+                return self._whole[place]
+            except UnusableRecord as error:
+                self._note(place, error)
+        raise InputError(f"{self._what}: none of the {number} records is of use")
+
+    def _note(self, place: int, error: UnusableRecord) -> None:
+        with self._lock:
+            if place in self._found:
+                return
+            self._found.add(place)
+            count = len(self._found)
+        if count > self._most:
+            raise InputError(
+                f"{self._what}: {count} of {len(self._whole)} records are of no use, "
+                f"more than the {self._most} that data.skip_corrupt leaves out (1% of "
+                f"them, or of {_LEAST_COUNTED}); the last: {error}"
+            )
+        logging.warning(
+            "%s: left out, and the next taken: %s (%d so far, at most %d)",
+            self._what,
+            error,
+            count,
+            self._most,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +275,10 @@ def digest(*parts: bytes | np.ndarray) -> str:
 
 
 def stack(
-    records: Records, limit: int | None = None, progress_name: str = ""
+    records: Records,
+    limit: int | None = None,
+    progress_name: str = "",
+    timeout: int | float = STALL_SECONDS,
 ) -> UInt8[np.ndarray, "n height width channels"]:
     """Loads records into one array, by several threads.
 
@@ -202,6 +286,7 @@ def stack(
       records: at least one, all of one shape.
       limit: the first so many only; None: all.
       progress_name: what to call them in the log, if loading takes long.
+      timeout: seconds without progress before giving up; 0: never.
 
     Raises:
       InputError: if there is no record, or one cannot be read.
@@ -215,12 +300,15 @@ def stack(
     def load(index: int) -> None:
         images[index] = records[index]
 
-    in_parallel(load, num, progress_name)
+    in_parallel(load, num, progress_name, timeout)
     return images
 
 
 def in_parallel(
-    function: Callable[[int], _Result], num: int, progress_name: str = ""
+    function: Callable[[int], _Result],
+    num: int,
+    progress_name: str = "",
+    timeout: int | float = STALL_SECONDS,
 ) -> list[_Result]:
     """Returns function(0), …, function(num − 1), computed by several threads.
 
@@ -230,6 +318,10 @@ def in_parallel(
       function: of an index.
       num: how many.
       progress_name: what to call them in the log; empty: nothing is logged.
+      timeout: seconds without progress before giving up; 0: never.
+
+    Raises:
+      InputError: if there is no progress for so long.
     """
 
     def work(start: int) -> list[_Result]:
@@ -237,11 +329,24 @@ def in_parallel(
 
     results: list[_Result] = []
     last = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for part in pool.map(work, range(0, num, _CHUNK)):
-            results += part
+    pool = threads.Pool(DECODE_THREADS, "ddaebm-load")
+    try:
+        starts = range(0, num, _CHUNK)
+        for future in [pool.submit(work, start) for start in starts]:
+            try:
+                results += future.result(timeout or None)
+            except TimeoutError as error:
+                if future.done():
+                    raise  # It is the function's own.
+                raise InputError(
+                    f"{progress_name or 'reading images'}: no progress for {timeout} s "
+                    f"after {len(results)} of {num}; a file system may stall: mend "
+                    "that, or raise data.timeout (0: wait for ever)"
+                ) from error
             now = time.monotonic()
             if progress_name and now - last > _REPORT_SECONDS:
                 last = now
                 logging.info("%s: %d of %d images", progress_name, len(results), num)
+    finally:
+        pool.close()
     return results

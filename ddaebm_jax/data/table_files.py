@@ -10,6 +10,7 @@ NPZ: the table is the array `x`, or the only 2-D array.
 """
 
 import csv
+import io
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +21,14 @@ from jaxtyping import Float
 
 from ddaebm_jax.data.npz_files import ArrayHeader, NpzFile, described, shown
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.files import open_regular
 
-# Largest CSV file that is read, bytes.
+# Largest CSV file that is read, bytes; longest line, characters; most columns.
 MAX_CSV_BYTES = 256 * 2**20
+MAX_CSV_LINE = 2**20
+MAX_CSV_COLUMNS = 2**16
 # Most bytes that an NPZ file may hold once decompressed, as its headers say, and
-# most bytes that its table may take as float64.
+# most bytes that a table may take as float64.
 MAX_NPZ_BYTES = 512 * 2**20
 
 INLIER, OUTLIER = 0, 1
@@ -105,21 +109,45 @@ def _number(cell: str) -> float | None:
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields (line number, cells) of a CSV file; blank lines are left out."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, strict=True)
+    number = length = 0
+
+    def bounded(text: io.TextIOWrapper) -> Iterator[str]:
+        # A quote that is open could gather up the rest of the file.
+        nonlocal number, length
+        while line := text.readline(MAX_CSV_LINE + 1):
+            number += 1
+            length += len(line)
+            if length > MAX_CSV_LINE:
+                raise InputError(
+                    f"{path}: the row at line {number} has more than {MAX_CSV_LINE} "
+                    "characters, which no row of numbers needs; save the table again "
+                    "with a row a line, or as NPZ"
+                )
+            yield line
+
+    with (
+        open_regular(path, MAX_CSV_BYTES) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
+    ):
         try:
-            for cells in lines:
+            for cells in csv.reader(bounded(text), strict=True):
+                length = 0
+                if len(cells) > MAX_CSV_COLUMNS:
+                    raise InputError(
+                        f"{path}: line {number} has {len(cells)} columns; at most "
+                        f"{MAX_CSV_COLUMNS} are allowed; save the table as NPZ"
+                    )
                 if cells and (len(cells) > 1 or cells[0].strip()):
-                    yield lines.line_num, cells
+                    yield number, cells
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{path}: not UTF-8 text after line {lines.line_num} "
+                f"{path}: not UTF-8 text after line {number} "
                 f"({error.reason}); save it as a CSV in UTF-8"
             ) from error
         except csv.Error as error:
             raise InputError(
-                f"{path}: line {lines.line_num} is not CSV ({error}); save the table "
-                "again as comma-separated values"
+                f"{path}: line {number} is not CSV ({error}); save the table again as "
+                "comma-separated values"
             ) from error
 
 
@@ -147,12 +175,6 @@ def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | No
 
 
 def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile:
-    size = path.stat().st_size
-    if size > MAX_CSV_BYTES:
-        raise InputError(
-            f"{path}: {size} bytes; at most {MAX_CSV_BYTES} are allowed in a CSV; "
-            "save the table as NPZ, or split it"
-        )
     lines = _csv_lines(path)
     first = next(lines, None)
     if first is None:
@@ -180,6 +202,11 @@ def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile
                 )
             numbers.append(number)
         line_numbers.append(line)
+        if len(numbers) * numbers.itemsize > MAX_NPZ_BYTES:
+            raise InputError(
+                f"{path}: more than {MAX_NPZ_BYTES // numbers.itemsize} numbers, at "
+                f"line {line}, which is the most that are allowed; split the table"
+            )
 
     if header is None:
         append(*first)

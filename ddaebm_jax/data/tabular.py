@@ -9,18 +9,26 @@ Files are read by `table_files`.
 """
 
 import hashlib
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ddaebm_jax.data.table_files import INLIER, OUTLIER, read_table_file
+from ddaebm_jax.data.npz_files import NpzFile
+from ddaebm_jax.data.records import one_line
+from ddaebm_jax.data.table_files import (
+    INLIER,
+    MAX_NPZ_BYTES,
+    OUTLIER,
+    read_table_file,
+)
 from ddaebm_jax.errors import InputError
 
 _LARGEST = float(np.finfo(np.float32).max)
 _LEAST_TRAIN_ROWS = 2
+# Of a saved table: its rows and what describes them.
+_MOST_SAVED_BYTES = 2 * MAX_NPZ_BYTES
 
 
 class Standardizer(NamedTuple):
@@ -167,19 +175,36 @@ def load_saved_table(path: Path) -> Table:
     Raises:
       InputError: if the file is not there, or not such a file.
     """
+    advice = "copy the whole run directory, or train again"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Table(
-                columns=tuple(map(str, arrays["columns"])),
-                train=arrays["train"],
-                test=arrays["test"],
-                test_labels=arrays["test_labels"] if "test_labels" in arrays else None,
-                standardizer=Standardizer(arrays["mean"], arrays["std"]),
-            )
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        with NpzFile(path, _MOST_SAVED_BYTES, advice) as file:
+            arrays = {name: file.read(array) for name, array in file.arrays.items()}
+        labels = arrays.get("test_labels")
+        table = Table(
+            columns=tuple(map(str, arrays["columns"].tolist())),
+            train=arrays["train"],
+            test=arrays["test"],
+            test_labels=labels,
+            standardizer=Standardizer.from_dict(arrays),
+        )
+        width = len(table.columns)
+        if arrays["columns"].ndim != 1 or arrays["columns"].dtype.kind != "U":
+            raise ValueError("columns without a list of names")
+        for rows in (table.train, table.test):
+            if rows.dtype != np.float32 or rows.shape[1:] != (width,):
+                raise ValueError(f"rows of {rows.dtype}, {rows.shape}, width {width}")
+            if not (np.abs(rows) <= _LARGEST).all():
+                raise ValueError("rows that are not finite")
+        if len(table.standardizer.mean) != width or not len(table.train):
+            raise ValueError("no rows, or not one scale a column")
+        if labels is not None and (
+            labels.dtype.kind != "i" or labels.shape != table.test.shape[:1]
+        ):
+            raise ValueError(f"labels of {labels.dtype}, {labels.shape}")
+        return table
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path} does not hold the run's table ({error}); copy the whole run "
-            "directory, or train again"
+            f"{path} does not hold the run's table ({one_line(error)}); {advice}"
         ) from error
 
 

@@ -20,8 +20,11 @@ from ddaebm_jax.data.decoding import Crop, prepare
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
+    UnusableRecord,
+    WithoutUnusable,
     digest,
     hold_out,
+    one_line,
     split_set,
 )
 from ddaebm_jax.errors import InputError
@@ -62,9 +65,14 @@ class _TfdsImages:
         try:
             pixels = self._source[index]["image"]
         except Exception as error:
-            raise InputError(
-                f"{name}: cannot be read ({_reason(error)}); remove the folder and "
-                "prepare the set again"
+            fault = f"{name}: cannot be read ({one_line(error)})"
+            if isinstance(error, OSError) and error.errno is not None:
+                raise InputError(
+                    f"{fault}; check that the folder is there and the file system "
+                    "works, and start again"
+                ) from error
+            raise UnusableRecord(
+                f"{fault}; remove the folder and prepare the set again"
             ) from error
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         return prepare(image, *self._how, name)
@@ -80,6 +88,7 @@ def load_tfds(
     crop: Crop | None,
     test_fraction: float,
     seed: int,
+    skip_corrupt: bool = False,
 ) -> ImageSet:
     """Loads the `image` feature of a TFDS set; downloads and prepares it if needed.
 
@@ -93,6 +102,8 @@ def load_tfds(
       crop: as in `decoding.prepare`.
       test_fraction: share of `split` that is held out if `test_split` is empty.
       seed: of that choice.
+      skip_corrupt: do without records of no use; reading them is still refused, see
+        `records.WithoutUnusable`.
 
     Raises:
       InputError: if there is no such set or split, it cannot be prepared, or its
@@ -109,12 +120,13 @@ def load_tfds(
         _check_apart(folder, split, test_split)
 
     def images(part: str) -> _TfdsImages:
-        return _open_images(folder, part, image_size, channels, crop)
+        return _open_images(folder, part, image_size, channels, crop, skip_corrupt)
 
     event_shape = (image_size, image_size, channels)
     train = images(split)
     how = repr((builder.info.full_name, split, len(train), event_shape, crop))
-    content = digest(how.encode(), _some_pixels(train))
+    some = WithoutUnusable(train, folder) if skip_corrupt else train
+    content = digest(how.encode(), _some_pixels(some))
     if not test_split:
         held_out = hold_out(len(train), test_fraction, seed, f"data.tfds = '{name}'")
         return split_set("tfds", train, event_shape, held_out, content)
@@ -135,6 +147,7 @@ def open_split(
     image_size: int,
     channels: int,
     crop: Crop | None,
+    skip_corrupt: bool = False,
 ) -> Records:
     """Opens the images of one split of a TFDS set; prepares the set if needed.
 
@@ -145,13 +158,15 @@ def open_split(
       image_size: as in `decoding.prepare`.
       channels: as in `decoding.prepare`.
       crop: as in `decoding.prepare`.
+      skip_corrupt: put the next usable record in the place of one of no use.
 
     Raises:
       InputError: as `load_tfds`.
     """
     builder = _prepared(name, tfds_dir, channels)
     folder = os.fspath(builder.data_dir)
-    return _open_images(folder, split, image_size, channels, crop)
+    records = _open_images(folder, split, image_size, channels, crop, skip_corrupt)
+    return WithoutUnusable(records, folder) if skip_corrupt else records
 
 
 def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
@@ -164,14 +179,20 @@ def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
 
 
 def _open_images(
-    folder: str, split: str, size: int, channels: int, crop: Crop | None
+    folder: str,
+    split: str,
+    size: int,
+    channels: int,
+    crop: Crop | None,
+    skip_corrupt: bool,
 ) -> _TfdsImages:
     records = _TfdsImages(folder, split, size, channels, crop)
-    records[0]  # What cannot be prepared shows itself before training.
+    # What cannot be prepared shows itself before training.
+    (WithoutUnusable(records, folder) if skip_corrupt else records)[0]
     return records
 
 
-def _some_pixels(records: _TfdsImages) -> np.ndarray:
+def _some_pixels(records: Records) -> np.ndarray:
     """Reads a few records from all over a split.
 
     A set prepared again may hold the same images in another order, which would give
@@ -210,16 +231,10 @@ def _check_apart(folder: str, split: str, test_split: str) -> None:
 
 def _bad_split(folder: str, split: str, splits: Any, error: Exception) -> InputError:
     return InputError(
-        f"{folder}: the split '{split}' cannot be opened ({_reason(error)}); the set "
+        f"{folder}: the split '{split}' cannot be opened ({one_line(error)}); the set "
         f"has {', '.join(splits)}: correct data.split or data.test_split, or prepare "
         "the set again"
     )
-
-
-def _reason(error: BaseException) -> str:
-    """An error as one short line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'…' * (len(text) > 200)}"
 
 
 def _tfds() -> Any:
@@ -249,7 +264,7 @@ def _builder(name: str, tfds_dir: str) -> Any:
         ) from error
     except Exception as error:  # A bad config, version or folder: of many kinds.
         raise InputError(
-            f"data.tfds is '{name}', which TFDS cannot open ({_reason(error)}); give "
+            f"data.tfds is '{name}', which TFDS cannot open ({one_line(error)}); give "
             "builder/config, for example lsun/church_outdoor"
         ) from error
 
@@ -327,7 +342,7 @@ def _prepare(builder: Any, name: str) -> None:
     except Exception as error:  # Network, disk, checksums, manual downloads, ….
         raise InputError(
             f"data.tfds = '{name}' is not in {builder.data_dir} and cannot be prepared "
-            f"({_reason(error)}); {_elsewhere(builder)}"
+            f"({one_line(error)}); {_elsewhere(builder)}"
         ) from error
 
 

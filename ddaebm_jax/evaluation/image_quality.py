@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from ddaebm_jax import parallel
 from ddaebm_jax.data.images import ImageSet, Subset, stack
 from ddaebm_jax.data.npz_files import NpzFile
-from ddaebm_jax.data.records import digest
+from ddaebm_jax.data.records import digest, one_line
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import fid, inception, inception_weights
 from ddaebm_jax.files import cache_directory
@@ -26,8 +26,8 @@ from ddaebm_jax.files import cache_directory
 REFERENCES = ("train", "test")
 
 _FORMAT_VERSION = 1
-# Far above 2048² moments and the most features that may be kept.
-_MAX_REFERENCE_BYTES = 64 * 2**30
+# Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
+_MAX_REFERENCE_BYTES = 9 * 2**30
 # Of the features that are kept, and of the kernel distance's subsets.
 _SEED = 1_004
 
@@ -156,12 +156,18 @@ def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
         found = json.loads(str(values["fingerprint"]))
         moments = fid.Moments(int(values["count"]), values["mean"], values["scatter"])
         (width,) = moments.mean.shape
+        features = values["features"]
         fits = moments.scatter.shape == (width, width) and moments.count > 1
-        fits &= values["features"].shape[1:] == (width,)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); {advice}") from error
-    if not fits or not isinstance(found, dict):
+        fits &= features.shape[1:] == (width,) and isinstance(found, dict)
+        numbers = (*moments[1:], features)
+        sound = all(x.dtype.kind == "f" and np.isfinite(x).all() for x in numbers)
+    # JSON may be nested, and numbers infinite.
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({one_line(error)}); {advice}") from error
+    if not fits:
         raise InputError(f"{path} is damaged (its shapes do not fit); {advice}")
+    if not sound:
+        raise InputError(f"{path} is damaged (not all numbers are finite); {advice}")
     differing = [
         f"{name} is {found.get(name)!r}, wanted {wanted!r}"
         for name, wanted in fingerprint.items()
@@ -317,9 +323,23 @@ def _open_reference(
     else:
         name = digest(json.dumps(fingerprint, sort_keys=True).encode())[:32]
         path = cache_directory("reference") / f"{name}.npz"
+    kept = fault = None
+    if path.exists():
+        try:
+            kept = load_reference(path, fingerprint)
+        except InputError as error:
+            fault = error
     # Together: what follows is computed on the devices of all processes.
-    if parallel.all_agree(path.exists()):
-        return load_reference(path, fingerprint)
+    if parallel.all_agree(kept is not None):
+        return kept
+    faultless = parallel.all_agree(fault is None)
+    if evaluation.reference_path and not faultless:
+        raise fault or InputError(
+            f"evaluation.reference_path is {path}, which another process cannot read; "
+            "look at its message"
+        )
+    if fault is not None:
+        _put_aside(path, fault)
     writable = _is_writable(path.parent)
     if evaluation.reference_path and not writable:
         raise InputError(
@@ -342,6 +362,16 @@ def _open_reference(
     except OSError as error:  # They are needed all the same.
         logging.warning("they are not kept for the next time: %s", error)
     return reference
+
+
+def _put_aside(path: Path, fault: InputError) -> None:
+    """Gives a damaged file of the cache another name, so that it is computed anew."""
+    aside = path.with_name(path.name + ".damaged")
+    logging.warning("%s: it is computed anew; the old one is kept as %s", fault, aside)
+    try:
+        path.replace(aside)
+    except OSError as error:  # Another process was faster, or nothing can be written.
+        logging.warning("%s cannot be renamed: %s", path, error)
 
 
 def _is_writable(directory: Path) -> bool:

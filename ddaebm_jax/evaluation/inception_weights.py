@@ -24,7 +24,7 @@ from ddaebm_jax import torch_files
 from ddaebm_jax.data.npz_files import NpzFile, shown
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation.inception import Network, variable_shapes
-from ddaebm_jax.files import cache_directory
+from ddaebm_jax.files import cache_directory, open_regular
 
 PUBLISHED_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -258,7 +258,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path, 2 * PUBLISHED_BYTES) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

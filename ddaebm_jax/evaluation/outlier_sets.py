@@ -157,7 +157,7 @@ def _read_tfds(
     crop = _crop(data) if found == data.tfds else None
     try:
         records = tfds_images.open_split(
-            found, data.tfds_dir, split, size, channels, crop
+            found, data.tfds_dir, split, size, channels, crop, data.skip_corrupt
         )
     except InputError as error:
         close = difflib.get_close_matches(name, BUILT_IN)

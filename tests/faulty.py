@@ -1,0 +1,35 @@
+"""Records with faults; small, since reading processes import this too."""
+
+import time
+
+import numpy as np
+
+from ddaebm_jax.data.records import UnusableRecord
+
+
+class Faulty:
+    """Pixels that tell their record, but for some that cannot be read.
+
+    Attributes:
+      unusable: records that are of no use.
+      errors: what is raised instead of others.
+      stalled: a record that takes for ever.
+    """
+
+    def __init__(self, number, unusable=(), errors=None, stalled=None):
+        self.number = number
+        self.unusable = frozenset(unusable)
+        self.errors = errors or {}
+        self.stalled = stalled
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        if index == self.stalled:
+            time.sleep(10_000)
+        if index in self.errors:
+            raise self.errors[index]
+        if index in self.unusable:
+            raise UnusableRecord(f"record {index} is of no use")
+        return np.full((1, 1, 1), index, np.uint8)
