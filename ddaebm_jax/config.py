@@ -18,7 +18,7 @@ from ddaebm_jax.data import images, synthetic
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import image_quality, inception
 from ddaebm_jax.models import NETWORKS, layers, mlp, ncsnpp
-from ddaebm_jax.models.encoder import RESIDUAL_FROM
+from ddaebm_jax.models.encoder import RESIDUAL_FROM, STDDEV_GROUP
 
 TABLES = ("breast_cancer", "table")
 DATASETS = (*synthetic.SYNTHETIC, *TABLES, *images.IMAGES)
@@ -65,8 +65,8 @@ def base() -> ml_collections.ConfigDict:
     data.flip = False
     # Keep the training images in device memory, so that batches are gathered there.
     data.on_device = False
-    # Leave images of a folder out that are of no use (damaged, too small, of other
-    # channels), instead of stopping.
+    # Do without images of no use (damaged, too small, of other channels): a folder's
+    # are left out at opening; one met later is replaced by the next (at most 1%).
     data.skip_corrupt = False
     # Classes of `digits` that are neither trained on nor tested with, so that they can
     # be outliers (--mode=ood --out=held_out_classes).
@@ -77,6 +77,8 @@ def base() -> ml_collections.ConfigDict:
     data.num_threads = 8
     data.prefetch = 8
     data.num_workers = 0
+    # Seconds to wait for a batch before giving up; 0: for ever.
+    data.timeout = 600
 
     config.diffusion = process = ml_collections.ConfigDict()
     # T, the number of denoising steps.
@@ -193,6 +195,9 @@ def base() -> ml_collections.ConfigDict:
     optimizer.max_grad_norm = config_dict.placeholder(float)
     # Decay of the moving average of all three networks; 0: no averaging.
     optimizer.ema_decay = 0.0
+    # m: the batch is taken in m parts, one after the other, and their gradients are
+    # averaged: less memory, the same step.
+    optimizer.accumulate = 1
 
     config.train = train = ml_collections.ConfigDict()
     # Steps of the whole run.
@@ -213,6 +218,17 @@ def base() -> ml_collections.ConfigDict:
     train.keep_checkpoints = 3
     # Also write TensorBoard event files (needs TensorFlow).
     train.tensorboard = True
+
+    config.recovery = recovery = ml_collections.ConfigDict()
+    # How often a run may go back to its last checkpoint, with fresh noise, after a loss
+    # or gradient that is not finite; 0: it stops at the first.
+    recovery.max_rollbacks = 3
+    # Seconds for which a checkpoint that cannot be written is tried again.
+    recovery.save_patience = 600
+    # Warn where a mean energy grows beyond this, in absolute value, or the mean
+    # energies of real and generated points move further apart than that; None: never.
+    recovery.max_energy = 1e6
+    recovery.max_gap = 1e4
 
     config.parallel = devices = ml_collections.ConfigDict()
     # Devices over which the batch is split; 0: all, of all processes.
@@ -294,7 +310,7 @@ def _type_problem(field: str, value: Any, default: Any) -> str | None:
 
 
 # Fields with a value in the base that may be None too.
-_OPTIONAL = ("game.recon_floor",)
+_OPTIONAL = ("game.recon_floor", "recovery.max_energy", "recovery.max_gap")
 
 # Tuples with rules of their own: (least value, lengths allowed or None, in words).
 _TUPLES: dict[str, tuple[int, int | None, str]] = {
@@ -335,6 +351,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "data.num_threads": (1, 1024, True),
     "data.prefetch": (1, 1024, True),
     "data.num_workers": (0, 256, True),
+    "data.timeout": (0, math.inf, True),
     "diffusion.num_steps": (1, 128, True),
     "diffusion.beta_min": (0, math.inf, False),
     "diffusion.beta_max": (0, math.inf, False),
@@ -367,6 +384,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "optimizer.beta2": (0, 0.999999, True),
     "optimizer.max_grad_norm": (0, math.inf, False),
     "optimizer.ema_decay": (0, 0.999999, True),
+    "optimizer.accumulate": (1, math.inf, True),
     "train.num_steps": (1, 2**31 - 1, True),
     "train.steps_per_dispatch": (0, math.inf, True),
     "train.report_every": (1, math.inf, True),
@@ -374,6 +392,10 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.evaluate_every": (0, math.inf, True),
     "train.checkpoint_every": (1, math.inf, True),
     "train.keep_checkpoints": (1, math.inf, True),
+    "recovery.max_rollbacks": (0, math.inf, True),
+    "recovery.save_patience": (0, math.inf, True),
+    "recovery.max_energy": (0, math.inf, False),
+    "recovery.max_gap": (0, math.inf, False),
     "parallel.num_devices": (0, math.inf, True),
     "evaluation.num_samples": (2, 10**6, True),
     "evaluation.num_samples_on_the_way": (0, 10**6, True),
@@ -460,6 +482,7 @@ def _combination_problems(config: Any) -> Iterator[str]:
         )
     yield from _unread_problems(config)
     yield from _parallel_problems(config)
+    yield from _accumulation_problems(config)
     if 0 < config.evaluation.num_samples_on_the_way < 10:
         yield (
             "evaluation.num_samples_on_the_way is "
@@ -492,7 +515,7 @@ _DATA_OF_FIELD: dict[str, tuple[str, ...]] = {
     "test_split": ("tfds",),
     "limit": ("tfds",),
     "crop": ("folder", "tfds"),
-    "skip_corrupt": ("folder",),
+    "skip_corrupt": ("folder", "tfds"),
     "num_patches": ("photos",),
     "held_out_classes": ("digits",),
     "flip": images.IMAGES,
@@ -548,6 +571,31 @@ def _parallel_problems(config: Any) -> Iterator[str]:
             "parallel.mode is 'pmap', where the posterior's minibatch deviation (of "
             f"images from {RESIDUAL_FROM} on) would depend on the number of devices; "
             "use 'jit'"
+        )
+
+
+def _accumulation_problems(config: Any) -> Iterator[str]:
+    """What a batch in parts cannot do."""
+    parts, batch = config.optimizer.accumulate, config.data.batch_size
+    if parts == 1:
+        return
+    if batch % parts:
+        yield (
+            f"optimizer.accumulate is {parts}, which does not divide data.batch_size "
+            f"{batch}; use a divisor of it"
+        )
+    if config.model.name == "mlp" and config.model.mlp.norm == "batch":
+        yield (
+            f"optimizer.accumulate is {parts}, but model.mlp.norm 'batch' norms by the "
+            "whole batch; use 1, or model.mlp.norm='none'"
+        )
+    if config.model.name != "ncsnpp" or config.data.image_size < RESIDUAL_FROM:
+        return
+    if batch % STDDEV_GROUP or (batch // parts) % STDDEV_GROUP:
+        yield (
+            f"optimizer.accumulate is {parts} and data.batch_size {batch}, but the "
+            f"posterior of images from {RESIDUAL_FROM} pixels on looks at groups of "
+            f"{STDDEV_GROUP}; each part must be a multiple of that"
         )
 
 
@@ -619,6 +667,7 @@ def problems(config: ml_collections.ConfigDict) -> list[str]:
         found.append(f"{field} is not a field of the config{hint}")
     for field in default.keys() - given.keys():
         found.append(f"{field} is missing; start the config from config.base()")
+    unusable = set()
     for field in sorted(default.keys() & given.keys()):
         value = given[field]
         problem = _type_problem(field, value, default[field])
@@ -629,7 +678,27 @@ def problems(config: ml_collections.ConfigDict) -> list[str]:
                 problem = _choice(field, value, _CHOICES[field])
         if problem:
             found.append(problem)
-    return sorted(found) if found else list(_combination_problems(config))
+            unusable.add(field)
+    unusable |= default.keys() - given.keys()
+    return sorted(found) + _other_combination_problems(given, default, unusable)
+
+
+def _other_combination_problems(
+    given: dict[str, Any], default: dict[str, Any], unusable: set[str]
+) -> list[str]:
+    """Problems between fields that have nothing to do with those that are unusable."""
+    usable = base().to_dict()
+    for field in default.keys() & given.keys() - unusable:
+        *sections, name = field.split(".")
+        place = usable
+        for section in sections:
+            place = place[section]
+        place[name] = given[field]
+    return [
+        problem
+        for problem in _combination_problems(ml_collections.ConfigDict(usable))
+        if not any(field in problem for field in unusable)
+    ]
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -648,14 +717,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
 # where no rate or weight decays over the run; see `decays`.
 FREE_ON_RESUME = (
     "train.",
+    "recovery.",
     "parallel.",
     "evaluation.",
+    # Up to rounding.
+    "optimizer.accumulate",
     "compilation_cache.",
     "model.remat",
     "data.on_device",
     "data.num_threads",
     "data.num_workers",
     "data.prefetch",
+    "data.timeout",
+    "data.skip_corrupt",
     # Where the data lie may change; what they are is told by their fingerprint.
     "data.path",
     "data.tfds_dir",
@@ -665,6 +739,12 @@ FREE_ON_RESUME = (
 # Fields that the first version's configs do not have.
 _ADDED = (
     "data.held_out_classes",
+    "data.timeout",
+    "optimizer.accumulate",
+    "recovery.max_rollbacks",
+    "recovery.save_patience",
+    "recovery.max_energy",
+    "recovery.max_gap",
     "parallel.mode",
     "parallel.fsdp",
     "evaluation.num_samples_on_the_way",
@@ -711,7 +791,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the config is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the config is not a JSON object")
@@ -727,7 +807,8 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     are what was done before there were such fields.
     """
     default = dict(_leaves(base()))
-    result = {**values}
+    # A section that came as a whole.
+    result = {"recovery": {}, **values}
     for field in _ADDED:
         section, name = field.split(".")
         if isinstance(result.get(section), dict):

@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad input: names the field or file, what was found, and what to try."""
+
+
+class TrainingError(InputError):
+    """Training cannot go on; the message says at which step and why."""

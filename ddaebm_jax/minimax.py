@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ddaebm_jax import diffusion, objective
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks, Players
 
-# Numbers, but for the two vectors by t; see `energy_loss`.
+# Numbers, but for the vectors by t; see `energy_loss`.
 Metrics = dict[str, Float[Array, "..."]]
+# Shares of examples, by t, with a term that is not finite: to find a fault by.
+_BY_T = ("energy/gap_sum_by_t", "energy/share_by_t")
+_NOT_FINITE = ("energy/not_finite_by_t", "generator/not_finite_by_t")
 
 
 class Game(NamedTuple):
@@ -106,9 +109,9 @@ class TrainState:
 def with_gaps(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Returns averaged metrics as numbers: the vectors by t become mean gaps by t.
 
-    A t that no example has had is left out.
+    A t that no example has had is left out, and so is what only tells faults.
     """
-    values = dict(metrics)
+    values = {name: v for name, v in metrics.items() if name not in _NOT_FINITE}
     sums = np.asarray(values.pop("energy/gap_sum_by_t"))
     shares = np.asarray(values.pop("energy/share_by_t"))
     values |= {
@@ -117,6 +120,40 @@ def with_gaps(metrics: Mapping[str, Any]) -> dict[str, float]:
         if share > 0
     }
     return {name: float(value) for name, value in values.items()}
+
+
+@flax.struct.dataclass
+class Fault:
+    """The first of some steps with a number that is not finite.
+
+    Attributes:
+      step: the step that was taken there, counted from 1; 0: there was none.
+      metrics: that step's; of no meaning where there was none.
+    """
+
+    step: Int[Array, ""]
+    metrics: Metrics
+
+    def describe(self) -> str:
+        """Says what is not finite, at which step and t; for a fault on the host.
+
+        Where the energy's terms are not, the others cannot be: they are left out.
+        """
+        terms = [
+            name
+            for name, value in self.metrics.items()
+            if name not in (*_NOT_FINITE, *_BY_T) and not np.isfinite(value)
+        ]
+        player = "energy/" if any("energy/" in name for name in terms) else ""
+        shares = [
+            np.asarray(self.metrics[name])
+            for name in _NOT_FINITE
+            if name in self.metrics and name.startswith(player)
+        ]
+        bad = np.flatnonzero(sum(share != 0 for share in shares))
+        where = f"t = {', '.join(map(str, bad))}" if len(bad) else "no t by itself"
+        named = ", ".join(name for name in terms if name.startswith(player))
+        return f"{named} not finite at step {int(self.step)}, {where}"
 
 
 @flax.struct.dataclass
@@ -271,9 +308,11 @@ def energy_loss(
       energy_l2: α, the weight of the energy's magnitude.
 
     Returns:
-      loss, metrics. Two of them are vectors [T]: `energy/gap_sum_by_t`, the batch's
+      loss, metrics. Some of them are vectors [T]: `energy/gap_sum_by_t`, the batch's
       mean of (f(x_t) − f(x̃_t))·1[t], and `energy/share_by_t`, that of 1[t]. Averaged
       over steps and devices and then divided, they give each t's mean gap.
+      `energy/not_finite_by_t` is the mean of 1[t] over examples with an energy or a
+      score that is not finite.
     """
     t = noise.t
 
@@ -288,9 +327,11 @@ def energy_loss(
         )
         score = score + diffusion.score_log_q(schedule, x_next, x_t, t)
         penalty = objective.gradient_penalty(score)
+        finite = jnp.isfinite(f_fake + f_real) & _finite_examples(score)
     else:
         f_real = energy_of(x_t, DROPOUT_ENERGY_REAL)
         penalty = jnp.zeros(())
+        finite = jnp.isfinite(f_fake + f_real)
     loss = f_fake.mean() - f_real.mean() + (0.0 if gamma is None else gamma) * penalty
     if energy_l2 > 0:
         loss = loss + energy_l2 * objective.energy_magnitude(f_real)
@@ -302,7 +343,19 @@ def energy_loss(
         "energy/gradient_penalty": penalty,
         "energy/gap_sum_by_t": (f_real - f_fake) @ of_step / t.shape[0],
         "energy/share_by_t": of_step.mean(axis=0),
+        "energy/not_finite_by_t": _shares_by_t(schedule, ~finite, t),
     }
+
+
+def _finite_examples(x: Float[Array, "batch *shape"]) -> Bool[Array, " batch"]:
+    return jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
+
+
+def _shares_by_t(
+    schedule: Schedule, chosen: Bool[Array, " batch"], t: Int[Array, " batch"]
+) -> Float[Array, " steps"]:
+    of_step = jax.nn.one_hot(t, schedule.num_steps)
+    return chosen.astype(of_step.dtype) @ of_step / t.shape[0]
 
 
 # What tells the calls of the networks apart when dropout keys are folded.
@@ -354,7 +407,11 @@ def generator_loss(
     )
     potential = objective.reverse_potential(schedule, f_fake, x_fake, x_next, t)
     loss = potential
-    metrics = {"generator/reverse_potential": potential}
+    finite = jnp.isfinite(f_fake) & _finite_examples(x0_pred)
+    metrics = {
+        "generator/reverse_potential": potential,
+        "generator/not_finite_by_t": _shares_by_t(schedule, ~finite, t),
+    }
     stats = variables.posterior.get("batch_stats", {})
 
     if game.has_encoder and game.lambda_z > 0:
@@ -413,6 +470,216 @@ def _reconstruction(
 Step = Callable[[TrainState, Array, Noise], tuple[TrainState, Metrics]]
 
 
+class _FirstPass(NamedTuple):
+    """What the generator makes of a batch from the prior z.
+
+    Attributes:
+      x_t: real points at level t.
+      x_next: their successors.
+      x0_pred: x̂_0.
+      x_fake: x̃_t.
+      pull_back: gradient of x̂_0 → gradient in φ.
+      stats: the generator's new running averages.
+    """
+
+    x_t: Array
+    x_next: Array
+    x0_pred: Array
+    x_fake: Array
+    pull_back: Callable[[Array], tuple[Any]]
+    stats: Any
+
+
+class _Rules(NamedTuple):
+    """What a step goes by; see `make_step`."""
+
+    game: Game
+    schedule: Schedule
+    networks: Networks
+    optimizers: Optimizers
+    axis_name: str | None
+    accumulate: int
+
+    def first_pass(self, variables: dict, x0: Array, noise: Noise) -> _FirstPass:
+        t = noise.t
+        x_t, x_next = diffusion.diffuse_pair(
+            self.schedule, x0, t, noise.eps_t, noise.eps_next
+        )
+        z = noise.z if self.game.latent else jnp.zeros_like(noise.z)
+
+        def forward(params):
+            return self.networks.train_generator(
+                _with_params(variables, params),
+                x_next,
+                t,
+                z,
+                rngs=dropout_keys(noise, DROPOUT_GENERATOR_PRIOR),
+            )
+
+        x0_pred, pull_back, stats = jax.vjp(forward, variables["params"], has_aux=True)
+        x_fake = diffusion.sample_posterior(
+            self.schedule, x0_pred, x_next, t, noise.eps_post
+        )
+        return _FirstPass(x_t, x_next, x0_pred, x_fake, pull_back, stats)
+
+    def energy_gradient(
+        self, variables: dict, step: Array, first: _FirstPass, noise: Noise
+    ) -> tuple[Any, Metrics]:
+        """Returns the gradient in θ of a batch, or of a part of one, and metrics."""
+
+        def loss_and_grads(gamma):
+            def loss(params):
+                return energy_loss(
+                    self.schedule,
+                    self.networks,
+                    _with_params(variables, params),
+                    first.x_t,
+                    first.x_next,
+                    first.x_fake,
+                    noise,
+                    gamma,
+                    self.game.energy_l2,
+                )
+
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
+                variables["params"]
+            )
+            return grads, metrics
+
+        gamma = self.game.gamma
+        if not callable(gamma) and gamma == 0:
+            return loss_and_grads(None)
+        if callable(gamma):
+            gamma = gamma(step)
+        if self.game.lazy_reg == 1:
+            return loss_and_grads(gamma)
+        return jax.lax.cond(
+            step % self.game.lazy_reg == 0,
+            lambda: loss_and_grads(gamma),
+            lambda: loss_and_grads(None),
+        )
+
+    def generator_gradient(
+        self, variables: Players, first: _FirstPass, noise: Noise
+    ) -> tuple[tuple[Any, Any], Metrics, Any]:
+        """Returns the gradients in φ and ψ, metrics, and the posterior's averages.
+
+        Args:
+          variables: the energy's are updated.
+          first: of the generator before this step.
+          noise: of this step.
+        """
+
+        def loss(x0_pred, generator_params, posterior_params):
+            return generator_loss(
+                self.game,
+                self.schedule,
+                self.networks,
+                variables._replace(
+                    generator=_with_params(variables.generator, generator_params),
+                    posterior=_with_params(variables.posterior, posterior_params),
+                ),
+                x0_pred,
+                first.x_t,
+                first.x_next,
+                noise,
+            )
+
+        params = (variables.generator["params"], variables.posterior["params"])
+        (grad_x0, direct, grad_posterior), (metrics, stats) = jax.grad(
+            loss, argnums=(0, 1, 2), has_aux=True
+        )(first.x0_pred, *params)
+        (grad_generator,) = first.pull_back(grad_x0)
+        if self.game.has_second_pass:
+            grad_generator = jax.tree.map(jnp.add, grad_generator, direct)
+        return (grad_generator, grad_posterior), metrics, stats
+
+    def mean_over_devices(self, tree: Any) -> Any:
+        return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
+
+    def gradients(self, state: TrainState, x0: Array, noise: Noise) -> "_Gradients":
+        """Returns how to get each player's gradient for a whole batch."""
+        if self.accumulate == 1:
+            first = self.first_pass(state.variables.generator, x0, noise)
+            return _Gradients(
+                lambda: self.energy_gradient(
+                    state.variables.energy, state.step, first, noise
+                ),
+                lambda variables: self.generator_gradient(variables, first, noise),
+                first.stats,
+            )
+
+        # The first pass is computed again for the second player: all that its gradient
+        # needs does not fit, or there would be no parts.
+        def of_energy(x0, noise):
+            first = self.first_pass(state.variables.generator, x0, noise)
+            return self.energy_gradient(
+                state.variables.energy, state.step, first, noise
+            )
+
+        def of_generator(variables, x0, noise):
+            first = self.first_pass(variables.generator, x0, noise)
+            return self.generator_gradient(variables, first, noise)
+
+        def over_parts(one):
+            group = self.networks.group
+            return mean_over_parts(one, (x0, noise), self.accumulate, group)
+
+        return _Gradients(
+            lambda: over_parts(of_energy),
+            lambda variables: over_parts(
+                lambda x0, noise: of_generator(variables, x0, noise)
+            ),
+            {},
+        )
+
+
+class _Gradients(NamedTuple):
+    """The players' gradients of one batch.
+
+    Attributes:
+      energy: () → (gradient in θ, metrics).
+      generator: variables with the updated energy → (gradients in φ and ψ, metrics,
+        the posterior's running averages).
+      stats: the generator's running averages.
+    """
+
+    energy: Callable[[], tuple[Any, Metrics]]
+    generator: Callable[[Players], tuple[tuple[Any, Any], Metrics, Any]]
+    stats: Any
+
+
+def mean_over_parts(
+    one: Callable[..., Any], inputs: Any, parts: int, group: int = 1
+) -> Any:
+    """Returns the mean of a function over the parts of a batch, one after another.
+
+    Part i has every `parts`-th group of examples from the i-th on, so that each device
+    finds its share of every part among its own examples.
+
+    Args:
+      one: batch arrays → a pytree of numbers that are means over the batch.
+      inputs: pytrees of arrays [batch, …].
+      parts: how many.
+      group: consecutive examples that stay together.
+    """
+
+    def split(leaf):
+        rest = leaf.shape[1:]
+        leaf = leaf.reshape(-1, parts, group, *rest).swapaxes(0, 1)
+        return leaf.reshape(parts, -1, *rest)
+
+    inputs = jax.tree.map(split, inputs)
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], inputs))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    total, _ = jax.lax.scan(add, zeros, inputs)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
 def make_step(
     game: Game,
     schedule: Schedule,
@@ -420,6 +687,7 @@ def make_step(
     optimizers: Optimizers,
     ema_decay: float = 0.0,
     axis_name: str | None = None,
+    accumulate: int = 1,
 ) -> Step:
     """Makes one step of the game: the energy's, then the generator's and posterior's.
 
@@ -434,84 +702,30 @@ def make_step(
       ema_decay: of the average of all three networks; 0: it equals the weights.
       axis_name: the mapped axis over which gradients and metrics are averaged
         (`pmap`); None where one program sees the whole batch.
+      accumulate: parts in which each player goes through the batch, averaging their
+        gradients; the first pass is then computed for each player. Not with networks
+        that keep running averages of the batch.
 
     Returns:
       A pure function (state, x_0, noise) → (state, metrics).
     """
+    rules = _Rules(game, schedule, networks, optimizers, axis_name, accumulate)
 
-    def mean_over_devices(tree):
-        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-    def play_energy(state: TrainState, x_t, x_next, x_fake, noise: Noise):
-        variables = state.variables.energy
-
-        def loss_and_grads(gamma):
-            def loss(params):
-                return energy_loss(
-                    schedule,
-                    networks,
-                    _with_params(variables, params),
-                    x_t,
-                    x_next,
-                    x_fake,
-                    noise,
-                    gamma,
-                    game.energy_l2,
-                )
-
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-                variables["params"]
-            )
-            return grads, metrics
-
-        gamma = game.gamma(state.step) if callable(game.gamma) else game.gamma
-        if not callable(game.gamma) and gamma == 0:
-            grads, metrics = loss_and_grads(None)
-        elif game.lazy_reg == 1:
-            grads, metrics = loss_and_grads(gamma)
-        else:
-            grads, metrics = jax.lax.cond(
-                state.step % game.lazy_reg == 0,
-                lambda: loss_and_grads(gamma),
-                lambda: loss_and_grads(None),
-            )
-        grads, metrics = mean_over_devices((grads, metrics))
-        updates, opt_state = optimizers.energy.update(
-            grads, state.opt_energy, variables["params"]
-        )
-        params = optax.apply_updates(variables["params"], updates)
+    def play_energy(state: TrainState, gradients: _Gradients):
+        grads, metrics = rules.mean_over_devices(gradients.energy())
+        params = state.variables.energy["params"]
+        updates, opt_state = optimizers.energy.update(grads, state.opt_energy, params)
         metrics["energy/grad_norm"] = optax.tree.norm(grads)
         metrics["energy/update_norm"] = optax.tree.norm(updates)
-        return _with_params(variables, params), opt_state, metrics
-
-    def play_generator(state, variables, x0_pred, pull_back, x_t, x_next, noise):
-        """`variables`: the energy's are updated; `pull_back`: x̂_0 → φ."""
-
-        def loss(x0_pred, generator_params, posterior_params):
-            return generator_loss(
-                game,
-                schedule,
-                networks,
-                variables._replace(
-                    generator=_with_params(variables.generator, generator_params),
-                    posterior=_with_params(variables.posterior, posterior_params),
-                ),
-                x0_pred,
-                x_t,
-                x_next,
-                noise,
-            )
-
-        params = (variables.generator["params"], variables.posterior["params"])
-        (grad_x0, direct, grad_posterior), (metrics, stats) = jax.grad(
-            loss, argnums=(0, 1, 2), has_aux=True
-        )(x0_pred, *params)
-        (grad_generator,) = pull_back(grad_x0)
-        if game.has_second_pass:
-            grad_generator = jax.tree.map(jnp.add, grad_generator, direct)
-        grads, metrics, stats = mean_over_devices(
-            ((grad_generator, grad_posterior), metrics, stats)
+        energy = _with_params(
+            state.variables.energy, optax.apply_updates(params, updates)
         )
+        return energy, opt_state, metrics
+
+    def play_generator(state: TrainState, variables: Players, gradients: _Gradients):
+        """`variables`: the energy's are updated."""
+        grads, metrics, stats = rules.mean_over_devices(gradients.generator(variables))
+        params = (variables.generator["params"], variables.posterior["params"])
         updates, opt_state = optimizers.generator.update(
             grads, state.opt_generator, params
         )
@@ -528,35 +742,14 @@ def make_step(
         return variables, opt_state, metrics
 
     def step(state: TrainState, x0: Array, noise: Noise):
-        variables = state.variables
-        t = noise.t
-        x_t, x_next = diffusion.diffuse_pair(
-            schedule, x0, t, noise.eps_t, noise.eps_next
-        )
-        z = noise.z if game.latent else jnp.zeros_like(noise.z)
-
-        def forward(params):
-            return networks.train_generator(
-                _with_params(variables.generator, params),
-                x_next,
-                t,
-                z,
-                rngs=dropout_keys(noise, DROPOUT_GENERATOR_PRIOR),
-            )
-
-        x0_pred, pull_back, stats = jax.vjp(
-            forward, variables.generator["params"], has_aux=True
-        )
-        x_fake = diffusion.sample_posterior(
-            schedule, x0_pred, x_next, t, noise.eps_post
-        )
-        energy, opt_energy, metrics = play_energy(state, x_t, x_next, x_fake, noise)
-        variables = variables._replace(
-            energy=energy,
-            generator=_with_stats(variables.generator, mean_over_devices(stats)),
+        gradients = rules.gradients(state, x0, noise)
+        energy, opt_energy, metrics = play_energy(state, gradients)
+        stats = rules.mean_over_devices(gradients.stats)
+        variables = state.variables._replace(
+            energy=energy, generator=_with_stats(state.variables.generator, stats)
         )
         variables, opt_generator, generator_metrics = play_generator(
-            state, variables, x0_pred, pull_back, x_t, x_next, noise
+            state, variables, gradients
         )
         ema = variables
         if ema_decay > 0:
@@ -582,7 +775,7 @@ def scan_steps(
     state: TrainState,
     inputs: Any,
     length: int,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, Metrics, Fault]:
     """Takes `length` steps in one `lax.scan`.
 
     Args:
@@ -593,10 +786,25 @@ def scan_steps(
       length: K.
 
     Returns:
-      The last state, and the metrics averaged over the K steps.
+      The last state, the metrics averaged over the K steps, and the first of the steps
+      with a metric that is not finite.
     """
+    start = state.step
     if length == 1:
         first = None if inputs is None else jax.tree.map(lambda x: x[0], inputs)
-        return one(state, first)
+        state, metrics = one(state, first)
+        step = jnp.where(_all_finite(metrics), 0, start + 1)
+        return state, metrics, Fault(step, metrics)
     state, metrics = jax.lax.scan(one, state, inputs, length=length)
-    return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+    bad = ~jax.vmap(_all_finite)(metrics)
+    place = jnp.argmax(bad)
+    fault = Fault(
+        jnp.where(bad.any(), start + 1 + place, 0),
+        jax.tree.map(lambda x: x[place], metrics),
+    )
+    return state, jax.tree.map(lambda x: x.mean(axis=0), metrics), fault
+
+
+def _all_finite(metrics: Metrics) -> Bool[Array, ""]:
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(metrics)]
+    return jnp.stack(leaves).all()

@@ -28,7 +28,7 @@ class Run(NamedTuple):
     Attributes:
       workdir: its directory.
       experiment: what its config describes.
-      variables: the averaged variables of its newest checkpoint.
+      variables: the averaged variables of its checkpoint.
       step: of that checkpoint.
     """
 
@@ -47,10 +47,12 @@ def load_run(
       workdir: the run directory.
       open_images: whether images are opened too, for figures that need them. Nothing
         else needs more than the directory.
-      checkpoint: `latest`; `best`, of the lowest FID; or the step of one that is kept.
+      checkpoint: `latest`, the newest that is intact; `best`, of the lowest FID; or the
+        step of one that is kept.
 
     Raises:
-      InputError: if the directory holds no run or no such checkpoint.
+      InputError: if the directory holds no run or no such checkpoint, or if it is
+        damaged.
     """
     workdir = Path(workdir)
     config = train.read_config(workdir)
@@ -58,30 +60,34 @@ def load_run(
     folder = checkpointing.BEST if checkpoint == "best" else checkpointing.NEWEST
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True, folder=folder)
     try:
-        step = _step(checkpoints, workdir, checkpoint)
-        info = checkpoints.info(step)
+        asked_for = _step(checkpoints, workdir, checkpoint)
+        if checkpoints.latest_step() is None:
+            raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
         experiment = train.build(config, workdir, open_images)
-        found = experiment.source.metadata()
-        if None not in (found, info["data"]) and found != info["data"]:
-            raise InputError(
-                f"the data of {workdir} are not those of its checkpoint {step}; copy "
-                "the whole run directory again, and leave its images as they were"
-            )
-        state = checkpoints.restore(train.abstract_state(experiment), step)
+        like = train.abstract_state(experiment)
+        if asked_for is None:
+            found = checkpoints.restore_newest(like)
+        else:
+            found = checkpoints.restore_one(like, asked_for)
     finally:
         checkpoints.close()
-    return Run(workdir, experiment, state.ema, step)
+    if found is None:  # Deleted meanwhile.
+        raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
+    described = experiment.source.metadata()
+    if None not in (described, found.info["data"]) and described != found.info["data"]:
+        raise InputError(
+            f"the data of {workdir} are not those of its checkpoint {found.step}; copy "
+            "the whole run directory again, and leave its images as they were"
+        )
+    return Run(workdir, experiment, found.state.ema, found.step)
 
 
 def _step(
     checkpoints: checkpointing.Checkpoints, workdir: Path, checkpoint: str
-) -> int:
-    """Returns the step of the checkpoint that is asked for."""
+) -> int | None:
+    """Returns the step that is asked for; None: the newest that is intact."""
     if checkpoint in ("latest", "best"):
-        step = checkpoints.latest_step()
-        if step is None:
-            raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
-        return step
+        return None
     kept = checkpoints.steps()
     if not checkpoint.isdecimal() or int(checkpoint) not in kept:
         raise InputError(

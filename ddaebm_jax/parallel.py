@@ -129,12 +129,19 @@ def differing_processes(text: str) -> tuple[int, str, str] | None:
 # Devices.
 
 
-def make_mesh(num_devices: int, batch_size: int | None = None) -> Mesh:
+def make_mesh(
+    num_devices: int,
+    batch_size: int | None = None,
+    parts: int = 1,
+    group: int = 1,
+) -> Mesh:
     """Makes a one-axis mesh over which batches are split.
 
     Args:
       num_devices: how many devices; 0: all, of all processes.
       batch_size: the global batch; None: not one size, see `split_rows`.
+      parts: in which each device takes its share, one after the other.
+      group: examples of a part that must stay together; see `models.Networks`.
 
     Raises:
       InputError: if there are fewer devices, or the batch is not divisible.
@@ -153,12 +160,17 @@ def make_mesh(num_devices: int, batch_size: int | None = None) -> Mesh:
             "out; use 0 for all"
         )
     used = devices[: num_devices or len(devices)]
-    if batch_size is not None and batch_size % len(used):
-        below = batch_size // len(used) * len(used)
-        nearest = [str(n) for n in (below, below + len(used)) if n > 0]
+    shares = len(used) * (parts * group if parts > 1 else 1)
+    if batch_size is not None and batch_size % shares:
+        below = batch_size // shares * shares
+        nearest = [str(n) for n in (below, below + shares) if n > 0]
+        taken = ""
+        if parts > 1:
+            taken = f", each in optimizer.accumulate={parts} parts"
+            taken += f" of whole groups of {group}" if group > 1 else ""
         raise InputError(
             f"data.batch_size is {batch_size}, not divisible by the {len(used)} "
-            f"devices; use {' or '.join(nearest)}, or set parallel.num_devices"
+            f"devices{taken}; use {' or '.join(nearest)}, or set parallel.num_devices"
         )
     return Mesh(np.asarray(used), (DATA_AXIS,))
 
@@ -248,7 +260,7 @@ class Layout(Protocol):
         """
 
     def jit(self, dispatch: Dispatch) -> Any:
-        """Returns the jitted (state, arrays, index, batches, length)."""
+        """Returns the jitted (state, arrays, index, trial, batches, length)."""
 
     def saved(self, state: Any) -> Any:
         """Returns a state as it is saved, evaluated and drawn from."""
@@ -267,21 +279,25 @@ class JitLayout:
     """One program for the mesh.
 
     Attributes:
-      axis_name: None: the program sees the whole batch.
+      axis_name: over which the step averages gradients and metrics; None: the step
+        sees the whole batch.
     """
 
-    axis_name: str | None = None
-
-    def __init__(self, mesh: Mesh, fsdp: bool = False) -> None:
+    def __init__(self, mesh: Mesh, fsdp: bool = False, whole: bool = False) -> None:
         """Lays out.
 
         Args:
           mesh: the devices.
           fsdp: every device keeps a part of the state only, and gathers parameters
             when it needs them (fully sharded data parallelism).
+          whole: the step needs statistics of the whole batch. Else, and without
+            `fsdp`, each device takes its own share and the step itself averages, once
+            a player. Left to XLA, gradients of each use of a parameter are summed over
+            the devices, and those of each part of a batch.
         """
         self._mesh = mesh
         self._fsdp = fsdp
+        self.axis_name = None if whole or fsdp else DATA_AXIS
 
     def shardings(self, state: Any) -> Any:
         """Returns where each leaf of a state, or of its shapes, lies."""
@@ -307,13 +323,31 @@ class JitLayout:
 
         def placed(state, *inputs):
             shardings = self.shardings(state)
-            state, metrics = dispatch(state, *inputs)
+            state, *told = self._each(dispatch, inputs[-1])(state, *inputs[:-1])
             return (
                 jax.lax.with_sharding_constraint(state, shardings),
-                jax.lax.with_sharding_constraint(metrics, whole),
+                *jax.lax.with_sharding_constraint(told, whole),
             )
 
-        return jax.jit(placed, static_argnums=4, donate_argnums=0)
+        return jax.jit(placed, static_argnums=5, donate_argnums=0)
+
+    def _each(self, dispatch: Dispatch, length: int) -> Dispatch:
+        """Returns the dispatch, run by each device for its share where that will do."""
+
+        def steps(*inputs):
+            return dispatch(*inputs, length)
+
+        if self.axis_name is None:
+            return steps
+        whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
+        batches = PartitionSpec(None, DATA_AXIS)
+        return jax.shard_map(
+            steps,
+            mesh=self._mesh,
+            in_specs=(whole, whole, rows, whole, batches),
+            out_specs=whole,
+            check_vma=False,
+        )
 
     def saved(self, state: Any) -> Any:
         return state
@@ -370,7 +404,7 @@ class PmapLayout:
         return jax.pmap(
             dispatch,
             axis_name=DATA_AXIS,
-            static_broadcasted_argnums=4,
+            static_broadcasted_argnums=5,
             donate_argnums=0,
             devices=self._devices,
         )
@@ -400,13 +434,16 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def make_layout(mode: str, mesh: Mesh, fsdp: bool) -> JitLayout | PmapLayout:
+def make_layout(
+    mode: str, mesh: Mesh, fsdp: bool, whole: bool = False
+) -> JitLayout | PmapLayout:
     """Makes the layout that a config names.
 
     Args:
       mode: of `MODES`.
       mesh: the devices.
       fsdp: see `JitLayout`; `jit` only.
+      whole: see `JitLayout`.
 
     Raises:
       InputError: for another mode, or `pmap` with `fsdp`.
@@ -414,7 +451,7 @@ def make_layout(mode: str, mesh: Mesh, fsdp: bool) -> JitLayout | PmapLayout:
     if mode not in MODES:
         raise InputError(f"parallel.mode is '{mode}'; allowed: {', '.join(MODES)}")
     if mode == "jit":
-        return JitLayout(mesh, fsdp)
+        return JitLayout(mesh, fsdp, whole)
     if fsdp:
         raise InputError(
             "parallel.fsdp is True, which parallel.mode 'pmap' cannot do; use 'jit'"

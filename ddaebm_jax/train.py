@@ -5,6 +5,7 @@ of it, and all randomness is a function of (seed, step).
 """
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 import time
@@ -18,6 +19,7 @@ import ml_collections
 import numpy as np
 import optax
 from absl import logging
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from ddaebm_jax import (
@@ -30,27 +32,34 @@ from ddaebm_jax import (
     parallel,
     writers,
 )
-from ddaebm_jax.checkpointing import BestCheckpoint, Checkpoints
+from ddaebm_jax.checkpointing import (
+    BestCheckpoint,
+    Checkpoints,
+    CheckpointWriteError,
+    Restored,
+)
 from ddaebm_jax.data import Source, open_source
 from ddaebm_jax.data.images import Batches
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import figures, image_quality
 from ddaebm_jax.files import (
     cache_directory,
+    read_text,
     write_json_atomically,
     write_text_atomically,
 )
+from ddaebm_jax.interruption import Interrupted, Interruption
+from ddaebm_jax.locking import LOCK_FILE, lock
+from ddaebm_jax.recovery import EnergyWatch, Saver
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
 
+_LARGEST_CONFIG = 2**20
+
 # Steps a dispatch where the config leaves the choice: small networks are bound by
 # the time of a dispatch; matrix products lose nothing inside a scan.
 _STEPS_PER_DISPATCH = {"mlp": 100, "ncsnpp": 10}
-
-
-class TrainingError(InputError):
-    """Training cannot go on; the message says at which step and why."""
 
 
 class LostProcessError(TrainingError):
@@ -164,10 +173,11 @@ def _state_shapes(experiment: Experiment) -> minimax.TrainState:
 def make_dispatch(
     experiment: Experiment, axis_name: str | None = None
 ) -> Callable[..., Any]:
-    """Returns (state, arrays, index, batches, length) → (state, metrics).
+    """Returns (state, arrays, index, trial, batches, length) → (state, metrics, fault).
 
     K = length steps on the device. Noise is drawn inside, each example's from its own
-    key, and so are the batches where no input stream gives them ([K, batch, …]).
+    key, and so are the batches where no input stream gives them ([K, batch, …]). A
+    trial other than 0 has noise of its own. See `minimax.scan_steps`.
 
     Args:
       experiment: what the config describes.
@@ -180,12 +190,16 @@ def make_dispatch(
         experiment.optimizers,
         experiment.config.optimizer.ema_decay,
         axis_name,
+        experiment.config.optimizer.accumulate,
     )
     seed = experiment.config.seed
     networks, num_steps = experiment.networks, experiment.schedule.num_steps
 
-    def dispatch(state, arrays, index, batches, length):
+    def dispatch(state, arrays, index, trial, batches, length):
         data_key, noise_key = _key(seed, "data"), _key(seed, "noise")
+        noise_key = jnp.where(
+            trial > 0, jax.random.fold_in(noise_key, trial), noise_key
+        )
 
         def one(state, batch):
             keys = minimax.example_keys(data_key, state.step, index)
@@ -223,7 +237,27 @@ def open_batches(experiment: Experiment) -> Batches | None:
         num_threads=data.num_threads,
         prefetch=data.prefetch,
         num_workers=data.num_workers,
+        timeout=data.timeout,
     )
+
+
+def lay_out(
+    experiment: Experiment,
+) -> tuple[Mesh, parallel.JitLayout | parallel.PmapLayout]:
+    """Returns the devices that a config names, and how its steps run there.
+
+    Raises:
+      InputError: if there are fewer devices, or the batch is not divisible.
+    """
+    settings, networks = experiment.config.parallel, experiment.networks
+    batch, parts = (
+        experiment.config.data.batch_size,
+        experiment.config.optimizer.accumulate,
+    )
+    mesh = parallel.make_mesh(settings.num_devices, batch, parts, networks.group)
+    alone = batch // (mesh.size * parts) % networks.group == 0
+    whole = networks.whole_batch or not alone
+    return mesh, parallel.make_layout(settings.mode, mesh, settings.fsdp, whole)
 
 
 class Dispatcher:
@@ -236,8 +270,7 @@ class Dispatcher:
 
     def __init__(self, experiment: Experiment) -> None:
         config = experiment.config
-        mesh = parallel.make_mesh(config.parallel.num_devices, config.data.batch_size)
-        layout = parallel.make_layout(config.parallel.mode, mesh, config.parallel.fsdp)
+        mesh, layout = lay_out(experiment)
         self._layout = layout
         self._jitted = layout.jit(make_dispatch(experiment, layout.axis_name))
         self._inputs = (
@@ -247,6 +280,11 @@ class Dispatcher:
         self.num_devices = mesh.size
         self._compiled: dict[int, Any] = {}
         self.compile_seconds = 0.0
+        self.start_trial(0)
+
+    def start_trial(self, trial: int) -> None:
+        """Gives the steps from here on the noise of a trial; 0 is the first."""
+        self._trial = self._layout.place_data(np.int32(trial))
 
     def place(self, state: minimax.TrainState) -> minimax.TrainState:
         """Puts a copy of the state on the devices."""
@@ -257,16 +295,22 @@ class Dispatcher:
         return self._layout.saved(state)
 
     def restore(
-        self, checkpoints: Checkpoints, experiment: Experiment, step: int
-    ) -> minimax.TrainState:
-        """Restores a state onto the devices, whatever devices it was saved from."""
+        self, checkpoints: Checkpoints, experiment: Experiment
+    ) -> Restored | None:
+        """Restores the newest good state, whatever devices it was saved from.
+
+        None where there is no checkpoint. See `Checkpoints.restore_newest`.
+        """
         like = self._layout.restored_like(_state_shapes(experiment))
-        return self._layout.taken_up(checkpoints.restore(like, step))
+        found = checkpoints.restore_newest(like)
+        if found is None:
+            return None
+        return found._replace(state=self._layout.taken_up(found.state))
 
     def __call__(
         self, state: minimax.TrainState, length: int, batches: np.ndarray | None = None
-    ):
-        """Takes `length` steps; the given state's buffers are used up.
+    ) -> tuple[minimax.TrainState, minimax.Metrics, minimax.Fault]:
+        """Starts `length` steps; the given state's buffers are used up.
 
         Args:
           state: where to start.
@@ -275,13 +319,13 @@ class Dispatcher:
         """
         if batches is not None:
             batches = self._layout.place_batches(batches)
-        inputs = (state, *self._inputs, batches)
+        inputs = (state, *self._inputs, self._trial, batches)
         if length not in self._compiled:
             start = time.monotonic()
             self._compiled[length] = self._jitted.lower(*inputs, length).compile()
             self.compile_seconds += time.monotonic() - start
-        state, metrics = self._compiled[length](*inputs)
-        return state, self._layout.metrics(metrics)
+        state, *told = self._compiled[length](*inputs)
+        return state, *self._layout.metrics(told)
 
 
 def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
@@ -321,7 +365,10 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     if not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is a file; name a directory")
     if not path.exists():
-        if any(found.suffix != ".partial" for found in workdir.iterdir()):
+        if any(
+            found.suffix != ".partial" and found.name != LOCK_FILE
+            for found in workdir.iterdir()
+        ):
             raise InputError(
                 f"--workdir={workdir} is not empty and holds no {CONFIG_FILE}, so it "
                 "is not a run; name a new directory"
@@ -354,7 +401,7 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
     """
     path = workdir / CONFIG_FILE
     try:
-        text = path.read_text()
+        text = read_text(path, _LARGEST_CONFIG)
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}); --workdir must name a run "
@@ -397,38 +444,42 @@ def _check_data(saved: dict | None, source: Source, workdir: Path) -> None:
         )
 
 
-def _checked(step: int, metrics: dict[str, Any]) -> dict[str, float]:
-    """Fetches metrics; raises TrainingError if one is not finite."""
-    values = minimax.with_gaps(jax.device_get(metrics))
-    bad = [name for name, value in values.items() if not np.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"{', '.join(bad)} not finite in the steps up to {step}; the last "
-            "checkpoint before is intact. Try a lower optimizer.learning_rate, a "
-            "higher game.gamma, or optimizer.max_grad_norm"
-        )
-    return values
+class _NotFinite(Exception):
+    """Some steps had a number that is not finite.
+
+    Attributes:
+      fault: on the host.
+    """
+
+    def __init__(self, fault: minimax.Fault) -> None:
+        super().__init__(fault.describe())
+        self.fault = fault
 
 
 class _Average:
-    """The mean of metrics between two reports, kept on the device."""
+    """The mean of metrics between two reports."""
 
-    def __init__(self) -> None:
-        self._sum: Any = None
-        self._steps = 0
+    def __init__(self, saved: dict[str, Any] | None = None) -> None:
+        """Starts anew, or with what `state` returned."""
+        saved = saved or {"steps": 0, "sums": {}}
+        self._steps = saved["steps"]
+        self._sums = {name: np.array(value) for name, value in saved["sums"].items()}
 
-    def add(self, metrics: dict[str, Array], steps: int) -> None:
-        weighted = jax.tree.map(lambda m: m * steps, metrics)
-        if self._sum is None:
-            self._sum = weighted
-        else:
-            self._sum = jax.tree.map(jnp.add, self._sum, weighted)
+    def add(self, metrics: dict[str, np.ndarray], steps: int) -> None:
+        for name, value in metrics.items():
+            added = np.asarray(value, np.float64) * steps
+            self._sums[name] = self._sums.get(name, 0.0) + added
         self._steps += steps
 
-    def take(self) -> dict[str, Array]:
-        mean = jax.tree.map(lambda m: m / self._steps, self._sum)
-        self._sum, self._steps = None, 0
-        return mean
+    def take(self) -> dict[str, float]:
+        mean = {name: value / self._steps for name, value in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return minimax.with_gaps(mean)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what has not been reported yet, as JSON values."""
+        sums = {name: np.asarray(value).tolist() for name, value in self._sums.items()}
+        return {"steps": self._steps, "sums": sums}
 
 
 def steps_per_dispatch(model_name: str) -> int:
@@ -471,9 +522,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
       The final figures, as written to `report.json`.
 
     Raises:
-      InputError: for a bad config, bad data, or a directory that is not this run's;
-        nothing has been written then.
-      TrainingError: if a loss or gradient stops being finite.
+      InputError: for a bad config, bad data, or a directory that is not this run's or
+        is in use; nothing has been written then.
+      TrainingError: if a loss or gradient is not finite, again and again, or no
+        checkpoint can be written.
+      Interrupted: after SIGTERM or SIGINT, when all is saved.
     """
     workdir = Path(workdir)
     started = time.monotonic()
@@ -481,31 +534,31 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     _check_processes_agree(config)
     open_workdir(workdir, config)
     parallel.wait_for_all("the run directory has been looked at")
-    use_compilation_cache(config.compilation_cache)
-    experiment = build(config)
-    dispatcher = Dispatcher(experiment)
-    start = init_state(experiment)
-    counts = log_parameters(start.variables)
-    meter = figures.open_meter(experiment)
     with contextlib.ExitStack() as stack:
+        if workdir.exists():  # Soon: data may take minutes to open.
+            stack.enter_context(lock(workdir))
+        use_compilation_cache(config.compilation_cache)
+        experiment = build(config)
+        dispatcher = Dispatcher(experiment)
+        start = init_state(experiment)
+        counts = log_parameters(start.variables)
+        meter = figures.open_meter(experiment)
+        if not workdir.exists():
+            parallel.wait_for_all("nobody has made the run directory yet")
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(workdir))
         run, state = _open_run(stack, experiment, workdir, dispatcher, meter, start)
         del start
-        first = run.first_step
         try:
-            state = _loop(run, state)
-            state = dispatcher.saved(state)
-            report = {
-                "step": config.train.num_steps,
-                "figures": _final_figures(run, state),
-                "parameters": counts,
-                "seconds": time.monotonic() - started,
-                "compile_seconds": dispatcher.compile_seconds,
-                "resumed_from_step": first,
-                "device": f"{dispatcher.num_devices} × {jax.devices()[0].device_kind}",
-                "processes": jax.process_count(),
-                "versions": {"jax": jax.__version__},
-            }
-            _finish(run, state, report)
+            with Interruption() as interruption:
+                state = dispatcher.saved(_loop(run, state, interruption))
+                interruption.all_saved(config.train.num_steps, config.train.num_steps)
+                report = {
+                    **_report(run, state),
+                    "parameters": counts,
+                    "seconds": time.monotonic() - started,
+                }
+                _finish(run, state, report)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -518,6 +571,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 "checkpoint"
             ) from error
     return report
+
+
+def _report(run: "_Run", state: minimax.TrainState) -> dict[str, Any]:
+    """Returns what is known of a run at its end."""
+    return {
+        "step": run.experiment.config.train.num_steps,
+        "figures": _final_figures(run, state),
+        "compile_seconds": run.dispatcher.compile_seconds,
+        "resumed_from_step": run.start.step,
+        "rollbacks": run.progress.trial,
+        "device": f"{run.dispatcher.num_devices} × {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": {"jax": jax.__version__},
+    }
 
 
 def _first_line(error: Exception) -> str:
@@ -545,6 +612,31 @@ def _check_processes_agree(config: ml_collections.ConfigDict) -> None:
     )
 
 
+class _Start(NamedTuple):
+    """Where a run starts, or goes on from a checkpoint.
+
+    Attributes:
+      step: the first that is not yet taken, counted from 0.
+      info: of the checkpoint; empty at the beginning.
+    """
+
+    step: int
+    info: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What changes while a run goes on, besides its state.
+
+    Attributes:
+      average: of what has not been reported yet.
+      trial: how often the run has gone back to a checkpoint.
+    """
+
+    average: _Average
+    trial: int
+
+
 class _Run(NamedTuple):
     """What the loop works with.
 
@@ -554,11 +646,14 @@ class _Run(NamedTuple):
       dispatcher: takes the steps.
       batches: the input stream; None where there is none.
       checkpoints: the newest ones.
+      saver: writes them.
       best: the one of the lowest FID; None without a meter.
       meter: measures images; None: not wanted.
       output: where reports go.
+      watch: of the energies.
       info: what travels with every checkpoint.
-      first_step: where this run starts or goes on.
+      start: where this run starts or goes on.
+      progress: how far it is.
     """
 
     experiment: Experiment
@@ -566,11 +661,14 @@ class _Run(NamedTuple):
     dispatcher: Dispatcher
     batches: Batches | None
     checkpoints: Checkpoints
+    saver: Saver
     best: BestCheckpoint | None
     meter: image_quality.Meter | None
     output: writers.Writers | writers.Silent
+    watch: EnergyWatch
     info: dict[str, Any]
-    first_step: int
+    start: _Start
+    progress: _Progress
 
 
 def _open_run(
@@ -586,32 +684,24 @@ def _open_run(
     writes = parallel.is_first_process()
     if writes and not (workdir / CONFIG_FILE).exists():
         # First of all: from here on the directory is known as a run.
-        workdir.mkdir(parents=True, exist_ok=True)
         write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     stack.callback(checkpoints.close)
-    found = checkpoints.latest_step()
-    first = found or 0
+    found = dispatcher.restore(checkpoints, experiment)
+    first = 0 if found is None else found.step
     if first > total:
         raise InputError(
             f"{workdir} has a checkpoint at step {first}, beyond train.num_steps "
             f"{total}; raise it, or name a new --workdir"
         )
+    if found is not None:
+        _check_data(found.info["data"], experiment.source, workdir)
     best = BestCheckpoint(workdir) if meter is not None else None
     if best is not None:
         stack.callback(best.close)
     batches = open_batches(experiment)
     if batches is not None:
         stack.callback(batches.close)
-    if found is None:
-        state = dispatcher.place(start)
-    else:
-        saved = checkpoints.info(found)
-        _check_data(saved["data"], experiment.source, workdir)
-        state = dispatcher.restore(checkpoints, experiment, found)
-        # Imported weights, and runs without a stream, have no position.
-        if batches is not None and saved.get("input") is not None:
-            batches.restore(saved["input"])
     output: writers.Writers | writers.Silent = writers.Silent()
     if writes:
         write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
@@ -628,20 +718,34 @@ def _open_run(
         f"training from step {first} to {total} in {workdir} on "
         f"{dispatcher.num_devices} {jax.default_backend()} device(s)"
     )
-    info = {"config": config.to_dict(), "data": experiment.source.metadata()}
+    recovery = config.recovery
     run = _Run(
-        experiment,
-        workdir,
-        dispatcher,
-        batches,
-        checkpoints,
-        best,
-        meter,
-        output,
-        info,
-        first,
+        experiment=experiment,
+        workdir=workdir,
+        dispatcher=dispatcher,
+        batches=batches,
+        checkpoints=checkpoints,
+        saver=Saver(checkpoints, recovery.save_patience),
+        best=best,
+        meter=meter,
+        output=output,
+        watch=EnergyWatch(recovery.max_energy, recovery.max_gap),
+        info={"config": config.to_dict(), "data": experiment.source.metadata()},
+        start=_Start(first, {} if found is None else found.info),
+        progress=_Progress(_Average(), 0),
     )
-    return run, state
+    _take_up(run, run.start)
+    return run, dispatcher.place(start) if found is None else found.state
+
+
+def _take_up(run: _Run, start: _Start) -> None:
+    """Puts all that has a position where a checkpoint was taken."""
+    run.progress.average = _Average(start.info.get("unreported"))
+    run.progress.trial = start.info.get("rollbacks", 0)
+    run.dispatcher.start_trial(run.progress.trial)
+    # Imported weights, and runs without a stream, have no position.
+    if run.batches is not None and start.info.get("input") is not None:
+        run.batches.restore(start.info["input"])
 
 
 def _final_figures(run: _Run, state: minimax.TrainState) -> dict[str, Any]:
@@ -652,8 +756,16 @@ def _final_figures(run: _Run, state: minimax.TrainState) -> dict[str, Any]:
         fewer, compared = settings.num_samples_on_the_way, found
         if fewer not in (0, settings.num_samples):
             compared = figures.evaluate(run.experiment, state.ema, run.meter, fewer)
-        run.best.offer(state, compared, run.info)
+        _offer(run, state, compared)
     return found
+
+
+def _offer(run: _Run, state: minimax.TrainState, found: dict[str, Any]) -> None:
+    """Lets a state compete for the lowest FID."""
+    try:
+        run.best.offer(state, found, run.info)
+    except CheckpointWriteError as error:
+        logging.warning("the best checkpoint cannot be written: %s", error)
 
 
 def _finish(run: _Run, state: minimax.TrainState, report: dict[str, Any]) -> None:
@@ -668,57 +780,181 @@ def _finish(run: _Run, state: minimax.TrainState, report: dict[str, Any]) -> Non
 def _draw(run: _Run, state: minimax.TrainState, step: int) -> None:
     """Draws the averaged model's pictures, into files and TensorBoard.
 
-    All processes sample together; the first one keeps what is drawn.
+    All processes sample together; the first one keeps what is drawn. A picture that
+    cannot be written is warned of.
     """
     with contextlib.ExitStack() as stack:
         directory = run.workdir / "samples"
         if not parallel.is_first_process():
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        pictures = figures.draw_pictures(run.experiment, state.ema, directory, step)
+        try:
+            pictures = figures.draw_pictures(run.experiment, state.ema, directory, step)
+        except OSError as error:
+            logging.warning(
+                "the pictures of step %d cannot be written: %s", step, error
+            )
+            return
         for name, path in pictures.files.items():
             run.output.picture(step, name, path)
         run.output.histograms(step, pictures.histograms)
 
 
-def _loop(run: _Run, state: minimax.TrainState) -> minimax.TrainState:
-    """Takes all steps that are left, with reports, pictures and checkpoints."""
-    config, dispatcher, output = run.experiment.config, run.dispatcher, run.output
-    train, total = config.train, config.train.num_steps
-    average = _Average()
-    compiled = 0.0
+class _Taken(NamedTuple):
+    """Steps that were started, and whose metrics have not been looked at.
 
-    def due(step: int, every: int) -> bool:
-        return every > 0 and step % every == 0
+    Attributes:
+      start: the first of them.
+      step: the one after the last.
+      metrics: their mean, on the device.
+      fault: the first of them that is not finite, on the device.
+    """
 
-    for start, step in dispatches(config, run.first_step):
+    start: int
+    step: int
+    metrics: minimax.Metrics
+    fault: minimax.Fault
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _loop(
+    run: _Run, state: minimax.TrainState, interruption: Interruption
+) -> minimax.TrainState:
+    """Takes all steps that are left, going back to a checkpoint after a fault."""
+    first = run.start.step
+    while True:
+        try:
+            return _advance(run, state, first, interruption)
+        except _NotFinite as error:
+            del state
+            state, first = _roll_back(run, error.fault)
+
+
+def _advance(
+    run: _Run, state: minimax.TrainState, first: int, interruption: Interruption
+) -> minimax.TrainState:
+    """Takes all steps that are left, with reports, pictures and checkpoints.
+
+    Metrics are fetched when the next steps are already under way, so that the device
+    does not wait; before anything is kept they are looked at first.
+    """
+    config, total = run.experiment.config, run.experiment.config.train.num_steps
+    train = config.train
+    compiled = run.dispatcher.compile_seconds
+    taken: _Taken | None = None
+    for start, step in dispatches(config, first):
         batch = None if run.batches is None else run.batches.next(step - start)
-        state, metrics = dispatcher(state, step - start, batch)
-        average.add(metrics, step - start)
-        if dispatcher.compile_seconds > compiled:
-            seconds = dispatcher.compile_seconds - compiled
-            compiled = dispatcher.compile_seconds
-            output.message(f"compiled {step - start} steps in {seconds:.1f} s")
-            output.restart_clock(start)
-        save = due(step, train.checkpoint_every) or step == total
-        if due(step, train.report_every) or save:
-            output.report(step, _checked(step, average.take()))
-        evaluate = due(step, train.evaluate_every) and step < total
-        draw = due(step, train.picture_every) and step < total
-        if not (evaluate or draw or save):
+        state, metrics, fault = run.dispatcher(state, step - start, batch)
+        if taken is not None:
+            _look_at(run, taken)
+        taken = _Taken(start, step, metrics, fault)
+        if run.dispatcher.compile_seconds > compiled:
+            seconds = run.dispatcher.compile_seconds - compiled
+            compiled = run.dispatcher.compile_seconds
+            run.output.message(f"compiled {step - start} steps in {seconds:.1f} s")
+            run.output.restart_clock(start)
+        stop = interruption.noted(step)
+        evaluate = _due(step, train.evaluate_every) and step < total
+        draw = _due(step, train.picture_every) and step < total
+        save = _due(step, train.checkpoint_every) or step == total
+        run.saver.look()
+        again = run.saver.due()
+        if not (evaluate or draw or save or stop or again):
             continue
-        saved = dispatcher.saved(state)
+        _look_at(run, taken)
+        taken = None
+        saved = run.dispatcher.saved(state)
         if evaluate:
             fewer = config.evaluation.num_samples_on_the_way or None
             found = figures.evaluate(run.experiment, saved.ema, run.meter, fewer)
-            output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
+            run.output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
             if run.best is not None:
-                run.best.offer(saved, found, run.info)
+                _offer(run, saved, found)
         if draw:
             _draw(run, saved, step)
-        if save:
-            # Last: a run resumed from here has missed nothing.
-            position = None if run.batches is None else run.batches.state()
-            run.checkpoints.save(saved, {**run.info, "input": position})
+        # Last: a run resumed from here has missed nothing.
+        if stop or step == total:
+            run.saver.finish(saved, _info(run), wait=True)
+        elif again:
+            run.saver.finish(saved, _info(run), wait=False)
+        elif save:
+            run.saver.save(saved, _info(run))
+        if stop and step < total:
+            raise Interrupted(stop, step, total)
         if evaluate or draw:
-            output.restart_clock(step)
+            run.output.restart_clock(step)
     return state
+
+
+def _info(run: _Run) -> dict[str, Any]:
+    """Returns what a checkpoint taken now holds besides the state."""
+    return {
+        **run.info,
+        "input": None if run.batches is None else run.batches.state(),
+        "unreported": run.progress.average.state(),
+        "rollbacks": run.progress.trial,
+    }
+
+
+def _look_at(run: _Run, taken: _Taken) -> None:
+    """Fetches the metrics of some steps, and reports where that is due.
+
+    Raises:
+      _NotFinite: if one of them is not finite.
+    """
+    train = run.experiment.config.train
+    metrics, step = jax.device_get((taken.metrics, taken.fault.step))
+    if step:
+        raise _NotFinite(jax.device_get(taken.fault))
+    average = run.progress.average
+    average.add(metrics, taken.step - taken.start)
+    if _due(taken.step, train.report_every) or taken.step == train.num_steps:
+        values = average.take()
+        run.output.report(taken.step, values)
+        for warning in run.watch.warnings(values):
+            logging.warning("step %d: %s", taken.step, warning)
+
+
+def _roll_back(run: _Run, fault: minimax.Fault) -> tuple[minimax.TrainState, int]:
+    """Goes back to the newest good checkpoint, with fresh noise from there on.
+
+    Returns:
+      Its state and step.
+
+    Raises:
+      TrainingError: if that has been done as often as the config allows.
+    """
+    config, trial = run.experiment.config, run.progress.trial
+    most = config.recovery.max_rollbacks
+    with contextlib.suppress(CheckpointWriteError):
+        run.checkpoints.wait()
+    if trial >= most:
+        last = run.checkpoints.latest_step()
+        kept = "there is no checkpoint" if last is None else f"step {last} is kept"
+        raise TrainingError(
+            f"{fault.describe()}; recovery.max_rollbacks is {most}, and the run has "
+            f"gone back {trial} times; {kept}. Try a lower optimizer.learning_rate, a "
+            "higher game.gamma, or optimizer.max_grad_norm, in a new --workdir"
+        )
+    found = run.dispatcher.restore(run.checkpoints, run.experiment)
+    if found is None:
+        state, start = init_state(run.experiment), _Start(0, {})
+        state = run.dispatcher.place(state)
+        if run.batches is not None:
+            run.batches.restore({**run.batches.state(), "batches": 0})
+    else:
+        state, start = found.state, _Start(found.step, found.info)
+    _take_up(run, start)
+    run.progress.trial = trial + 1
+    run.dispatcher.start_trial(trial + 1)
+    run.output.rewind(start.step)
+    logging.warning(
+        "%s: back to step %d, with fresh noise (%d of at most %d times)",
+        fault.describe(),
+        start.step,
+        trial + 1,
+        most,
+    )
+    return state, start.step

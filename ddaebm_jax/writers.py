@@ -4,22 +4,29 @@
 installed.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from ddaebm_jax.files import write_text_atomically
+from ddaebm_jax.files import read_text, write_text_atomically
+
+_LARGEST_METRICS = 2**30
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a report, in the order of steps."""
+    """`metrics.jsonl`: one JSON object a report, in the order of steps.
+
+    Lines that cannot be written, as on a full disk, are kept and written with the next.
+    """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         """Opens the file for a run that goes on from `resume_step`.
@@ -41,24 +48,56 @@ class MetricsFile:
             write_text_atomically(
                 path, "".join(json.dumps(line) + "\n" for line in kept)
             )
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Appends a line: the step, then the values."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        self._waiting.append(line.encode())
+        failed_before = len(self._waiting) > 1
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            while self._waiting:
+                _write_all(self._file, self._waiting[0])
+                whole += len(self._waiting.pop(0))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), whole)  # No line cut short.
+            if not failed_before:
+                logging.warning(
+                    "%s cannot be written (%s); its lines are kept and tried again",
+                    self._path,
+                    error.strerror,
+                )
+            return
+        if failed_before:
+            logging.warning("%s is whole again", self._path)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; says how many lines could not be written."""
         self._file.close()
+        if self._waiting:
+            logging.error(
+                "%d lines of %s could not be written", len(self._waiting), self._path
+            )
+
+
+def _write_all(file: io.RawIOBase, data: bytes) -> None:
+    """Writes all or raises OSError; a full disk may take a part first."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the whole lines of a metrics file; a line cut short is left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in read_text(path, _LARGEST_METRICS).splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
@@ -124,13 +163,20 @@ class Writers:
           tensorboard: whether to write event files.
           images_per_step: the global batch, where it is of images.
         """
-        self._metrics = MetricsFile(workdir / "metrics.jsonl", resume_step)
+        self._path = workdir / "metrics.jsonl"
+        self._metrics = MetricsFile(self._path, resume_step)
         self._tensorboard = open_tensorboard(workdir) if tensorboard else None
         self._progress = _open_progress(self._tensorboard, total_steps)
         self._total = total_steps
         self._images_per_step = images_per_step
         self._clock = (resume_step, time.monotonic())
         self._interactive = sys.stderr.isatty()
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was reported after a step, to which the run goes back."""
+        self._metrics.close()
+        self._metrics = MetricsFile(self._path, step)
+        self.restart_clock(step)
 
     def restart_clock(self, step: int) -> None:
         """Leaves what was done since the last report out of the next rate."""
@@ -147,7 +193,7 @@ class Writers:
             rates["images_per_second"] = rate * self._images_per_step
         self.scalars(step, {**values, **rates})
         if self._progress is not None:
-            self._progress(step)
+            self._to_tensorboard(lambda: self._progress(step))
         left = (self._total - step) / max(rate, 1e-9)
         line = (
             f"step {step}/{self._total} ({step / self._total:.0%})  "
@@ -173,7 +219,7 @@ class Writers:
         self._metrics.write(step, values)
         if self._tensorboard is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self._tensorboard.write_scalars(step, numbers)
+            self._to_tensorboard(lambda: self._tensorboard.write_scalars(step, numbers))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Shows a picture file in TensorBoard as well."""
@@ -183,22 +229,42 @@ class Writers:
 
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self._tensorboard.write_images(step, {name: pixels[None]})
+        images = {name: pixels[None]}
+        self._to_tensorboard(lambda: self._tensorboard.write_images(step, images))
 
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Writes the distributions of numbers to TensorBoard."""
         if self._tensorboard is not None and values:
-            self._tensorboard.write_histograms(step, dict(values))
+            self._to_tensorboard(
+                lambda: self._tensorboard.write_histograms(step, dict(values))
+            )
 
     def close(self) -> None:
         """Flushes and closes everything."""
         self._metrics.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._to_tensorboard(self._tensorboard.close)
+
+    def _to_tensorboard(self, write: Callable[[], None]) -> None:
+        """Writes event files; when that fails there are none from there on.
+
+        TensorFlow tells of a full disk by errors of many kinds, and late.
+        """
+        try:
+            write()
+        except Exception as error:
+            logging.warning(
+                "no TensorBoard files from here on (%s); metrics.jsonl has all",
+                str(error).strip().splitlines()[:1] or type(error).__name__,
+            )
+            self._tensorboard, self._progress = None, None
 
 
 class Silent:
     """Stands for `Writers` in the processes that write nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Does nothing."""
 
     def restart_clock(self, step: int) -> None:
         """Does nothing."""

@@ -8,6 +8,7 @@ python launch/main.py --mode=score --workdir=… --input=folder_of_images
 python launch/main.py --mode=evaluate --workdir=… --checkpoint=best
 python launch/main.py --mode=evaluate --workdir=… --inception_weights=weights.pth
 python launch/main.py --mode=ood --workdir=… --in=test --out=svhn_cropped,cifar100
+python launch/main.py --mode=inspect --workdir=…
 """
 
 import logging as std_logging
@@ -28,7 +29,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory. Default: runs/<config>/<time>."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample", "score", "evaluate", "ood"], "What to do."
+    "mode",
+    "train",
+    ["train", "sample", "score", "evaluate", "ood", "inspect"],
+    "What to do. inspect: tell what a run holds, and verify its checkpoints.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "`latest`, `best` (by FID), or the step of one."
@@ -187,8 +191,11 @@ def _join_processes() -> None:
 
 def _run() -> None:
     _check_flags()
+    if _MODE.value == "inspect":
+        _inspect()
+        return
     _join_processes()
-    from ddaebm_jax import detection, modes, parallel, train, writers
+    from ddaebm_jax import detection, interruption, modes, parallel, train, writers
 
     if _MODE.value == "train":
         if _CONFIG.value is None:
@@ -202,6 +209,9 @@ def _run() -> None:
             report = train.train(_CONFIG.value, workdir)
         except train.LostProcessError as error:
             command_line.fail(str(error), at_once=True)
+        except interruption.Interrupted as error:
+            logging.info("%s", error)
+            raise SystemExit(error.exit_code) from error
         if parallel.is_first_process():
             print(f"{workdir}\n{writers.format_report(report)}")
         return
@@ -250,6 +260,18 @@ def _run() -> None:
         )
         if parallel.is_first_process():
             print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
+
+
+def _inspect() -> None:
+    """Prints what a run holds; ends with status 1 if a checkpoint is damaged."""
+    if not _WORKDIR.value:
+        raise InputError("--mode=inspect needs --workdir, a run directory")
+    from ddaebm_jax import inspection
+
+    found = inspection.inspect(_WORKDIR.value)
+    print(found.text)
+    if not found.intact:
+        raise SystemExit(1)
 
 
 def _inception_settings() -> dict[str, Any]:

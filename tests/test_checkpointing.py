@@ -1,16 +1,38 @@
 """A checkpoint gives back exactly what was saved, or says why it cannot."""
 
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cli import ROOT, environment
 from helpers import GAME, assert_trees_equal, smooth_networks
 
-from ddaebm_jax import checkpointing, files, minimax
+from ddaebm_jax import checkpointing, checksums, files, minimax
+
+# Orbax drops what it has begun when a part of it fails, and Python remarks on it.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 
 OPTIMIZERS = minimax.make_optimizers(1e-3, 1e-3, 0.5, 0.9)
+
+
+@pytest.fixture(autouse=True)
+def remarks_belong_to_the_test_that_causes_them() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def _state(seed: int = 0, step: int = 3, dim: int = 2) -> minimax.TrainState:
@@ -104,3 +126,519 @@ def test_an_atomic_write_replaces_or_leaves(tmp_path: Path):
         files.write_json_atomically(path, {"x": object()})
     assert path.read_text() == '{\n  "x": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Damage.
+
+
+def _numbered(step: int, width: int = 300) -> minimax.TrainState:
+    """Returns a small state that is a function of its step."""
+    rng = np.random.default_rng(step)
+    return minimax.TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        variables={"w": jnp.asarray(rng.normal(size=(width, 3)), jnp.float32)},
+        ema={"w": jnp.asarray(rng.normal(size=5), jnp.bfloat16)},
+        opt_energy=(jnp.asarray(rng.random(9) < 0.5), ()),
+        opt_generator=None,
+    )
+
+
+def _save(workdir: Path, *steps: int) -> None:
+    checkpoints = checkpointing.Checkpoints(workdir)
+    for step in steps:
+        checkpoints.save(_numbered(step), {"data": None})
+    checkpoints.close()
+
+
+def _restore_newest(workdir: Path, read_only: bool = False):
+    checkpoints = checkpointing.Checkpoints(workdir, read_only=read_only)
+    try:
+        return checkpoints.restore_newest(_numbered(0))
+    finally:
+        checkpoints.close()
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def _flip(path: Path, place: int, mask: int = 0x5A) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= mask
+    path.write_bytes(content)
+
+
+def _spoil(workdir: Path, step: int, folder: str = "checkpoints") -> None:
+    """Flips a byte in the largest file of a checkpoint, which holds the arrays."""
+    path = max(
+        _files_of(workdir / folder / str(step)), key=lambda file: file.stat().st_size
+    )
+    _flip(path, path.stat().st_size // 2)
+
+
+def _without_checksums(info: dict) -> dict:
+    return {name: value for name, value in info.items() if name != "checksums"}
+
+
+def _tree_of(path: Path) -> list[str]:
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+
+
+def test_the_newest_intact_checkpoint_is_restored(tmp_path: Path):
+    assert _restore_newest(tmp_path) is None
+    _save(tmp_path, 1, 2, 3)
+    found = _restore_newest(tmp_path)
+    assert found.step == 3 and found.info["data"] is None
+    assert_trees_equal(found.state, _numbered(3))
+    assert found.info["checksums"] == checksums.of_tree(_numbered(3))
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_damaged_ones_are_set_aside_and_their_steps_saved_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    _save(tmp_path, 1, 2, 3)
+    _spoil(tmp_path, 3)
+    (tmp_path / "checkpoints/2/info/metadata").write_text("{")
+    before = _tree_of(tmp_path)
+    assert _restore_newest(tmp_path, read_only=True).step == 1
+    assert _tree_of(tmp_path) == before
+    checkpoints = checkpointing.Checkpoints(tmp_path)
+    found = checkpoints.restore_newest(_numbered(0))
+    assert found.step == 1 and checkpoints.steps() == [1]
+    assert_trees_equal(found.state, _numbered(1))
+    assert str(tmp_path / "checkpoints/3") in caplog.text
+    damaged = tmp_path / "damaged"
+    assert sorted(p.name for p in damaged.iterdir()) == [
+        "checkpoints-2",
+        "checkpoints-3",
+    ]
+    for step in (2, 3):
+        checkpoints.save(_numbered(step), {})
+    checkpoints.close()
+    assert_trees_equal(_restore_newest(tmp_path).state, _numbered(3))
+    _spoil(tmp_path, 3)
+    assert _restore_newest(tmp_path).step == 2
+    assert (damaged / "checkpoints-3-1").is_dir()
+
+
+def test_if_none_is_intact_all_are_named_and_left(tmp_path: Path):
+    _save(tmp_path, 1, 2)
+    for step in (1, 2):
+        _spoil(tmp_path, step)
+    before = _tree_of(tmp_path)
+    with pytest.raises(checkpointing.CheckpointError) as caught:
+        _restore_newest(tmp_path)
+    assert all(str(tmp_path / f"checkpoints/{n}") in str(caught.value) for n in (1, 2))
+    assert "\n" not in str(caught.value)
+    assert _tree_of(tmp_path) == before
+
+
+def test_one_that_is_asked_for_is_verified_too(tmp_path: Path):
+    _save(tmp_path, 1, 2)
+    _spoil(tmp_path, 2)
+    checkpoints = checkpointing.Checkpoints(tmp_path, read_only=True)
+    with pytest.raises(checkpointing.DamagedCheckpointError, match="2 is damaged"):
+        checkpoints.restore(_numbered(0))
+    assert_trees_equal(checkpoints.restore(_numbered(0), 1), _numbered(1))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_another_shape_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+):
+    if old:
+        monkeypatch.setattr(checkpointing, "_sealed", _without_checksums)
+    _save(tmp_path, 1, 2)
+    checkpoints = checkpointing.Checkpoints(tmp_path)
+    with pytest.raises(
+        checkpointing.CheckpointError,
+        match=r"does not hold the state.*variables/w is float32\[300,3\]",
+    ) as caught:
+        checkpoints.restore_newest(_numbered(0, width=301))
+    assert not isinstance(caught.value, checkpointing.DamagedCheckpointError)
+    checkpoints.close()
+    assert checkpointing.steps_in(tmp_path / "checkpoints") == [1, 2]
+
+
+def test_one_without_checksums_is_restored_with_a_remark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(checkpointing, "_sealed", _without_checksums)
+    _save(tmp_path, 1, 2)
+    assert_trees_equal(_restore_newest(tmp_path).state, _numbered(2))
+    assert "cannot be verified" in caplog.text
+    assert checkpointing.verify(tmp_path, "checkpoints", 2) is None
+    (tmp_path / "checkpoints/2/state/manifest.ocdbt").write_bytes(b"")
+    assert _restore_newest(tmp_path).step == 1
+    assert (tmp_path / "damaged/checkpoints-2").is_dir()
+
+
+def test_the_info_cannot_be_changed(tmp_path: Path):
+    _save(tmp_path, 1)
+    path = tmp_path / "checkpoints/1/info/metadata"
+    info = json.loads(path.read_text())
+    checkpoints = checkpointing.Checkpoints(tmp_path, read_only=True)
+    path.write_text(json.dumps(info, indent=1))  # The same values.
+    assert checkpoints.info(1) == info
+    others = ({**info, "data": {}}, {k: v for k, v in info.items() if k != "sha256"})
+    for other in others:
+        path.write_text(json.dumps(other))
+        with pytest.raises(checkpointing.DamagedCheckpointError, match="checksum"):
+            checkpoints.info(1)
+
+
+def test_verify_needs_no_config(tmp_path: Path):
+    _save(tmp_path, 1, 2)
+    assert checkpointing.verify(tmp_path, "checkpoints", 1) is None
+    _spoil(tmp_path, 2)
+    assert str(tmp_path) in checkpointing.verify(tmp_path, "checkpoints", 2)
+    assert "lacks a part" in checkpointing.verify(tmp_path, "checkpoints", 7)
+
+
+def test_a_state_under_another_step_is_refused(tmp_path: Path):
+    _save(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    (folder / "1").rename(folder / "5")
+    with pytest.raises(checkpointing.CheckpointError, match="holds the state of step"):
+        _restore_newest(tmp_path)
+
+
+def test_links_pipes_and_giants_are_refused(tmp_path: Path):
+    _save(tmp_path, 1)
+    steps = tmp_path / "run" / "checkpoints"
+    steps.mkdir(parents=True)
+    (steps / "1").symlink_to(tmp_path / "checkpoints/1")
+    link = checkpointing.verify(tmp_path / "run", "checkpoints", 1)
+    assert "is a link out of" in link
+    with pytest.raises(checkpointing.CheckpointError, match="is a link out of"):
+        _restore_newest(tmp_path / "run", read_only=True)
+    (steps / "1").unlink()
+
+    copy = shutil.copytree(tmp_path / "checkpoints/1", steps / "1")
+    os.mkfifo(copy / "state/d/pipe")
+    assert "neither" in checkpointing.verify(tmp_path / "run", "checkpoints", 1)
+    (copy / "state/d/pipe").unlink()
+    assert checkpointing.verify(tmp_path / "run", "checkpoints", 1) is None
+    with (copy / "info/metadata").open("r+b") as file:
+        file.truncate(2**40)  # A sparse file.
+    assert "at most" in checkpointing.verify(tmp_path / "run", "checkpoints", 1)
+
+
+def test_arrays_that_cannot_fit_into_their_files_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _save(tmp_path, 1)
+    monkeypatch.setattr(checkpointing, "_ALLOWANCE", 0)
+    monkeypatch.setattr(checkpointing, "_LARGEST_COMPRESSION", 0)
+    assert "does not fit" in checkpointing.verify(tmp_path, "checkpoints", 1)
+
+
+def test_any_flipped_byte_is_found_or_harmless(tmp_path: Path):
+    """Of every file of a checkpoint: bytes here and there, its end, all of it."""
+    _save(tmp_path / "good", 1, 2)
+    newest = tmp_path / "good/checkpoints/2"
+    rng = random.Random(0)
+    found_out = 0
+    for file in _files_of(newest):
+        size = file.stat().st_size
+        places = sorted({0, size - 1, *(rng.randrange(size) for _ in range(4))})
+        kinds = [("flip", place) for place in places]
+        kinds += [("cut", rng.randrange(size)), ("cut", 0), ("gone", 0)]
+        for kind, place in kinds:
+            run = shutil.copytree(tmp_path / "good", tmp_path / "run")
+            path = run / file.relative_to(tmp_path / "good")
+            if kind == "flip":
+                _flip(path, place, 1 << rng.randrange(8))
+            elif kind == "cut":
+                os.truncate(path, place)
+            else:
+                path.unlink()
+            restored = _restore_newest(run)
+            assert_trees_equal(restored.state, _numbered(restored.step))
+            assert restored.step in (1, 2)
+            found_out += restored.step == 1
+            shutil.rmtree(run)
+    assert found_out > 40
+
+
+# Unfinished ones.
+
+
+def test_unfinished_ones_are_never_restored_and_only_the_newest_is_kept(
+    tmp_path: Path,
+):
+    _save(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    for age, name in (
+        (3, "7.orbax-checkpoint-tmp"),
+        (2, "4"),
+        (1, "9.orbax-checkpoint-tmp"),
+    ):
+        shutil.copytree(folder / "1", folder / name)
+        shutil.rmtree(folder / name / "info")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    before = _tree_of(tmp_path)
+    assert _restore_newest(tmp_path, read_only=True).step == 1
+    assert _tree_of(tmp_path) == before
+    assert len(checkpointing.unfinished_in(folder)) == 3
+    assert _restore_newest(tmp_path).step == 1
+    assert [p.name for p in folder.iterdir()] == ["1"]
+    damaged = tmp_path / "damaged"
+    assert [p.name for p in damaged.iterdir()] == ["unfinished-checkpoints-9"]
+    shutil.copytree(folder / "1", folder / "11.orbax-checkpoint-tmp")
+    assert _restore_newest(tmp_path).step == 1
+    assert [p.name for p in damaged.iterdir()] == ["unfinished-checkpoints-11"]
+
+
+_KILLED = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import ddaebm_jax.checkpointing
+import pytest, ml_dtypes
+workdir = Path({workdir!r})
+
+def child():
+    signal.alarm(40)
+    import test_checkpointing as t
+    checkpoints = t.checkpointing.Checkpoints(workdir, keep=2)
+    found = checkpoints.restore_newest(t._numbered(0, 30_000))
+    step = 0
+    if found is not None:
+        step = found.step
+        t.assert_trees_equal(found.state, t._numbered(step, 30_000))
+    print("from", step, flush=True)
+    while True:
+        step += 1
+        checkpoints.save(t._numbered(step, 30_000), {{"data": None}})
+        if step % 3 == 0:
+            checkpoints.wait()
+            print("safe", step, flush=True)
+
+for _ in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        finally:
+            os._exit(9)
+    print("pid", pid, flush=True)
+    print("end", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_what_was_complete(tmp_path: Path):
+    rng = random.Random(0)
+    script = _KILLED.format(
+        root=str(ROOT), tests=str(Path(__file__).parent), workdir=str(tmp_path)
+    )
+    forker = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+
+    def line() -> tuple[str, int]:
+        word, number = forker.stdout.readline().split()
+        return word, int(number)
+
+    safe = 0
+    for kill in range(24):
+        forker.stdin.write("go\n")
+        forker.stdin.flush()
+        pid = dict([line()])["pid"]
+        if kill % 4:  # Else: while it starts and cleans up.
+            word, start = line()
+            assert (word, start >= safe) == ("from", True)
+        time.sleep(rng.random() * 0.3)
+        os.kill(pid, signal.SIGKILL)
+        word, number = line()
+        while word != "end":
+            safe = max(safe, number)
+            word, number = line()
+        assert number == -signal.SIGKILL
+        left = list((tmp_path / "damaged").glob("*"))
+        assert all(p.name.startswith("unfinished-") for p in left) and len(left) <= 1
+    forker.stdin.close()
+    assert forker.wait(timeout=30) == 0
+    checkpoints = checkpointing.Checkpoints(tmp_path)
+    found = checkpoints.restore_newest(_numbered(0, 30_000))
+    checkpoints.close()
+    assert found.step >= safe > 0
+    assert_trees_equal(found.state, _numbered(found.step, 30_000))
+
+
+# Failures of writing.
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(checkpointing.CheckpointWriteError, match="cannot be made"):
+        checkpointing.Checkpoints(tmp_path)
+
+
+def _save_until_it_fails(
+    checkpoints: checkpointing.Checkpoints, state: minimax.TrainState
+) -> str:
+    """Returns the reason; `check` tells it without waiting."""
+    with pytest.raises(checkpointing.CheckpointWriteError) as caught:
+        checkpoints.save(state, {})
+        for _ in range(1000):
+            checkpoints.check()
+            time.sleep(0.01)
+    return str(caught.value)
+
+
+def _fail_and_recover(workdir: Path, obstruct, release) -> None:
+    """Saves while that is not possible, and again afterwards, with one object."""
+    checkpoints = checkpointing.Checkpoints(workdir, keep=1)
+    checkpoints.save(_numbered(1, 30_000), {})
+    checkpoints.wait()
+    obstruct()
+    for step in (2, 2, 3):
+        reason = _save_until_it_fails(checkpoints, _numbered(step, 30_000))
+        assert f"{step} could not be written" in reason and "\n" not in reason
+        assert checkpoints.steps() == [1]
+        assert checkpointing.unfinished_in(checkpoints.directory) == []
+        assert checkpointing.verify(workdir, "checkpoints", 1) is None
+    release()
+    for step in (2, 3):
+        checkpoints.save(_numbered(step, 30_000), {})
+        checkpoints.wait()
+        assert checkpointing.steps_in(checkpoints.directory) == [step]
+        assert checkpointing.verify(workdir, "checkpoints", step) is None
+    obstruct()
+    try:
+        checkpoints.save(_numbered(4, 30_000), {})
+        checkpoints.wait()
+    except checkpointing.CheckpointWriteError:
+        pass
+    else:
+        raise AssertionError("this save cannot have worked")
+    release()
+    checkpoints.save(_numbered(5, 30_000), {})
+    obstruct()
+    try:
+        checkpoints.close()
+    except checkpointing.CheckpointWriteError:
+        pass  # Depends on how far the save had come.
+    release()
+    last = _restore_newest_of_size(workdir, 30_000)
+    assert last in (3, 5)
+    print("recovered")
+
+
+def _restore_newest_of_size(workdir: Path, width: int) -> int:
+    checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
+    found = checkpoints.restore_newest(_numbered(0, width))
+    assert_trees_equal(found.state, _numbered(found.step, width))
+    return found.step
+
+
+def _with_small_files(workdir: Path) -> None:
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _fail_and_recover(
+        workdir,
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most[1])),
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most),
+    )
+
+
+def _with_a_full_disk(workdir: Path) -> None:
+    ballast = workdir / "ballast"
+
+    def fill() -> None:
+        with ballast.open("ab", buffering=0) as file:
+            for size in (65536, 512):
+                try:
+                    while True:
+                        file.write(b"x" * size)
+                except OSError:
+                    pass
+
+    _fail_and_recover(workdir, fill, ballast.unlink)
+
+
+def _in_child(call: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    paths = [str(ROOT), str(Path(__file__).parent)]
+    code = (
+        f"import sys, pathlib; sys.path[:0] = {paths!r}\n"
+        f"import test_checkpointing as t; t.{call}"
+    )
+    return subprocess.run(
+        [*before, sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_saves_fail_and_recover_where_files_may_not_grow(tmp_path: Path):
+    result = _in_child(f"_with_small_files(pathlib.Path({str(tmp_path)!r}))")
+    assert "recovered" in result.stdout, result.stderr[-3000:]
+
+
+def test_saves_fail_and_recover_on_a_full_disk(tmp_path: Path):
+    mount = ["unshare", "-rm", "sh", "-c"]
+    mounted = f"mount -t tmpfs -o size=2m none {tmp_path} && "
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(
+            [*mount, mounted + "true"], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("this machine lets nobody mount a file system")
+    result = _in_child(
+        f"_with_a_full_disk(pathlib.Path({str(tmp_path)!r}))",
+        (*mount, mounted + 'exec "$@"', "sh"),
+    )
+    assert "recovered" in result.stdout, result.stderr[-3000:]
+
+
+def test_the_old_one_is_deleted_only_after_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Seen at the moment of each deletion, in Orbax's thread."""
+    seen = []
+    folder = tmp_path / "checkpoints"
+    checkpoints = checkpointing.Checkpoints(tmp_path, keep=1)
+    deleter = checkpoints._manager._checkpoint_deleter
+    original = deleter.delete_steps
+
+    def delete_steps(steps):
+        seen.append((list(steps), checkpointing.steps_in(folder)))
+        return original(steps)
+
+    monkeypatch.setattr(deleter, "delete_steps", delete_steps)
+    for step in (1, 2, 3):
+        checkpoints.save(_numbered(step), {})
+    checkpoints.close()
+    assert seen == [([], [1]), ([1], [1, 2]), ([2], [2, 3])]
+
+
+def test_nothing_is_saved_where_only_reading_was_wanted(tmp_path: Path):
+    _save(tmp_path, 1)
+    checkpoints = checkpointing.Checkpoints(tmp_path, read_only=True)
+    with pytest.raises(ValueError, match="read only"):
+        checkpoints.save(_numbered(2), {})
+
+
+def test_a_damaged_best_checkpoint_does_not_stop_a_run(tmp_path: Path):
+    found = {"fid": 3.0, **dict.fromkeys(checkpointing.MEASUREMENT, "the same")}
+    best = checkpointing.BestCheckpoint(tmp_path)
+    best.offer(_numbered(1), found, {})
+    best.close()
+    (tmp_path / "best/1/info/metadata").write_text("[]")
+    best = checkpointing.BestCheckpoint(tmp_path)
+    best.offer(_numbered(2), {**found, "fid": 9.0}, {})
+    best.close()
+    assert checkpointing.steps_in(tmp_path / "best") == [2]
+    assert (tmp_path / "damaged/best-1").is_dir()

@@ -315,7 +315,6 @@ def _set(config: ml_collections.ConfigDict, fields: dict[str, Any]) -> None:
             "lists 7, but the levels have sides",
         ),
         ({"model.unet.ch_mult": ()}, "model.unet.ch_mult is ()"),
-        ({"data.skip_corrupt": True}, "data.skip_corrupt is 'True', which data.name"),
         ({"data.path": "images"}, "would ignore; it is for table, folder"),
         ({"model.dtype": "float16"}, "model.dtype is 'float16'; allowed: float32"),
         ({"model.remat": "block"}, "did you mean 'blocks'?"),

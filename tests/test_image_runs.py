@@ -148,18 +148,18 @@ def _train(
     config: ml_collections.ConfigDict, workdir: Path, killed_at: int | None = None
 ) -> None:
     """Trains without figures and pictures; may be cut off before a step is saved."""
-    checked = train._checked
+    look_at = train._look_at
 
-    def check(step: int, metrics: dict) -> dict:
-        if step == killed_at:
+    def look(run: Any, taken: Any) -> None:
+        if taken.step == killed_at:
             raise _KilledError
-        return checked(step, metrics)
+        look_at(run, taken)
 
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(figures, "evaluate", lambda *_: {})
         patch.setattr(train, "_draw", lambda *_: None)
-        patch.setattr(train, "_checked", check)
+        patch.setattr(train, "_look_at", look)
         if killed_at is not None:
             stack.enter_context(pytest.raises(_KilledError))
         train.train(config, workdir)

@@ -505,13 +505,75 @@ def test_steps_in_one_scan_are_single_steps():
     def one(state, pair):
         return step(state, *pair)
 
-    scanned, mean = minimax.scan_steps(one, start(), inputs, number)
+    scanned, mean, _ = minimax.scan_steps(one, start(), inputs, number)
     assert_trees_close(scanned, state, rtol=1e-5, atol=1e-6)
     expected = {k: np.mean([m[k] for m in singles], axis=0) for k in singles[0]}
     assert_trees_close(mean, expected, rtol=1e-4, atol=1e-6)
-    first, _ = minimax.scan_steps(one, start(), inputs, 1)
+    first, *_ = minimax.scan_steps(one, start(), inputs, 1)
     again, _ = step(start(), batch(0), draw(0))
     assert_trees_equal(first, again)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("lazy_reg", [1, 2])
+def test_a_batch_in_parts_is_the_whole_batch(parts: int, lazy_reg: int):
+    """Gradient accumulation, over two steps, so that both sides of lazy_reg run."""
+    game = GAME._replace(lazy_reg=lazy_reg, energy_l2=0.1)
+    whole, in_parts = (
+        jax.jit(
+            minimax.make_step(
+                game, SCHEDULE, smooth_networks(), SGD, 0.9, accumulate=accumulate
+            )
+        )
+        for accumulate in (1, parts)
+    )
+    expected, state = start(), start()
+    for k in range(2):
+        expected, told = whole(expected, batch(k), draw(k))
+        state, metrics = in_parts(state, batch(k), draw(k))
+        assert_trees_close(metrics, told, rtol=2e-5, atol=1e-6)
+    assert_trees_close(state, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_parts_keep_groups_together():
+    x = jnp.arange(24.0)
+
+    def seen(part: jax.Array) -> jax.Array:
+        return jnp.stack([part[0], part[1], part[2], part[3], part[4]])
+
+    mean = minimax.mean_over_parts(seen, (x,), 3, group=4)
+    # Parts start at 0, 4, 8 and go on, after four, 12 further.
+    np.testing.assert_allclose(mean, [4.0, 5.0, 6.0, 7.0, 16.0])
+
+
+def poisoned(noise: minimax.Noise, t: int) -> minimax.Noise:
+    """Noise with one example, of step t, whose ε is not a number."""
+    bad = noise.t.at[0].set(t)
+    return noise.replace(t=bad, eps_t=noise.eps_t.at[0, 0].set(jnp.nan))
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_fault_is_told_by_step_and_t(number: int):
+    step = compiled()
+
+    def one(state, pair):
+        return step(state, *pair)
+
+    draws = [draw(k) for k in range(number)]
+    draws[-1] = poisoned(draws[-1], 2)
+    inputs = jax.tree.map(
+        lambda *x: jnp.stack(x), *[(batch(k), d) for k, d in enumerate(draws)]
+    )
+    _, _, fault = minimax.scan_steps(one, start(), inputs, number)
+    fault = jax.device_get(fault)
+    assert int(fault.step) == number
+    said = fault.describe()
+    assert f"not finite at step {number}, t = 2" in said
+    assert "energy/loss" in said and "by_t" not in said and "generator" not in said
+
+    inputs = jax.tree.map(lambda x: jnp.stack([x] * number), (batch(0), draw(0)))
+    _, _, fault = minimax.scan_steps(one, start(), inputs, number)
+    assert int(fault.step) == 0
 
 
 def test_scan_without_inputs_counts_steps():
@@ -519,7 +581,7 @@ def test_scan_without_inputs_counts_steps():
         return state.replace(step=state.step + 1), {"step": state.step * 1.0}
 
     for length in (1, 4):
-        state, metrics = minimax.scan_steps(one, start(), None, length)
+        state, metrics, _ = minimax.scan_steps(one, start(), None, length)
         assert int(state.step) == length
         assert float(metrics["step"]) == (length - 1) / 2
 

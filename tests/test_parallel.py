@@ -1,6 +1,7 @@
 """Devices and processes: every way of running a step gives one result."""
 
 import json
+import math
 import re
 import signal
 import socket
@@ -81,11 +82,14 @@ def trained(config: ml_collections.ConfigDict, steps: int = STEPS) -> tuple:
     ]
     first = batches[0]
     placed = None if first is None else dispatcher._layout.place_batches(first)
-    lowered = dispatcher._jitted.lower(state, *dispatcher._inputs, placed, 1)
+    lowered = dispatcher._jitted.lower(
+        state, *dispatcher._inputs, dispatcher._trial, placed, 1
+    )
     # With little effort: it runs a few times.
     dispatcher._compiled[1] = lowered.compile(compiler_options=quick._options())
     for batch in batches:
-        state, metrics = dispatcher(state, 1, batch)
+        state, metrics, fault = dispatcher(state, 1, batch)
+        assert int(fault.step) == 0
     return dispatcher.saved(state), minimax.with_gaps(jax.device_get(metrics))
 
 
@@ -114,6 +118,18 @@ WAYS = {
     "pmap": {"parallel__num_devices": 8, "parallel__mode": "pmap"},
     "pmap of 2": {"parallel__num_devices": 2, "parallel__mode": "pmap"},
     "fsdp": {"parallel__num_devices": 8, "parallel__fsdp": True},
+    "in parts": {"parallel__num_devices": 4, "optimizer__accumulate": 2},
+    "one device, in parts": {"parallel__num_devices": 1, "optimizer__accumulate": 4},
+    "pmap in parts": {
+        "parallel__num_devices": 2,
+        "parallel__mode": "pmap",
+        "optimizer__accumulate": 2,
+    },
+    "fsdp in parts": {
+        "parallel__num_devices": 8,
+        "parallel__fsdp": True,
+        "optimizer__accumulate": 2,
+    },
 }
 
 
@@ -135,7 +151,10 @@ def test_another_batch_is_another_run(alone: dict[str, tuple]):
 
 @pytest.mark.parametrize(
     ("kind", "way"),
-    [*(("plane", way) for way in WAYS), ("digits", "pmap"), ("digits", "fsdp")],
+    [
+        *(("plane", way) for way in WAYS),
+        *(("digits", way) for way in ("pmap", "fsdp", "in parts")),
+    ],
 )
 def test_every_way_gives_what_one_device_gives(
     alone: dict[str, tuple], kind: str, way: str, monkeypatch: pytest.MonkeyPatch
@@ -150,7 +169,7 @@ def test_every_way_gives_what_one_device_gives(
     assert_trees_close(metrics, expected_metrics, rtol=2e-3, atol=1e-3)
     leaves = jax.tree.leaves((state.variables, state.opt_energy))
     whole = [leaf.is_fully_replicated for leaf in leaves]
-    if way == "fsdp":
+    if "fsdp" in way:
         split = [leaf for leaf in leaves if not leaf.is_fully_replicated]
         assert len(split) > 10
         for leaf in split:
@@ -161,24 +180,63 @@ def test_every_way_gives_what_one_device_gives(
 
 
 def compiled_text(config: ml_collections.ConfigDict) -> str:
+    """Returns the compiled dispatch of one step, with little effort."""
     experiment = train.build(config)
     dispatcher = train.Dispatcher(experiment)
     state = dispatcher.place(train.init_state(experiment))
-    inputs = (state, *dispatcher._inputs, None)
-    return dispatcher._jitted.lower(*inputs, 1).compile().as_text()
+    batches = None
+    if experiment.source.holds_images:
+        batches = dispatcher._layout.place_batches(indices(0))
+    inputs = (state, *dispatcher._inputs, dispatcher._trial, batches)
+    lowered = dispatcher._jitted.lower(*inputs, 1)
+    return lowered.compile(compiler_options=quick._options()).as_text()
 
 
-def collectives(text: str) -> list[str]:
-    return re.findall(r"= .*? (all-[a-z-]+|reduce-scatter|collective-\w+)\(", text)
+def collectives(text: str) -> list[tuple[str, int]]:
+    """Returns kind and numbers of each collective of a compiled program."""
+    found = re.findall(r"= (.*?) (all-[a-z-]+|reduce-scatter|collective-\w+)\(", text)
+    return [
+        (
+            kind,
+            sum(
+                math.prod(int(side) for side in shape.split(",") if side)
+                for shape in re.findall(r"[a-z]+\d+\[([\d,]*)\]", shapes)
+            ),
+        )
+        for shapes, kind in found
+    ]
 
 
-def test_gradients_are_reduced_once_a_player(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", ["plane", "digits", "in parts", "pmap"])
+def test_gradients_are_reduced_once_a_player(kind: str):
     """The energy's, and the generator's with the posterior's; nothing is gathered."""
-    found = collectives(compiled_text(plane(parallel__num_devices=8)))
-    assert found == ["all-reduce", "all-reduce"]
+    fields = {"plane": {}, "digits": {}, **WAYS}[kind] | {"parallel__num_devices": 8}
+    config = (digits if kind == "digits" else plane)(**fields)
+    text = compiled_text(config)
+    energy, others = collectives(text)
+    variables = train._state_shapes(train.build(config)).variables
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in variables]
+    assert energy[0] == others[0] == "all-reduce"
+    # Each gradient once, and a few metrics.
+    assert sizes[0] < energy[1] < sizes[0] + 40
+    assert sizes[1] + sizes[2] < others[1] < sizes[1] + sizes[2] + 40
+    # Not in a loop, where they would run for each part.
+    assert len(collectives(text[text.index("ENTRY") :])) == 2
+
+
+def test_a_state_in_parts_is_gathered(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
-    gathered = compiled_text(plane(parallel__num_devices=8, parallel__fsdp=True))
-    assert "all-gather" in collectives(gathered)
+    text = compiled_text(plane(parallel__num_devices=8, parallel__fsdp=True))
+    assert "all-gather" in [kind for kind, _ in collectives(text)]
+
+
+def test_batch_norm_sees_the_whole_batch():
+    """The same run on one device and on eight."""
+    fields = {"model__mlp__norm": "batch", "data__batch_size": 32}
+    one, eight = (
+        trained(plane(parallel__num_devices=devices, **fields))[0] for devices in (1, 8)
+    )
+    assert_same_run(eight, one)
 
 
 @pytest.mark.parametrize(
@@ -187,11 +245,33 @@ def test_gradients_are_reduced_once_a_player(monkeypatch: pytest.MonkeyPatch):
         ({"parallel__mode": "pmapp"}, r"allowed: jit, pmap \(did you mean 'pmap'"),
         ({"parallel__mode": "pmap", "parallel__fsdp": True}, "fsdp is True"),
         ({"parallel__mode": "pmap", "model__mlp__norm": "batch"}, "norm='batch'"),
+        ({"optimizer__accumulate": 3}, "does not divide data.batch_size 16"),
+        ({"optimizer__accumulate": 2, "model__mlp__norm": "batch"}, "whole batch"),
     ],
 )
 def test_what_does_not_go_together(fields: dict, message: str):
     with pytest.raises(config_lib.ConfigError, match=message):
         config_lib.validate(plane(**fields))
+
+
+def test_parts_of_the_largest_images_are_whole_groups():
+    config = load_recipe(ROOT / "configs" / "lsun_church128.py")
+    config.data.batch_size, config.optimizer.accumulate = 8, 4
+    with pytest.raises(config_lib.ConfigError, match="groups of 4; each part must be"):
+        config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "group", "message"),
+    [
+        (4, 1, 1, "data.batch_size is 4, not divisible by the 8 devices; use 8, or"),
+        (8, 2, 1, "each in optimizer.accumulate=2 parts; use 16"),
+        (40, 2, 4, "of whole groups of 4; use 64"),
+    ],
+)
+def test_more_shares_than_examples(batch: int, parts: int, group: int, message: str):
+    with pytest.raises(InputError, match=message):
+        parallel.make_mesh(8, batch, parts, group)
 
 
 def test_parts_of_a_state():
@@ -402,6 +482,41 @@ def test_processes_with_different_configs_are_refused(tmp_path: Path):
         assert len(lines) == 1, err
         assert "game.gamma (" in lines[0] and "0.5 in process 1" in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_examples(tmp_path: Path):
+    flags = [
+        *tiny(GAUSSIANS, **{**RUN, "data__batch_size": 1}),
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    for code, _, err in ended(start(flags, [], [], devices=1)):
+        assert code == 2
+        assert "error: data.batch_size is 1, not divisible by the 2 devices" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all(tmp_path: Path, number: signal.Signals):
+    """After one step, which is saved."""
+    fields = {**RUN, "train__num_steps": 100_000, "train__checkpoint_every": 100_000}
+    flags = [*tiny(RELEASED, **fields), f"--workdir={tmp_path / 'run'}"]
+    processes = start(flags, [], [])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    try:
+        while not (metrics.exists() and metrics.read_text()):
+            assert time.monotonic() < deadline, "no metrics"
+            time.sleep(0.05)
+        processes[1].send_signal(number)
+        results = ended(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [code for code, _, _ in results]
+    assert codes == ([0, 0] if number == signal.SIGTERM else [0, 130]), results
+    step = int(final_state(tmp_path / "run").step)
+    assert 0 < step < 100_000
+    assert all(f"after step {step} of 100000" in err for _, _, err in results)
 
 
 def test_distributed_needs_a_directory():

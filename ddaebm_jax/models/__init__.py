@@ -43,6 +43,9 @@ class Networks(NamedTuple):
         → ((μ, logvar), batch_stats).
       event_shape: shape of one example.
       nz: width of the latent.
+      group: consecutive examples of a batch that see each other in training, and so
+        must not be parted; 1: they do not.
+      whole_batch: whether training reads statistics of the whole batch (batch norm).
     """
 
     init: Callable[[Array], Players]
@@ -53,6 +56,8 @@ class Networks(NamedTuple):
     train_posterior: Callable[..., tuple[tuple[Array, Array], Any]]
     event_shape: tuple[int, ...]
     nz: int
+    group: int = 1
+    whole_batch: bool = False
 
 
 def _mlp_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
@@ -103,6 +108,7 @@ def _mlp_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
         train_posterior=train_posterior,
         event_shape=event_shape,
         nz=nz,
+        whole_batch=model.mlp.norm == "batch",
     )
 
 
@@ -159,6 +165,7 @@ def _image_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
         train_posterior=lambda *args: (posterior.apply(*args), {}),
         event_shape=event_shape,
         nz=nz,
+        group=1 if side < encoder.RESIDUAL_FROM else encoder.STDDEV_GROUP,
     )
 
 

@@ -22,8 +22,10 @@ from ddaebm_jax.models.layers import (
 # From this side on the residual encoder is used.
 RESIDUAL_FROM = 128
 
+# Consecutive examples over which the minibatch deviation is taken.
+STDDEV_GROUP = 4
+
 _SQRT_HALF = 0.5**0.5
-_STDDEV_GROUP = 4
 
 
 def activation(x: Array) -> Array:
@@ -148,7 +150,7 @@ def minibatch_stddev(
     4. Karras et al. 2018 (arXiv 1710.10196).
     """
     batch, height, width, channels = h.shape
-    group = next(g for g in range(_STDDEV_GROUP, 0, -1) if batch % g == 0)
+    group = next(g for g in range(STDDEV_GROUP, 0, -1) if batch % g == 0)
     grouped = h.astype(jnp.float32).reshape(-1, group, height, width, channels)
     stddev = jnp.sqrt(grouped.var(axis=1) + 1e-8).mean(axis=(1, 2, 3))
     channel = jnp.repeat(stddev, group)[:, None, None, None]

@@ -1,0 +1,116 @@
+"""What --mode=inspect tells of a run, and that it changes nothing."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli import CommandLine, tiny
+
+RECIPE = "configs/released_gaussians25.py"
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[CommandLine]:
+    command_line = CommandLine()
+    yield command_line
+    command_line.close()
+
+
+@pytest.fixture(scope="module")
+def trained(run: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("inspected") / "released_gaussians25" / "run"
+    flags = tiny(RECIPE, train__picture_every=20)
+    result = run(*flags, f"--workdir={workdir}")
+    assert result.code == 0, result.err
+    return workdir
+
+
+def _everything(path: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in path.rglob("*")}
+
+
+def _inspect(run: CommandLine, workdir: Path, code: int = 0) -> str:
+    before = _everything(workdir)
+    result = run("--mode=inspect", f"--workdir={workdir}")
+    assert result.code == code, result.err
+    assert _everything(workdir) == before
+    return result.out
+
+
+def test_a_run_is_told(run: CommandLine, trained: Path):
+    text = _inspect(run, trained)
+    assert re.search(r"recipe +released_gaussians25, by the folder's name", text)
+    assert re.search(r"data\.batch_size +\d+ → 8\n", text)
+    assert re.search(r"steps +40 of 40\n", text)
+    assert re.search(r"checkpoints/20 +[\d.]+ KiB  20\d\d-.*intact\n", text)
+    assert re.search(r"checkpoints/40 .* intact\n", text)
+    assert re.search(r"\nlast metrics\n  step +40\n", text)
+    assert "\nreport.json\n" in text and re.search(r"samples +\d+, the last", text)
+    assert re.search(r"process +none\n", text)
+    assert not any(line.startswith("Traceback") for line in text.splitlines())
+
+
+def test_a_damaged_checkpoint_is_told_and_the_rest_too(
+    run: CommandLine, trained: Path, tmp_path: Path
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    (workdir / "checkpoints/40/info/metadata").write_text("{}}")
+    shutil.copytree(
+        workdir / "checkpoints/20", workdir / "checkpoints/30.orbax-checkpoint-tmp"
+    )
+    (workdir / "damaged/best-7").mkdir(parents=True)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "a\\u001b[31m": 1.5}\n{"step": 60, "cut')
+    (workdir / "report-1.json").write_text("[1]")
+    text = _inspect(run, workdir, code=1)
+    assert re.search(r"checkpoints/40 .*DAMAGED: ", text)
+    assert re.search(r"checkpoints/20 .* intact\n", text)
+    assert re.search(r"checkpoints/30.orbax-checkpoint-tmp .* unfinished\n", text)
+    assert re.search(r"damaged/best-7 .* set aside\n", text)
+    assert re.search(r"steps +50 of 40\n", text)
+    assert "\x1b" not in text and "a?[31m" in text
+    assert "of no use" in text
+    assert "is the most similar" in text
+
+
+def test_a_config_of_no_use_does_not_hide_the_rest(
+    run: CommandLine, trained: Path, tmp_path: Path
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    (workdir / "config.json").write_text("{}")
+    text = _inspect(run, workdir)
+    assert re.search(r"config +of no use", text)
+    assert re.search(r"checkpoints/40 .* intact\n", text)
+
+
+def test_a_running_process_is_told_and_not_disturbed(
+    run: CommandLine, trained: Path, tmp_path: Path
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    lock = {"host": "there", "pid": 123, "started": "today"}
+    (workdir / "lock.json").write_text(json.dumps(lock))
+    assert re.search(r"process +none\n", _inspect(run, workdir))
+    file = os.open(workdir / "lock.json", os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    assert re.search(r"process +123 on there, since today\n", _inspect(run, workdir))
+    os.close(file)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "none", "flag"])
+def test_a_wrong_directory_is_one_line(run: CommandLine, tmp_path: Path, kind: str):
+    given = {
+        "missing": (f"--workdir={tmp_path / 'nothing'}",),
+        "empty": (f"--workdir={tmp_path}",),
+        "none": (),
+        "flag": (f"--workdir={tmp_path}", "--checkpoint=best"),
+    }[kind]
+    result = run("--mode=inspect", *given)
+    assert (result.code, result.out) == (2, "")
+    (line,) = result.err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert ("--checkpoint" if kind == "flag" else "--workdir") in line
