@@ -1,0 +1,195 @@
+"""Kills a small run again and again, and compares it with one that was left alone.
+
+  python benchmarks/soak.py --cycles=200
+
+Each cycle starts the run, or goes on with it, and sends SIGKILL, SIGTERM or SIGINT at
+a random moment: while it starts, takes steps, or writes a checkpoint. Whatever comes,
+every checkpoint must hold, bit for bit, what the unbroken run held at that step, and a
+run that reaches its end must have reported the same lines. Then the next run begins.
+
+A child that has imported everything forks for each cycle; so a cycle costs its own work
+and not the seconds of the imports.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from timing import print_rows
+
+from ddaebm_jax import checkpointing, train
+from ddaebm_jax import config as config_lib
+from ddaebm_jax.interruption import Interrupted
+
+_CYCLES = flags.DEFINE_integer("cycles", 200, "Signals sent.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments and signals.")
+_LONGEST = flags.DEFINE_float(
+    "longest", 6.0, "Seconds after which a signal comes at the latest.", lower_bound=0.1
+)
+
+_PER_DISPATCH = 5
+_SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.2, signal.SIGINT: 0.1}
+# What a signal may end a run with; a run that is quicker ends with 0.
+_EXIT_CODES = (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+
+
+def _config(checkpoint_every: int, keep: int):
+    config = config_lib.base()
+    config.update_from_flattened_dict(
+        {
+            "model.mlp.hidden": (8, 8),
+            "model.mlp.x_widths": (4, 4),
+            "data.batch_size": 8,
+            "optimizer.ema_decay": 0.9,
+            "train.num_steps": 400,
+            "train.steps_per_dispatch": _PER_DISPATCH,
+            "train.report_every": 20,
+            "train.picture_every": 0,
+            "train.checkpoint_every": checkpoint_every,
+            "train.keep_checkpoints": keep,
+            "train.tensorboard": False,
+            "evaluation.num_samples": 100,
+            "evaluation.num_projections": 4,
+        }
+    )
+    return config
+
+
+def _forked(action: Callable[[], None], log: Path) -> int:
+    """Runs an action in a child; returns its process."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        action()
+        code = 0
+    except Interrupted as error:
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _saved(workdir: Path) -> dict[int, dict[str, str]]:
+    """Returns the checksums of all complete checkpoints, by step."""
+    directory = workdir / checkpointing.NEWEST
+    return {
+        step: checkpointing.read_info(directory / str(step))["checksums"]
+        for step in checkpointing.steps_in(directory)
+    }
+
+
+def _reported(workdir: Path) -> list[dict]:
+    """Returns the metrics without their rates, which are never the same."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [
+        {k: v for k, v in line.items() if k != "steps_per_second"} for line in found
+    ]
+
+
+class _Soak:
+    """The cycles and what came of them."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._folder = folder
+        self._log = folder / "log"
+        self._random = random.Random(seed)
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def unbroken(self) -> None:
+        """Trains without a signal, keeping a checkpoint of every dispatch."""
+        workdir = self._folder / "unbroken"
+        config = _config(_PER_DISPATCH, 10**6)
+        pid = _forked(lambda: train.train(config, workdir), self._log)
+        if os.waitpid(pid, 0)[1]:
+            raise RuntimeError(f"the unbroken run failed:\n{self._log.read_text()}")
+        self._expected, self._lines = _saved(workdir), _reported(workdir)
+        self.counts["checkpoints of the unbroken run"] = len(self._expected)
+
+    def cycle(self, run: int) -> bool:
+        """Starts or goes on with a run and ends it; returns whether it was through."""
+        workdir = self._folder / str(run)
+        config = _config(4 * _PER_DISPATCH, 3)
+        start = time.monotonic()
+        pid = _forked(lambda: train.train(config, workdir), self._log)
+        moment = self._random.uniform(0.0, _LONGEST.value)
+        (kind,) = self._random.choices(list(_SIGNALS), list(_SIGNALS.values()))
+        ended = 0
+        while time.monotonic() - start < moment and not ended:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.002)
+        if not ended:
+            self.counts[f"ended by {kind.name}"] += 1
+            os.kill(pid, kind)
+            status = os.waitpid(pid, 0)[1]
+        else:
+            self.counts["ended by themselves"] += 1
+        code = os.waitstatus_to_exitcode(status)
+        if code not in _EXIT_CODES:
+            raise RuntimeError(f"run {run} ended with {code}:\n{self._tail()}")
+        through = bool(ended) and code == 0
+        self._compare(workdir, through)
+        return through
+
+    def _compare(self, workdir: Path, through: bool) -> None:
+        saved = _saved(workdir)
+        for step, sums in saved.items():
+            if sums != self._expected.get(step):
+                raise RuntimeError(f"{workdir}: the state of step {step} is another")
+        self.counts["checkpoints compared"] += len(saved)
+        directory = workdir / checkpointing.NEWEST
+        if checkpointing.unfinished_in(directory):
+            self.counts["left a checkpoint unfinished"] += 1
+        if through:
+            if max(saved) != max(self._expected):
+                raise RuntimeError(f"{workdir} is through, but its end is not saved")
+            if _reported(workdir) != self._lines:
+                raise RuntimeError(f"{workdir}: the lines of metrics are others")
+            self.counts["runs through to the end, all the same"] += 1
+
+    def _tail(self) -> str:
+        return "\n".join(self._log.read_text().splitlines()[-30:])
+
+
+def main(argv: list[str]) -> None:
+    """Soaks and prints; ends with an error at the first difference."""
+    del argv
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        soak = _Soak(folder, _SEED.value)
+        soak.unbroken()
+        run = 0
+        for _ in range(_CYCLES.value):
+            if soak.cycle(run):
+                shutil.rmtree(folder / str(run))
+                run += 1
+    rows = [("cycles", str(_CYCLES.value))]
+    rows += [(name, str(count)) for name, count in soak.counts.items()]
+    rows.append(("time", f"{time.monotonic() - start:.0f} s"))
+    print_rows(rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
