@@ -34,13 +34,18 @@ from ddaebm_jax.interruption import Interrupted
 _CYCLES = flags.DEFINE_integer("cycles", 200, "Signals sent.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and signals.")
 _LONGEST = flags.DEFINE_float(
-    "longest", 6.0, "Seconds after which a signal comes at the latest.", lower_bound=0.1
+    "longest", 9.0, "Seconds after which a signal comes at the latest.", lower_bound=0.1
 )
 
 _PER_DISPATCH = 5
 _SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.2, signal.SIGINT: 0.1}
-# What a signal may end a run with; a run that is quicker ends with 0.
-_EXIT_CODES = (0, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+# What each may end a run with. Before the first step SIGTERM is not caught: there is
+# nothing to save. Where the run was through at that very moment it ends with 0.
+_EXIT_CODES = {
+    signal.SIGKILL: (-signal.SIGKILL, 0),
+    signal.SIGTERM: (0, -signal.SIGTERM),
+    signal.SIGINT: (130, 0),
+}
 
 
 def _config(checkpoint_every: int, keep: int):
@@ -128,23 +133,22 @@ class _Soak:
     def cycle(self, run: int) -> bool:
         """Starts or goes on with a run and ends it; returns whether it was through."""
         workdir = self._folder / str(run)
-        config = _config(4 * _PER_DISPATCH, 3)
+        config = _config(_PER_DISPATCH, 3)
         start = time.monotonic()
         pid = _forked(lambda: train.train(config, workdir), self._log)
-        moment = self._random.uniform(0.0, _LONGEST.value)
+        moment = self._random.uniform(0.05, _LONGEST.value)
         (kind,) = self._random.choices(list(_SIGNALS), list(_SIGNALS.values()))
         ended = 0
         while time.monotonic() - start < moment and not ended:
             ended, status = os.waitpid(pid, os.WNOHANG)
             time.sleep(0.002)
         if not ended:
-            self.counts[f"ended by {kind.name}"] += 1
             os.kill(pid, kind)
             status = os.waitpid(pid, 0)[1]
-        else:
-            self.counts["ended by themselves"] += 1
         code = os.waitstatus_to_exitcode(status)
-        if code not in _EXIT_CODES:
+        by = "themselves" if ended else kind.name
+        self.counts[f"ended by {by}, exit code {code}"] += 1
+        if code not in ((0,) if ended else _EXIT_CODES[kind]):
             raise RuntimeError(f"run {run} ended with {code}:\n{self._tail()}")
         through = bool(ended) and code == 0
         self._compare(workdir, through)

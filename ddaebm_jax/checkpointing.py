@@ -14,6 +14,7 @@ checkpoint is run. What it declares is compared with what is wanted before it is
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -41,6 +42,8 @@ FORMAT_VERSION = 1
 NEWEST, BEST = "checkpoints", "best"
 # Where what cannot be used is put, in case somebody wants to look at it.
 DAMAGED = "damaged"
+# Where the best goes whose step a rollback has taken back.
+ABANDONED = "abandoned"
 _STATE, _INFO = "state", "info"
 _CHECKSUMS, _OWN_CHECKSUM = "checksums", "sha256"
 # Orbax's names.
@@ -54,6 +57,40 @@ _LARGEST_TEXT = 64 * 2**20
 _LARGEST_COMPRESSION, _ALLOWANCE = 200, 256 * 2**20
 # Errors that one failed save can leave behind; it writes a handful of small files.
 _MOST_ERRORS = 20
+# Steps that processes tell each other; a run keeps a handful.
+_MOST_STEPS = 256
+# What says of an error that the content is at fault, and of TensorStore's text that it
+# is not.
+_DAMAGE_NUMBERS = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+_PASSING_WORDS = (
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "DEADLINE_EXCEEDED",
+    "CANCELLED",
+    "ABORTED",
+    *(
+        os.strerror(number)
+        for number in (
+            errno.EIO,
+            errno.ESTALE,
+            errno.EMFILE,
+            errno.ENFILE,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOSPC,
+            errno.ENOMEM,
+            errno.ETIMEDOUT,
+        )
+    ),
+)
 
 
 class CheckpointError(InputError):
@@ -62,6 +99,10 @@ class CheckpointError(InputError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint that does not hold what was once saved."""
+
+
+class CheckpointReadError(CheckpointError):
+    """A checkpoint that could not be read for now; nothing is said of what it holds."""
 
 
 class CheckpointWriteError(CheckpointError):
@@ -97,23 +138,34 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def unfinished_in(directory: Path) -> list[Path]:
-    """Returns what a process has left that was killed while it saved or deleted.
+    """Returns what a process has left that was killed while it saved.
 
-    Orbax writes into a directory of another name, and renames it at the end. One that
-    has a step's name but lacks a part was being deleted, or has been tampered with.
+    Orbax writes into a directory of another name, and renames it at the end.
     """
     if not directory.is_dir():
         return []
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if _UNFINISHED in path.name
-        or (_is_step(path.name) and path.is_dir() and not _is_complete(path))
-    )
+    return sorted(path for path in directory.iterdir() if _UNFINISHED in path.name)
+
+
+def incomplete_in(directory: Path) -> list[int]:
+    """Returns the steps of folders that lack a part, ascending.
+
+    They were being deleted when a process was killed, or are damaged.
+    """
+    return sorted(set(_folders_in(directory)) - set(steps_in(directory)))
+
+
+def _folders_in(directory: Path) -> list[int]:
+    """Returns the steps of all folders with a step's name, ascending."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _is_step(path.name)]
+    return sorted(int(path.name) for path in found if path.is_dir())
 
 
 def _is_step(name: str) -> bool:
-    return name.isascii() and name.isdigit() and str(int(name)) == name
+    plain = name.isascii() and name.isdigit() and len(name) <= 18
+    return plain and str(int(name)) == name
 
 
 def _is_complete(path: Path) -> bool:
@@ -137,22 +189,50 @@ def size_of(path: Path) -> int:
 
 @contextlib.contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turns whatever reading a checkpoint raises into DamagedCheckpointError.
+    """Turns whatever reading a checkpoint raises into one of two errors.
 
     Orbax, TensorStore, JSON and the system raise a dozen kinds between them.
+
+    Raises:
+      CheckpointReadError: for a fault of the machine, which may pass.
+      DamagedCheckpointError: for any other.
     """
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
+        if _may_pass(error):
+            raise CheckpointReadError(
+                f"{path} could not be read ({_reason(error)}); it is not judged as "
+                "damaged: see to the disk, its rights or memory, and try again"
+            ) from error
         raise DamagedCheckpointError(f"{path}: {_reason(error)}") from error
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error tells of the machine rather than of what a file holds."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno not in _DAMAGE_NUMBERS
+        if any(word in str(error) for word in _PASSING_WORDS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _not_looked_into(error: OSError) -> None:
+    """Refuses to go on without a folder; `os.walk` would."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _check_files(path: Path) -> None:
     """Refuses what must not be opened: links out of the directory, pipes, devices."""
     root = path.parent.resolve()
-    for folder, names, files in os.walk(path):
+    for folder, names, files in os.walk(path, onerror=_not_looked_into):
         for one in (Path(folder), *(Path(folder) / name for name in (*names, *files))):
             if one.is_symlink() and not one.resolve().is_relative_to(root):
                 raise DamagedCheckpointError(
@@ -367,14 +447,12 @@ class Checkpoints:
     # Looking.
 
     def latest_step(self) -> int | None:
-        """Returns the newest complete checkpoint's step, or None."""
+        """Returns the newest checkpoint's step, or None; see `steps`."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """Returns the steps of all complete checkpoints, ascending."""
-        if self._manager is None:
-            return steps_in(self.directory)
-        return sorted(self._manager.all_steps())
+        """Returns the steps of all checkpoints, damaged ones too, ascending."""
+        return _folders_in(self.directory)
 
     def info(self, step: int) -> dict[str, Any]:
         """Returns the JSON values saved at `step`.
@@ -393,7 +471,8 @@ class Checkpoints:
     def save(self, state: TrainState, info: dict[str, Any]) -> None:
         """Starts saving; device buffers may be reused as soon as this returns.
 
-        A step that is there already is left alone. An older checkpoint is deleted only
+        A step that is there already is left alone; one that lacks a part is moved to
+        `<workdir>/damaged` first. An older checkpoint is deleted only
         after this one is complete.
 
         Args:
@@ -409,9 +488,18 @@ class Checkpoints:
             raise ValueError("these checkpoints were opened to be read only")
         step = int(state.step)
         self.check()
-        if step in self._manager.all_steps():
+        path = self.directory / str(step)
+        if self._first_says(step == self._pending or _is_complete(path)):
             return
         self.wait()
+        if self._first_says(os.path.lexists(path)):
+            try:
+                self.set_aside([step])
+            except OSError as error:
+                raise CheckpointWriteError(
+                    f"{path} lacks a part and cannot be moved away ({_reason(error)}); "
+                    "see to the rights of the directory"
+                ) from error
         if jax.default_backend() == "cpu":
             # There NumPy sees device memory itself, which the next step reuses.
             state = jax.tree.map(jnp.copy, state)
@@ -450,30 +538,39 @@ class Checkpoints:
         """
         if self._manager is None:
             return
-        step, self._pending = self._pending, None
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            step, self._pending = self._pending, None
             raise self._failed(step, error) from error
+        self._pending = None  # Not before: an interruption may end the waiting.
 
     def close(self) -> None:
-        """Waits for saves and releases the directory.
+        """Waits for saves and releases the directory; what fails is only logged.
 
-        Raises:
-          CheckpointWriteError: if a save has failed; the directory is released then
-            too.
+        Other errors may be on their way here. `wait` tells whether all was saved.
         """
+        if self._manager is None:
+            return
         try:
             self.wait()
-        finally:
-            if self._manager is not None:
-                self._forget_errors()
-                self._manager.close()
+        except CheckpointWriteError as error:
+            logging.error("%s", error)
+        self._forget_errors()
+        try:
+            self._manager.close()
+        except Exception as error:
+            logging.error("closing %s: %s", self.directory, _reason(error))
+
+    @staticmethod
+    def _first_says(value: bool) -> bool:
+        """Returns process 0's value; another's view of the disk may be out of date."""
+        return parallel.all_agree(value or not parallel.is_first_process())
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointWriteError:
         """Removes what is left of a save that failed; returns the error to raise."""
-        _join_writers()
-        if parallel.is_first_process():
+        ended = _join_writers()
+        if ended and parallel.is_first_process():
             for path in self.directory.glob(f"*{_UNFINISHED}*"):
                 _remove(path)
         self._forget_errors()
@@ -550,11 +647,11 @@ class Checkpoints:
 
         Raises:
           CheckpointError: if there are some but none is intact, or an intact one does
-            not fit `like`. Nothing has been moved then.
+            not fit `like`, or one cannot be read for now. Nothing has been moved then.
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self._same_steps()):
             try:
                 found = self._load(like, step)
             except DamagedCheckpointError as error:
@@ -571,6 +668,31 @@ class Checkpoints:
             f"{'; '.join(damaged.values())}. Nothing was changed: bring a copy of one "
             "back, or name a new --workdir"
         )
+
+    def _same_steps(self) -> list[int]:
+        """Returns process 0's steps in all processes; see `steps`.
+
+        Raises:
+          CheckpointReadError: if the directory cannot be read.
+        """
+        steps, problem = [], None
+        try:
+            steps = self.steps()[-_MOST_STEPS:]
+        except OSError as error:
+            problem = _reason(error)
+        if not self._first_says(problem is None):
+            raise CheckpointReadError(
+                f"{self.directory} could not be read ({problem or 'by process 0'}); "
+                "see to the disk and its rights, and try again"
+            )
+        if jax.process_count() == 1:
+            return steps
+        from jax.experimental import multihost_utils
+
+        told = np.full((_MOST_STEPS, 2), -1, np.int32)  # JAX has no int64 here.
+        told[: len(steps)] = np.reshape([divmod(one, 2**31) for one in steps], (-1, 2))
+        found = np.asarray(multihost_utils.broadcast_one_to_all(told))
+        return [int(high) * 2**31 + int(low) for high, low in found if low >= 0]
 
     def _load(self, like: Any, step: int) -> Restored:
         """Restores and verifies one checkpoint; all processes come to one verdict."""
@@ -625,19 +747,20 @@ class Checkpoints:
 
     # Setting aside.
 
-    def set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints to `<workdir>/damaged`; their steps can be saved again.
+    def set_aside(self, steps: list[int], to: str = DAMAGED) -> None:
+        """Moves checkpoints to another folder; their steps can be saved again.
 
         Args:
           steps: of the checkpoints.
+          to: that folder of the run directory.
         """
         if parallel.is_first_process():
             for step in steps:
                 self._move(
                     self.directory / str(step),
-                    self._workdir / DAMAGED / f"{self._folder}-{step}",
+                    self._workdir / to / f"{self._folder}-{step}",
                 )
-        parallel.wait_for_all(f"{self._folder}: damaged checkpoints are set aside")
+        parallel.wait_for_all(f"{self._folder}: checkpoints are moved to {to}")
         self._manager.reload()
 
     def _set_unfinished_aside(self) -> None:
@@ -670,16 +793,21 @@ class Checkpoints:
         logging.warning("moved %s to %s", path, free)
 
 
-def _join_writers(seconds: float = 60.0) -> None:
+def _join_writers(seconds: float = 60.0) -> bool:
     """Waits for Orbax's threads that go on writing when one of them has failed.
 
     They would disturb the next try, which writes into a directory of the same name.
+
+    Returns:
+      Whether all have ended; what one still writes must not be removed.
     """
-    end = time.monotonic() + seconds
+    end, ended = time.monotonic() + seconds, True
     for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax.") and not thread.daemon:
             with contextlib.suppress(Exception):  # Its own, known already.
                 thread.join(max(0.1, end - time.monotonic()))
+            ended = ended and not thread.is_alive()
+    return ended
 
 
 def _remove(path: Path) -> None:
@@ -695,14 +823,24 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _agreed(path: Path) -> Iterator[None]:
-    """Reads a checkpoint; if one process cannot, none of them can."""
-    problem: Exception | None = None
+    """Reads a checkpoint; if one process cannot, none of them can.
+
+    It is damaged for all where no process has an error of another kind.
+    """
+    problem: CheckpointError | None = None
     try:
         with _damage(path):
             yield
     except CheckpointError as error:
         problem = error
-    if not parallel.all_agree(problem is None) and problem is None:
+    damaged = isinstance(problem, DamagedCheckpointError)
+    good = parallel.all_agree(problem is None)
+    if not parallel.all_agree(problem is None or damaged):
+        if problem is None or damaged:
+            raise CheckpointReadError(
+                f"{path}: another process could not read it; see what that one says"
+            ) from problem
+    elif not good and problem is None:
         problem = DamagedCheckpointError(f"{path}: another process could not read it")
     if problem is not None:
         raise problem
@@ -741,19 +879,19 @@ class BestCheckpoint:
         """Takes the FID from the checkpoint that is kept."""
         self._fid, self._measurement = math.inf, None
         self._kept = self._fid, self._measurement  # Before the save that is going on.
-        step = self._checkpoints.latest_step()
-        if step is None:
+        for step in reversed(self._checkpoints._same_steps()):
+            path = self._checkpoints.directory / str(step)
+            try:
+                with _agreed(path):
+                    info = read_info(path)
+                    fid, measurement = float(info["fid"]), info["measurement"]
+            except DamagedCheckpointError as error:
+                logging.warning("the best checkpoint is of no use: %s", error)
+                self._checkpoints.set_aside([step])
+                continue
+            self._fid, self._measurement = fid, measurement
+            self._kept = fid, measurement
             return
-        path = self._checkpoints.directory / str(step)
-        try:
-            with _agreed(path):
-                info = read_info(path)
-                fid, measurement = float(info["fid"]), info["measurement"]
-        except DamagedCheckpointError as error:
-            logging.warning("the best checkpoint is of no use: %s", error)
-            self._checkpoints.set_aside([step])
-            return
-        self._fid, self._measurement = fid, measurement
 
     def offer(
         self, state: TrainState, found: dict[str, Any], info: dict[str, Any]
@@ -774,12 +912,38 @@ class BestCheckpoint:
             self._fid = math.inf
         if fid < self._fid:
             own = {"input": None, "fid": fid, "measurement": measurement}
-            with self._undone():
-                self._checkpoints.wait()
+            self.wait()
+            step = int(state.step)
+            if step in self._checkpoints._same_steps():
+                # Of a run that went another way; `save` would leave it there.
+                self._checkpoints.set_aside([step], ABANDONED)
+                self._look()
             self._checkpoints.save(state, {**info, **own})
             self._kept = self._fid, self._measurement
             self._fid, self._measurement = fid, measurement
             logging.info("step %d has the lowest FID so far, %.3f", state.step, fid)
+
+    def forget_after(self, step: int) -> None:
+        """Forgets a best that a rollback has taken back; all processes call this.
+
+        It is moved to `<workdir>/abandoned/best-<step>`.
+
+        Args:
+          step: from which the run goes on.
+        """
+        try:
+            self.wait()
+        except CheckpointWriteError as error:
+            logging.warning("%s", error)
+        later = [one for one in self._checkpoints._same_steps() if one > step]
+        if later:
+            self._checkpoints.set_aside(later, ABANDONED)
+            self._look()
+
+    def wait(self) -> None:
+        """Waits for the save that is going on; see `Checkpoints.wait`."""
+        with self._undone():
+            self._checkpoints.wait()
 
     def check(self) -> None:
         """Tells of a save that has failed since; see `Checkpoints.check`."""
@@ -796,7 +960,7 @@ class BestCheckpoint:
             raise
 
     def close(self) -> None:
-        """Waits for saves and releases the directory."""
+        """Waits for saves and releases the directory; what fails is only logged."""
         self._checkpoints.close()
 
 

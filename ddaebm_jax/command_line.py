@@ -21,11 +21,17 @@ def fail(message: str, at_once: bool = False) -> NoReturn:
     # A recipe's own traceback may come along: its last line says what happened.
     parts = message.split("Traceback (most recent call last)")
     text = parts[0] if len(parts) == 1 else parts[-1].strip().splitlines()[-1]
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    line = f"error: {' '.join(text.split())}"
     if at_once:
-        sys.stderr.flush()
-        os._exit(2)
+        leave(line, 2)
+    print(line, file=sys.stderr)
     sys.exit(2)
+
+
+def leave(line: str, status: int) -> NoReturn:
+    """Prints a line and ends the program, without what runs at a program's end."""
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

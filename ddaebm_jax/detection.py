@@ -164,7 +164,8 @@ def _open(
                 "--config.data.held_out_classes='(9,)'"
             )
         chosen = outlier_sets.some(len(records), limit, seed)
-        return images.stack(images.Subset(records, chosen))
+        subset = images.Subset(records, chosen)
+        return images.stack(subset, None, name, data.timeout)
     if inliers is None:  # Only their number is read.
         inliers = np.zeros((limit or 10_000, *source.event_shape), np.uint8)
     return outlier_sets.open_outliers(
@@ -180,7 +181,10 @@ def _scorer(
     others = {}
     if baselines:
         logging.info("fitting the baselines to the training images")
-        pixels = images.stack(experiment.source.image_set.train)
+        pixels = images.stack(
+            experiment.source.image_set.train,
+            timeout=experiment.config.data.timeout,
+        )
         others = ood.fit_baselines(pixels, seed)
 
     def score(pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Small files: written whole or not at all, and read with care."""
 
+import contextlib
 import json
 import os
 import stat
@@ -10,10 +11,30 @@ from ddaebm_jax.errors import InputError
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a crash leaves the old one or the new one."""
+    """Writes a small file; a crash or a power cut leaves the old one or the new."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    try:
+        partial.write_text(text)
+        put_in_place(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # On a full disk it would take what is left.
+        raise
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a file its name, once it is on the disk: power may fail at any moment."""
+    _sync(partial)
     partial.replace(path)
+    with contextlib.suppress(OSError):  # Not every file system can sync a folder.
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Of files that somebody else may have written, at most so many bytes are read.
 _LARGEST_REPORT = 2**20
 _END_OF_METRICS = 2**16
+# Seconds that deleting a checkpoint may take once its files go.
+_DELETION = 0.5
 
 _Row = tuple[str, str]
 
@@ -57,7 +60,7 @@ def inspect(workdir: str | Path) -> Inspection:
             "directory; name one that --mode=train has made"
         )
     process = running_process(workdir)
-    checkpoints, intact = _checkpoints(workdir)
+    checkpoints, intact = _checkpoints(workdir, process is not None)
     config, problem = _config(workdir)
     sections = {"run": [("directory", str(workdir)), ("process", process or "none")]}
     if config is None:
@@ -247,23 +250,47 @@ def _about(path: Path) -> str:
     return f"{_size(path):>10}  {when:%Y-%m-%d %H:%M:%S}"
 
 
-def _checkpoints(workdir: Path) -> tuple[list[_Row], bool]:
-    """Returns a row a checkpoint, and whether all are intact."""
+def _checkpoints(workdir: Path, running: bool) -> tuple[list[_Row], bool]:
+    """Returns a row a checkpoint, and whether all are intact.
+
+    A run that goes on deletes old ones meanwhile. One that is gone is not told; one
+    that lacks a part is damaged only where no newer one is complete.
+    """
     rows, intact = [], True
     for folder in (checkpointing.NEWEST, checkpointing.BEST):
-        for step in checkpointing.steps_in(workdir / folder):
-            path = workdir / folder / str(step)
+        directory = workdir / folder
+        for step in checkpointing.steps_in(directory):
             problem = checkpointing.verify(workdir, folder, step)
-            if not path.is_dir():  # The run has just deleted it.
-                continue
-            if problem is not None:
-                verdict, intact = f"DAMAGED: {problem}", False
-            elif "checksums" not in checkpointing.read_info(path.resolve()):
-                verdict = "readable; of an older version, without checksums"
+            if problem is None:
+                verdict = _verdict(directory / str(step))
             else:
-                verdict = "intact"
-            rows.append((f"{folder}/{step}", f"{_about(path)}  {verdict}"))
+                if running:  # It may just be being deleted.
+                    time.sleep(_DELETION)
+                verdict = f"DAMAGED: {problem}"
+            if step not in checkpointing.steps_in(directory):
+                continue
+            intact = intact and problem is None
+            told = f"{_about(directory / str(step))}  {verdict}"
+            rows.append((f"{folder}/{step}", told))
+        complete = checkpointing.steps_in(directory)
+        for step in checkpointing.incomplete_in(directory):
+            lost = step > max(complete, default=-1)
+            verdict = "DAMAGED: it lacks a part" if lost else "partly deleted"
+            intact = intact and not lost
+            told = f"{_about(directory / str(step))}  {verdict}"
+            rows.append((f"{folder}/{step}", told))
     return rows, intact
+
+
+def _verdict(path: Path) -> str:
+    """Returns what is to be said of a checkpoint that was just found readable."""
+    try:
+        info = checkpointing.read_info(path.resolve())
+    except checkpointing.CheckpointError:
+        return "gone meanwhile"
+    if "checksums" not in info:
+        return "readable; of an older version, without checksums"
+    return "intact"
 
 
 def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:

@@ -332,8 +332,12 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_text_atomically(workdir / train.CONFIG_FILE, config_lib.to_json(config))
     checkpoints = checkpointing.Checkpoints(workdir)
-    checkpoints.save(state, {"config": config.to_dict(), "data": None, "input": None})
-    checkpoints.close()
+    try:
+        info = {"config": config.to_dict(), "data": None, "input": None}
+        checkpoints.save(state, info)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
 
 
 def main(argv: list[str]) -> None:

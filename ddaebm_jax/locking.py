@@ -35,12 +35,21 @@ def lock(workdir: Path) -> Iterator[None]:
       workdir: the run directory, which must exist.
 
     Raises:
-      InputError: if another run holds it; its host and process are named.
+      InputError: if another run holds it, whose host and process are named, or it
+        cannot be written.
     """
-    taken, held = None, None
+    taken, held, failed = None, None, None
     if parallel.is_first_process():
-        taken, held = _take(workdir / LOCK_FILE)
+        try:
+            taken, held = _take(workdir / LOCK_FILE)
+        except OSError as error:
+            failed = error.strerror
     try:
+        if not parallel.all_agree(failed is None):
+            raise InputError(
+                f"--workdir={workdir} cannot be written ({failed or 'by process 0'}); "
+                "make it writable, or name another"
+            )
         if not parallel.all_agree(held is None):
             raise InputError(
                 f"--workdir={workdir} is in use by {held or 'another run'}; wait until "

@@ -351,6 +351,13 @@ def _finite_examples(x: Float[Array, "batch *shape"]) -> Bool[Array, " batch"]:
     return jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
 
 
+def _finite_moments(
+    mu: Float[Array, "batch nz"], logvar: Float[Array, "batch nz"]
+) -> Bool[Array, " batch"]:
+    """Whether mean and variance are finite."""
+    return _finite_examples(mu) & _finite_examples(jnp.exp(logvar))
+
+
 def _shares_by_t(
     schedule: Schedule, chosen: Bool[Array, " batch"], t: Int[Array, " batch"]
 ) -> Float[Array, " steps"]:
@@ -408,16 +415,14 @@ def generator_loss(
     potential = objective.reverse_potential(schedule, f_fake, x_fake, x_next, t)
     loss = potential
     finite = jnp.isfinite(f_fake) & _finite_examples(x0_pred)
-    metrics = {
-        "generator/reverse_potential": potential,
-        "generator/not_finite_by_t": _shares_by_t(schedule, ~finite, t),
-    }
+    metrics = {"generator/reverse_potential": potential}
     stats = variables.posterior.get("batch_stats", {})
 
     if game.has_encoder and game.lambda_z > 0:
         (mu, logvar), stats = networks.train_posterior(
             _with_stats(variables.posterior, stats), x_fake, x_next, t
         )
+        finite &= _finite_moments(mu, logvar)
         latent = objective.latent_log_prob(noise.z, mu, logvar)
         loss = loss + game.lambda_z * latent
         metrics["generator/latent_log_prob"] = latent
@@ -427,6 +432,7 @@ def generator_loss(
             (mu, logvar), stats = networks.train_posterior(
                 _with_stats(variables.posterior, stats), x_t, x_next, t
             )
+            finite &= _finite_moments(mu, logvar)
             kl = objective.latent_kl(mu, logvar)
             loss = loss + game.lambda_f * kl
             metrics["generator/latent_kl"] = kl
@@ -439,9 +445,11 @@ def generator_loss(
                 z,
                 rngs=dropout_keys(noise, DROPOUT_GENERATOR_POSTERIOR),
             )
+            finite &= _finite_examples(x0_pred)
         recon = _reconstruction(game, schedule, x_t, x0_pred, x_next, t)
         loss = loss + game.lambda_f * recon
         metrics["generator/reconstruction"] = recon
+    metrics["generator/not_finite_by_t"] = _shares_by_t(schedule, ~finite, t)
     metrics["generator/loss"] = loss
     return loss, (metrics, stats)
 

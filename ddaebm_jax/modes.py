@@ -248,7 +248,11 @@ def score(
     names: tuple[str, ...] | None = None
     if source.holds_images:
         rows, names = images.read_images(
-            rows_path, source.event_shape, skip_corrupt, data.crop
+            rows_path,
+            source.event_shape,
+            skip_corrupt,
+            data.crop,
+            timeout=data.timeout,
         )
     else:
         (dim,) = source.event_shape
@@ -362,7 +366,11 @@ def _measure_images(
 ) -> dict[str, Any]:
     source, config = run.experiment.source, run.experiment.config
     pixels, _ = images.read_images(
-        input_path, source.event_shape, skip_corrupt, config.data.crop
+        input_path,
+        source.event_shape,
+        skip_corrupt,
+        config.data.crop,
+        timeout=config.data.timeout,
     )
     # Files come in the order of their names, often by kind; splits and subsets are to
     # be alike.

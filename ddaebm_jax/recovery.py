@@ -48,14 +48,15 @@ class Saver:
         Raises:
           TrainingError: if patience is at its end.
         """
-
-        def start():
-            if jax.process_count() > 1:
-                # Here all processes learn of it if one could not write the last one.
-                self._checkpoints.wait()
-            self._checkpoints.save(state, info)
-
-        self._settle(self._failure(start), done=False)
+        if jax.process_count() > 1:
+            # Here all processes learn of it if one could not write the last one; none
+            # may begin the next while another does not.
+            reason = self._failure(self._checkpoints.wait)
+            if reason is not None:
+                self._settle(reason, done=False)
+                return
+        reason = self._failure(lambda: self._checkpoints.save(state, info))
+        self._settle(reason, done=False)
 
     def look(self) -> None:
         """Looks whether what was started has failed; one process only.
@@ -81,13 +82,11 @@ class Saver:
         Raises:
           TrainingError: if patience is at its end.
         """
-
-        def write():
-            self._checkpoints.save(state, info)
-            self._checkpoints.wait()
-
         while True:
-            self._settle(self._failure(write), done=True)
+            reason = self._failure(lambda: self._checkpoints.save(state, info))
+            if reason is None:
+                reason = self._failure(self._checkpoints.wait)
+            self._settle(reason, done=True)
             if not (wait and self.failing):
                 return
             time.sleep(max(0.0, self._next - time.monotonic()))

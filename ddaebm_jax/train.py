@@ -7,11 +7,13 @@ of it, and all randomness is a function of (seed, step).
 import contextlib
 import dataclasses
 import os
+import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ from ddaebm_jax.files import (
     write_json_atomically,
     write_text_atomically,
 )
-from ddaebm_jax.interruption import Interrupted, Interruption
+from ddaebm_jax.interruption import Interrupted, Interruption, Noted
 from ddaebm_jax.locking import LOCK_FILE, lock
 from ddaebm_jax.recovery import EnergyWatch, Saver
 
@@ -56,6 +58,11 @@ CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
 
 _LARGEST_CONFIG = 2**20
+# What errors say that come of other processes.
+_OF_PROCESSES = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|gloo|connection|peer|heartbeat|barrier",
+    re.IGNORECASE,
+)
 
 # Steps a dispatch where the config leaves the choice: small networks are bound by
 # the time of a dispatch; matrix products lose nothing inside a scan.
@@ -535,7 +542,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     open_workdir(workdir, config)
     parallel.wait_for_all("the run directory has been looked at")
     with contextlib.ExitStack() as stack:
-        if workdir.exists():  # Soon: data may take minutes to open.
+        # Soon, because data may take minutes to open; but nothing is made before.
+        locked = parallel.all_agree(workdir.exists())
+        if locked:
             stack.enter_context(lock(workdir))
         use_compilation_cache(config.compilation_cache)
         experiment = build(config)
@@ -543,10 +552,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         start = init_state(experiment)
         counts = log_parameters(start.variables)
         meter = figures.open_meter(experiment)
-        if not workdir.exists():
-            parallel.wait_for_all("nobody has made the run directory yet")
+        if not locked:
             workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(workdir))
+            open_workdir(workdir, config)  # Another run may have made it meanwhile.
+            parallel.wait_for_all("the run directory is ours")
         run, state = _open_run(stack, experiment, workdir, dispatcher, meter, start)
         del start
         try:
@@ -559,8 +569,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                     "seconds": time.monotonic() - started,
                 }
                 _finish(run, state, report)
+        except KeyboardInterrupt:
+            # At once: what is open would wait for what is being saved.
+            stack.pop_all()
+            raise
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
+            if jax.process_count() == 1 or not _OF_PROCESSES.search(str(error)):
                 raise
             # What is open waits for the others when it is closed, and they are gone.
             stack.pop_all()
@@ -761,18 +775,38 @@ def _final_figures(run: _Run, state: minimax.TrainState) -> dict[str, Any]:
 
 
 def _offer(run: _Run, state: minimax.TrainState, found: dict[str, Any]) -> None:
-    """Lets a state compete for the lowest FID."""
+    """Lets a state compete for the lowest FID; all processes, or none."""
+    reason = None
     try:
-        run.best.offer(state, found, run.info)
+        run.best.check()
     except CheckpointWriteError as error:
-        logging.warning("the best checkpoint cannot be written: %s", error)
+        reason = error
+    if parallel.all_agree(reason is None):
+        try:
+            run.best.offer(state, found, run.info)
+        except CheckpointWriteError as error:
+            reason = error
+    if reason is not None:
+        logging.warning("the best checkpoint cannot be written: %s", reason)
 
 
 def _finish(run: _Run, state: minimax.TrainState, report: dict[str, Any]) -> None:
-    """Writes the final figures and pictures."""
-    step = report["step"]
+    """Writes the final figures and pictures.
+
+    Raises:
+      TrainingError: if the report cannot be written.
+    """
+    step, failed = report["step"], None
     if parallel.is_first_process():
-        write_json_atomically(run.workdir / REPORT_FILE, report)
+        try:
+            write_json_atomically(run.workdir / REPORT_FILE, report)
+        except OSError as error:
+            failed = error.strerror
+    if not parallel.all_agree(failed is None):
+        raise TrainingError(
+            f"{run.workdir / REPORT_FILE} cannot be written ({failed or 'process 0'}); "
+            f"step {step} is saved: make room, and the same command measures again"
+        )
     run.output.scalars(step, {f"final/{k}": v for k, v in report["figures"].items()})
     _draw(run, state, step)
 
@@ -823,29 +857,66 @@ def _loop(
     run: _Run, state: minimax.TrainState, interruption: Interruption
 ) -> minimax.TrainState:
     """Takes all steps that are left, going back to a checkpoint after a fault."""
-    first = run.start.step
+    first, owed = run.start.step, tuple(run.start.info.get("owed", ()))
     while True:
         try:
-            return _advance(run, state, first, interruption)
+            return _advance(run, state, first, owed, interruption)
         except _NotFinite as error:
-            del state
-            state, first = _roll_back(run, error.fault)
+            fault = error.fault
+        # Outside the handler, which would keep the bad state in memory.
+        del state
+        state, first = _roll_back(run, fault)
+        owed = ()
 
 
 def _advance(
-    run: _Run, state: minimax.TrainState, first: int, interruption: Interruption
+    run: _Run,
+    state: minimax.TrainState,
+    first: int,
+    owed: tuple[str, ...],
+    interruption: Interruption,
 ) -> minimax.TrainState:
     """Takes all steps that are left, with reports, pictures and checkpoints.
 
     Metrics are fetched when the next steps are already under way, so that the device
     does not wait; before anything is kept they are looked at first.
+
+    Args:
+      run: the run.
+      state: where it is.
+      first: the step there.
+      owed: of `evaluate` and `draw`, what a signal kept from being done there.
+      interruption: notes signals.
+
+    Raises:
+      _NotFinite: if a loss or gradient is not finite.
+      Interrupted: for a signal, when all is saved.
     """
     config, total = run.experiment.config, run.experiment.config.train.num_steps
     train = config.train
     compiled = run.dispatcher.compile_seconds
     taken: _Taken | None = None
+    stopping: signal.Signals | None = None
+
+    def stop(step: int, owed: tuple[str, ...]) -> NoReturn:
+        """Saves and leaves; what is owed is done when the run goes on."""
+        by = stopping or interruption.noted(step, step)
+        if taken is not None:
+            _look_at(run, taken)
+        info = {**_info(run), "owed": list(owed)}
+        run.saver.finish(run.dispatcher.saved(state), info, wait=True)
+        raise Interrupted(by or signal.SIGTERM, step, total)
+
+    if owed:
+        left = _measure(run, run.dispatcher.saved(state), first, owed, interruption)
+        if left:
+            stop(first, left)
     for start, step in dispatches(config, first):
-        batch = None if run.batches is None else run.batches.next(step - start)
+        try:
+            with interruption.at_once():
+                batch = None if run.batches is None else run.batches.next(step - start)
+        except Noted:
+            stop(start, ())
         state, metrics, fault = run.dispatcher(state, step - start, batch)
         if taken is not None:
             _look_at(run, taken)
@@ -855,41 +926,69 @@ def _advance(
             compiled = run.dispatcher.compile_seconds
             run.output.message(f"compiled {step - start} steps in {seconds:.1f} s")
             run.output.restart_clock(start)
-        stop = interruption.noted(step)
-        evaluate = _due(step, train.evaluate_every) and step < total
-        draw = _due(step, train.picture_every) and step < total
+        stopping = interruption.noted(start, step)
+        due = tuple(
+            name
+            for name, every in (
+                ("evaluate", train.evaluate_every),
+                ("draw", train.picture_every),
+            )
+            if _due(step, every) and step < total
+        )
         save = _due(step, train.checkpoint_every) or step == total
         run.saver.look()
         again = run.saver.due()
-        if not (evaluate or draw or save or stop or again):
+        if not (due or save or stopping or again):
             continue
         _look_at(run, taken)
         taken = None
+        if stopping and step < total:
+            stop(step, due)
         saved = run.dispatcher.saved(state)
-        if evaluate:
-            fewer = config.evaluation.num_samples_on_the_way or None
-            found = figures.evaluate(run.experiment, saved.ema, run.meter, fewer)
-            run.output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
-            if run.best is not None:
-                _offer(run, saved, found)
-        if draw:
-            _draw(run, saved, step)
+        if due:
+            left = _measure(run, saved, step, due, interruption)
+            if left:
+                stop(step, left)
         # Last: a run resumed from here has missed nothing.
-        if stop or step == total:
+        if step == total:
             run.saver.finish(saved, _info(run), wait=True)
         elif again:
             run.saver.finish(saved, _info(run), wait=False)
         elif save:
             run.saver.save(saved, _info(run))
-        if stop and step < total:
-            raise Interrupted(stop, step, total)
-        if evaluate or draw:
+        if due:
             run.output.restart_clock(step)
     return state
 
 
+def _measure(
+    run: _Run,
+    saved: minimax.TrainState,
+    step: int,
+    due: tuple[str, ...],
+    interruption: Interruption,
+) -> tuple[str, ...]:
+    """Evaluates and draws on the way; returns what a signal kept from being done."""
+    try:
+        if "evaluate" in due:
+            fewer = run.experiment.config.evaluation.num_samples_on_the_way or None
+            with interruption.at_once():
+                found = figures.evaluate(run.experiment, saved.ema, run.meter, fewer)
+            run.output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
+            if run.best is not None:
+                _offer(run, saved, found)
+            due = tuple(name for name in due if name != "evaluate")
+        if "draw" in due:
+            with interruption.at_once():
+                _draw(run, saved, step)
+    except Noted:
+        return due
+    return ()
+
+
 def _info(run: _Run) -> dict[str, Any]:
     """Returns what a checkpoint taken now holds besides the state."""
+    run.output.flush()  # Before what the lines tell of is kept.
     return {
         **run.info,
         "input": None if run.batches is None else run.batches.state(),
@@ -947,6 +1046,8 @@ def _roll_back(run: _Run, fault: minimax.Fault) -> tuple[minimax.TrainState, int
     else:
         state, start = found.state, _Start(found.step, found.info)
     _take_up(run, start)
+    if run.best is not None:
+        run.best.forget_after(start.step)
     run.progress.trial = trial + 1
     run.dispatcher.start_trial(trial + 1)
     run.output.rewind(start.step)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from ddaebm_jax.files import read_text, write_text_atomically
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.files import open_regular, put_in_place, write_text_atomically
 
 _LARGEST_METRICS = 2**30
 
@@ -38,50 +39,119 @@ class MetricsFile:
           path: the file.
           resume_step: the step of the restored state, 0 for a new run.
         """
-        if path.exists():
-            kept = [
-                line
-                for line in read_metrics(path)
-                if line["step"] <= resume_step
-                and not any(name.startswith("final/") for name in line)
-            ]
-            write_text_atomically(
-                path, "".join(json.dumps(line) + "\n" for line in kept)
-            )
         self._path = path
+        self._waiting = _cut(path, resume_step) if path.exists() else []
         self._file = path.open("ab", buffering=0)
-        self._waiting: list[bytes] = []
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Appends a line: the step, then the values."""
         line = json.dumps({"step": step, **values}) + "\n"
+        failing = bool(self._waiting)
         self._waiting.append(line.encode())
-        failed_before = len(self._waiting) > 1
-        whole = os.fstat(self._file.fileno()).st_size
-        try:
-            while self._waiting:
-                _write_all(self._file, self._waiting[0])
-                whole += len(self._waiting.pop(0))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), whole)  # No line cut short.
-            if not failed_before:
-                logging.warning(
-                    "%s cannot be written (%s); its lines are kept and tried again",
-                    self._path,
-                    error.strerror,
-                )
-            return
-        if failed_before:
+        error = self._write_waiting()
+        if error is not None and not failing:
+            logging.warning(
+                "%s cannot be written (%s); its lines are kept and tried again",
+                self._path,
+                error.strerror,
+            )
+        elif error is None and failing:
             logging.warning("%s is whole again", self._path)
+
+    def flush(self) -> bool:
+        """Tries once more to write what waits, and syncs; returns if nothing waits."""
+        if self._waiting and self._write_waiting() is None:
+            logging.warning("%s is whole again", self._path)
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+        return not self._waiting
+
+    def rewind(self, step: int) -> None:
+        """Drops lines of later steps, written or waiting; needs no room on the disk."""
+        self._waiting = [line for line in self._waiting if _is_kept(line, step)]
+        try:
+            self._waiting = _cut(self._path, step) + self._waiting
+            file = self._path.open("ab", buffering=0)
+        except (OSError, InputError) as error:
+            logging.warning(
+                "lines after step %d cannot be dropped (%s); they may come twice",
+                step,
+                error,
+            )
+            return
+        self._file.close()
+        self._file = file
 
     def close(self) -> None:
         """Closes the file; says how many lines could not be written."""
+        self.flush()
         self._file.close()
         if self._waiting:
             logging.error(
                 "%d lines of %s could not be written", len(self._waiting), self._path
             )
+
+    def _write_waiting(self) -> OSError | None:
+        """Writes what waits, line by line; returns what kept it from that."""
+        whole = None
+        try:
+            whole = os.fstat(self._file.fileno()).st_size
+            while self._waiting:
+                _write_all(self._file, self._waiting[0])
+                whole += len(self._waiting.pop(0))
+        except OSError as error:
+            if whole is not None:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file.fileno(), whole)  # No line cut short.
+            return error
+        return None
+
+
+def _cut(path: Path, step: int) -> list[bytes]:
+    """Drops lines of later steps, final figures, and what is no line.
+
+    They are the end of the file, which is cut off; that needs no room on the disk. A
+    file damaged elsewhere is written anew.
+
+    Returns:
+      Lines that found no room when it was.
+    """
+    with open_regular(path, _LARGEST_METRICS) as file:
+        data = file.read()
+    kept = [line + b"\n" for line in data.split(b"\n") if _is_kept(line, step)]
+    text = b"".join(kept)
+    if data.startswith(text):
+        os.truncate(path, len(text))
+        return []
+    try:
+        write_text_atomically(path, text.decode())
+        return []
+    except OSError:
+        whole = 0
+        while kept and data.startswith(kept[0], whole):
+            whole += len(kept.pop(0))
+        os.truncate(path, whole)
+        return kept
+
+
+def _is_kept(text: bytes, step: int) -> bool:
+    """Whether a run that goes on from a step keeps a line."""
+    line = _parse(text)
+    return (
+        line is not None
+        and line["step"] <= step
+        and not any(name.startswith("final/") for name in line)
+    )
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """Returns a line of a metrics file, or None if it is none."""
+    try:
+        line = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(line, dict) and isinstance(line.get("step"), int)
+    return line if whole else None
 
 
 def _write_all(file: io.RawIOBase, data: bytes) -> None:
@@ -93,15 +163,9 @@ def _write_all(file: io.RawIOBase, data: bytes) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the whole lines of a metrics file; a line cut short is left out."""
-    lines = []
-    for text in read_text(path, _LARGEST_METRICS).splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    with open_regular(path, _LARGEST_METRICS) as file:
+        lines = map(_parse, file.read().split(b"\n"))
+    return [line for line in lines if line is not None]
 
 
 def open_tensorboard(directory: Path) -> Any | None:
@@ -163,8 +227,7 @@ class Writers:
           tensorboard: whether to write event files.
           images_per_step: the global batch, where it is of images.
         """
-        self._path = workdir / "metrics.jsonl"
-        self._metrics = MetricsFile(self._path, resume_step)
+        self._metrics = MetricsFile(workdir / "metrics.jsonl", resume_step)
         self._tensorboard = open_tensorboard(workdir) if tensorboard else None
         self._progress = _open_progress(self._tensorboard, total_steps)
         self._total = total_steps
@@ -174,9 +237,12 @@ class Writers:
 
     def rewind(self, step: int) -> None:
         """Forgets what was reported after a step, to which the run goes back."""
-        self._metrics.close()
-        self._metrics = MetricsFile(self._path, step)
+        self._metrics.rewind(step)
         self.restart_clock(step)
+
+    def flush(self) -> None:
+        """Tries once more to write the lines of metrics that wait."""
+        self._metrics.flush()
 
     def restart_clock(self, step: int) -> None:
         """Leaves what was done since the last report out of the next rate."""
@@ -266,6 +332,9 @@ class Silent:
     def rewind(self, step: int) -> None:
         """Does nothing."""
 
+    def flush(self) -> None:
+        """Does nothing."""
+
     def restart_clock(self, step: int) -> None:
         """Does nothing."""
 
@@ -330,7 +399,7 @@ def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
@@ -506,7 +575,7 @@ def save_image(path: Path, image: np.ndarray) -> None:
     partial = path.with_name(path.name + ".partial")
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
     Image.fromarray(pixels).save(partial, "PNG")
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:

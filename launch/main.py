@@ -212,6 +212,8 @@ def _run() -> None:
         except interruption.Interrupted as error:
             logging.info("%s", error)
             raise SystemExit(error.exit_code) from error
+        except KeyboardInterrupt:
+            command_line.leave("left at once; the newest checkpoint is kept", 130)
         if parallel.is_first_process():
             print(f"{workdir}\n{writers.format_report(report)}")
         return

@@ -1,5 +1,6 @@
 """Faults of a run: signals, numbers not finite, saves that fail, two at once."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from cli import MAIN, ROOT, environment, tiny
 from helpers import assert_trees_equal, differ
+from test_parallel import digits
 from test_train import _config, _final_state, _start, _wait_for
 
 from ddaebm_jax import checkpointing, recovery, train, writers
@@ -44,17 +48,25 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stop_at(
-    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int, times: int = 1
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    step: int,
+    times: int = 1,
+    visit: int = 1,
 ) -> None:
-    """Makes the process signal itself when the steps up to `step` are started."""
-    dispatch, sent = train.Dispatcher.__call__, []
+    """Makes the process signal itself when it has started the steps up to `step`.
+
+    When it comes there for the n-th time, n being `visit`.
+    """
+    dispatch, visits = train.Dispatcher.__call__, []
 
     def signalling(self, state, length, batches=None):
         result = dispatch(self, state, length, batches)
-        if int(result[0].step) >= step and len(sent) < times:
-            for _ in range(times):
-                sent.append(number)
-                os.kill(os.getpid(), number)
+        if int(result[0].step) == step:
+            visits.append(step)
+            if len(visits) == visit:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
         return result
 
     monkeypatch.setattr(train.Dispatcher, "__call__", signalling)
@@ -92,24 +104,89 @@ def test_a_second_ctrl_c_leaves_at_once(
         stop_at(patch, signal.SIGINT, 12, times=2)
         with pytest.raises(KeyboardInterrupt):
             train.train(_config(), tmp_path / "run")
+    # What was being saved may go on; it was not waited for.
+    end = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoints" / "8").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
     assert int(_final_state(tmp_path / "run").step) == 8
 
 
+@pytest.mark.parametrize("as_an_error", [False, True])
 def test_a_signal_after_the_last_step_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_an_error: bool
 ):
     """Nothing is lost then: figures and pictures are made by the next start."""
+
+    def signalled(*args: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            if as_an_error:
+                raise ValueError("something was raised") from error
+            raise
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train.figures,
-            "evaluate",
-            lambda *args: os.kill(os.getpid(), signal.SIGTERM),
-        )
+        patch.setattr(train.figures, "evaluate", signalled)
         with pytest.raises(Interrupted, match="after step 24 of 24"):
             train.train(_config(), tmp_path / "run")
     assert not (tmp_path / "run" / "report.json").exists()
     train.train(_config(), tmp_path / "run")
     assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_signal_in_the_last_steps_ends_the_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, 24)
+        with pytest.raises(Interrupted, match="after step 24 of 24"):
+            train.train(_config(), tmp_path / "run")
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("when", "as_an_error"),
+    [
+        ("before", False),
+        ("while evaluating", False),
+        ("while evaluating", True),
+        ("while drawing", False),
+    ],
+)
+def test_what_a_signal_kept_from_being_done_is_done_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, as_an_error: bool
+):
+    """Evaluation and pictures may take longer than a preempted process has."""
+    config = _config(train__evaluate_every=12, train__picture_every=12)
+    train.train(config, tmp_path / "whole")
+
+    def signalled(*args: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            if as_an_error:  # As JAX does in some of its callbacks.
+                raise ValueError("something was raised") from error
+            raise
+        raise AssertionError("it was not left at once")
+
+    with monkeypatch.context() as patch:
+        if when == "before":
+            stop_at(patch, signal.SIGTERM, 12)
+        else:
+            name = "evaluate" if when == "while evaluating" else "draw_pictures"
+            patch.setattr(train.figures, name, signalled)
+        with pytest.raises(Interrupted, match="after step 12 of 24"):
+            train.train(config, tmp_path / "run")
+    before = [line["step"] for line in lines(tmp_path / "run")]
+    assert before == ([8, 12] if when == "while drawing" else [8])
+    train.train(config, tmp_path / "run")
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    pictures = [
+        sorted(path.name for path in (tmp_path / name / "samples").iterdir())
+        for name in ("run", "whole")
+    ]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 4
 
 
 def test_the_command_line_ends_with_0_after_sigterm(tmp_path: Path):
@@ -167,7 +244,7 @@ def test_a_run_goes_back_with_fresh_noise(
     # Resumed, it keeps the fresh noise.
     with monkeypatch.context() as patch:
         poison(patch, [16])
-        stop_at(patch, signal.SIGTERM, 20)
+        stop_at(patch, signal.SIGTERM, 20, visit=2)
         with pytest.raises(Interrupted, match="after step 20"):
             train.train(_config(**fields), tmp_path / "again")
     assert train.train(_config(**fields), tmp_path / "again")["rollbacks"] == 1
@@ -182,6 +259,48 @@ def test_a_run_goes_back_to_its_beginning(
         report = train.train(_config(), tmp_path / "run")
     assert report["rollbacks"] == 1 and report["step"] == 24
     assert [line["step"] for line in lines(tmp_path / "run")] == [8, 16, 24, 24]
+
+
+def test_a_run_that_goes_back_gets_the_same_images_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = digits(
+        train__num_steps=6,
+        train__steps_per_dispatch=1,
+        train__checkpoint_every=2,
+        train__report_every=2,
+        train__picture_every=0,
+        train__evaluate_every=0,
+        train__tensorboard=False,
+        parallel__num_devices=1,
+    )
+    given: dict[int, list[np.ndarray]] = {}
+    dispatch, left = train.Dispatcher.__call__, [3]
+
+    def poisoned(self, state, length, batches=None):
+        step = int(state.step)
+        given.setdefault(step, []).append(batches)
+        if 1 not in self._compiled:  # With little effort: it runs a few times.
+            inputs = (state, *self._inputs, self._trial)
+            inputs = (*inputs, self._layout.place_batches(batches))
+            lowered = self._jitted.lower(*inputs, 1)
+            self._compiled[1] = lowered.compile(compiler_options=quick._options())
+        if left and step == left[0]:
+            left.pop()
+            energy = jax.tree.map(lambda x: x * jnp.nan, state.variables.energy)
+            state = state.replace(variables=state.variables._replace(energy=energy))
+        return dispatch(self, state, length, batches)
+
+    monkeypatch.setattr(train.Dispatcher, "__call__", poisoned)
+    monkeypatch.setattr(train.figures, "evaluate", lambda *args: {})
+    monkeypatch.setattr(train, "_draw", lambda *args: None)
+    report = train.train(config, tmp_path / "run")
+    assert report["rollbacks"] == 1
+    assert sorted(given) == list(range(6))
+    again = {step: batches for step, batches in given.items() if len(batches) > 1}
+    assert list(again) == [2, 3]
+    for first, second in again.values():
+        np.testing.assert_array_equal(first, second)
 
 
 def test_a_run_goes_back_so_often_and_no_more(
@@ -422,6 +541,39 @@ def test_a_second_run_in_one_directory_is_refused(tmp_path: Path):
     # The killed one holds nothing any more.
     with lock(tmp_path / "run"):
         pass
+
+
+def test_a_run_made_by_another_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both found no directory; the other was quicker."""
+    build, held = train.build, contextlib.ExitStack()
+
+    def building(config, *args):
+        (tmp_path / "run").mkdir()
+        held.enter_context(lock(tmp_path / "run"))
+        return build(config, *args)
+
+    monkeypatch.setattr(train, "build", building)
+    with held, pytest.raises(InputError, match="is in use by process"):
+        train.train(_config(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / LOCK_FILE).mkdir()
+    with pytest.raises(InputError, match=r"cannot be written .*directory"):
+        with lock(tmp_path):
+            pass
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path):
+    train.train(_config(train__num_steps=8), tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    (tmp_path / "run" / "report.json").mkdir()
+    with pytest.raises(TrainingError, match=r"report\.json cannot be written"):
+        train.train(_config(), tmp_path / "run")
+    assert int(_final_state(tmp_path / "run").step) == 24
 
 
 def test_a_lock_is_let_go(tmp_path: Path):

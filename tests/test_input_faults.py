@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +19,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddaebm_jax.data import batches, image_files, images, records
+from ddaebm_jax import detection, modes
+from ddaebm_jax.data import (
+    Source,
+    batches,
+    image_files,
+    image_sets,
+    images,
+    open_source,
+    records,
+)
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.data.records import UnusableRecord, WithoutUnusable
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import figures
+from ddaebm_jax.models import Players
 
 NUMBER = 20
+NO_PLAYERS = Players({}, {}, {})
 WORKERS = {"num_threads": 1, "prefetch": 1, "num_workers": 2}
 
 
@@ -33,6 +46,25 @@ def fault(action):
         action()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def settings(**changes):
+    """A config's data section."""
+    fields = {
+        "name": "folder",
+        "path": "",
+        "image_size": 8,
+        "channels": 1,
+        "crop": None,
+        "test_fraction": 0.25,
+        "skip_corrupt": False,
+        "timeout": 7,
+        "limit": 0,
+        "held_out_classes": (),
+        "on_device": True,
+        "flip": False,
+    }
+    return SimpleNamespace(**{**fields, **changes})
 
 
 def read(stream, length):
@@ -119,6 +151,76 @@ def test_loading_that_stalls_is_given_up():
         lambda: records.stack(Faulty(NUMBER, stalled=7), None, "faces", timeout=0.2)
     )
     assert "faces: no progress for 0.2 s" in message and "data.timeout" in message
+
+
+@pytest.fixture
+def timeouts(monkeypatch):
+    """The time-outs with which records are loaded."""
+    found = []
+
+    def loaded(function, num, progress_name="", timeout=None):
+        found.append(timeout)
+        return [function(index) for index in range(num)]
+
+    monkeypatch.setattr(records, "in_parallel", loaded)
+    monkeypatch.setattr(image_files, "in_parallel", loaded)
+    return found
+
+
+def image_set(**fields):
+    """Images whose labels are 0 and 1, 2, or 3."""
+    labels = np.arange(NUMBER) % 4
+    return records.ImageSet(
+        name="digits",
+        event_shape=(1, 1, 1),
+        train=Faulty(NUMBER),
+        test=Faulty(NUMBER),
+        train_labels=labels,
+        test_labels=labels,
+        content="",
+        **fields,
+    )
+
+
+def test_training_data_are_loaded_with_the_configs_time_out(monkeypatch, timeouts):
+    monkeypatch.setattr(image_sets, "load_digits", lambda *args: image_set())
+    data = settings(name="digits", image_size=1, held_out_classes=(3,))
+    source = open_source(data, 0)
+    assert timeouts == [7] * 3  # The classes left out, and what is on the device.
+    source.held_out(5, 0)
+    assert timeouts == [7] * 4
+
+
+def test_evaluation_loads_with_the_configs_time_out(monkeypatch, timeouts):
+    def drawn(experiment, variables, num):
+        yield np.zeros((num, 1, 1, 1), np.uint8)
+
+    monkeypatch.setattr(figures, "draw_images", drawn)
+    monkeypatch.setattr(figures, "energies", lambda *args: np.zeros(3))
+    monkeypatch.setattr(figures.digits, "evaluate_digits", lambda *args: {})
+    source = Source("digits", (1, 1, 1), None, None, image_set=image_set(), timeout=7)
+    config = SimpleNamespace(data=settings(), seed=0)
+    experiment = SimpleNamespace(source=source, config=config)
+    figures._evaluate_images(experiment, NO_PLAYERS, 5, None)
+    assert timeouts == [7] * 3
+
+
+def test_detection_loads_with_the_configs_time_out(monkeypatch, timeouts):
+    found = image_set(left_out=np.zeros((3, 1, 1, 1), np.uint8))
+    source = Source("digits", (1, 1, 1), None, None, image_set=found)
+    config = SimpleNamespace(data=settings())
+    experiment = SimpleNamespace(source=source, config=config)
+    run = modes.Run(Path(), experiment, NO_PLAYERS, 0)
+    for name in (detection.HELD_OUT, detection.HELD_OUT_CLASSES):
+        detection._open(run, name, None, 0, 3)
+    monkeypatch.setattr(detection.ood, "fit_baselines", lambda *args: {})
+    detection._scorer(run, 0, 1, baselines=True)
+    assert timeouts == [7] * 3
+
+
+def test_images_from_outside_are_read_with_the_time_out(folder, timeouts):
+    image_files.read_images(folder, (2, 2, 1), timeout=7)
+    assert timeouts == [7] * 2
 
 
 # --- Workers and the end of the stream ------------------------------------------
@@ -255,18 +357,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def open_folder(path, skip_corrupt):
-    data = SimpleNamespace(
-        name="folder",
-        path=str(path),
-        image_size=8,
-        channels=1,
-        crop=None,
-        test_fraction=0.25,
-        skip_corrupt=skip_corrupt,
-        timeout=600,
-        limit=0,
-        held_out_classes=(),
-    )
+    data = settings(path=str(path), skip_corrupt=skip_corrupt, timeout=600)
     return images.open_images(data, 0)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from cli import CommandLine, tiny
 
+from ddaebm_jax import checkpointing, inspection
+
 RECIPE = "configs/released_gaussians25.py"
 
 
@@ -114,3 +116,25 @@ def test_a_wrong_directory_is_one_line(run: CommandLine, tmp_path: Path, kind: s
     (line,) = result.err.strip().splitlines()
     assert line.startswith("error: ")
     assert ("--checkpoint" if kind == "flag" else "--workdir") in line
+
+
+def test_one_that_is_deleted_meanwhile_is_gone_not_damaged(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    original = checkpointing.verify
+
+    def verify(workdir, folder, step):
+        if step == 20:
+            (workdir / folder / "20/info/metadata").unlink()
+        return original(workdir, folder, step)
+
+    monkeypatch.setattr(checkpointing, "verify", verify)
+    rows, intact = inspection._checkpoints(workdir, True)
+    assert intact and "partly deleted" in dict(rows)["checkpoints/20"]
+    shutil.rmtree(workdir / "checkpoints/20")
+    rows, intact = inspection._checkpoints(workdir, True)
+    assert intact and [name for name, _ in rows] == ["checkpoints/40"]
+    (workdir / "checkpoints/40/_CHECKPOINT_METADATA").unlink()
+    rows, intact = inspection._checkpoints(workdir, False)
+    assert not intact and "lacks a part" in dict(rows)["checkpoints/40"]

@@ -576,6 +576,22 @@ def test_a_fault_is_told_by_step_and_t(number: int):
     assert int(fault.step) == 0
 
 
+def test_a_fault_of_the_posterior_is_told_by_t():
+    state = start()
+    params = state.variables.posterior["params"]
+    params = {**params, "c": params["c"].at[2, NZ:].set(200.0)}
+    posterior = {**state.variables.posterior, "params": params}
+    state = state.replace(variables=state.variables._replace(posterior=posterior))
+
+    def one(state, pair):
+        return compiled()(state, *pair)
+
+    inputs = jax.tree.map(lambda x: x[None], (batch(0), draw(0)))
+    _, _, fault = minimax.scan_steps(one, state, inputs, 1)
+    said = jax.device_get(fault).describe()
+    assert said.startswith("generator/") and said.endswith("step 1, t = 2")
+
+
 def test_scan_without_inputs_counts_steps():
     def one(state: TrainState, _: None):
         return state.replace(step=state.step + 1), {"step": state.step * 1.0}

@@ -497,8 +497,14 @@ def test_more_processes_than_examples(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_all(tmp_path: Path, number: signal.Signals):
-    """After one step, which is saved."""
-    fields = {**RUN, "train__num_steps": 100_000, "train__checkpoint_every": 100_000}
+    """After one dispatch, which is saved; JAX chooses a step within it."""
+    fields = {
+        **RUN,
+        "train__num_steps": 100_000,
+        "train__checkpoint_every": 100_000,
+        "train__steps_per_dispatch": 4,
+        "train__report_every": 6,
+    }
     flags = [*tiny(RELEASED, **fields), f"--workdir={tmp_path / 'run'}"]
     processes = start(flags, [], [])
     metrics = tmp_path / "run" / "metrics.jsonl"

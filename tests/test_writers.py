@@ -1,14 +1,16 @@
 """Metrics survive a resume without gaps or duplicates; pictures show something."""
 
 import builtins
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddaebm_jax import writers
+from ddaebm_jax import files, writers
 
 
 def test_a_resume_drops_what_will_be_written_again(tmp_path: Path):
@@ -28,6 +30,168 @@ def test_a_resume_drops_what_will_be_written_again(tmp_path: Path):
         (20, 20.0),
         (30, -1.0),
     ]
+
+
+class _Disk:
+    """A disk that may be full: of each line it then takes a part."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.full, write = False, writers._write_all
+
+        def write_all(file, data):
+            write(file, data[:5] if self.full else data)
+            self.check()
+
+        patch.setattr(writers, "_write_all", write_all)
+        patch.setattr(writers, "write_text_atomically", lambda *args: self.check())
+
+    def check(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> _Disk:
+    return _Disk(monkeypatch)
+
+
+def _steps(path: Path) -> list[int]:
+    """The steps of a file's lines, every one of which must be whole."""
+    text = path.read_text()
+    assert not text or text.endswith("\n")
+    return [json.loads(line)["step"] for line in text.splitlines()]
+
+
+def test_lines_that_wait_are_written_when_there_is_room(tmp_path: Path, disk: _Disk):
+    path = tmp_path / "metrics.jsonl"
+    metrics = writers.MetricsFile(path, 0)
+    disk.full = True
+    metrics.write(10, {"loss": 1.0})
+    assert not metrics.flush() and _steps(path) == []
+    disk.full = False
+    assert metrics.flush() and _steps(path) == [10]
+    disk.full = True
+    metrics.write(20, {"loss": 1.0})
+    disk.full = False
+    metrics.close()
+    assert _steps(path) == [10, 20]
+
+
+def test_writers_can_be_flushed(tmp_path: Path, disk: _Disk):
+    output = writers.Writers(tmp_path, 0, 10, tensorboard=False)
+    disk.full = True
+    output.scalars(5, {"loss": 1.0})
+    disk.full = False
+    output.flush()
+    assert _steps(tmp_path / "metrics.jsonl") == [5]
+    output.close()
+    writers.Silent().flush()
+
+
+@pytest.mark.parametrize("target", [0, 10, 20, 30, 40, 50])
+def test_going_back_on_a_full_disk_keeps_and_drops_lines(
+    target: int, tmp_path: Path, disk: _Disk
+):
+    """Whether lines are on the disk or wait: those up to the target are kept."""
+    output = writers.Writers(tmp_path, 0, 50, tensorboard=False)
+    path = tmp_path / "metrics.jsonl"
+    for step in (10, 20, 20, 30):
+        output.scalars(step, {"loss": 1.0})
+    disk.full = True
+    for step in (40, 40, 50):
+        output.scalars(step, {"loss": 1.0})
+    output.scalars(50, {"final/loss": 1.0})
+    output.rewind(target)
+    kept = [step for step in (10, 20, 20, 30, 40, 40, 50) if step <= target]
+    assert _steps(path) == [step for step in kept if step <= 30]
+    output.scalars(60, {"loss": 1.0})
+    disk.full = False
+    output.close()
+    assert _steps(path) == [*kept, 60]
+
+
+def test_a_resume_on_a_full_disk_cuts_the_file(tmp_path: Path, disk: _Disk):
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 10, "a": 1.0}\n{"step": 20, "a": NaN}\n'
+    path.write_text(whole + '{"step": 20, "final/a": 1.0}\n{"step": 30, "a"')
+    disk.full = True
+    writers.MetricsFile(path, 20).close()
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_damaged_file_is_mended_though_the_disk_is_full(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n{"st\xff\n{"step": 30}\n{"step": 20}')
+    with monkeypatch.context() as patch:
+        _Disk(patch).full = full
+        if not full:
+            patch.setattr(writers, "write_text_atomically", files.write_text_atomically)
+        metrics = writers.MetricsFile(path, 20)
+        assert _steps(path) == [10] if full else [10, 20]
+    metrics.write(30, {})
+    metrics.close()
+    assert _steps(path) == [10, 20, 30]
+
+
+def test_going_back_never_ends_the_run(tmp_path: Path, caplog):
+    metrics = writers.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.rewind(0)
+    assert "cannot be dropped" in caplog.text
+    metrics.close()
+
+
+def _picture(path: Path) -> None:
+    writers.save_image(path, np.zeros((4, 4, 1), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.write_text_atomically(path, "text"),
+        _picture,
+        lambda path: writers.plot_samples(path, np.zeros((3, 2)), 1.0, "t"),
+    ],
+    ids=["text", "picture", "plot"],
+)
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        done.append(("sync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def noted_replace(self, target):
+        done.append(("rename", self.stat().st_ino))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    path = tmp_path / "file"
+    write(path)
+    file, folder = path.stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("sync", file), ("rename", file), ("sync", folder)]
+
+
+def test_a_file_that_finds_no_room_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "file"
+    files.write_text_atomically(path, "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_text_atomically(path, "new")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
 def test_without_tensorflow_training_goes_on(

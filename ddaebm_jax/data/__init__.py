@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from ddaebm_jax.data import images, synthetic, tabular
+from ddaebm_jax.data.records import STALL_SECONDS
 from ddaebm_jax.errors import InputError
 
 TABLE_FILE = "table.npz"
@@ -29,6 +30,7 @@ class Source(NamedTuple):
       distribution: the true distribution, of synthetic data.
       table: the table, of tabular data.
       image_set: the images, where they have been opened.
+      timeout: seconds without progress in reading them before giving up; 0: never.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Source(NamedTuple):
     distribution: synthetic.Synthetic | None = None
     table: tabular.Table | None = None
     image_set: images.ImageSet | None = None
+    timeout: int | float = STALL_SECONDS
 
     @property
     def holds_images(self) -> bool:
@@ -58,7 +61,8 @@ class Source(NamedTuple):
             test = self.image_set.test
             # Not the first ones: files in order of names may be of one kind.
             order = np.random.default_rng(seed).permutation(len(test))
-            return images.stack(images.Subset(test, np.sort(order[:num])))
+            chosen = images.Subset(test, np.sort(order[:num]))
+            return images.stack(chosen, timeout=self.timeout)
         return test_rows(self.table, tabular.INLIER)
 
     def metadata(self) -> dict[str, Any] | None:
@@ -113,11 +117,12 @@ def _image_source(data: Any, seed: int, opened: bool) -> Source:
     return Source(
         name=data.name,
         event_shape=(data.image_size, data.image_size, data.channels),
-        arrays=images.stack(found.train, None, "the training images")
+        arrays=images.stack(found.train, None, "the training images", data.timeout)
         if opened and data.on_device
         else None,
         draw=partial(images.draw, flip=data.flip),
         image_set=found,
+        timeout=data.timeout,
     )
 
 

@@ -193,6 +193,7 @@ def read_images(
     event_shape: tuple[int, int, int],
     skip_corrupt: bool = False,
     crop: Crop | None = None,
+    timeout: int | float = STALL_SECONDS,
 ) -> tuple[UInt8[np.ndarray, "n height width channels"], tuple[str, ...]]:
     """Reads images from outside, to be scored.
 
@@ -205,6 +206,7 @@ def read_images(
       event_shape: the model's height, width and channels.
       skip_corrupt: leave a folder's files of no use out, with a warning.
       crop: as in `prepare`; for folders only.
+      timeout: seconds without progress before giving up; 0: never.
 
     Returns:
       The images, and their names: a file's is its path in the folder, an array's its
@@ -225,14 +227,15 @@ def read_images(
             f"{path}: a folder's images become square, and the model's are "
             f"{height}×{width}; give an NPZ file"
         )
-    folder = read_folder(path, height, channels, crop, skip_corrupt)
+    folder = read_folder(path, height, channels, crop, skip_corrupt, timeout)
     num_bytes = len(folder.names) * height * width * channels
     if num_bytes > MAX_BYTES:
         raise InputError(
             f"{path}: {len(folder.names)} images take {num_bytes} bytes; at most "
             f"{MAX_BYTES} are allowed; score the folder in parts"
         )
-    return stack(folder.records, None, f"{path}: reading images"), folder.names
+    found = stack(folder.records, None, f"{path}: reading images", timeout)
+    return found, folder.names
 
 
 def _read_npz(

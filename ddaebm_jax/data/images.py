@@ -100,10 +100,12 @@ def open_images(data: Any, seed: int) -> ImageSet:
             test=WithoutUnusable(images.test, "the test images"),
         )
     classes = tuple(data.held_out_classes)
-    return _without_classes(images, classes) if classes else images
+    return _without_classes(images, classes, data.timeout) if classes else images
 
 
-def _without_classes(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
+def _without_classes(
+    images: ImageSet, classes: tuple[int, ...], timeout: int | float
+) -> ImageSet:
     """Takes classes out of what is trained on and what is tested with."""
     labels = (images.train_labels, images.test_labels)
     if labels[0] is None or labels[1] is None:
@@ -122,7 +124,7 @@ def _without_classes(images: ImageSet, classes: tuple[int, ...]) -> ImageSet:
     for part, of_part in zip((images.train, images.test), labels, strict=True):
         out = np.isin(of_part, classes)
         kept.append((Subset(part, np.flatnonzero(~out)), of_part[~out]))
-        left.append(stack(Subset(part, np.flatnonzero(out))))
+        left.append(stack(Subset(part, np.flatnonzero(out)), timeout=timeout))
     return dataclasses.replace(
         images,
         train=kept[0][0],

@@ -265,11 +265,12 @@ def _evaluate_images(
         "auroc_held_out_against_samples": ood.auroc(real, fake),
     }
     if labelled:
+        timeout = experiment.config.data.timeout
         figures |= digits.evaluate_digits(
             samples,
-            images.stack(found.train),
+            images.stack(found.train, timeout=timeout),
             found.train_labels,
-            images.stack(found.test),
+            images.stack(found.test, timeout=timeout),
             found.test_labels,
             experiment.config.seed,
         )

@@ -71,7 +71,9 @@ def open_outliers(
         return images[: limit or len(images)]
     if _is_path(name):
         path, crop = Path(name).expanduser(), _crop(data)
-        images, _ = image_files.read_images(path, event_shape, data.skip_corrupt, crop)
+        images, _ = image_files.read_images(
+            path, event_shape, data.skip_corrupt, crop, timeout=data.timeout
+        )
         return images[some(len(images), limit, seed)]
     return _read_tfds(name, event_shape, data, seed, limit)
 
@@ -174,4 +176,5 @@ def _read_tfds(
             f"{image_files.MAX_BYTES} are allowed; take a part, for example "
             f"{found}:{split.partition('[')[0]}[:10000]"
         )
-    return stack(Subset(records, some(len(records), limit, seed)), None, name)
+    chosen = Subset(records, some(len(records), limit, seed))
+    return stack(chosen, None, name, data.timeout)
