@@ -398,3 +398,24 @@ def test_differences_name_fields_and_both_values():
 def test_a_damaged_config_file_is_a_config_error(text: str):
     with pytest.raises(config_lib.ConfigError):
         config_lib.from_json(text)
+
+
+def test_everything_that_is_wrong_is_said_at_once():
+    """Types, ranges, names and combinations, but for what follows from the others."""
+    config = config_lib.base()
+    with config.unlocked(), config.ignore_type():
+        config.diffusion.num_steps = "four"
+        config.game.gamma = -1.0
+        config.game.gamma_final = 0.1
+        config.model.nam = "mlp"
+        config.optimizer.accumulate = 3
+    found = config_lib.problems(config)
+    assert [problem.split(" is ")[0] for problem in found] == [
+        "diffusion.num_steps",
+        "game.gamma",
+        "model.nam",
+        "optimizer.accumulate",
+    ]
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.validate(config)
+    assert all(problem in str(error.value) for problem in found)

@@ -615,3 +615,23 @@ def test_reports_come_while_the_next_steps_are_under_way(
     )
     steps = ("steps", "steps", "report", "steps", "report", "report", "steps", "report")
     assert [kind for kind, _ in happened] == list(steps)
+
+
+# --- An edited config -------------------------------------------------------------
+
+
+def test_what_was_edited_is_told_when_a_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    train.train(_config(train__num_steps=8), tmp_path / "run")
+    caplog.set_level("INFO")
+    train.train(_config(train__num_steps=16, train__report_every=4), tmp_path / "run")
+    told = [m for m in caplog.messages if m.startswith("resuming with")]
+    assert told == [
+        "resuming with train.num_steps = 16 (was 8)",
+        "resuming with train.report_every = 4 (was 8)",
+    ]
+    assert train.read_config(tmp_path / "run").train.num_steps == 16
+    with pytest.raises(InputError, match=r"game\.gamma \(was 0\.02, is 0\.5\)"):
+        train.train(_config(game__gamma=0.5), tmp_path / "run")
+    assert train.read_config(tmp_path / "run").game.gamma == 0.02
