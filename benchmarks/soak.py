@@ -4,8 +4,9 @@
 
 Each cycle starts the run, or goes on with it, and sends SIGKILL, SIGTERM or SIGINT at
 a random moment: while it starts, takes steps, or writes a checkpoint. Whatever comes,
-every checkpoint must hold, bit for bit, what the unbroken run held at that step, and a
-run that reaches its end must have reported the same lines. Then the next run begins.
+every checkpoint must hold, bit for bit, what the unbroken run held at that step. A run
+that has taken its last step is let come to its end, and must have reported the same
+lines; then the next one begins.
 
 A child that has imported everything forks for each cycle; so a cycle costs its own work
 and not the seconds of the imports.
@@ -131,11 +132,16 @@ class _Soak:
         self.counts["checkpoints of the unbroken run"] = len(self._expected)
 
     def cycle(self, run: int) -> bool:
-        """Starts or goes on with a run and ends it; returns whether it was through."""
+        """Starts or goes on with a run and ends it; returns whether it is through.
+
+        One that has taken all its steps is let come to its end, so that the next cycle
+        finds one that trains.
+        """
         workdir = self._folder / str(run)
-        config = _config(_PER_DISPATCH, 3)
+        # Steps only: nothing is read while the run may be deleting it.
+        before = max(checkpointing.steps_in(workdir / checkpointing.NEWEST), default=0)
         start = time.monotonic()
-        pid = _forked(lambda: train.train(config, workdir), self._log)
+        pid = self._start(workdir)
         moment = self._random.uniform(0.05, _LONGEST.value)
         (kind,) = self._random.choices(list(_SIGNALS), list(_SIGNALS.values()))
         ended = 0
@@ -150,11 +156,24 @@ class _Soak:
         self.counts[f"ended by {by}, exit code {code}"] += 1
         if code not in ((0,) if ended else _EXIT_CODES[kind]):
             raise RuntimeError(f"run {run} ended with {code}:\n{self._tail()}")
-        through = bool(ended) and code == 0
-        self._compare(workdir, through)
-        return through
+        reached = max(self._compare(workdir), default=0)
+        self.counts["got further before they were ended"] += reached > before
+        if reached < max(self._expected):
+            return False
+        if not ended and os.waitpid(self._start(workdir), 0)[1]:
+            raise RuntimeError(f"run {run} could not be ended:\n{self._tail()}")
+        self._compare(workdir)
+        if _reported(workdir) != self._lines:
+            raise RuntimeError(f"{workdir}: the lines of metrics are others")
+        self.counts["runs through to the end, their lines compared"] += 1
+        return True
 
-    def _compare(self, workdir: Path, through: bool) -> None:
+    def _start(self, workdir: Path) -> int:
+        config = _config(_PER_DISPATCH, 3)
+        return _forked(lambda: train.train(config, workdir), self._log)
+
+    def _compare(self, workdir: Path) -> dict[int, dict[str, str]]:
+        """Returns what is saved; raises RuntimeError if some of it is another."""
         saved = _saved(workdir)
         for step, sums in saved.items():
             if sums != self._expected.get(step):
@@ -163,12 +182,7 @@ class _Soak:
         directory = workdir / checkpointing.NEWEST
         if checkpointing.unfinished_in(directory):
             self.counts["left a checkpoint unfinished"] += 1
-        if through:
-            if max(saved) != max(self._expected):
-                raise RuntimeError(f"{workdir} is through, but its end is not saved")
-            if _reported(workdir) != self._lines:
-                raise RuntimeError(f"{workdir}: the lines of metrics are others")
-            self.counts["runs through to the end, all the same"] += 1
+        return saved
 
     def _tail(self) -> str:
         return "\n".join(self._log.read_text().splitlines()[-30:])
