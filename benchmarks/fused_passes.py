@@ -29,7 +29,7 @@ from ml_collections import config_flags
 from timing import counted_work, device_name, interleaved_seconds
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import objective, train
+from ddaebm_jax import experiments, objective
 from ddaebm_jax.models import Networks
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -139,7 +139,7 @@ def _energy(networks: Networks, gamma: float) -> Forms:
     return two, one
 
 
-def _draws(experiment: train.Experiment, batch: int) -> dict[str, Any]:
+def _draws(experiment: experiments.Experiment, batch: int) -> dict[str, Any]:
     networks, key = experiment.networks, jax.random.key(0)
     shapes = {
         **dict.fromkeys(("x", "x_next", "fake", "known"), networks.event_shape),
@@ -153,7 +153,7 @@ def _draws(experiment: train.Experiment, batch: int) -> dict[str, Any]:
     for i, name in enumerate(("keys", "keys_2")):
         draws[name] = jax.random.split(jax.random.fold_in(key, 100 + i), batch)
     draws["t"] = jnp.arange(batch, dtype=jnp.int32) % experiment.schedule.num_steps
-    draws["variables"] = _spread(train.init_state(experiment).variables)
+    draws["variables"] = _spread(experiments.init_state(experiment).variables)
     return draws
 
 
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
     if _DTYPE.value is not None:
         config.model.dtype = _DTYPE.value
     config_lib.validate(config)
-    experiment = train.build(config, open_images=False)
+    experiment = experiments.build(config, open_images=False)
     networks, batch = experiment.networks, config.data.batch_size
     draws = _draws(experiment, batch)
     if jax.tree.leaves(draws["variables"].generator.get("batch_stats", {})):

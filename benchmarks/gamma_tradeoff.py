@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from ddaebm_jax import train
+from ddaebm_jax import run_directory, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/gaussians25.py", "The recipe."
@@ -33,9 +33,9 @@ def main(argv: list[str]) -> None:
         config.train.picture_every = 0
         config.train.tensorboard = False
         workdir = Path(_WORKDIR.value) / gamma
-        train.open_workdir(workdir, config)  # Refuses a run of another config.
-        if (workdir / train.REPORT_FILE).exists():
-            report = json.loads((workdir / train.REPORT_FILE).read_text())
+        run_directory.open_workdir(workdir, config)  # Refuses a run of another config.
+        if (workdir / run_directory.REPORT_FILE).exists():
+            report = json.loads((workdir / run_directory.REPORT_FILE).read_text())
         else:
             report = train.train(config, workdir)
         rows.append((gamma, report["figures"]))

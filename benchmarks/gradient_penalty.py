@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from timing import counted_flops, counted_work, device_name, interleaved_seconds
 
-from ddaebm_jax import diffusion, minimax, objective, train
+from ddaebm_jax import diffusion, experiments, minimax, objective
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/released_gaussians25.py", "The recipe."
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if _BATCH.value is not None:
         config.data.batch_size = _BATCH.value
-    experiment = train.build(config, open_images=False)
+    experiment = experiments.build(config, open_images=False)
     energy, gamma = experiment.networks.energy, config.game.gamma
-    variables = train.init_state(experiment).variables.energy
+    variables = experiments.init_state(experiment).variables.energy
     index = jnp.arange(config.data.batch_size, dtype=jnp.int32)
     step = jnp.zeros((), jnp.int32)
     keys = minimax.example_keys(jax.random.key(1), step, index)

@@ -22,7 +22,7 @@ from timing import (
 )
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import parallel, sampling, train
+from ddaebm_jax import experiments, parallel, sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py", "The recipe.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images a call.", lower_bound=1)
@@ -39,11 +39,12 @@ def main(argv: list[str]) -> None:
     if _DTYPE.value is not None:
         config.model.dtype = _DTYPE.value
     config_lib.validate(config)
-    experiment = train.build(config, open_images=False)
+    experiment = experiments.build(config, open_images=False)
     mesh = parallel.make_mesh(config.parallel.num_devices)
     batch = parallel.whole_rows(mesh, _BATCH.value)
     variables = jax.device_put(
-        train.init_state(experiment).variables.generator, parallel.replicated(mesh)
+        experiments.init_state(experiment).variables.generator,
+        parallel.replicated(mesh),
     )
     rows = parallel.split_rows(mesh, jnp.arange(batch, dtype=jnp.int32))
 

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ddaebm_jax import train
+from ddaebm_jax import dispatching, experiments
 
 
 class Prepared(NamedTuple):
@@ -22,7 +22,7 @@ class Prepared(NamedTuple):
       inputs: the compiled dispatch's arguments; the first, the state, is used up.
     """
 
-    experiment: train.Experiment
+    experiment: experiments.Experiment
     mesh: Mesh
     traced: Any
     inputs: tuple[Any, ...]
@@ -44,36 +44,36 @@ def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
 
     Image recipes get random images, as from an input stream; others their own data.
     """
-    experiment = train.build(config, open_images=False)
+    experiment = experiments.build(config, open_images=False)
     batch = config.data.batch_size
-    mesh, layout = train.lay_out(experiment)
+    mesh, layout = dispatching.lay_out(experiment)
     images = None
     if experiment.source.holds_images:
         shape = (steps, batch, *experiment.source.event_shape)
         random = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         images = layout.place_batches(random)
     inputs = (
-        layout.place(train.init_state(experiment)),
+        layout.place(experiments.init_state(experiment)),
         None if images is not None else layout.place_data(experiment.source.arrays),
         layout.batch_index(batch),
         layout.place_data(np.int32(0)),
         images,
     )
-    jitted = layout.jit(train.make_dispatch(experiment, layout.axis_name))
+    jitted = layout.jit(experiments.make_dispatch(experiment, layout.axis_name))
     return Prepared(experiment, mesh, jitted.trace(*inputs, steps), inputs)
 
 
 def abstract(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     """Returns one image step's jaxpr, and its state's shapes; nothing is computed."""
-    experiment = train.build(config, open_images=False)
+    experiment = experiments.build(config, open_images=False)
     batch = config.data.batch_size
-    state = jax.eval_shape(lambda: train.init_state(experiment))
+    state = jax.eval_shape(lambda: experiments.init_state(experiment))
     shapes = (
         jax.ShapeDtypeStruct((batch,), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
         jax.ShapeDtypeStruct((1, batch, *experiment.source.event_shape), jnp.uint8),
     )
-    dispatch = train.make_dispatch(experiment)
+    dispatch = experiments.make_dispatch(experiment)
 
     def one(state, index, trial, images):
         return dispatch(state, None, index, trial, images, 1)

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from ddaebm_jax import checkpointing, files, locking, train
+from ddaebm_jax import checkpointing, files, locking
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.run_directory import CONFIG_FILE, read_config
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Of files that somebody else may have written, at most so many bytes are read.
@@ -54,9 +55,9 @@ def inspect(workdir: str | Path) -> Inspection:
     # Orbax asks JAX for its devices; no accelerator is to be taken from a run.
     jax.config.update("jax_platforms", "cpu")
     workdir = Path(workdir)
-    if not (workdir / train.CONFIG_FILE).is_file():
+    if not (workdir / CONFIG_FILE).is_file():
         raise InputError(
-            f"--workdir={workdir} holds no {train.CONFIG_FILE}, so it is not a run "
+            f"--workdir={workdir} holds no {CONFIG_FILE}, so it is not a run "
             "directory; name one that --mode=train has made"
         )
     process = running_process(workdir)
@@ -129,7 +130,7 @@ def _config(
     workdir: Path,
 ) -> tuple[ml_collections.ConfigDict | None, str]:
     try:
-        return train.read_config(workdir), ""
+        return read_config(workdir), ""
     except InputError as error:
         return None, str(error)
 

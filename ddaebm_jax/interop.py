@@ -313,16 +313,15 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
       InputError: as `import_variables`, or if the directory is not empty; nothing has
         been written then.
     """
-    from ddaebm_jax import checkpointing, minimax, train
+    from ddaebm_jax import checkpointing, experiments, minimax, run_directory
     from ddaebm_jax import config as config_lib
-    from ddaebm_jax.files import write_text_atomically
 
     workdir = Path(workdir)
     config_lib.validate(config)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = import_variables(config, files)
-    experiment = train.build(config, workdir, open_images=False)
+    experiment = experiments.build(config, workdir, open_images=False)
     state = minimax.init_state(
         jax.random.key(0),
         experiment.networks._replace(init=lambda key: variables),
@@ -330,7 +329,7 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
         experiment.game,
     )
     workdir.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(workdir / train.CONFIG_FILE, config_lib.to_json(config))
+    run_directory.write_config(workdir, config)
     checkpoints = checkpointing.Checkpoints(workdir)
     try:
         info = {"config": config.to_dict(), "data": None, "input": None}

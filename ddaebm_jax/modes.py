@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from ddaebm_jax import checkpointing, parallel, train, writers
+from ddaebm_jax import checkpointing, dispatching, experiments, parallel, writers
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.files import write_json_atomically, write_text_atomically
 from ddaebm_jax.models import Players
+from ddaebm_jax.run_directory import REPORT_FILE, read_config
 
 
 class Run(NamedTuple):
@@ -33,7 +34,7 @@ class Run(NamedTuple):
     """
 
     workdir: Path
-    experiment: train.Experiment
+    experiment: experiments.Experiment
     variables: Players
     step: int
 
@@ -55,16 +56,16 @@ def load_run(
         damaged.
     """
     workdir = Path(workdir)
-    config = train.read_config(workdir)
-    train.use_compilation_cache(config.compilation_cache)
+    config = read_config(workdir)
+    dispatching.use_compilation_cache(config.compilation_cache)
     folder = checkpointing.BEST if checkpoint == "best" else checkpointing.NEWEST
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True, folder=folder)
     try:
         asked_for = _step(checkpoints, workdir, checkpoint)
         if checkpoints.latest_step() is None:
             raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
-        experiment = train.build(config, workdir, open_images)
-        like = train.abstract_state(experiment)
+        experiment = experiments.build(config, workdir, open_images)
+        like = experiments.abstract_state(experiment)
         if asked_for is None:
             found = checkpoints.restore_newest(like)
         else:
@@ -318,7 +319,7 @@ def evaluate(
         report["images"] = str(input_path)
     report |= {"figures": found, **circumstances(run.experiment, started)}
     if parallel.is_first_process():
-        path = free_path(run.workdir / train.REPORT_FILE, (".txt",))
+        path = free_path(run.workdir / REPORT_FILE, (".txt",))
         write_json_atomically(path, report)
         table = writers.format_report(report)
         write_text_atomically(path.with_suffix(".txt"), table + "\n")
@@ -326,7 +327,7 @@ def evaluate(
     return report
 
 
-def circumstances(experiment: train.Experiment, started: float) -> dict[str, Any]:
+def circumstances(experiment: experiments.Experiment, started: float) -> dict[str, Any]:
     """Returns what every report says of how it came about, as plain JSON values."""
     mesh = figures.evaluation_mesh(experiment)
     return {

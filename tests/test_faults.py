@@ -23,8 +23,18 @@ from helpers import assert_trees_equal, differ
 from test_parallel import digits
 from test_train import _config, _final_state, _start, _wait_for
 
-from ddaebm_jax import checkpointing, recovery, train, writers
+from ddaebm_jax import (
+    checkpointing,
+    dispatching,
+    experiments,
+    measuring,
+    recovery,
+    run_directory,
+    train,
+    writers,
+)
 from ddaebm_jax.errors import InputError, TrainingError
+from ddaebm_jax.evaluation import figures
 from ddaebm_jax.interruption import Interrupted
 from ddaebm_jax.locking import LOCK_FILE, lock
 
@@ -58,7 +68,7 @@ def stop_at(
 
     When it comes there for the n-th time, n being `visit`.
     """
-    dispatch, visits = train.Dispatcher.__call__, []
+    dispatch, visits = dispatching.Dispatcher.__call__, []
 
     def signalling(self, state, length, batches=None):
         result = dispatch(self, state, length, batches)
@@ -69,7 +79,7 @@ def stop_at(
                     os.kill(os.getpid(), number)
         return result
 
-    monkeypatch.setattr(train.Dispatcher, "__call__", signalling)
+    monkeypatch.setattr(dispatching.Dispatcher, "__call__", signalling)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,7 @@ def test_a_signal_after_the_last_step_ends_the_run(
             raise
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.figures, "evaluate", signalled)
+        patch.setattr(figures, "evaluate", signalled)
         with pytest.raises(Interrupted, match="after step 24 of 24"):
             train.train(_config(), tmp_path / "run")
     assert not (tmp_path / "run" / "report.json").exists()
@@ -175,7 +185,7 @@ def test_what_a_signal_kept_from_being_done_is_done_later(
             stop_at(patch, signal.SIGTERM, 12)
         else:
             name = "evaluate" if when == "while evaluating" else "draw_pictures"
-            patch.setattr(train.figures, name, signalled)
+            patch.setattr(figures, name, signalled)
         with pytest.raises(Interrupted, match="after step 12 of 24"):
             train.train(config, tmp_path / "run")
     before = [line["step"] for line in lines(tmp_path / "run")]
@@ -209,7 +219,7 @@ def test_the_command_line_ends_with_0_after_sigterm(tmp_path: Path):
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     """Puts a NaN into the energy's weights before these steps, once each."""
-    dispatch, left = train.Dispatcher.__call__, list(steps)
+    dispatch, left = dispatching.Dispatcher.__call__, list(steps)
 
     def poisoned(self, state, length, batches=None):
         if left and int(state.step) == left[0]:
@@ -218,7 +228,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
             state = state.replace(variables=state.variables._replace(energy=energy))
         return dispatch(self, state, length, batches)
 
-    monkeypatch.setattr(train.Dispatcher, "__call__", poisoned)
+    monkeypatch.setattr(dispatching.Dispatcher, "__call__", poisoned)
 
 
 def test_a_run_goes_back_with_fresh_noise(
@@ -275,7 +285,7 @@ def test_a_run_that_goes_back_gets_the_same_images_again(
         parallel__num_devices=1,
     )
     given: dict[int, list[np.ndarray]] = {}
-    dispatch, left = train.Dispatcher.__call__, [3]
+    dispatch, left = dispatching.Dispatcher.__call__, [3]
 
     def poisoned(self, state, length, batches=None):
         step = int(state.step)
@@ -291,9 +301,9 @@ def test_a_run_that_goes_back_gets_the_same_images_again(
             state = state.replace(variables=state.variables._replace(energy=energy))
         return dispatch(self, state, length, batches)
 
-    monkeypatch.setattr(train.Dispatcher, "__call__", poisoned)
-    monkeypatch.setattr(train.figures, "evaluate", lambda *args: {})
-    monkeypatch.setattr(train, "_draw", lambda *args: None)
+    monkeypatch.setattr(dispatching.Dispatcher, "__call__", poisoned)
+    monkeypatch.setattr(figures, "evaluate", lambda *args: {})
+    monkeypatch.setattr(measuring, "_draw", lambda *args: None)
     report = train.train(config, tmp_path / "run")
     assert report["rollbacks"] == 1
     assert sorted(given) == list(range(6))
@@ -547,14 +557,14 @@ def test_a_run_made_by_another_meanwhile_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Both found no directory; the other was quicker."""
-    build, held = train.build, contextlib.ExitStack()
+    build, held = experiments.build, contextlib.ExitStack()
 
     def building(config, *args):
         (tmp_path / "run").mkdir()
         held.enter_context(lock(tmp_path / "run"))
         return build(config, *args)
 
-    monkeypatch.setattr(train, "build", building)
+    monkeypatch.setattr(experiments, "build", building)
     with held, pytest.raises(InputError, match="is in use by process"):
         train.train(_config(), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
@@ -588,7 +598,7 @@ def test_a_lock_is_let_go(tmp_path: Path):
 def test_a_directory_that_is_only_locked_is_new(tmp_path: Path):
     """As left behind where data could not be opened."""
     with lock(tmp_path):
-        train.open_workdir(tmp_path, _config())
+        run_directory.open_workdir(tmp_path, _config())
 
 
 def test_reports_come_while_the_next_steps_are_under_way(
@@ -596,9 +606,9 @@ def test_reports_come_while_the_next_steps_are_under_way(
 ):
     """Metrics are fetched one dispatch late, but for what is about to be kept."""
     happened: list[tuple[str, int]] = []
-    dispatch, report = train.Dispatcher.__call__, writers.Writers.report
+    dispatch, report = dispatching.Dispatcher.__call__, writers.Writers.report
 
-    def dispatching(self, state, length, batches=None):
+    def noted_dispatch(self, state, length, batches=None):
         result = dispatch(self, state, length, batches)
         happened.append(("steps", int(result[0].step)))
         return result
@@ -607,7 +617,7 @@ def test_reports_come_while_the_next_steps_are_under_way(
         happened.append(("report", step))
         return report(self, step, values)
 
-    monkeypatch.setattr(train.Dispatcher, "__call__", dispatching)
+    monkeypatch.setattr(dispatching.Dispatcher, "__call__", noted_dispatch)
     monkeypatch.setattr(writers.Writers, "report", reporting)
     train.train(
         _config(train__num_steps=16, train__report_every=4, train__checkpoint_every=12),
@@ -631,7 +641,7 @@ def test_what_was_edited_is_told_when_a_run_goes_on(
         "resuming with train.num_steps = 16 (was 8)",
         "resuming with train.report_every = 4 (was 8)",
     ]
-    assert train.read_config(tmp_path / "run").train.num_steps == 16
+    assert run_directory.read_config(tmp_path / "run").train.num_steps == 16
     with pytest.raises(InputError, match=r"game\.gamma \(was 0\.02, is 0\.5\)"):
         train.train(_config(game__gamma=0.5), tmp_path / "run")
-    assert train.read_config(tmp_path / "run").game.gamma == 0.02
+    assert run_directory.read_config(tmp_path / "run").game.gamma == 0.02

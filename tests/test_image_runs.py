@@ -22,7 +22,19 @@ from helpers import assert_trees_close, assert_trees_equal
 from PIL import Image
 from test_config import load_recipe
 
-from ddaebm_jax import checkpointing, density, detection, minimax, modes, train
+from ddaebm_jax import (
+    checkpointing,
+    density,
+    detection,
+    dispatching,
+    experiments,
+    measuring,
+    minimax,
+    models,
+    modes,
+    run_directory,
+    train,
+)
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
@@ -91,7 +103,7 @@ def _write_folder(folder: Path, pixels: np.ndarray) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def shared_programs() -> Iterator[None]:
     """Compiles every program soon, and once for all runs that need it."""
-    build, dispatcher = train.models.build, train.Dispatcher
+    build, dispatcher = models.build, dispatching.Dispatcher
     networks, dispatchers = {}, {}
     soon = functools.partial(jax.jit, compiler_options=quick._options())
 
@@ -103,7 +115,7 @@ def shared_programs() -> Iterator[None]:
                 networks[key] = build(model, event_shape)
         return networks[key]
 
-    def shared_dispatcher(experiment: train.Experiment):
+    def shared_dispatcher(experiment: experiments.Experiment):
         config = experiment.config
         data = config.data.copy_and_resolve_references()
         # What is fed from the host changes no program.
@@ -132,8 +144,8 @@ def shared_programs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modes, "load_run", shared_run)
-        patch.setattr(train.models, "build", shared_networks)
-        patch.setattr(train, "Dispatcher", shared_dispatcher)
+        patch.setattr(models, "build", shared_networks)
+        patch.setattr(dispatching, "Dispatcher", shared_dispatcher)
         for name, static in (("_draw_chunk", (0, 1, 2, 3)), ("_energies", (0, 1))):
             function = getattr(figures, name).__wrapped__
             patch.setattr(figures, name, soon(function, static_argnums=static))
@@ -158,7 +170,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(figures, "evaluate", lambda *_: {})
-        patch.setattr(train, "_draw", lambda *_: None)
+        patch.setattr(measuring, "_draw", lambda *_: None)
         patch.setattr(train, "_look_at", look)
         if killed_at is not None:
             stack.enter_context(pytest.raises(_KilledError))
@@ -167,9 +179,11 @@ def _train(
 
 def _final_state(workdir: Path, step: int | None = None) -> minimax.TrainState:
     """The newest checkpoint of a run, or that of a step."""
-    experiment = train.build(train.read_config(workdir), open_images=False)
+    experiment = experiments.build(
+        run_directory.read_config(workdir), open_images=False
+    )
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
-    state = checkpoints.restore(train.init_state(experiment), step)
+    state = checkpoints.restore(experiments.init_state(experiment), step)
     checkpoints.close()
     return state
 
@@ -445,7 +459,7 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(
 
     workdir = tmp_path / "copy"
     shutil.copytree(digits_run, workdir)
-    config = train.read_config(workdir)
+    config = run_directory.read_config(workdir)
     config.evaluation.batch_size = 4
     (workdir / "config.json").write_text(config_lib.to_json(config))
     in_fours = _sample(workdir, tmp_path / "in_fours.npz")
@@ -610,7 +624,7 @@ def test_a_run_is_measured_by_inceptions_features(
     # Beside what a run of digits is measured by anyway.
     assert found["frechet_samples"] > 0
 
-    real = images.open_images(train.read_config(digits_run).data, 0).train
+    real = images.open_images(run_directory.read_config(digits_run).data, 0).train
     np.savez(tmp_path / "real.npz", x=images.stack(real))
     result = run("--mode=evaluate", *flags, f"--input={tmp_path / 'real.npz'}")
     assert result.code == 0, result.err
@@ -631,7 +645,7 @@ def test_figures_of_a_folder_do_not_depend_on_its_order(
 ):
     """Images sorted by kind have the Inception score of images that are not."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = images.open_images(train.read_config(digits_run).data, 0)
+    found = images.open_images(run_directory.read_config(digits_run).data, 0)
     pixels = images.stack(found.test, 200)
     scores = []
     for name, order in (
@@ -653,7 +667,7 @@ def test_a_part_of_a_folder_is_of_all_kinds(digits_run: Path, tmp_path: Path):
     """Not its first files, which may all be of one kind."""
     pixels = np.concatenate([np.zeros((40, 8, 8)), np.full((40, 8, 8), 255)])
     _write_folder(tmp_path / "kinds", pixels.astype(np.uint8))
-    data = train.read_config(digits_run).data
+    data = run_directory.read_config(digits_run).data
     name, shape = str(tmp_path / "kinds"), (8, 8, 1)
     none = np.zeros((0, *shape), np.uint8)
     part = outlier_sets.open_outliers(name, none, shape, data, 0, 30)
@@ -708,7 +722,7 @@ def test_the_checkpoint_of_the_lowest_fid_is_kept(folder: Path, tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "evaluate", evaluate)
         patch.setattr(figures, "open_meter", lambda _: meter)
-        patch.setattr(train, "_draw", lambda *_: None)
+        patch.setattr(measuring, "_draw", lambda *_: None)
         fids += [5.0, 3.0, 4.0, None]
         with pytest.raises(_KilledError):
             train.train(config, workdir)

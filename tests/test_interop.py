@@ -19,9 +19,10 @@ from cli import ROOT, environment
 from helpers import assert_trees_equal
 from released import recipe, state_dict
 
-from ddaebm_jax import interop, models, modes, train
+from ddaebm_jax import interop, measuring, models, modes, train
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import figures
 from ddaebm_jax.models import Players
 
 # Every image recipe in small: the layers are the recipe's own, but for their widths.
@@ -231,8 +232,8 @@ def test_training_goes_on_from_imported_weights(
         return state
 
     monkeypatch.setattr(train, "_loop", loop)
-    monkeypatch.setattr(train, "_draw", lambda *args: None)
-    monkeypatch.setattr(train.figures, "evaluate", lambda *args: {})
+    monkeypatch.setattr(measuring, "_draw", lambda *args: None)
+    monkeypatch.setattr(figures, "evaluate", lambda *args: {})
     report = train.train(small.config, imported)
     assert report["resumed_from_step"] == 0
     (state,) = started

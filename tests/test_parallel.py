@@ -20,7 +20,16 @@ from cli import MAIN, ROOT, environment, tiny
 from helpers import assert_trees_close
 from test_config import load_recipe
 
-from ddaebm_jax import checkpointing, minimax, modes, parallel, train
+from ddaebm_jax import (
+    checkpointing,
+    dispatching,
+    experiments,
+    minimax,
+    modes,
+    parallel,
+    run_directory,
+    train,
+)
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
 
@@ -73,9 +82,9 @@ def indices(step: int) -> np.ndarray:
 def trained(config: ml_collections.ConfigDict, steps: int = STEPS) -> tuple:
     """Returns the state after some steps, as it is saved, and the last metrics."""
     config_lib.validate(config)
-    experiment = train.build(config)
-    dispatcher = train.Dispatcher(experiment)
-    state = dispatcher.place(train.init_state(experiment))
+    experiment = experiments.build(config)
+    dispatcher = dispatching.Dispatcher(experiment)
+    state = dispatcher.place(experiments.init_state(experiment))
     batches = [
         indices(step) if experiment.source.holds_images else None
         for step in range(steps)
@@ -181,9 +190,9 @@ def test_every_way_gives_what_one_device_gives(
 
 def compiled_text(config: ml_collections.ConfigDict) -> str:
     """Returns the compiled dispatch of one step, with little effort."""
-    experiment = train.build(config)
-    dispatcher = train.Dispatcher(experiment)
-    state = dispatcher.place(train.init_state(experiment))
+    experiment = experiments.build(config)
+    dispatcher = dispatching.Dispatcher(experiment)
+    state = dispatcher.place(experiments.init_state(experiment))
     batches = None
     if experiment.source.holds_images:
         batches = dispatcher._layout.place_batches(indices(0))
@@ -215,7 +224,7 @@ def test_gradients_are_reduced_once_a_player(kind: str):
     text = compiled_text(config)
     found = collectives(text)
     assert [kind for kind, _ in found] == ["all-reduce", "all-reduce"]
-    variables = train._state_shapes(train.build(config)).variables
+    variables = experiments.state_shapes(experiments.build(config)).variables
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in variables]
     # Each gradient once, but for the few that are known to be zero, and a few metrics;
     # in the text in any order.
@@ -353,9 +362,9 @@ def test_a_run_is_used_where_there_are_fewer_devices(tmp_path: Path):
 
 
 def final_state(workdir: Path) -> minimax.TrainState:
-    experiment = train.build(train.read_config(workdir))
+    experiment = experiments.build(run_directory.read_config(workdir))
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
-    state = checkpoints.restore(train.abstract_state(experiment))
+    state = checkpoints.restore(experiments.abstract_state(experiment))
     checkpoints.close()
     return state
 
@@ -431,7 +440,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of_run(workdir: Path, **fields: Any) -> ml_collections.ConfigDict:
     """The config of a run, changed."""
-    config = train.read_config(workdir)
+    config = run_directory.read_config(workdir)
     changes = {name.replace("__", "."): value for name, value in fields.items()}
     config.update_from_flattened_dict(changes)
     return config

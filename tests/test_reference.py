@@ -15,7 +15,7 @@ import pytest
 import quick
 from released import LETTERS, reference_config, state_dict
 
-from ddaebm_jax import diffusion, interop, minimax, models, objective, train
+from ddaebm_jax import diffusion, experiments, interop, minimax, models, objective
 from ddaebm_jax.models import Players
 
 CONFIG = reference_config()
@@ -62,7 +62,7 @@ def noise_of(reference: dict[str, np.ndarray]) -> minimax.Noise:
 def run_step(networks: models.Networks, state: Any, x0: jax.Array, noise: Any):
     """A step of the game that records its gradients, and each network's result."""
     optimizers = minimax.Optimizers(RECORDER, RECORDER)
-    game = train.build_game(CONFIG.game, CONFIG.train.num_steps)
+    game = experiments.build_game(CONFIG.game, CONFIG.train.num_steps)
     step = minimax.make_step(game, SCHEDULE, networks, optimizers)
     after, metrics = step(state, x0, noise)
 

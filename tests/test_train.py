@@ -18,9 +18,18 @@ from helpers import assert_trees_close, assert_trees_equal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax import checkpointing, minimax, modes, parallel, train
+from ddaebm_jax import (
+    checkpointing,
+    dispatching,
+    experiments,
+    minimax,
+    modes,
+    parallel,
+    run_directory,
+    train,
+)
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import figures
 
 
@@ -49,9 +58,9 @@ def _config(**fields: object) -> ml_collections.ConfigDict:
 
 def _final_state(workdir: Path) -> minimax.TrainState:
     """The newest checkpoint of a run."""
-    experiment = train.build(train.read_config(workdir))
+    experiment = experiments.build(run_directory.read_config(workdir))
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
-    state = checkpoints.restore(train.init_state(experiment))
+    state = checkpoints.restore(experiments.init_state(experiment))
     checkpoints.close()
     return state
 
@@ -93,7 +102,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json.partial").write_text("{")  # killed while writing it
-    train.open_workdir(workdir, _config())
+    run_directory.open_workdir(workdir, _config())
     (workdir / "config.json").write_text(config_lib.to_json(_config()))
     (workdir / "checkpoints").mkdir()  # killed right after making it
     train.train(_config(), workdir)
@@ -172,7 +181,7 @@ def test_dispatches_stop_at_every_interval_whatever_the_start(
     def stops(step: int) -> list[int]:
         found = []
         while step < total:
-            step = train.next_stop(step, per_dispatch, total, intervals)
+            step = dispatching.next_stop(step, per_dispatch, total, intervals)
             found.append(step)
         return found
 
@@ -209,7 +218,7 @@ def test_metrics_are_means_over_the_steps_of_a_report(tmp_path: Path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path):
     config = _config(optimizer__learning_rate=1e30, train__checkpoint_every=4)
-    with pytest.raises(train.TrainingError, match="not finite"):
+    with pytest.raises(TrainingError, match="not finite"):
         train.train(config, tmp_path / "run")
     saved = checkpointing.Checkpoints(tmp_path / "run", read_only=True).latest_step()
     if saved is not None:
@@ -225,7 +234,7 @@ def test_rates_decay_over_the_run(schedule: str, halfway: float):
     optimizer = _config(
         optimizer__schedule=schedule, optimizer__final_learning_rate=1e-4
     ).optimizer
-    rate = train.learning_rate(optimizer, 1e-2, 100)
+    rate = experiments.learning_rate(optimizer, 1e-2, 100)
     at = rate if callable(rate) else lambda step: rate
     end = 1e-2 if schedule == "constant" else 1e-4
     np.testing.assert_allclose(
@@ -236,7 +245,7 @@ def test_rates_decay_over_the_run(schedule: str, halfway: float):
 def test_gamma_decays_geometrically_over_the_run():
     config = _config(game__gamma=0.1)
     config.game.gamma_final = 1e-3
-    game = train.build_game(config.game, 100)
+    game = experiments.build_game(config.game, 100)
     np.testing.assert_allclose(
         [game.gamma(step) for step in (0, 50, 100)], [0.1, 0.01, 0.001], rtol=1e-6
     )

@@ -45,7 +45,7 @@ def draw_samples(
     """Draws samples of the data, in the units in which the networks see them.
 
     Args:
-      experiment: what the config describes (`train.Experiment`).
+      experiment: what the config describes (`experiments.Experiment`).
       variables: of the networks, usually the averages.
       num_samples: how many.
       seed: sample i depends on (seed, i) only.
@@ -174,7 +174,7 @@ def evaluate(
     meter what `image_quality` says.
 
     Args:
-      experiment: what the config describes (`train.Experiment`).
+      experiment: what the config describes (`experiments.Experiment`).
       variables: of the networks, usually the averages.
       meter: of images; see `open_meter`.
       num_samples: how many are drawn; None: evaluation.num_samples.
