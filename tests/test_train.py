@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 from cli import MAIN, ROOT, environment, tiny
 from helpers import assert_trees_close, assert_trees_equal
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ddaebm_jax import (
     checkpointing,
-    dispatching,
     experiments,
     minimax,
     modes,
@@ -167,33 +164,6 @@ def test_a_batch_that_cannot_be_split_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@given(
-    st.integers(0, 200),
-    st.integers(1, 50),
-    st.integers(1, 300),
-    st.lists(st.integers(0, 60), max_size=4),
-)
-def test_dispatches_stop_at_every_interval_whatever_the_start(
-    start: int, per_dispatch: int, total: int, intervals: list[int]
-):
-    """A run resumed at a stop of the unbroken one has the stops that follow it."""
-
-    def stops(step: int) -> list[int]:
-        found = []
-        while step < total:
-            step = dispatching.next_stop(step, per_dispatch, total, intervals)
-            found.append(step)
-        return found
-
-    unbroken = stops(0)
-    assert unbroken[-1] == total
-    assert np.diff([0, *unbroken]).max() <= per_dispatch
-    for every in filter(None, intervals):
-        assert set(range(every, total + 1, every)) <= set(unbroken)
-    if start in unbroken:
-        assert stops(start) == unbroken[unbroken.index(start) + 1 :]
-
-
 def test_metrics_are_means_over_the_steps_of_a_report(tmp_path: Path):
     """Reports of 1 step each, averaged, are the report of all of them."""
     fields = {"train__num_steps": 8, "train__steps_per_dispatch": 2}
@@ -224,31 +194,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Pa
     if saved is not None:
         for leaf in jax.tree.leaves(_final_state(tmp_path / "run")):
             assert np.isfinite(leaf).all()
-
-
-@pytest.mark.parametrize(
-    ("schedule", "halfway"),
-    [("constant", 1e-2), ("cosine", (1e-2 + 1e-4) / 2), ("exponential", 1e-3)],
-)
-def test_rates_decay_over_the_run(schedule: str, halfway: float):
-    optimizer = _config(
-        optimizer__schedule=schedule, optimizer__final_learning_rate=1e-4
-    ).optimizer
-    rate = experiments.learning_rate(optimizer, 1e-2, 100)
-    at = rate if callable(rate) else lambda step: rate
-    end = 1e-2 if schedule == "constant" else 1e-4
-    np.testing.assert_allclose(
-        [at(0), at(50), at(100)], [1e-2, halfway, end], rtol=1e-5
-    )
-
-
-def test_gamma_decays_geometrically_over_the_run():
-    config = _config(game__gamma=0.1)
-    config.game.gamma_final = 1e-3
-    game = experiments.build_game(config.game, 100)
-    np.testing.assert_allclose(
-        [game.gamma(step) for step in (0, 50, 100)], [0.1, 0.01, 0.001], rtol=1e-6
-    )
 
 
 def test_without_a_latent_or_posterior_a_run_works_from_end_to_end(tmp_path: Path):
