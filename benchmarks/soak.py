@@ -3,10 +3,11 @@
   python benchmarks/soak.py --cycles=200
 
 Each cycle starts the run, or goes on with it, and sends SIGKILL, SIGTERM or SIGINT at
-a random moment: while it starts, takes steps, or writes a checkpoint. Whatever comes,
-every checkpoint must hold, bit for bit, what the unbroken run held at that step. A run
-that has taken its last step is let come to its end, and must have reported the same
-lines; then the next one begins.
+a random moment: one in five counted from the start of the process, the others from when
+it trains, so that most hit steps and checkpoints. Whatever comes, every checkpoint must
+hold, bit for bit, what the unbroken run held at that step. A run that has taken its
+last step is let come to its end, and must have reported the same lines; then the next
+one begins.
 
 A child that has imported everything forks for each cycle; so a cycle costs its own work
 and not the seconds of the imports.
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from timing import print_rows
 
 from ddaebm_jax import checkpointing, train
@@ -35,10 +36,14 @@ from ddaebm_jax.interruption import Interrupted
 _CYCLES = flags.DEFINE_integer("cycles", 200, "Signals sent.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and signals.")
 _LONGEST = flags.DEFINE_float(
-    "longest", 9.0, "Seconds after which a signal comes at the latest.", lower_bound=0.1
+    "longest", 4.0, "Seconds after which a signal comes at the latest.", lower_bound=0.1
 )
 
 _PER_DISPATCH = 5
+# Share of the signals whose moment counts from the start of the process.
+_WHILE_STARTING = 0.2
+# What a run prints when it has opened its directory and is about to take steps.
+_TRAINS = b"training from step"
 _SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.2, signal.SIGINT: 0.1}
 # What each may end a run with. Before the first step SIGTERM is not caught: there is
 # nothing to save. Where the run was through at that very moment it ends with 0.
@@ -140,13 +145,20 @@ class _Soak:
         workdir = self._folder / str(run)
         # Steps only: nothing is read while the run may be deleting it.
         before = max(checkpointing.steps_in(workdir / checkpointing.NEWEST), default=0)
-        start = time.monotonic()
+        told = self._log.stat().st_size
+        start: float | None = time.monotonic()
         pid = self._start(workdir)
         moment = self._random.uniform(0.05, _LONGEST.value)
         (kind,) = self._random.choices(list(_SIGNALS), list(_SIGNALS.values()))
+        trains = False
+        if self._random.random() > _WHILE_STARTING:
+            start = None
         ended = 0
-        while time.monotonic() - start < moment and not ended:
+        while not ended and (start is None or time.monotonic() - start < moment):
             ended, status = os.waitpid(pid, os.WNOHANG)
+            trains = trains or _TRAINS in self._log.read_bytes()[told:]
+            if trains and start is None:
+                start = time.monotonic()
             time.sleep(0.002)
         if not ended:
             os.kill(pid, kind)
@@ -154,6 +166,7 @@ class _Soak:
         code = os.waitstatus_to_exitcode(status)
         by = "themselves" if ended else kind.name
         self.counts[f"ended by {by}, exit code {code}"] += 1
+        self.counts["signals to runs that train"] += trains and not ended
         if code not in ((0,) if ended else _EXIT_CODES[kind]):
             raise RuntimeError(f"run {run} ended with {code}:\n{self._tail()}")
         reached = max(self._compare(workdir), default=0)
@@ -191,6 +204,7 @@ class _Soak:
 def main(argv: list[str]) -> None:
     """Soaks and prints; ends with an error at the first difference."""
     del argv
+    logging.set_verbosity(logging.INFO)  # What runs print; see _TRAINS.
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -233,7 +233,7 @@ def base() -> ml_collections.ConfigDict:
     config.parallel = devices = ml_collections.ConfigDict()
     # Devices over which the batch is split; 0: all, of all processes.
     devices.num_devices = 0
-    # `jit`: one program for all devices, split by XLA; `pmap`: one program a device.
+    # `jit`: one program for all devices of a mesh; `pmap`: one program a device.
     devices.mode = "jit"
     # Of `jit`: every device keeps a part of the state only (fully sharded data
     # parallelism); saves memory, costs traffic.
@@ -557,21 +557,8 @@ def _unread_problems(config: Any) -> Iterator[str]:
 
 def _parallel_problems(config: Any) -> Iterator[str]:
     """What one program a device cannot do."""
-    if config.parallel.mode != "pmap":
-        return
-    if config.parallel.fsdp:
+    if config.parallel.mode == "pmap" and config.parallel.fsdp:
         yield "parallel.fsdp is True, which parallel.mode 'pmap' cannot do; use 'jit'"
-    if config.model.name == "mlp" and config.model.mlp.norm == "batch":
-        yield (
-            "parallel.mode is 'pmap', where each device would norm its own part of the "
-            "batch (model.mlp.norm='batch'); use 'jit'"
-        )
-    if config.model.name == "ncsnpp" and config.data.image_size >= RESIDUAL_FROM:
-        yield (
-            "parallel.mode is 'pmap', where the posterior's minibatch deviation (of "
-            f"images from {RESIDUAL_FROM} on) would depend on the number of devices; "
-            "use 'jit'"
-        )
 
 
 def _accumulation_problems(config: Any) -> Iterator[str]:

@@ -28,15 +28,14 @@ def lay_out(
     Raises:
       InputError: if there are fewer devices, or the batch is not divisible.
     """
-    settings, networks = experiment.config.parallel, experiment.networks
-    batch, parts = (
-        experiment.config.data.batch_size,
-        experiment.config.optimizer.accumulate,
+    config, settings = experiment.config, experiment.config.parallel
+    mesh = parallel.make_mesh(
+        settings.num_devices,
+        config.data.batch_size,
+        config.optimizer.accumulate,
+        experiment.networks.group,
     )
-    mesh = parallel.make_mesh(settings.num_devices, batch, parts, networks.group)
-    alone = batch // (mesh.size * parts) % networks.group == 0
-    whole = networks.whole_batch or not alone
-    return mesh, parallel.make_layout(settings.mode, mesh, settings.fsdp, whole)
+    return mesh, parallel.make_layout(settings.mode, mesh, settings.fsdp)
 
 
 class Dispatcher:
@@ -99,11 +98,13 @@ class Dispatcher:
         if batches is not None:
             batches = self._layout.place_batches(batches)
         inputs = (state, *self._inputs, self._trial, batches)
-        if length not in self._compiled:
-            start = time.monotonic()
-            self._compiled[length] = self._jitted.lower(*inputs, length).compile()
-            self.compile_seconds += time.monotonic() - start
+        start, first = time.monotonic(), length not in self._compiled
+        if first:
+            self._compiled[length] = self._layout.compile(self._jitted, inputs, length)
         state, *told = self._compiled[length](*inputs)
+        if first:
+            # With the call, which may be what compiles; it only starts the steps.
+            self.compile_seconds += time.monotonic() - start
         return state, *self._layout.metrics(told)
 
 

@@ -134,19 +134,20 @@ def make_dispatch(
 
     Args:
       experiment: what the config describes.
-      axis_name: as in `minimax.make_step`.
+      axis_name: as in `minimax.make_step` and `models.build`.
     """
+    config = experiment.config
+    networks = models.build(config.model, experiment.source.event_shape, axis_name)
     step = minimax.make_step(
         experiment.game,
         experiment.schedule,
-        experiment.networks,
+        networks,
         experiment.optimizers,
-        experiment.config.optimizer.ema_decay,
+        config.optimizer.ema_decay,
         axis_name,
-        experiment.config.optimizer.accumulate,
+        config.optimizer.accumulate,
     )
-    seed = experiment.config.seed
-    networks, num_steps = experiment.networks, experiment.schedule.num_steps
+    seed, num_steps = config.seed, experiment.schedule.num_steps
 
     def dispatch(state, arrays, index, trial, batches, length):
         data_key, noise_key = _key(seed, "data"), _key(seed, "noise")

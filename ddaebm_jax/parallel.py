@@ -1,8 +1,8 @@
 """Devices and processes: the mesh, what lies where on it, and how a step runs there.
 
-One step function serves both ways of running it. `jit`: one program for the whole
-mesh, which XLA splits by the arrays' shardings. `pmap`: one program a device, which
-averages gradients and metrics itself.
+One step function serves both ways of running it, `jit` and `pmap`: each device steps
+through its share of the batch, and the step averages gradients and metrics itself, once
+a player. Only with a state in parts (`fsdp`) does XLA split the whole batch's step.
 """
 
 from collections.abc import Callable
@@ -262,6 +262,12 @@ class Layout(Protocol):
     def jit(self, dispatch: Dispatch) -> Any:
         """Returns the jitted (state, arrays, index, trial, batches, length)."""
 
+    def compile(self, jitted: Any, inputs: tuple[Any, ...], length: int) -> Dispatch:
+        """Returns the compiled (state, arrays, index, trial, batches).
+
+        Where it cannot be compiled ahead, the first call compiles.
+        """
+
     def saved(self, state: Any) -> Any:
         """Returns a state as it is saved, evaluated and drawn from."""
 
@@ -283,21 +289,20 @@ class JitLayout:
         sees the whole batch.
     """
 
-    def __init__(self, mesh: Mesh, fsdp: bool = False, whole: bool = False) -> None:
+    def __init__(self, mesh: Mesh, fsdp: bool = False) -> None:
         """Lays out.
 
         Args:
           mesh: the devices.
           fsdp: every device keeps a part of the state only, and gathers parameters
-            when it needs them (fully sharded data parallelism).
-          whole: the step needs statistics of the whole batch. Else, and without
-            `fsdp`, each device takes its own share and the step itself averages, once
-            a player. Left to XLA, gradients of each use of a parameter are summed over
-            the devices, and those of each part of a batch.
+            when it needs them (fully sharded data parallelism). XLA splits the step;
+            it sums gradients of each use of a parameter over the devices, and those of
+            each part of a batch. Without, each device takes its own share and the step
+            itself averages, once a player.
         """
         self._mesh = mesh
         self._fsdp = fsdp
-        self.axis_name = None if whole or fsdp else DATA_AXIS
+        self.axis_name = None if fsdp else DATA_AXIS
 
     def shardings(self, state: Any) -> Any:
         """Returns where each leaf of a state, or of its shapes, lies."""
@@ -349,6 +354,9 @@ class JitLayout:
             check_vma=False,
         )
 
+    def compile(self, jitted: Any, inputs: tuple[Any, ...], length: int) -> Dispatch:
+        return jitted.lower(*inputs, length).compile()
+
     def saved(self, state: Any) -> Any:
         return state
 
@@ -387,7 +395,8 @@ class PmapLayout:
         return copy(np.zeros(self._local), jax.tree.map(np.asarray, state))
 
     def place_data(self, arrays: Any) -> Any:
-        return None if arrays is None else self.place(arrays)
+        # Data that are drawn have no arrays.
+        return self.place(arrays) if jax.tree.leaves(arrays) else arrays
 
     def place_batches(self, batches: np.ndarray) -> np.ndarray:
         length, rows = batches.shape[:2]
@@ -408,6 +417,13 @@ class PmapLayout:
             donate_argnums=0,
             devices=self._devices,
         )
+
+    def compile(self, jitted: Any, inputs: tuple[Any, ...], length: int) -> Dispatch:
+        if jax.process_count() == 1:
+            return jitted.lower(*inputs, length).compile()
+        # What is compiled ahead wants arrays of all processes, and there are only this
+        # one's.
+        return lambda *inputs: jitted(*inputs, length)
 
     def saved(self, state: Any) -> Any:
         one = jax.tree.map(lambda leaf: np.asarray(leaf[0]), state)
@@ -434,16 +450,13 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def make_layout(
-    mode: str, mesh: Mesh, fsdp: bool, whole: bool = False
-) -> JitLayout | PmapLayout:
+def make_layout(mode: str, mesh: Mesh, fsdp: bool) -> JitLayout | PmapLayout:
     """Makes the layout that a config names.
 
     Args:
       mode: of `MODES`.
       mesh: the devices.
       fsdp: see `JitLayout`; `jit` only.
-      whole: see `JitLayout`.
 
     Raises:
       InputError: for another mode, or `pmap` with `fsdp`.
@@ -451,7 +464,7 @@ def make_layout(
     if mode not in MODES:
         raise InputError(f"parallel.mode is '{mode}'; allowed: {', '.join(MODES)}")
     if mode == "jit":
-        return JitLayout(mesh, fsdp, whole)
+        return JitLayout(mesh, fsdp)
     if fsdp:
         raise InputError(
             "parallel.fsdp is True, which parallel.mode 'pmap' cannot do; use 'jit'"

@@ -15,6 +15,8 @@ _OPTIONS = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
+# The same for a child's XLA_FLAGS.
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.items())
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import quick
 from helpers import assert_trees_close
+from jax.sharding import Mesh, PartitionSpec
 from released import recipe, reference_config
 
 from ddaebm_jax import interop, models
@@ -850,3 +851,26 @@ def test_minibatch_stddev(batch: int, group: int):
         members = np.asarray(h[first : first + group], np.float64)
         expected = np.sqrt(members.var(axis=0) + 1e-8).mean()
         np.testing.assert_allclose(found[i, ..., -1], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [1, 3, 4, 6])
+def test_minibatch_stddev_of_shares_is_that_of_the_whole_batch(share: int):
+    """Its gradient too, where groups of 4 lie across two devices."""
+    h = normals(share, 4 * share, 2, 3, 4)
+    weights = normals(share + 1, 4 * share, 2, 3, 5)
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))
+    rows = PartitionSpec("data")
+
+    def of_share(h, weights):
+        def score(h):
+            return (weights * encoder.minibatch_stddev(h, "data")).sum()
+
+        return encoder.minibatch_stddev(h, "data"), jax.grad(score)(h)
+
+    split = jax.shard_map(
+        of_share, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+    )
+    found, gradient = jax.jit(split)(h, weights)
+    np.testing.assert_allclose(found, encoder.minibatch_stddev(h), rtol=1e-6)
+    expected = jax.grad(lambda h: (weights * encoder.minibatch_stddev(h)).sum())(h)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)

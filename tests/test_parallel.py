@@ -1,5 +1,6 @@
 """Devices and processes: every way of running a step gives one result."""
 
+import contextlib
 import json
 import math
 import re
@@ -79,16 +80,25 @@ def indices(step: int) -> np.ndarray:
     return np.random.default_rng(step).integers(0, 1_000, (1, 16), dtype=np.int32)
 
 
-def trained(config: ml_collections.ConfigDict, steps: int = STEPS) -> tuple:
-    """Returns the state after some steps, as it is saved, and the last metrics."""
+def trained(
+    config: ml_collections.ConfigDict, steps: int = STEPS, streamed: bool = False
+) -> tuple:
+    """Returns the state after some steps, as it is saved, and the last metrics.
+
+    Images are those of `indices`, or of the run's own stream.
+    """
     config_lib.validate(config)
     experiment = experiments.build(config)
     dispatcher = dispatching.Dispatcher(experiment)
     state = dispatcher.place(experiments.init_state(experiment))
-    batches = [
-        indices(step) if experiment.source.holds_images else None
-        for step in range(steps)
-    ]
+    if streamed and experiment.source.holds_images:
+        with contextlib.closing(experiments.open_batches(experiment)) as stream:
+            batches = [np.array(stream.next(1)) for _ in range(steps)]
+    else:
+        batches = [
+            indices(step) if experiment.source.holds_images else None
+            for step in range(steps)
+        ]
     first = batches[0]
     placed = None if first is None else dispatcher._layout.place_batches(first)
     lowered = dispatcher._jitted.lower(
@@ -241,16 +251,33 @@ def test_a_state_in_parts_is_gathered(monkeypatch: pytest.MonkeyPatch):
     assert "all-gather" in [kind for kind, _ in collectives(text)]
 
 
-def test_batch_norm_sees_the_whole_batch():
+BATCH_NORM = {"model__mlp__norm": "batch", "data__batch_size": 32}
+
+
+def test_batch_norm_reduces_gradients_once_too():
+    """XLA puts them together with the statistics, in more than two groups."""
+    config = plane(parallel__num_devices=8, **BATCH_NORM)
+    found = collectives(compiled_text(config))
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    variables = experiments.state_shapes(experiments.build(config)).variables
+    params = [leaf.size for one in variables for leaf in jax.tree.leaves(one["params"])]
+    assert 1.0 < sum(numbers for _, numbers in found) / sum(params) < 1.15
+
+
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_batch_norm_sees_the_whole_batch(mode: str):
     """A step's losses and gradients are those of one device.
 
     Later ones are not the same: a bias before a norm has no gradient but rounding, of
     which Adam makes steps.
     """
-    fields = {"model__mlp__norm": "batch", "data__batch_size": 32}
+    ways = ({"num_devices": 1}, {"num_devices": 8, "mode": mode})
     one, eight = (
-        trained(plane(parallel__num_devices=devices, **fields), steps=1)
-        for devices in (1, 8)
+        trained(
+            plane(**{f"parallel__{k}": v for k, v in way.items()}, **BATCH_NORM),
+            steps=1,
+        )
+        for way in ways
     )
     for told in (one[1], eight[1]):
         told.pop("generator/update_norm")  # Of which the norm has those steps, too.
@@ -269,7 +296,6 @@ def test_batch_norm_sees_the_whole_batch():
     [
         ({"parallel__mode": "pmapp"}, r"allowed: jit, pmap \(did you mean 'pmap'"),
         ({"parallel__mode": "pmap", "parallel__fsdp": True}, "fsdp is True"),
-        ({"parallel__mode": "pmap", "model__mlp__norm": "batch"}, "norm='batch'"),
         ({"optimizer__accumulate": 3}, "does not divide data.batch_size 16"),
         ({"optimizer__accumulate": 2, "model__mlp__norm": "batch"}, "whole batch"),
     ],
@@ -379,10 +405,11 @@ def free_port() -> int:
 
 
 def start(
-    flags: list[str], *of_each: list[str], devices: int = 2
+    flags: list[str], *of_each: list[str], devices: int = 2, xla_flags: str = ""
 ) -> list[subprocess.Popen]:
     """Starts one process for each list of additional flags."""
-    port = free_port()
+    port, env = free_port(), environment(devices)
+    env["XLA_FLAGS"] += f" {xla_flags}"
     return [
         subprocess.Popen(
             [
@@ -395,7 +422,7 @@ def start(
                 f"--num_processes={len(of_each)}",
                 f"--process_id={number}",
             ],
-            env=environment(devices),
+            env=env,
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
@@ -459,6 +486,47 @@ def test_two_processes_do_what_one_does(together: Path, tmp_path: Path):
         "plane_00000006.png",
         "steps_00000006.png",
     ]
+
+
+def flags_of(config: str, fields: dict[str, Any]) -> list[str]:
+    """Returns the flags of a recipe with some fields changed."""
+    return [f"--config={config}", *(f"--config.{k}={v}" for k, v in fields.items())]
+
+
+# Each process reads its own part of every batch of images.
+STREAMED = {
+    **IMAGES,
+    "data.on_device": False,
+    "train.num_steps": 2,
+    "train.report_every": 1,
+    "train.checkpoint_every": 2,
+    "train.picture_every": 0,
+    "train.evaluate_every": 0,
+    "train.steps_per_dispatch": 1,
+    "train.tensorboard": False,
+    "evaluation.num_samples": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
+        (tiny(GAUSSIANS, **RUN), "pmap"),
+        (flags_of("configs/digits.py", STREAMED), "jit"),
+        (flags_of("configs/digits.py", STREAMED), "pmap"),
+    ],
+    ids=["plane, pmap", "images, jit", "images, pmap"],
+)
+def test_two_processes_do_what_one_does_with(
+    flags: list[str], mode: str, tmp_path: Path
+):
+    workdir = tmp_path / "together"
+    flags = [*flags, f"--config.parallel.mode={mode}", f"--workdir={workdir}"]
+    for code, _, err in ended(start(flags, [], [], xla_flags=quick.FLAGS)):
+        assert code == 0, err
+    alone = of_run(workdir, parallel__num_devices=4, parallel__mode="jit")
+    expected = trained(alone, alone.train.num_steps, streamed=True)[0]
+    assert_same_run(final_state(workdir), expected)
 
 
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):

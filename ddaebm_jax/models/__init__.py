@@ -44,8 +44,7 @@ class Networks(NamedTuple):
       event_shape: shape of one example.
       nz: width of the latent.
       group: consecutive examples of a batch that see each other in training, and so
-        must not be parted; 1: they do not.
-      whole_batch: whether training reads statistics of the whole batch (batch norm).
+        must be in one part of a batch that is taken in parts; 1: they do not.
     """
 
     init: Callable[[Array], Players]
@@ -57,10 +56,11 @@ class Networks(NamedTuple):
     event_shape: tuple[int, ...]
     nz: int
     group: int = 1
-    whole_batch: bool = False
 
 
-def _mlp_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
+def _mlp_networks(
+    model: Any, event_shape: tuple[int, ...], axis_name: str | None
+) -> Networks:
     (dim,) = event_shape
     nz = model.nz
     trunk = {
@@ -70,7 +70,12 @@ def _mlp_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
         "hidden": tuple(model.mlp.hidden),
         "act": model.mlp.activation,
     }
-    normed = dict(trunk, norm=model.mlp.norm, fourier_octaves=model.mlp.fourier_octaves)
+    normed = dict(
+        trunk,
+        norm=model.mlp.norm,
+        fourier_octaves=model.mlp.fourier_octaves,
+        axis_name=axis_name,
+    )
     energy = mlp.Energy(dict(trunk, fourier_octaves=model.mlp.energy_fourier_octaves))
     generator = mlp.Generator(dim, normed)
     posterior = mlp.Posterior(nz, model.mlp.posterior_features, normed)
@@ -108,11 +113,12 @@ def _mlp_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
         train_posterior=train_posterior,
         event_shape=event_shape,
         nz=nz,
-        whole_batch=model.mlp.norm == "batch",
     )
 
 
-def _image_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
+def _image_networks(
+    model: Any, event_shape: tuple[int, ...], axis_name: str | None
+) -> Networks:
     side, nz = event_shape[0], model.nz
     unet = model.unet
     trunk = {
@@ -128,12 +134,11 @@ def _image_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
     }
     energy = ncsnpp.Energy(trunk)
     generator = ncsnpp.Generator(unet.z_emb_dim, unet.n_mlp, trunk)
-    posterior_type = (
-        encoder.ConvEncoder if side < encoder.RESIDUAL_FROM else encoder.ResidualEncoder
-    )
-    posterior = posterior_type(
-        nz, model.encoder.ngf, model.encoder.t_emb_dim, model.dtype
-    )
+    widths = (nz, model.encoder.ngf, model.encoder.t_emb_dim, model.dtype)
+    if side < encoder.RESIDUAL_FROM:
+        posterior = encoder.ConvEncoder(*widths)
+    else:
+        posterior = encoder.ResidualEncoder(*widths, axis_name)
 
     def init(key: Array) -> Players:
         # Lazily: without the forward pass, and parameter by parameter. As one program
@@ -169,18 +174,22 @@ def _image_networks(model: Any, event_shape: tuple[int, ...]) -> Networks:
     )
 
 
-def build(model: Any, event_shape: tuple[int, ...]) -> Networks:
+def build(
+    model: Any, event_shape: tuple[int, ...], axis_name: str | None = None
+) -> Networks:
     """Builds the networks.
 
     Args:
       model: the config's `model` section (see `config.base`).
       event_shape: shape of one example.
+      axis_name: the mapped axis over which batches are split when the networks are
+        trained; statistics of batches are taken over it. Elsewhere, None.
 
     Raises:
       ValueError: for an unknown `model.name`.
     """
     if model.name == "mlp":
-        return _mlp_networks(model, event_shape)
+        return _mlp_networks(model, event_shape, axis_name)
     if model.name == "ncsnpp":
-        return _image_networks(model, event_shape)
+        return _image_networks(model, event_shape, axis_name)
     raise ValueError(f"model.name is '{model.name}'; allowed: {', '.join(NETWORKS)}")

@@ -142,13 +142,23 @@ class DownBlock(nn.Module):
 
 
 def minibatch_stddev(
-    h: Float[Array, "batch height width channels"],
+    h: Float[Array, "batch height width channels"], axis_name: str | None = None
 ) -> Float[Array, "batch height width channels1"]:
     """Appends a channel with the mean standard deviation over a group of examples.
 
     Groups are of 4 consecutive examples, or of the largest divisor of the batch below
     4. Karras et al. 2018 (arXiv 1710.10196).
+
+    Args:
+      h: features of a batch, or of this device's share of it.
+      axis_name: the mapped axis over which a batch is split. Where groups lie across
+        devices, each device looks at the others' shares. None: h is the whole batch.
     """
+    if axis_name is not None and h.shape[0] % STDDEV_GROUP:
+        share = h.shape[0]
+        whole = minibatch_stddev(jax.lax.all_gather(h, axis_name, tiled=True))
+        first = jax.lax.axis_index(axis_name) * share
+        return jax.lax.dynamic_slice_in_dim(whole, first, share)
     batch, height, width, channels = h.shape
     group = next(g for g in range(STDDEV_GROUP, 0, -1) if batch % g == 0)
     grouped = h.astype(jnp.float32).reshape(-1, group, height, width, channels)
@@ -166,12 +176,14 @@ class ResidualEncoder(nn.Module):
       ngf: a quarter of the width after the first block.
       t_emb_dim: width of the time embedding.
       dtype: of the computation; μ and log σ² are float32.
+      axis_name: see `minibatch_stddev`.
     """
 
     nz: int
     ngf: int
     t_emb_dim: int
     dtype: str
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -185,7 +197,7 @@ class ResidualEncoder(nn.Module):
         h = conv(2 * self.ngf, 1, dtype=self.dtype, name="conv_in")(h)
         for i, multiple in enumerate((4, 8, 8, 8, 8, 8)):
             h = DownBlock(multiple * self.ngf, self.dtype, name=f"block_{i}")(h, time)
-        h = minibatch_stddev(h)
+        h = minibatch_stddev(h, self.axis_name)
         h = activation(conv(8 * self.ngf, 3, dtype=self.dtype, name="conv_out")(h))
         h = h.astype(jnp.float32).sum(axis=(1, 2))
         mu = dense(self.nz, name="mu")(h)

@@ -107,12 +107,22 @@ class BatchNorm(nn.Module):
     With `train` it normalises by this call's statistics and updates the running
     averages, else it normalises by the running averages, so that an example does
     not depend on its neighbours.
+
+    Attributes:
+      axis_name: the mapped axis over which a batch is split; its statistics are then
+        of the whole batch. None: each call sees the whole.
     """
+
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch features"], train: bool
     ) -> Float[Array, "batch features"]:
         return nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, name="norm"
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            axis_name=self.axis_name,
+            name="norm",
         )(x)

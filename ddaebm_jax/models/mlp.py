@@ -94,6 +94,7 @@ class Trunk(nn.Module):
       norm: `batch`: batch norm after every hidden Dense of the point's encoder and
         of the hidden layers, before the activation; `none`.
       fourier_octaves: see `FourierFeatures`.
+      axis_name: see `layers.BatchNorm`.
     """
 
     out: int
@@ -104,13 +105,14 @@ class Trunk(nn.Module):
     act: str
     norm: str
     fourier_octaves: int
+    axis_name: str | None = None
 
     def _hidden_layer(
         self, h: Float[Array, "batch inputs"], width: int, norm: bool, train: bool
     ) -> Float[Array, "batch width"]:
         h = UniformDense(width)(h)
         if norm:
-            h = BatchNorm()(h, train=train)
+            h = BatchNorm(self.axis_name)(h, train=train)
         return activation(self.act)(h)
 
     @nn.compact
