@@ -3,8 +3,8 @@
 import json
 import math
 import re
+import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import quick
 from cli import MAIN, ROOT, environment, tiny
-from helpers import assert_trees_close
+from helpers import assert_trees_close, assert_trees_equal
+from processes import ended, start
 from test_config import load_recipe
 
 from ddaebm_jax import checkpointing, minimax, modes, parallel, train
@@ -363,47 +364,6 @@ def final_state(workdir: Path) -> minimax.TrainState:
 # --- Several processes ------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
-
-
-def start(
-    flags: list[str], *of_each: list[str], devices: int = 2
-) -> list[subprocess.Popen]:
-    """Starts one process for each list of additional flags."""
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(MAIN),
-                *flags,
-                *own,
-                "--distributed",
-                f"--coordinator=localhost:{port}",
-                f"--num_processes={len(of_each)}",
-                f"--process_id={number}",
-            ],
-            env=environment(devices),
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for number, own in enumerate(of_each)
-    ]
-
-
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        results.append((process.returncode, out, err))
-    return results
-
-
 GAUSSIANS = "configs/gaussians25.py"
 # Nothing decays there, so that a run's length may change.
 RELEASED = "configs/released_gaussians25.py"
@@ -450,6 +410,38 @@ def test_two_processes_do_what_one_does(together: Path, tmp_path: Path):
         "plane_00000006.png",
         "steps_00000006.png",
     ]
+
+
+def test_a_process_that_cannot_write_for_a_while_changes_nothing(
+    together: Path, tmp_path: Path
+):
+    """The other one waits for it; more of this is in `test_process_faults.py`."""
+    workdir = tmp_path / "run"
+    processes = start([*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"], [], [])
+    writes, said = processes[1], ""
+    most = resource.prlimit(writes.pid, resource.RLIMIT_FSIZE)
+    try:
+        deadline = time.monotonic() + 240
+        while not (workdir / "checkpoints").exists():
+            assert time.monotonic() < deadline, "no checkpoints"
+            assert all(one.poll() is None for one in processes), ended(processes)
+            time.sleep(0.05)
+        resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, (10, most[1]))
+        for line in writes.stderr:
+            said += line
+            if "training goes on and tries again" in line:
+                break
+        assert checkpointing.steps_in(workdir / "checkpoints") == []
+        resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, most)
+        results = ended(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert "File too large" in said
+    for code, _, err in results:
+        assert code == 0, said + err
+        assert "a checkpoint is written at last" in err
+    assert_trees_equal(final_state(workdir), final_state(together))
 
 
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
