@@ -18,7 +18,7 @@ from processes import Forked
 from ddaebm_jax import checkpointing, minimax
 
 # More than a failure needs to become known, and less than any barrier waits.
-SOON = 40.0
+SOON = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_save_that_fails_for_ever(
         assert "no checkpoint could be written for " in error
         assert "recovery.save_patience 2" in error and "step 2 is intact" in error
         seconds = float(error.split("written for ")[1].split(" s")[0])
-        assert 2 <= seconds < 15
+        assert 2 <= seconds < SOON
     reason = {"room": "File too large", "folders": "Read-only file system"}[fault]
     own, other = (_last(results[n])["error"] for n in (process, 1 - process))
     assert reason in own and reason not in other
