@@ -22,7 +22,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +33,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ddaebm_jax import checksums, parallel
-from ddaebm_jax.errors import InputError
+from ddaebm_jax import checksums, meetings, parallel
+from ddaebm_jax.errors import InputError, OutOfStepError
 from ddaebm_jax.minimax import TrainState
 
 FORMAT_VERSION = 1
@@ -59,6 +59,8 @@ _LARGEST_COMPRESSION, _ALLOWANCE = 200, 256 * 2**20
 _MOST_ERRORS = 20
 # Steps that processes tell each other; a run keeps a handful.
 _MOST_STEPS = 256
+# One in the other.
+_MORE_FOLDERS_THAN_A_SAVE_MAKES = ("trial",) * 8
 # What says of an error that the content is at fault, and of TensorStore's text that it
 # is not.
 _DAMAGE_NUMBERS = (
@@ -415,6 +417,7 @@ class Checkpoints:
         self.directory = self._workdir / folder
         self._pending: int | None = None  # The step that is being saved.
         self._manager: ocp.CheckpointManager | None = None
+        self._meetings: meetings.Meetings | None = None
         if read_only:
             if not self.directory.is_dir():
                 raise CheckpointError(
@@ -423,26 +426,28 @@ class Checkpoints:
                     else no_checkpoint(workdir)
                 )
             return
-        try:
-            if parallel.is_first_process():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._set_unfinished_aside()
-            parallel.wait_for_all(f"{folder}: unfinished checkpoints are set aside")
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=True,
-                enable_async_checkpointing=True,
-                # What else it reads of old checkpoints may be damaged.
-                lightweight_initialize=True,
-            )
-            self._manager = ocp.CheckpointManager(
-                self.directory, item_names=(_STATE, _INFO), options=options
-            )
-        except OSError as error:
-            raise CheckpointWriteError(
-                f"{self.directory} cannot be made ({_reason(error)}); make room, "
-                "or name another --workdir"
-            ) from error
+
+        def prepare() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._set_unfinished_aside()
+
+        _by_the_first(
+            prepare,
+            f"{self.directory} cannot be made ({{}}); make room, or name another "
+            "--workdir",
+        )
+        self._meetings, together = meetings.options(folder)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+            # What else it reads of old checkpoints may be damaged.
+            lightweight_initialize=True,
+            **together,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory, item_names=(_STATE, _INFO), options=options
+        )
 
     # Looking.
 
@@ -482,30 +487,35 @@ class Checkpoints:
         Raises:
           CheckpointWriteError: if it could not be written; or if an earlier one could
             not, and then this one has not been started. What was left of the failed
-            one is removed, and saving may be tried again.
+            one is removed, and saving may be tried again. All processes raise it, if
+            one does.
+          OutOfStepError: with several processes, if this one could not even begin.
         """
         if self._manager is None:
             raise ValueError("these checkpoints were opened to be read only")
         step = int(state.step)
-        self.check()
+        self._in_all(self.check)
         path = self.directory / str(step)
-        if self._first_says(step == self._pending or _is_complete(path)):
+        if self._first_finds(lambda: step == self._pending or _is_complete(path)):
             return
-        self.wait()
-        if self._first_says(os.path.lexists(path)):
-            try:
-                self.set_aside([step])
-            except OSError as error:
-                raise CheckpointWriteError(
-                    f"{path} lacks a part and cannot be moved away ({_reason(error)}); "
-                    "see to the rights of the directory"
-                ) from error
+        self._in_all(self.wait)
+        if self._first_finds(lambda: os.path.lexists(path)):
+            self.set_aside([step])
+        if jax.process_count() > 1:
+            _by_the_first(
+                lambda: self._make_ready(step),
+                f"{path} could not be written ({{}}); the checkpoints before it are "
+                f"intact ({self._listed()}): make room, or see to the rights of the "
+                "directory",
+            )
         if jax.default_backend() == "cpu":
             # There NumPy sees device memory itself, which the next step reuses.
             state = jax.tree.map(jnp.copy, state)
         values = _sealed(
             {"format": FORMAT_VERSION, **info, _CHECKSUMS: checksums.of_tree(state)}
         )
+        if self._meetings is not None:
+            self._meetings.begin()
         try:
             self._manager.save(
                 step,
@@ -518,16 +528,30 @@ class Checkpoints:
                 force=True,
             )
         except Exception as error:  # The system's, TensorStore's, Orbax's own.
+            if jax.process_count() > 1:
+                # The others wait within Orbax, where they cannot be told. What writes
+                # files comes later; so this is a fault of memory, or of the program.
+                raise OutOfStepError(
+                    f"{path}: this process could not begin to save ({_reason(error)}); "
+                    f"the checkpoints before it are intact ({self._listed()}): see to "
+                    "its memory, or to what another process says, and start all of "
+                    "them again with the same command"
+                ) from error
             raise self._failed(step, error) from error
         self._pending = step
 
     def check(self) -> None:
-        """Tells of a save that has failed since; waits for none.
+        """Tells of a save that has failed since.
+
+        One process waits for none. Several do, so that all come to know it here, and
+        not one of them now and another at the next call.
 
         Raises:
           CheckpointWriteError: if one has failed.
         """
-        if self._pending is not None and not self._manager.is_saving_in_progress():
+        if self._pending is None:
+            return
+        if jax.process_count() > 1 or not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -562,6 +586,36 @@ class Checkpoints:
         except Exception as error:
             logging.error("closing %s: %s", self.directory, _reason(error))
 
+    def _in_all(self, action: Callable[[], None]) -> None:
+        """Looks for failed saves in all processes; all raise if one of them finds one.
+
+        Raises:
+          CheckpointWriteError: as said.
+        """
+        problem = None
+        try:
+            action()
+        except CheckpointWriteError as error:
+            problem = error
+        if not parallel.all_agree(problem is None):
+            raise problem or CheckpointWriteError(
+                f"a checkpoint in {self.directory} could not be written by another "
+                "process; see what that one says"
+            )
+
+    def _first_finds(self, question: Callable[[], bool]) -> bool:
+        """Returns what process 0 finds; another's view of the disk may be out of date.
+
+        Raises:
+          CheckpointWriteError: in all processes, if it cannot look.
+        """
+        answers: list[bool] = []
+        _by_the_first(
+            lambda: answers.append(question()),
+            f"{self.directory} cannot be read ({{}}); see to the disk and its rights",
+        )
+        return parallel.all_agree(all(answers))
+
     @staticmethod
     def _first_says(value: bool) -> bool:
         """Returns process 0's value; another's view of the disk may be out of date."""
@@ -571,11 +625,13 @@ class Checkpoints:
         """Removes what is left of a save that failed; returns the error to raise."""
         ended = _join_writers()
         if ended and parallel.is_first_process():
-            for path in self.directory.glob(f"*{_UNFINISHED}*"):
-                _remove(path)
+            self._remove_unfinished()
         self._forget_errors()
-        # Orbax has counted it in, and those out that would have been deleted after.
-        self._manager.reload()
+        try:
+            # Orbax has counted it in, and those out that would have been deleted after.
+            self._manager.reload()
+        except OSError as problem:  # The save's own error is the one to be told.
+            logging.warning("%s cannot be read (%s)", self.directory, _reason(problem))
         return CheckpointWriteError(
             f"{self.directory}/{step} could not be written ({_reason(error)}); the "
             f"checkpoints before it are intact ({self._listed()}): make room, or see "
@@ -594,8 +650,26 @@ class Checkpoints:
             except Exception as error:
                 logging.debug("of the same failed save: %s", _reason(error))
 
+    def _make_ready(self, step: int) -> None:
+        """Makes sure that folders can be made; process 0 makes those of all.
+
+        Where it cannot, the others would wait for them within Orbax, for minutes.
+        """
+        # When an earlier save had failed here, others may have been writing still.
+        self._remove_unfinished()
+        trial = self.directory / f"{step}{_UNFINISHED}"
+        trial.joinpath(*_MORE_FOLDERS_THAN_A_SAVE_MAKES).mkdir(parents=True)
+        _remove(trial)
+
+    def _remove_unfinished(self) -> None:
+        for path in self.directory.glob(f"*{_UNFINISHED}*"):
+            _remove(path)
+
     def _listed(self) -> str:
-        return ", ".join(map(str, self.steps())) or "there are none yet"
+        try:
+            return ", ".join(map(str, self.steps())) or "there are none yet"
+        except OSError as error:
+            return f"they cannot be listed: {_reason(error)}"
 
     # Restoring.
 
@@ -753,14 +827,23 @@ class Checkpoints:
         Args:
           steps: of the checkpoints.
           to: that folder of the run directory.
+
+        Raises:
+          CheckpointWriteError: in all processes, if they cannot be moved.
         """
-        if parallel.is_first_process():
+
+        def move() -> None:
             for step in steps:
                 self._move(
                     self.directory / str(step),
                     self._workdir / to / f"{self._folder}-{step}",
                 )
-        parallel.wait_for_all(f"{self._folder}: checkpoints are moved to {to}")
+
+        _by_the_first(
+            move,
+            f"what is of no use in {self.directory} cannot be moved to "
+            f"{self._workdir / to} ({{}}); see to the room and the rights there",
+        )
         self._manager.reload()
 
     def _set_unfinished_aside(self) -> None:
@@ -819,6 +902,27 @@ def _remove(path: Path) -> None:
             if not path.exists():
                 return
             time.sleep(0.05)
+
+
+def _by_the_first(action: Callable[[], None], message: str) -> None:
+    """Lets process 0 do something with the disk, while the others wait.
+
+    Args:
+      action: what to do.
+      message: of the error, with a place for the reason.
+
+    Raises:
+      CheckpointWriteError: in all processes, if the system does not let it.
+    """
+    problem = None
+    if parallel.is_first_process():
+        try:
+            action()
+        except OSError as error:
+            problem = error
+    if not parallel.all_agree(problem is None):
+        reason = "in process 0" if problem is None else _reason(problem)
+        raise CheckpointWriteError(message.format(reason)) from problem
 
 
 @contextlib.contextmanager

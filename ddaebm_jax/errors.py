@@ -7,3 +7,10 @@ class InputError(ValueError):
 
 class TrainingError(InputError):
     """Training cannot go on; the message says at which step and why."""
+
+
+class OutOfStepError(TrainingError):
+    """One process of several cannot go on with the others.
+
+    It must end at once, without waiting for them; then they notice, and end too.
+    """

@@ -48,13 +48,6 @@ class Saver:
         Raises:
           TrainingError: if patience is at its end.
         """
-        if jax.process_count() > 1:
-            # Here all processes learn of it if one could not write the last one; none
-            # may begin the next while another does not.
-            reason = self._failure(self._checkpoints.wait)
-            if reason is not None:
-                self._settle(reason, done=False)
-                return
         reason = self._failure(lambda: self._checkpoints.save(state, info))
         self._settle(reason, done=False)
 
@@ -113,8 +106,11 @@ class Saver:
         if self._since is None:
             self._since, self._delay = now, 1.0
         waited = now - self._since
-        last = self._checkpoints.latest_step()
-        kept = "there is none yet" if last is None else f"step {last} is intact"
+        try:
+            last = self._checkpoints.latest_step()
+            kept = "there is none yet" if last is None else f"step {last} is intact"
+        except OSError as error:  # Perhaps only here, and the others go on.
+            kept = f"nothing can be told ({error.strerror})"
         if not parallel.all_agree(waited < self._patience):
             raise TrainingError(
                 f"no checkpoint could be written for {waited:.0f} s "
@@ -129,7 +125,8 @@ class Saver:
             self._patience - waited,
             kept,
         )
-        self._next = now + self._delay
+        # Once more when patience is at its end, and not long after.
+        self._next = now + min(self._delay, max(0.0, self._patience - waited))
         self._delay = min(2 * self._delay, _LONGEST_DELAY)
 
 

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddaebm_jax import command_line
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.errors import InputError, OutOfStepError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe, for --mode=train; --config.a.b=c changes a field."
@@ -207,7 +207,7 @@ def _run() -> None:
         _CONFIG.value.evaluation.update(_inception_settings())
         try:
             report = train.train(_CONFIG.value, workdir)
-        except train.LostProcessError as error:
+        except (train.LostProcessError, OutOfStepError) as error:
             command_line.fail(str(error), at_once=True)
         except interruption.Interrupted as error:
             logging.info("%s", error)

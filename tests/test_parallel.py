@@ -1,14 +1,15 @@
 """Devices and processes: every way of running a step gives one result."""
 
-import contextlib
+import functools
 import json
 import math
 import re
+import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 import quick
 from cli import MAIN, ROOT, environment, tiny
-from helpers import assert_trees_close
+from helpers import assert_trees_close, assert_trees_equal
+from processes import Forked, ended, start
+from stepping import CONFIGS, digits, indices, plane, trained
 from test_config import load_recipe
 
 from ddaebm_jax import (
@@ -35,81 +38,6 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
 
 STEPS = 3
-
-PLANE = {
-    "model.mlp.hidden": (16, 8),
-    "model.mlp.x_widths": (4, 4),
-    "data.batch_size": 16,
-    "optimizer.ema_decay": 0.9,
-    "optimizer.max_grad_norm": 1.0,
-    "optimizer.learning_rate": 1e-3,
-}
-IMAGES = {
-    "data.batch_size": 16,
-    "data.on_device": True,
-    "model.nz": 4,
-    "model.unet.nf": 8,
-    "model.unet.ch_mult": (1,),
-    "model.unet.num_res_blocks": 1,
-    "model.unet.attn_resolutions": (),
-    "model.unet.z_emb_dim": 8,
-    "model.unet.n_mlp": 0,
-    "model.encoder.ngf": 4,
-    "model.encoder.t_emb_dim": 8,
-    "optimizer.schedule": "constant",
-    "optimizer.learning_rate": 1e-3,
-}
-
-
-def plane(**fields: Any) -> ml_collections.ConfigDict:
-    config = config_lib.base()
-    changes = {name.replace("__", "."): value for name, value in fields.items()}
-    config.update_from_flattened_dict(PLANE | changes)
-    return config
-
-
-def digits(**fields: Any) -> ml_collections.ConfigDict:
-    config = load_recipe(ROOT / "configs" / "digits.py")
-    changes = {name.replace("__", "."): value for name, value in fields.items()}
-    config.update_from_flattened_dict(IMAGES | changes)
-    return config
-
-
-def indices(step: int) -> np.ndarray:
-    """Which digits a step takes."""
-    return np.random.default_rng(step).integers(0, 1_000, (1, 16), dtype=np.int32)
-
-
-def trained(
-    config: ml_collections.ConfigDict, steps: int = STEPS, streamed: bool = False
-) -> tuple:
-    """Returns the state after some steps, as it is saved, and the last metrics.
-
-    Images are those of `indices`, or of the run's own stream.
-    """
-    config_lib.validate(config)
-    experiment = experiments.build(config)
-    dispatcher = dispatching.Dispatcher(experiment)
-    state = dispatcher.place(experiments.init_state(experiment))
-    if streamed and experiment.source.holds_images:
-        with contextlib.closing(experiments.open_batches(experiment)) as stream:
-            batches = [np.array(stream.next(1)) for _ in range(steps)]
-    else:
-        batches = [
-            indices(step) if experiment.source.holds_images else None
-            for step in range(steps)
-        ]
-    first = batches[0]
-    placed = None if first is None else dispatcher._layout.place_batches(first)
-    lowered = dispatcher._jitted.lower(
-        state, *dispatcher._inputs, dispatcher._trial, placed, 1
-    )
-    # With little effort: it runs a few times.
-    dispatcher._compiled[1] = lowered.compile(compiler_options=quick._options())
-    for batch in batches:
-        state, metrics, fault = dispatcher(state, 1, batch)
-        assert int(fault.step) == 0
-    return dispatcher.saved(state), minimax.with_gaps(jax.device_get(metrics))
 
 
 def assert_same_run(actual: Any, expected: Any):
@@ -156,14 +84,14 @@ WAYS = {
 def alone() -> dict[str, tuple]:
     """Of one device."""
     return {
-        "plane": trained(plane(parallel__num_devices=1)),
-        "digits": trained(digits(parallel__num_devices=1)),
+        "plane": trained(plane(parallel__num_devices=1), STEPS),
+        "digits": trained(digits(parallel__num_devices=1), STEPS),
     }
 
 
 def test_another_batch_is_another_run(alone: dict[str, tuple]):
     """The comparison sees what it is for."""
-    other = trained(plane(parallel__num_devices=1, data__batch_size=8))[0]
+    other = trained(plane(parallel__num_devices=1, data__batch_size=8), STEPS)[0]
     with pytest.raises(AssertionError):
         assert_same_run(other, alone["plane"][0])
 
@@ -181,7 +109,7 @@ def test_every_way_gives_what_one_device_gives(
     """After 3 steps, float32."""
     monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
     config = {"plane": plane, "digits": digits}[kind](**WAYS[way])
-    state, metrics = trained(config)
+    state, metrics = trained(config, STEPS)
     expected, expected_metrics = alone[kind]
     assert_same_run(state, expected)
     assert int(state.step) == STEPS
@@ -398,48 +326,6 @@ def final_state(workdir: Path) -> minimax.TrainState:
 # --- Several processes ------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
-
-
-def start(
-    flags: list[str], *of_each: list[str], devices: int = 2, xla_flags: str = ""
-) -> list[subprocess.Popen]:
-    """Starts one process for each list of additional flags."""
-    port, env = free_port(), environment(devices)
-    env["XLA_FLAGS"] += f" {xla_flags}"
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(MAIN),
-                *flags,
-                *own,
-                "--distributed",
-                f"--coordinator=localhost:{port}",
-                f"--num_processes={len(of_each)}",
-                f"--process_id={number}",
-            ],
-            env=env,
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for number, own in enumerate(of_each)
-    ]
-
-
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        results.append((process.returncode, out, err))
-    return results
-
-
 GAUSSIANS = "configs/gaussians25.py"
 # Nothing decays there, so that a run's length may change.
 RELEASED = "configs/released_gaussians25.py"
@@ -488,45 +374,78 @@ def test_two_processes_do_what_one_does(together: Path, tmp_path: Path):
     ]
 
 
-def flags_of(config: str, fields: dict[str, Any]) -> list[str]:
-    """Returns the flags of a recipe with some fields changed."""
-    return [f"--config={config}", *(f"--config.{k}={v}" for k, v in fields.items())]
+STREAMED = {"plane": {}, "digits": {"data__on_device": False}}
 
 
-# Each process reads its own part of every batch of images.
-STREAMED = {
-    **IMAGES,
-    "data.on_device": False,
-    "train.num_steps": 2,
-    "train.report_every": 1,
-    "train.checkpoint_every": 2,
-    "train.picture_every": 0,
-    "train.evaluate_every": 0,
-    "train.steps_per_dispatch": 1,
-    "train.tensorboard": False,
-    "evaluation.num_samples": 16,
-}
+@functools.cache
+def streamed(kind: str) -> minimax.TrainState:
+    """Returns what one process comes to."""
+    config = CONFIGS[kind](**STREAMED[kind], parallel__num_devices=4)
+    return trained(config, STEPS, streamed=True)[0]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Forked]:
+    forked = Forked("stepping")
+    yield forked
+    forked.close()
 
 
 @pytest.mark.parametrize(
-    ("flags", "mode"),
+    ("kind", "fields"),
     [
-        (tiny(GAUSSIANS, **RUN), "pmap"),
-        (flags_of("configs/digits.py", STREAMED), "jit"),
-        (flags_of("configs/digits.py", STREAMED), "pmap"),
+        ("plane", {"parallel__mode": "pmap"}),
+        ("digits", {}),
+        ("digits", {"parallel__mode": "pmap"}),
+        ("digits", {"parallel__fsdp": True}),
     ],
-    ids=["plane, pmap", "images, jit", "images, pmap"],
 )
-def test_two_processes_do_what_one_does_with(
-    flags: list[str], mode: str, tmp_path: Path
+def test_two_processes_step_as_one_does(
+    processes: Forked, kind: str, fields: dict, tmp_path: Path
 ):
-    workdir = tmp_path / "together"
-    flags = [*flags, f"--config.parallel.mode={mode}", f"--workdir={workdir}"]
-    for code, _, err in ended(start(flags, [], [], xla_flags=quick.FLAGS)):
-        assert code == 0, err
-    alone = of_run(workdir, parallel__num_devices=4, parallel__mode="jit")
-    expected = trained(alone, alone.train.num_steps, streamed=True)[0]
-    assert_same_run(final_state(workdir), expected)
+    """Each reads its own part of every batch of images."""
+    out = [str(tmp_path / str(number)) for number in range(2)]
+    calls = [[path, kind, STREAMED[kind] | fields, STEPS] for path in out]
+    for code, said, _ in processes("in_two_processes", *calls, seconds=240):
+        assert code == 0, said
+    expected = streamed(kind)
+    for path in out:
+        with np.load(path + ".npz") as found:
+            leaves = [found[str(i)] for i in range(len(found.files))]
+        state = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+        assert_same_run(state, expected)
+
+
+def test_a_process_that_cannot_write_for_a_while_changes_nothing(
+    together: Path, tmp_path: Path
+):
+    """The other one waits for it; more of this is in `test_process_faults.py`."""
+    workdir = tmp_path / "run"
+    processes = start([*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"], [], [])
+    writes, said = processes[1], ""
+    most = resource.prlimit(writes.pid, resource.RLIMIT_FSIZE)
+    try:
+        deadline = time.monotonic() + 240
+        while not (workdir / "checkpoints").exists():
+            assert time.monotonic() < deadline, "no checkpoints"
+            assert all(one.poll() is None for one in processes), ended(processes)
+            time.sleep(0.05)
+        resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, (10, most[1]))
+        for line in writes.stderr:
+            said += line
+            if "training goes on and tries again" in line:
+                break
+        assert checkpointing.steps_in(workdir / "checkpoints") == []
+        resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, most)
+        results = ended(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert "File too large" in said
+    for code, _, err in results:
+        assert code == 0, said + err
+        assert "a checkpoint is written at last" in err
+    assert_trees_equal(final_state(workdir), final_state(together))
 
 
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):

@@ -1,0 +1,122 @@
+"""Steps of small recipes, in any layout; in several processes, too.
+
+Called by `processes.Forked` as well; nothing here may start a device when it is
+imported.
+"""
+
+import contextlib
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import quick
+from cli import ROOT, environment
+from test_config import load_recipe
+
+from ddaebm_jax import config as config_lib
+from ddaebm_jax import dispatching, experiments, minimax, parallel
+
+PLANE = {
+    "model.mlp.hidden": (16, 8),
+    "model.mlp.x_widths": (4, 4),
+    "data.batch_size": 16,
+    "optimizer.ema_decay": 0.9,
+    "optimizer.max_grad_norm": 1.0,
+    "optimizer.learning_rate": 1e-3,
+}
+IMAGES = {
+    "data.batch_size": 16,
+    "data.on_device": True,
+    "model.nz": 4,
+    "model.unet.nf": 8,
+    "model.unet.ch_mult": (1,),
+    "model.unet.num_res_blocks": 1,
+    "model.unet.attn_resolutions": (),
+    "model.unet.z_emb_dim": 8,
+    "model.unet.n_mlp": 0,
+    "model.encoder.ngf": 4,
+    "model.encoder.t_emb_dim": 8,
+    "optimizer.schedule": "constant",
+    "optimizer.learning_rate": 1e-3,
+}
+
+
+def plane(**fields: Any) -> ml_collections.ConfigDict:
+    config = config_lib.base()
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    config.update_from_flattened_dict(PLANE | changes)
+    return config
+
+
+def digits(**fields: Any) -> ml_collections.ConfigDict:
+    config = load_recipe(ROOT / "configs" / "digits.py")
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    config.update_from_flattened_dict(IMAGES | changes)
+    return config
+
+
+def indices(step: int) -> np.ndarray:
+    """Which digits a step takes."""
+    return np.random.default_rng(step).integers(0, 1_000, (1, 16), dtype=np.int32)
+
+
+def trained(
+    config: ml_collections.ConfigDict, steps: int, streamed: bool = False
+) -> tuple:
+    """Returns the state after some steps, as it is saved, and the last metrics.
+
+    Images are those of `indices`, or of the run's own stream.
+    """
+    config_lib.validate(config)
+    experiment = experiments.build(config)
+    dispatcher = dispatching.Dispatcher(experiment)
+    state = dispatcher.place(experiments.init_state(experiment))
+    if streamed and experiment.source.holds_images:
+        with contextlib.closing(experiments.open_batches(experiment)) as stream:
+            batches = [np.array(stream.next(1)) for _ in range(steps)]
+    else:
+        batches = [
+            indices(step) if experiment.source.holds_images else None
+            for step in range(steps)
+        ]
+    first = batches[0]
+    placed = None if first is None else dispatcher._layout.place_batches(first)
+    lowered = dispatcher._jitted.lower(
+        state, *dispatcher._inputs, dispatcher._trial, placed, 1
+    )
+    # With little effort: it runs a few times.
+    dispatcher._compiled[1] = lowered.compile(compiler_options=quick._options())
+    for batch in batches:
+        state, metrics, fault = dispatcher(state, 1, batch)
+        assert int(fault.step) == 0
+    return dispatcher.saved(state), minimax.with_gaps(jax.device_get(metrics))
+
+
+CONFIGS = {"plane": plane, "digits": digits}
+
+
+def in_two_processes(
+    number: int, port: int, out: str, kind: str, fields: dict[str, Any], steps: int
+) -> None:
+    """Takes some steps, with two devices each; writes the state's leaves to `out`."""
+    os.environ["XLA_FLAGS"] = f"{environment(2)['XLA_FLAGS']} {quick.FLAGS}"
+    jax.config.update("jax_platforms", "cpu")
+    parallel.join(parallel.Processes(f"localhost:{port}", 2, number))
+    if fields.get("parallel__fsdp"):
+        parallel._LEAST_SPLIT = 16
+    experiment = experiments.build(CONFIGS[kind](**fields))
+    dispatcher = dispatching.Dispatcher(experiment)
+    state = dispatcher.place(experiments.init_state(experiment))
+    stream = experiments.open_batches(experiment)
+    for _ in range(steps):
+        batch = None if stream is None else stream.next(1)
+        state, _, fault = dispatcher(state, 1, batch)
+        assert int(fault.step) == 0
+    state = dispatcher.saved(state)
+    if stream is not None:
+        stream.close()
+    whole = parallel.replicated(dispatcher._layout._mesh)
+    leaves = jax.tree.leaves(jax.jit(lambda tree: tree, out_shardings=whole)(state))
+    np.savez(out, **{str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
