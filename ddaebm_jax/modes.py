@@ -5,6 +5,7 @@ again from where they were.
 """
 
 import csv
+import io
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,11 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
-from ddaebm_jax.files import write_json_atomically, write_text_atomically
+from ddaebm_jax.files import (
+    write_json_atomically,
+    write_text_atomically,
+    written_atomically,
+)
 from ddaebm_jax.models import Players
 
 
@@ -178,7 +183,8 @@ def sample(
         return _save_images(run, pixels, path, seed)
     standardizer = _standardizer(run)
     samples = drawn if standardizer is None else standardizer.inverse(drawn)
-    np.savez(path, x=samples, seed=seed, step=run.step)
+    with written_atomically(path) as file:
+        np.savez(file, x=samples, seed=seed, step=run.step)
     picture = free_path(path.with_suffix(".png"))
     title = f"{num_samples} samples, step {run.step}"
     if run.experiment.source.distribution is not None:
@@ -209,7 +215,8 @@ _GRID_IMAGES = 100
 
 def _save_images(run: Run, samples: np.ndarray, path: Path, seed: int) -> Path:
     """Writes images as an NPZ, as PNG files in a folder, and as a grid."""
-    np.savez(path, x=samples, seed=seed, step=run.step)
+    with written_atomically(path) as file:
+        np.savez(file, x=samples, seed=seed, step=run.step)
     folder = free_path(path.with_suffix(""))
     folder.mkdir()
     digits = len(str(len(samples) - 1))
@@ -262,17 +269,20 @@ def score(
     energies = figures.energies(run.experiment, run.variables, rows)
     if path.suffix == ".npz":
         named = {} if names is None else {"image": np.asarray(names)}
-        np.savez(path, energy=energies, **named)
+        with written_atomically(path) as file:
+            np.savez(file, energy=energies, **named)
     elif names is None:
-        np.savetxt(path, energies, fmt="%.9g", header="energy", comments="")
+        with written_atomically(path) as file:
+            np.savetxt(file, energies, fmt="%.9g", header="energy", comments="")
     else:
-        with path.open("w", newline="") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(("image", "energy"))
-            lines.writerows(
-                (name, f"{energy:.9g}")
-                for name, energy in zip(names, energies, strict=True)
-            )
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(("image", "energy"))
+        lines.writerows(
+            (name, f"{energy:.9g}")
+            for name, energy in zip(names, energies, strict=True)
+        )
+        write_text_atomically(path, text.getvalue())
     logging.info("wrote %d energies to %s", len(rows), path)
     return path
 

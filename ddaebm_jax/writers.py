@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.files import open_regular, put_in_place, write_text_atomically
+from ddaebm_jax.files import open_regular, write_text_atomically, written_atomically
 
 _LARGEST_METRICS = 2**30
 
@@ -395,11 +395,10 @@ def _figure(columns: int, rows: int = 1, side: float = 3.2):
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Saves through a temporary name: a crash never leaves half a picture."""
+    """Saves a picture whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    put_in_place(partial, path)
+    with written_atomically(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
@@ -572,10 +571,9 @@ def save_image(path: Path, image: np.ndarray) -> None:
     """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
     from PIL import Image
 
-    partial = path.with_name(path.name + ".partial")
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
-    Image.fromarray(pixels).save(partial, "PNG")
-    put_in_place(partial, path)
+    with written_atomically(path) as file:
+        Image.fromarray(pixels).save(file, "PNG")
 
 
 def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:

@@ -4,6 +4,7 @@ import builtins
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -148,15 +149,14 @@ def _picture(path: Path) -> None:
     writers.save_image(path, np.zeros((4, 4, 1), np.uint8))
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: files.write_text_atomically(path, "text"),
-        _picture,
-        lambda path: writers.plot_samples(path, np.zeros((3, 2)), 1.0, "t"),
-    ],
-    ids=["text", "picture", "plot"],
-)
+WRITERS = {
+    "text": lambda path: files.write_text_atomically(path, "text"),
+    "picture": _picture,
+    "plot": lambda path: writers.plot_samples(path, np.zeros((3, 2)), 1.0, "t"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_file_is_on_the_disk_before_it_has_its_name(
     write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -179,19 +179,51 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     assert done == [("sync", file), ("rename", file), ("sync", folder)]
 
 
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_file_that_finds_no_room_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "file"
-    files.write_text_atomically(path, "old")
+    path.write_text("old")
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        files.write_text_atomically(path, "new")
+        write(path)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_full_disk_is_not_filled_further(tmp_path: Path):
+    """The system itself refuses after 1 KiB; what was written is removed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            writers.save_image(tmp_path / "image.png", noise)
+        with pytest.raises(OSError, match="too large"):
+            writers.plot_samples(tmp_path / "plot.png", noise[0, :, :2], 99.0, "t")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path: Path):
+    """A directory from elsewhere may hold a link out of it, or a pipe."""
+    outside, path = tmp_path / "outside", tmp_path / "run" / "file"
+    outside.write_text("mine")
+    path.parent.mkdir()
+    partial = path.with_name("file.partial")
+    partial.symlink_to(outside)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_text_atomically(path, "text")
+    os.mkfifo(partial)
+    with pytest.raises(OSError):
+        files.write_text_atomically(path, "text")
+    files.write_text_atomically(path, "text")  # What was in the way is gone.
+    assert outside.read_text() == "mine" and path.read_text() == "text"
 
 
 def test_without_tensorflow_training_goes_on(
