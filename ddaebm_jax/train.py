@@ -726,6 +726,7 @@ def _open_run(
             total,
             config.train.tensorboard,
             config.data.batch_size if experiment.source.holds_images else None,
+            () if found is None else found.info.get("waiting_metrics", ()),
         )
     stack.callback(output.close)
     output.message(
@@ -988,9 +989,9 @@ def _measure(
 
 def _info(run: _Run) -> dict[str, Any]:
     """Returns what a checkpoint taken now holds besides the state."""
-    run.output.flush()  # Before what the lines tell of is kept.
     return {
         **run.info,
+        "waiting_metrics": run.output.flush(),
         "input": None if run.batches is None else run.batches.state(),
         "unreported": run.progress.average.state(),
         "rollbacks": run.progress.trial,

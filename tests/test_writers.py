@@ -68,9 +68,9 @@ def test_lines_that_wait_are_written_when_there_is_room(tmp_path: Path, disk: _D
     metrics = writers.MetricsFile(path, 0)
     disk.full = True
     metrics.write(10, {"loss": 1.0})
-    assert not metrics.flush() and _steps(path) == []
+    assert metrics.flush() == [{"step": 10, "loss": 1.0}] and _steps(path) == []
     disk.full = False
-    assert metrics.flush() and _steps(path) == [10]
+    assert metrics.flush() == [] and _steps(path) == [10]
     disk.full = True
     metrics.write(20, {"loss": 1.0})
     disk.full = False
@@ -118,6 +118,54 @@ def test_a_resume_on_a_full_disk_cuts_the_file(tmp_path: Path, disk: _Disk):
     disk.full = True
     writers.MetricsFile(path, 20).close()
     assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("written_since", [0, 1, 2, 3])
+@pytest.mark.parametrize("still_full", [False, True])
+def test_lines_that_waited_at_a_checkpoint_survive_a_kill(
+    written_since: int, still_full: bool, tmp_path: Path, disk: _Disk
+):
+    """However many of them were written between the checkpoint and the kill."""
+    path = tmp_path / "metrics.jsonl"
+    first = writers.MetricsFile(path, 0)
+    first.write(10, {"loss": 1.0})
+    disk.full = True
+    for step in (20, 30):
+        first.write(step, {"loss": float("nan"), "name": "ü"})
+    waiting = json.loads(json.dumps(first.flush()))  # As a checkpoint keeps it.
+    first.write(40, {"loss": 1.0})
+    assert [line["step"] for line in waiting] == [20, 30]
+    whole = path.read_bytes()
+    disk.full = False
+    first.close()  # Stands for having had room for a moment; the kill cuts it off.
+    later = path.read_bytes()[len(whole) :].splitlines(keepends=True)
+    path.write_bytes(whole + b"".join(later[:written_since]))
+    disk.full = still_full
+    second = writers.MetricsFile(path, 30, waiting)
+    second.write(40, {"loss": 2.0})
+    disk.full = False
+    second.close()
+    assert _steps(path) == [10, 20, 30, 40]
+
+
+def test_what_a_checkpoint_from_elsewhere_says_waits_is_looked_at(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    waiting = [1, "text", {"no": 1}, {"step": 5}, {"step": 5, "final/x": 1}]
+    metrics = writers.MetricsFile(path, 10, [*waiting, {"step": 20}])
+    metrics.close()
+    assert path.read_text() == '{"step": 5}\n'
+
+
+def test_so_many_lines_and_no_more_travel_with_a_checkpoint(
+    tmp_path: Path, disk: _Disk, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(writers, "_MOST_WAITING", 2)
+    metrics = writers.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    disk.full = True
+    for step in (10, 20, 30):
+        metrics.write(step, {})
+    assert metrics.flush() == [{"step": 10}, {"step": 20}]
+    metrics.close()
 
 
 @pytest.mark.parametrize("full", [False, True])
