@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 from absl import logging
 
@@ -48,6 +49,8 @@ def load_run(
 ) -> Run:
     """Restores a run from its directory, which is only read.
 
+    Its config does not decide where else is written, nor what compiled code is run.
+
     Args:
       workdir: the run directory.
       open_images: whether images are opened too, for figures that need them. Nothing
@@ -61,6 +64,7 @@ def load_run(
     """
     workdir = Path(workdir)
     config = train.read_config(workdir)
+    _distrust(config)
     train.use_compilation_cache(config.compilation_cache)
     folder = checkpointing.BEST if checkpoint == "best" else checkpointing.NEWEST
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True, folder=folder)
@@ -85,6 +89,31 @@ def load_run(
             "the whole run directory again, and leave its images as they were"
         )
     return Run(workdir, experiment, found.state.ema, found.step)
+
+
+def _distrust(config: ml_collections.ConfigDict) -> None:
+    """Takes from a config what a stranger's run directory must not decide.
+
+    JAX runs the programs that it finds in the compilation cache. Paths at which files
+    are made where there are none are only read; another is used where they are not.
+    """
+    config.compilation_cache.directory = ""
+    data, evaluation = config.data, config.evaluation
+    tfds_set = f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"
+    made = (
+        (evaluation, "reference_path", evaluation.reference_path, "--reference_path"),
+        (data, "tfds_dir", tfds_set, "the variable TFDS_DATA_DIR"),
+    )
+    for section, field, path, instead in made:
+        if section[field] and not Path(path).expanduser().exists():
+            logging.warning(
+                "%s of the run's config, %s, holds nothing yet and is not written to; "
+                "the default is used, or what %s names",
+                field,
+                section[field],
+                instead,
+            )
+            section[field] = ""
 
 
 def _step(
