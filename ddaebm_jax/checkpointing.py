@@ -323,7 +323,7 @@ def _declared(path: Path) -> Any:
     return tree
 
 
-def verify(workdir: str | Path, folder: str, step: int) -> str | None:
+def verify(workdir: str | Path, folder: str, step: int) -> CheckpointError | None:
     """Verifies a checkpoint; no device computes, and no config is needed.
 
     The arrays are read into host memory. One that was saved by a version that made no
@@ -335,7 +335,9 @@ def verify(workdir: str | Path, folder: str, step: int) -> str | None:
       step: of the checkpoint.
 
     Returns:
-      What is wrong with it; None: nothing.
+      What is wrong with it, None: nothing. A DamagedCheckpointError: it is not what
+      was saved; a CheckpointReadError: it could not be read for now; another
+      CheckpointError: it is of another format.
     """
     path = Path(workdir).resolve() / folder / str(step)
     try:
@@ -356,7 +358,7 @@ def verify(workdir: str | Path, folder: str, step: int) -> str | None:
             if expected is not None:
                 _check_sums(path, expected, state)
     except CheckpointError as error:
-        return str(error)
+        return error
     return None
 
 

@@ -14,7 +14,11 @@ from ddaebm_jax import modes, parallel, writers
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures, ood, outlier_sets, scores
-from ddaebm_jax.files import write_json_atomically, write_text_atomically
+from ddaebm_jax.files import (
+    write_json_atomically,
+    write_text_atomically,
+    written_atomically,
+)
 
 # The run's own held-out images, and the images of the classes it never saw.
 HELD_OUT, HELD_OUT_CLASSES = "test", "held_out_classes"
@@ -228,7 +232,8 @@ def _save(
             {f"in: {inliers}": of_inliers["energy"], f"out: {name}": found["energy"]},
             title,
         )
-    np.savez(folder / "scores.npz", **arrays)
+    with written_atomically(folder / "scores.npz") as file:
+        np.savez(file, **arrays)
 
 
 def _slug(name: str) -> str:

@@ -4,29 +4,38 @@ import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ddaebm_jax.errors import InputError
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a small file; a crash or a power cut leaves the old one or the new."""
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to be written; a crash or a power cut leaves the old one or the new.
+
+    It is written under another name, which whatever goes wrong removes: on a full disk
+    it would take what is left. What already has that name is not followed if it is a
+    link, nor waited for if it is a pipe.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text)
-        put_in_place(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # On a full disk it would take what is left.
+        with open(partial, "wb", opener=_open_no_link) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Gives a file its name, once it is on the disk: power may fail at any moment."""
-    _sync(partial)
-    partial.replace(path)
     with contextlib.suppress(OSError):  # Not every file system can sync a folder.
         _sync(path.parent)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _sync(path: Path) -> None:
@@ -35,6 +44,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a small file; see `written_atomically`."""
+    with written_atomically(path) as file:
+        file.write(text.encode())
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

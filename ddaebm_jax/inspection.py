@@ -24,7 +24,7 @@ from ddaebm_jax.run_directory import CONFIG_FILE, read_config
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Of files that somebody else may have written, at most so many bytes are read.
 _LARGEST_REPORT = 2**20
-_END_OF_METRICS = 2**16
+_END_OF_METRICS, _LARGEST_METRICS = 2**16, 2**50
 # Seconds that deleting a checkpoint may take once its files go.
 _DELETION = 0.5
 
@@ -36,7 +36,7 @@ class Inspection(NamedTuple):
 
     Attributes:
       text: for people.
-      intact: whether every checkpoint is what was once saved.
+      intact: whether every checkpoint was found to be what was once saved.
     """
 
     text: str
@@ -97,29 +97,28 @@ def _formatted(sections: Mapping[str, list[_Row]]) -> str:
 def running_process(workdir: Path) -> str | None:
     """Returns who holds a run directory, in words; None: nobody, as far as is told."""
     try:
-        file = os.open(workdir / locking.LOCK_FILE, os.O_RDONLY)
-    except OSError:
+        file = files.open_regular(workdir / locking.LOCK_FILE, _LARGEST_REPORT)
+    except (OSError, InputError):
         return None
-    try:
-        content = os.pread(file, 4096, 0)
+    with file:
+        content = file.read(4096)
         if not content:
             return None
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(file, fcntl.LOCK_UN)
-        return None
-    except BlockingIOError:
-        return _holder(content)
-    except OSError:  # A file system without locks.
-        return f"unknown; {_holder(content)} was the last"
-    finally:
-        os.close(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            return None
+        except BlockingIOError:
+            return _holder(content)
+        except OSError:  # A file system without locks.
+            return f"unknown; {_holder(content)} was the last"
 
 
 def _holder(content: bytes) -> str:
     try:
         found = json.loads(content)
         return f"{found['pid']} on {found['host']}, since {found['started']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "one that does not say which"
 
 
@@ -180,11 +179,11 @@ def _recipe(config: ml_collections.ConfigDict, workdir: Path) -> tuple[str, list
 def _last_metrics(path: Path) -> dict[str, Any]:
     """Returns the last whole line of a metrics file; {} where there is none."""
     try:
-        with path.open("rb") as file:
+        with files.open_regular(path, _LARGEST_METRICS) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _END_OF_METRICS))
-            lines = file.read().splitlines()
-    except OSError:
+            lines = file.read(_END_OF_METRICS).splitlines()
+    except (OSError, InputError):
         return {}
     for text in reversed(lines):
         try:
@@ -210,17 +209,19 @@ def _shown(values: Mapping[str, Any]) -> list[_Row]:
 
 
 def _reached(workdir: Path) -> int:
-    kept = checkpointing.steps_in(workdir / checkpointing.NEWEST)
+    directory = workdir / checkpointing.NEWEST
+    usable = _unusable(directory) is None
+    kept = checkpointing.steps_in(directory) if usable else []
     return max([*kept, _last_metrics(workdir / "metrics.jsonl").get("step", 0)])
 
 
 def _report(path: Path) -> list[_Row]:
     try:
-        if path.stat().st_size > _LARGEST_REPORT:
-            return [("of no use", f"more than {_LARGEST_REPORT} bytes")]
         report = json.loads(files.read_text(path, _LARGEST_REPORT))
         kept = {name: report[name] for name in ("step", "images") if name in report}
         return _shown({**kept, **report["figures"]})
+    except InputError as error:
+        return [("of no use", str(error))]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [("of no use", type(error).__name__)]
 
@@ -260,14 +261,16 @@ def _checkpoints(workdir: Path, running: bool) -> tuple[list[_Row], bool]:
     rows, intact = [], True
     for folder in (checkpointing.NEWEST, checkpointing.BEST):
         directory = workdir / folder
+        problem = _unusable(directory)
+        if problem is not None:
+            rows.append((folder, problem))
+            intact = False
+            continue
         for step in checkpointing.steps_in(directory):
             problem = checkpointing.verify(workdir, folder, step)
-            if problem is None:
-                verdict = _verdict(directory / str(step))
-            else:
-                if running:  # It may just be being deleted.
-                    time.sleep(_DELETION)
-                verdict = f"DAMAGED: {problem}"
+            if problem is not None and running:  # It may just be being deleted.
+                time.sleep(_DELETION)
+            verdict = _verdict(directory / str(step), problem)
             if step not in checkpointing.steps_in(directory):
                 continue
             intact = intact and problem is None
@@ -283,8 +286,26 @@ def _checkpoints(workdir: Path, running: bool) -> tuple[list[_Row], bool]:
     return rows, intact
 
 
-def _verdict(path: Path) -> str:
-    """Returns what is to be said of a checkpoint that was just found readable."""
+def _unusable(directory: Path) -> str | None:
+    """Returns why a folder of checkpoints cannot be looked into; None: it can."""
+    try:
+        checkpointing.steps_in(directory)
+        there = directory.is_dir()
+    except OSError as error:
+        return f"NOT READ: {error.strerror}"
+    if there or not os.path.lexists(directory):  # There may be none yet.
+        return None
+    return "DAMAGED: not a folder"
+
+
+def _verdict(path: Path, problem: checkpointing.CheckpointError | None) -> str:
+    """Returns what is to be said of a checkpoint that `verify` has just looked at."""
+    if isinstance(problem, checkpointing.DamagedCheckpointError):
+        return f"DAMAGED: {problem}"
+    if isinstance(problem, checkpointing.CheckpointReadError):
+        return f"NOT READ: {problem}"
+    if problem is not None:
+        return f"OF ANOTHER FORMAT: {problem}"
     try:
         info = checkpointing.read_info(path.resolve())
     except checkpointing.CheckpointError:
@@ -296,6 +317,8 @@ def _verdict(path: Path) -> str:
 
 def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:
     for folder in (checkpointing.NEWEST, checkpointing.BEST):
+        if _unusable(workdir / folder) is not None:
+            continue
         for path in checkpointing.unfinished_in(workdir / folder):
             state = "being written, or unfinished" if running else "unfinished"
             yield f"{folder}/{path.name}", f"{_about(path)}  {state}"

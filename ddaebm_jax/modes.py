@@ -5,11 +5,13 @@ again from where they were.
 """
 
 import csv
+import io
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 from absl import logging
 
@@ -18,7 +20,11 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
-from ddaebm_jax.files import write_json_atomically, write_text_atomically
+from ddaebm_jax.files import (
+    write_json_atomically,
+    write_text_atomically,
+    written_atomically,
+)
 from ddaebm_jax.models import Players
 from ddaebm_jax.run_directory import REPORT_FILE, read_config
 
@@ -44,6 +50,8 @@ def load_run(
 ) -> Run:
     """Restores a run from its directory, which is only read.
 
+    Its config does not decide where else is written, nor what compiled code is run.
+
     Args:
       workdir: the run directory.
       open_images: whether images are opened too, for figures that need them. Nothing
@@ -57,6 +65,7 @@ def load_run(
     """
     workdir = Path(workdir)
     config = read_config(workdir)
+    _distrust(config)
     dispatching.use_compilation_cache(config.compilation_cache)
     folder = checkpointing.BEST if checkpoint == "best" else checkpointing.NEWEST
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True, folder=folder)
@@ -81,6 +90,31 @@ def load_run(
             "the whole run directory again, and leave its images as they were"
         )
     return Run(workdir, experiment, found.state.ema, found.step)
+
+
+def _distrust(config: ml_collections.ConfigDict) -> None:
+    """Takes from a config what a stranger's run directory must not decide.
+
+    JAX runs the programs that it finds in the compilation cache. Paths at which files
+    are made where there are none are only read; another is used where they are not.
+    """
+    config.compilation_cache.directory = ""
+    data, evaluation = config.data, config.evaluation
+    tfds_set = f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"
+    made = (
+        (evaluation, "reference_path", evaluation.reference_path, "--reference_path"),
+        (data, "tfds_dir", tfds_set, "the variable TFDS_DATA_DIR"),
+    )
+    for section, field, path, instead in made:
+        if section[field] and not Path(path).expanduser().exists():
+            logging.warning(
+                "%s of the run's config, %s, holds nothing yet and is not written to; "
+                "the default is used, or what %s names",
+                field,
+                section[field],
+                instead,
+            )
+            section[field] = ""
 
 
 def _step(
@@ -179,7 +213,8 @@ def sample(
         return _save_images(run, pixels, path, seed)
     standardizer = _standardizer(run)
     samples = drawn if standardizer is None else standardizer.inverse(drawn)
-    np.savez(path, x=samples, seed=seed, step=run.step)
+    with written_atomically(path) as file:
+        np.savez(file, x=samples, seed=seed, step=run.step)
     picture = free_path(path.with_suffix(".png"))
     title = f"{num_samples} samples, step {run.step}"
     if run.experiment.source.distribution is not None:
@@ -210,7 +245,8 @@ _GRID_IMAGES = 100
 
 def _save_images(run: Run, samples: np.ndarray, path: Path, seed: int) -> Path:
     """Writes images as an NPZ, as PNG files in a folder, and as a grid."""
-    np.savez(path, x=samples, seed=seed, step=run.step)
+    with written_atomically(path) as file:
+        np.savez(file, x=samples, seed=seed, step=run.step)
     folder = free_path(path.with_suffix(""))
     folder.mkdir()
     digits = len(str(len(samples) - 1))
@@ -263,17 +299,20 @@ def score(
     energies = figures.energies(run.experiment, run.variables, rows)
     if path.suffix == ".npz":
         named = {} if names is None else {"image": np.asarray(names)}
-        np.savez(path, energy=energies, **named)
+        with written_atomically(path) as file:
+            np.savez(file, energy=energies, **named)
     elif names is None:
-        np.savetxt(path, energies, fmt="%.9g", header="energy", comments="")
+        with written_atomically(path) as file:
+            np.savetxt(file, energies, fmt="%.9g", header="energy", comments="")
     else:
-        with path.open("w", newline="") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(("image", "energy"))
-            lines.writerows(
-                (name, f"{energy:.9g}")
-                for name, energy in zip(names, energies, strict=True)
-            )
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(("image", "energy"))
+        lines.writerows(
+            (name, f"{energy:.9g}")
+            for name, energy in zip(names, energies, strict=True)
+        )
+        write_text_atomically(path, text.getvalue())
     logging.info("wrote %d energies to %s", len(rows), path)
     return path
 

@@ -164,7 +164,7 @@ def open_run(
     batches = experiments.open_batches(experiment)
     if batches is not None:
         stack.callback(batches.close)
-    output = _open_output(experiment, workdir, at.step)
+    output = _open_output(experiment, workdir, at)
     stack.callback(output.close)
     output.message(
         f"training from step {at.step} to {config.train.num_steps} in {workdir} on "
@@ -216,7 +216,7 @@ def _newest(
 
 
 def _open_output(
-    experiment: experiments.Experiment, workdir: Path, first: int
+    experiment: experiments.Experiment, workdir: Path, at: Start
 ) -> writers.Writers | writers.Silent:
     """Writes what a run directory keeps from the start; opens its reports.
 
@@ -229,10 +229,11 @@ def _open_output(
     experiment.source.save(workdir)
     return writers.Writers(
         workdir,
-        first,
+        at.step,
         config.train.num_steps,
         config.train.tensorboard,
         config.data.batch_size if experiment.source.holds_images else None,
+        at.info.get("waiting_metrics", ()),
     )
 
 
@@ -279,9 +280,10 @@ def _take_up(run: Run, start: Start) -> None:
 
 def checkpoint_info(run: Run) -> dict[str, Any]:
     """Returns what a checkpoint taken now holds besides the state."""
-    run.output.flush()  # Before what the lines tell of is kept.
     return {
         **run.info,
+        # Lines are written before what they tell of is kept, or else kept with it.
+        "waiting_metrics": run.output.flush(),
         "input": None if run.batches is None else run.batches.state(),
         "unreported": run.progress.average.state(),
         "rollbacks": run.progress.trial,

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,23 @@ import numpy as np
 from absl import logging
 
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.files import open_regular, put_in_place, write_text_atomically
+from ddaebm_jax.files import open_regular, write_text_atomically, written_atomically
 
 _LARGEST_METRICS = 2**30
+# Most lines that travel with a checkpoint; more would make it too large to be read.
+_MOST_WAITING = 10_000
 
 
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a report, in the order of steps.
 
-    Lines that cannot be written, as on a full disk, are kept and written with the next.
+    Lines that cannot be written, as on a full disk, are kept and written with the next;
+    a checkpoint takes them along, in case the run is killed before.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(
+        self, path: Path, resume_step: int, waiting: Sequence[Any] = ()
+    ) -> None:
         """Opens the file for a run that goes on from `resume_step`.
 
         Lines of later steps, the final figures, and a line cut short by a crash are
@@ -38,16 +43,18 @@ class MetricsFile:
         Args:
           path: the file.
           resume_step: the step of the restored state, 0 for a new run.
+          waiting: what `flush` returned when that state was saved.
         """
         self._path = path
         self._waiting = _cut(path, resume_step) if path.exists() else []
+        self._take_up(waiting, resume_step)
         self._file = path.open("ab", buffering=0)
+        self._write_waiting()
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Appends a line: the step, then the values."""
-        line = json.dumps({"step": step, **values}) + "\n"
         failing = bool(self._waiting)
-        self._waiting.append(line.encode())
+        self._waiting.append(_line({"step": step, **values}))
         error = self._write_waiting()
         if error is not None and not failing:
             logging.warning(
@@ -58,13 +65,23 @@ class MetricsFile:
         elif error is None and failing:
             logging.warning("%s is whole again", self._path)
 
-    def flush(self) -> bool:
-        """Tries once more to write what waits, and syncs; returns if nothing waits."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Tries once more to write what waits, and syncs; returns what still waits."""
         if self._waiting and self._write_waiting() is None:
             logging.warning("%s is whole again", self._path)
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
-        return not self._waiting
+        return [json.loads(line) for line in self._waiting[:_MOST_WAITING]]
+
+    def _take_up(self, waiting: Sequence[Any], step: int) -> None:
+        """Takes lines up that waited, but for those that were written since."""
+        lines = [_line(one) for one in waiting]
+        written = set(self._waiting)
+        if lines and self._path.exists():
+            written.update(line + b"\n" for line in _read_lines(self._path))
+        self._waiting += [
+            line for line in lines if _is_kept(line, step) and line not in written
+        ]
 
     def rewind(self, step: int) -> None:
         """Drops lines of later steps, written or waiting; needs no room on the disk."""
@@ -144,6 +161,15 @@ def _is_kept(text: bytes, step: int) -> bool:
     )
 
 
+def _line(values: Any) -> bytes:
+    return json.dumps(values).encode() + b"\n"
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    with open_regular(path, _LARGEST_METRICS) as file:
+        return file.read().split(b"\n")
+
+
 def _parse(text: bytes) -> dict[str, Any] | None:
     """Returns a line of a metrics file, or None if it is none."""
     try:
@@ -163,8 +189,7 @@ def _write_all(file: io.RawIOBase, data: bytes) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the whole lines of a metrics file; a line cut short is left out."""
-    with open_regular(path, _LARGEST_METRICS) as file:
-        lines = map(_parse, file.read().split(b"\n"))
+    lines = map(_parse, _read_lines(path))
     return [line for line in lines if line is not None]
 
 
@@ -217,6 +242,7 @@ class Writers:
         total_steps: int,
         tensorboard: bool,
         images_per_step: int | None = None,
+        waiting: Sequence[Any] = (),
     ) -> None:
         """Opens them.
 
@@ -226,8 +252,9 @@ class Writers:
           total_steps: of the whole run, for the time left.
           tensorboard: whether to write event files.
           images_per_step: the global batch, where it is of images.
+          waiting: what `flush` returned when the state was saved.
         """
-        self._metrics = MetricsFile(workdir / "metrics.jsonl", resume_step)
+        self._metrics = MetricsFile(workdir / "metrics.jsonl", resume_step, waiting)
         self._tensorboard = open_tensorboard(workdir) if tensorboard else None
         self._progress = _open_progress(self._tensorboard, total_steps)
         self._total = total_steps
@@ -240,9 +267,13 @@ class Writers:
         self._metrics.rewind(step)
         self.restart_clock(step)
 
-    def flush(self) -> None:
-        """Tries once more to write the lines of metrics that wait."""
-        self._metrics.flush()
+    def flush(self) -> list[dict[str, Any]]:
+        """Tries once more to write the lines of metrics that wait.
+
+        Returns:
+          Those that still wait, as JSON values: a checkpoint is to keep them.
+        """
+        return self._metrics.flush()
 
     def restart_clock(self, step: int) -> None:
         """Leaves what was done since the last report out of the next rate."""
@@ -332,8 +363,9 @@ class Silent:
     def rewind(self, step: int) -> None:
         """Does nothing."""
 
-    def flush(self) -> None:
-        """Does nothing."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Returns that nothing waits."""
+        return []
 
     def restart_clock(self, step: int) -> None:
         """Does nothing."""
@@ -395,11 +427,10 @@ def _figure(columns: int, rows: int = 1, side: float = 3.2):
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Saves through a temporary name: a crash never leaves half a picture."""
+    """Saves a picture whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    put_in_place(partial, path)
+    with written_atomically(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
@@ -572,10 +603,9 @@ def save_image(path: Path, image: np.ndarray) -> None:
     """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
     from PIL import Image
 
-    partial = path.with_name(path.name + ".partial")
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
-    Image.fromarray(pixels).save(partial, "PNG")
-    put_in_place(partial, path)
+    with written_atomically(path) as file:
+        Image.fromarray(pixels).save(file, "PNG")
 
 
 def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:

@@ -9,8 +9,16 @@
 # and the run goes on.
 set -euo pipefail
 
+usage() {
+  sed -n '2,9s/^# \{0,1\}//p' "$0"
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  usage
+  exit
+fi
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  usage >&2
   exit 2
 fi
 processes=$1

@@ -11,22 +11,61 @@
 # VERSION (the TPU software version, tpu-ubuntu2204-base); SPOT=1 asks for a spot slice.
 # `run` makes and installs a slice that is not there, starts the same command on every
 # worker, and does so again when the slice was preempted; the run then goes on from its
-# newest checkpoint. The run directory must lie where all workers see it: on a Filestore
-# share, or a bucket that gcsfuse mounts on each of them (not gs://). Needs gcloud.
+# newest checkpoint. What fails meanwhile, as for want of free TPUs, is tried again after
+# PAUSE seconds (60), at most TRIES times (60) until a command runs. The run directory
+# must lie where all workers see it: on a Filestore share, or a bucket that gcsfuse mounts
+# on each of them (not gs://); gcsfuse has no locks between hosts, so start a run from one
+# place only. Needs gcloud.
 set -euo pipefail
 
 usage() {
-  sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
-  exit 2
+  sed -n '2,19s/^# \{0,1\}//p' "$0"
 }
+
+fail() {
+  echo "error: $1" >&2
+  exit 1
+}
+
+action=${1:-}
+case $action in
+  create | install | run | delete) shift ;;
+  -h | --help | help)
+    usage
+    exit
+    ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+esac
+if [[ $action == run && " $* " != *" --workdir="* ]]; then
+  usage >&2
+  echo "error: run needs --workdir=, a directory that all workers see" >&2
+  exit 2
+fi
 
 name=${TPU_NAME:-ddaebm}
 zone=${ZONE:?set ZONE, for example us-central2-b}
+tries=${TRIES:-60}
+pause=${PAUSE:-60}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 tpu=(gcloud compute tpus tpu-vm)
+command -v gcloud >/dev/null || fail "there is no gcloud on PATH; install Google's CLI"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
+# Prints the slice's state; ABSENT: there is none; UNKNOWN: that could not be asked.
 state() {
-  "${tpu[@]}" describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null || true
+  if ! "${tpu[@]}" describe "$name" --zone="$zone" --format='value(state)' \
+    2>"$scratch/problem"; then
+    if grep -q NOT_FOUND "$scratch/problem"; then
+      echo ABSENT
+    else
+      cat "$scratch/problem" >&2
+      echo UNKNOWN
+    fi
+  fi
 }
 
 on_all_workers() {
@@ -35,61 +74,66 @@ on_all_workers() {
 
 create() {
   local spot=()
-  [[ ${SPOT:-0} == 1 ]] && spot=(--spot)
+  [[ ${SPOT:-0} != 1 ]] || spot=(--spot)
   "${tpu[@]}" create "$name" --zone="$zone" "${spot[@]}" \
     --accelerator-type="${ACCELERATOR:?set ACCELERATOR, for example v4-32}" \
     --version="${VERSION:-tpu-ubuntu2204-base}"
 }
 
+# Joined by &&: where it is asked whether this fails, bash goes on after errors.
 install() {
-  local archive
-  archive=$(mktemp --suffix=.tar.gz)
-  git -C "$root" archive --format=tar.gz --output="$archive" HEAD
-  "${tpu[@]}" scp "$archive" "$name:ddaebm_jax.tar.gz" --zone="$zone" --worker=all
-  rm -f "$archive"
-  on_all_workers 'mkdir -p ddaebm_jax && tar -xzf ddaebm_jax.tar.gz -C ddaebm_jax &&
-    cd ddaebm_jax && python3 -m venv .venv && . .venv/bin/activate &&
-    pip install -q -U pip && pip install -q -e . "jax[tpu]"'
+  local archive=$scratch/ddaebm_jax.tar.gz
+  git -C "$root" archive --format=tar.gz --output="$archive" HEAD &&
+    "${tpu[@]}" scp "$archive" "$name:ddaebm_jax.tar.gz" --zone="$zone" --worker=all &&
+    on_all_workers 'mkdir -p ddaebm_jax && tar -xzf ddaebm_jax.tar.gz -C ddaebm_jax &&
+      cd ddaebm_jax && python3 -m venv .venv && . .venv/bin/activate &&
+      pip install -q -U pip && pip install -q -e . "jax[tpu]"'
+}
+
+# Says what holds up, and waits; gives up when that has come too often.
+hold() {
+  held=$((held + 1))
+  ((held < tries)) || fail "$1; given up after $tries times"
+  echo "$1; again in $pause s ($held of at most $tries times)" >&2
+  sleep "$pause"
 }
 
 run() {
-  local command
+  local command found new=0 held=0
   command=$(printf '%q ' python launch/main.py "$@" --distributed)
   while true; do
-    case $(state) in
+    found=$(state)
+    case $found in
       READY)
+        if ((new)) && ! install; then
+          hold "the slice $name cannot be installed on"
+          continue
+        fi
+        new=0 held=0
         if on_all_workers "cd ddaebm_jax && . .venv/bin/activate && $command"; then
           return
         fi
-        sleep 30 # A preemption takes a moment to show.
-        if [[ $(state) == READY ]]; then
-          echo "error: the command failed on a slice that is still there" >&2
-          exit 1
-        fi
+        sleep "$pause" # A preemption takes a moment to show.
+        [[ $(state) != READY ]] || fail "the command failed on a slice that is still \
+there; see its output above, or install again if there is no ddaebm_jax"
         ;;
-      '')
-        create && install
+      ABSENT)
+        new=1
+        create || hold "the slice $name cannot be made"
         ;;
-      CREATING | STARTING | RESTARTING | REPAIRING)
-        sleep 30
+      PREEMPTED | TERMINATED)
+        "${tpu[@]}" delete "$name" --zone="$zone" --quiet ||
+          hold "the slice $name cannot be deleted"
         ;;
-      *)
-        "${tpu[@]}" delete "$name" --zone="$zone" --quiet
+      UNKNOWN | CREATING | STARTING | RESTARTING | REPAIRING | STOPPING | DELETING)
+        hold "the slice $name is $found"
         ;;
+      *) fail "the slice $name is '$found'; start or delete it, then run again" ;;
     esac
   done
 }
 
-action=${1:-}
-[[ -n $action ]] && shift
 case $action in
-  create | install) "$action" ;;
-  run)
-    case " $* " in
-      *" --workdir="*) run "$@" ;;
-      *) usage ;;
-    esac
-    ;;
   delete) "${tpu[@]}" delete "$name" --zone="$zone" ;;
-  *) usage ;;
+  *) "$action" "$@" ;;
 esac

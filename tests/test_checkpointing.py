@@ -292,8 +292,10 @@ def test_verify_needs_no_config(tmp_path: Path):
     _save(tmp_path, 1, 2)
     assert checkpointing.verify(tmp_path, "checkpoints", 1) is None
     _spoil(tmp_path, 2)
-    assert str(tmp_path) in checkpointing.verify(tmp_path, "checkpoints", 2)
-    assert "lacks a part" in checkpointing.verify(tmp_path, "checkpoints", 7)
+    problem = checkpointing.verify(tmp_path, "checkpoints", 2)
+    assert isinstance(problem, checkpointing.DamagedCheckpointError)
+    assert str(tmp_path) in str(problem)
+    assert "lacks a part" in str(checkpointing.verify(tmp_path, "checkpoints", 7))
 
 
 def test_a_state_under_another_step_is_refused(tmp_path: Path):
@@ -310,19 +312,19 @@ def test_links_pipes_and_giants_are_refused(tmp_path: Path):
     steps.mkdir(parents=True)
     (steps / "1").symlink_to(tmp_path / "checkpoints/1")
     link = checkpointing.verify(tmp_path / "run", "checkpoints", 1)
-    assert "is a link out of" in link
+    assert "is a link out of" in str(link)
     with pytest.raises(checkpointing.CheckpointError, match="is a link out of"):
         _restore_newest(tmp_path / "run", read_only=True)
     (steps / "1").unlink()
 
     copy = shutil.copytree(tmp_path / "checkpoints/1", steps / "1")
     os.mkfifo(copy / "state/d/pipe")
-    assert "neither" in checkpointing.verify(tmp_path / "run", "checkpoints", 1)
+    assert "neither" in str(checkpointing.verify(tmp_path / "run", "checkpoints", 1))
     (copy / "state/d/pipe").unlink()
     assert checkpointing.verify(tmp_path / "run", "checkpoints", 1) is None
     with (copy / "info/metadata").open("r+b") as file:
         file.truncate(2**40)  # A sparse file.
-    assert "at most" in checkpointing.verify(tmp_path / "run", "checkpoints", 1)
+    assert "at most" in str(checkpointing.verify(tmp_path / "run", "checkpoints", 1))
 
 
 def test_arrays_that_cannot_fit_into_their_files_are_not_read(
@@ -331,7 +333,7 @@ def test_arrays_that_cannot_fit_into_their_files_are_not_read(
     _save(tmp_path, 1)
     monkeypatch.setattr(checkpointing, "_ALLOWANCE", 0)
     monkeypatch.setattr(checkpointing, "_LARGEST_COMPRESSION", 0)
-    assert "does not fit" in checkpointing.verify(tmp_path, "checkpoints", 1)
+    assert "does not fit" in str(checkpointing.verify(tmp_path, "checkpoints", 1))
 
 
 def test_any_flipped_byte_is_found_or_harmless(tmp_path: Path):

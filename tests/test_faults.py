@@ -1,6 +1,7 @@
 """Faults of a run: signals, numbers not finite, saves that fail, two at once."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import pytest
 import quick
 from cli import MAIN, ROOT, environment, tiny
 from helpers import assert_trees_equal, differ
-from test_parallel import digits
+from stepping import digits
 from test_train import _config, _final_state, _start, _wait_for
 
 from ddaebm_jax import (
@@ -376,6 +377,31 @@ def test_metrics_of_a_full_disk_are_kept(
     found = writers.read_metrics(tmp_path / "room.jsonl")
     assert [line["step"] for line in found] == [1, 2, 3]
     assert "is whole again" in caplog.text
+
+
+def test_a_run_killed_while_its_metrics_wait_leaves_no_gap(
+    tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They wait when a checkpoint is taken, and memory is all that holds them."""
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def killed(self, state, length, batches=None):
+        if int(state.step) >= 16:
+            raise RuntimeError("killed")
+        return dispatch(self, state, length, batches)
+
+    dispatch = dispatching.Dispatcher.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(writers, "_write_all", full)
+        patch.setattr(dispatching.Dispatcher, "__call__", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train.train(_config(), tmp_path / "run")
+    assert lines(tmp_path / "run") == []
+    report = train.train(_config(), tmp_path / "run")
+    assert report["resumed_from_step"] == 16
+    assert lines(tmp_path / "run") == lines(unbroken)
 
 
 def test_pictures_that_cannot_be_written_do_not_end_the_run(

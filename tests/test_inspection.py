@@ -1,12 +1,16 @@
 """What --mode=inspect tells of a run, and that it changes nothing."""
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli import CommandLine, tiny
@@ -101,6 +105,92 @@ def test_a_running_process_is_told_and_not_disturbed(
     fcntl.flock(file, fcntl.LOCK_EX)
     assert re.search(r"process +123 on there, since today\n", _inspect(run, workdir))
     os.close(file)
+
+
+@contextlib.contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise AssertionError("it waits for something")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path):
+    for name in ("metrics.jsonl", "lock.json", "report.json", "config.json"):
+        os.mkfifo(tmp_path / name)
+    with _within(20):
+        assert inspection.running_process(tmp_path) is None
+        assert inspection._reached(tmp_path) == 0
+        ((_, said),) = inspection._report(tmp_path / "report.json")
+        assert "not a regular file" in said
+        assert "not a regular file" in inspection._config(tmp_path)[1]
+
+
+def test_a_lock_of_brackets_is_told(tmp_path: Path):
+    (tmp_path / "lock.json").write_text("[" * 5000)
+    file = os.open(tmp_path / "lock.json", os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    assert "does not say which" in inspection.running_process(tmp_path)
+    os.close(file)
+
+
+def test_what_is_not_damaged_is_not_called_so(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+
+    def told() -> dict[str, str]:
+        rows, intact = inspection._checkpoints(workdir, False)
+        assert not intact and "intact" in dict(rows)["checkpoints/20"]
+        return dict(rows)["checkpoints/40"]
+
+    path = workdir / "checkpoints/40/info/metadata"
+    text = path.read_text()
+    info = {k: v for k, v in json.loads(text).items() if k != "sha256"}
+    path.write_text(json.dumps(checkpointing._sealed({**info, "format": 99})))
+    assert "OF ANOTHER FORMAT: " in told() and "DAMAGED" not in told()
+    path.write_text(text)
+
+    declared = checkpointing._declared
+
+    def unreadable(path: Path) -> Any:
+        if path.name == "40":
+            raise OSError(errno.EIO, "Input/output error")
+        return declared(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "_declared", unreadable)
+        assert "NOT READ: " in told() and "DAMAGED" not in told()
+    path.write_text(text.replace("sha256", "sha255"))
+    assert "DAMAGED: " in told()
+
+
+def test_folders_that_are_none_or_cannot_be_read_are_told(
+    run: CommandLine, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    assert inspection._checkpoints(workdir, False) == ([], True)  # None yet.
+    (workdir / "checkpoints").write_text("")
+    text = _inspect(run, workdir, code=1)
+    assert re.search(r"checkpoints +DAMAGED: not a folder\n", text)
+    (workdir / "checkpoints").unlink()
+    (workdir / "checkpoints").mkdir()
+
+    def refused(directory: Path) -> list[int]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpointing, "steps_in", refused)
+    rows, intact = inspection._checkpoints(workdir, False)
+    assert not intact and dict(rows)["checkpoints"] == "NOT READ: Permission denied"
+    assert inspection._reached(workdir) == 40
+    assert list(inspection._leftovers(workdir, False)) == []
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "none", "flag"])

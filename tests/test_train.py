@@ -205,6 +205,41 @@ def test_without_a_latent_or_posterior_a_run_works_from_end_to_end(tmp_path: Pat
         assert figures.draw_samples(run.experiment, run.variables, 5).shape == (5, 2)
 
 
+def test_a_run_directory_does_not_choose_what_compiled_code_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In a resume the command line's config decides."""
+    before = jax.config.jax_compilation_cache_dir
+    train.train(_config(train__num_steps=4), tmp_path / "run")
+    config = run_directory.read_config(tmp_path / "run")
+    config.compilation_cache.directory = str(tmp_path / "theirs")
+    (tmp_path / "run" / "config.json").write_text(config_lib.to_json(config))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    try:
+        modes.load_run(tmp_path / "run")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_run_directory_does_not_choose_what_is_written(tmp_path: Path):
+    """Reading from where its config says is allowed."""
+    theirs = {
+        "evaluation.reference_path": str(tmp_path / "reference.npz"),
+        "data.tfds": "cifar10:3.0.2",
+        "data.tfds_dir": str(tmp_path),
+    }
+    config = _config(**theirs)
+    modes._distrust(config)
+    assert config.evaluation.reference_path == config.data.tfds_dir == ""
+    (tmp_path / "reference.npz").touch()
+    (tmp_path / "cifar10").mkdir()
+    config = _config(**theirs)
+    modes._distrust(config)
+    found = dict(config_lib._leaves(config))
+    assert theirs.items() <= found.items()
+
+
 def _start(workdir: Path, *flags: str) -> subprocess.Popen:
     argv = [sys.executable, str(MAIN), f"--workdir={workdir}", *flags]
     return subprocess.Popen(

@@ -4,6 +4,7 @@ import builtins
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,9 @@ def test_lines_that_wait_are_written_when_there_is_room(tmp_path: Path, disk: _D
     metrics = writers.MetricsFile(path, 0)
     disk.full = True
     metrics.write(10, {"loss": 1.0})
-    assert not metrics.flush() and _steps(path) == []
+    assert metrics.flush() == [{"step": 10, "loss": 1.0}] and _steps(path) == []
     disk.full = False
-    assert metrics.flush() and _steps(path) == [10]
+    assert metrics.flush() == [] and _steps(path) == [10]
     disk.full = True
     metrics.write(20, {"loss": 1.0})
     disk.full = False
@@ -119,6 +120,54 @@ def test_a_resume_on_a_full_disk_cuts_the_file(tmp_path: Path, disk: _Disk):
     assert path.read_text() == whole
 
 
+@pytest.mark.parametrize("written_since", [0, 1, 2, 3])
+@pytest.mark.parametrize("still_full", [False, True])
+def test_lines_that_waited_at_a_checkpoint_survive_a_kill(
+    written_since: int, still_full: bool, tmp_path: Path, disk: _Disk
+):
+    """However many of them were written between the checkpoint and the kill."""
+    path = tmp_path / "metrics.jsonl"
+    first = writers.MetricsFile(path, 0)
+    first.write(10, {"loss": 1.0})
+    disk.full = True
+    for step in (20, 30):
+        first.write(step, {"loss": float("nan"), "name": "ü"})
+    waiting = json.loads(json.dumps(first.flush()))  # As a checkpoint keeps it.
+    first.write(40, {"loss": 1.0})
+    assert [line["step"] for line in waiting] == [20, 30]
+    whole = path.read_bytes()
+    disk.full = False
+    first.close()  # Stands for having had room for a moment; the kill cuts it off.
+    later = path.read_bytes()[len(whole) :].splitlines(keepends=True)
+    path.write_bytes(whole + b"".join(later[:written_since]))
+    disk.full = still_full
+    second = writers.MetricsFile(path, 30, waiting)
+    second.write(40, {"loss": 2.0})
+    disk.full = False
+    second.close()
+    assert _steps(path) == [10, 20, 30, 40]
+
+
+def test_what_a_checkpoint_from_elsewhere_says_waits_is_looked_at(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    waiting = [1, "text", {"no": 1}, {"step": 5}, {"step": 5, "final/x": 1}]
+    metrics = writers.MetricsFile(path, 10, [*waiting, {"step": 20}])
+    metrics.close()
+    assert path.read_text() == '{"step": 5}\n'
+
+
+def test_so_many_lines_and_no_more_travel_with_a_checkpoint(
+    tmp_path: Path, disk: _Disk, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(writers, "_MOST_WAITING", 2)
+    metrics = writers.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    disk.full = True
+    for step in (10, 20, 30):
+        metrics.write(step, {})
+    assert metrics.flush() == [{"step": 10}, {"step": 20}]
+    metrics.close()
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_damaged_file_is_mended_though_the_disk_is_full(
     full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,15 +197,14 @@ def _picture(path: Path) -> None:
     writers.save_image(path, np.zeros((4, 4, 1), np.uint8))
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: files.write_text_atomically(path, "text"),
-        _picture,
-        lambda path: writers.plot_samples(path, np.zeros((3, 2)), 1.0, "t"),
-    ],
-    ids=["text", "picture", "plot"],
-)
+WRITERS = {
+    "text": lambda path: files.write_text_atomically(path, "text"),
+    "picture": _picture,
+    "plot": lambda path: writers.plot_samples(path, np.zeros((3, 2)), 1.0, "t"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_file_is_on_the_disk_before_it_has_its_name(
     write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -179,19 +227,51 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     assert done == [("sync", file), ("rename", file), ("sync", folder)]
 
 
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_file_that_finds_no_room_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "file"
-    files.write_text_atomically(path, "old")
+    path.write_text("old")
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        files.write_text_atomically(path, "new")
+        write(path)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_full_disk_is_not_filled_further(tmp_path: Path):
+    """The system itself refuses after 1 KiB; what was written is removed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            writers.save_image(tmp_path / "image.png", noise)
+        with pytest.raises(OSError, match="too large"):
+            writers.plot_samples(tmp_path / "plot.png", noise[0, :, :2], 99.0, "t")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path: Path):
+    """A directory from elsewhere may hold a link out of it, or a pipe."""
+    outside, path = tmp_path / "outside", tmp_path / "run" / "file"
+    outside.write_text("mine")
+    path.parent.mkdir()
+    partial = path.with_name("file.partial")
+    partial.symlink_to(outside)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_text_atomically(path, "text")
+    os.mkfifo(partial)
+    with pytest.raises(OSError):
+        files.write_text_atomically(path, "text")
+    files.write_text_atomically(path, "text")  # What was in the way is gone.
+    assert outside.read_text() == "mine" and path.read_text() == "text"
 
 
 def test_without_tensorflow_training_goes_on(

@@ -24,6 +24,7 @@ from ddaebm_jax.data.table_files import (
     read_table_file,
 )
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.files import written_atomically
 
 _LARGEST = float(np.finfo(np.float32).max)
 _LEAST_TRAIN_ROWS = 2
@@ -150,10 +151,7 @@ def fingerprint(table: Table) -> str:
 
 
 def save_table(table: Table, path: Path) -> None:
-    """Keeps a split and standardised table, so that a run needs no other file.
-
-    Written under another name first: a crash leaves no half a file.
-    """
+    """Keeps a split and standardised table, so that a run needs no other file."""
     arrays = {
         "columns": np.asarray(table.columns),
         "train": table.train,
@@ -163,10 +161,8 @@ def save_table(table: Table, path: Path) -> None:
     }
     if table.test_labels is not None:
         arrays["test_labels"] = table.test_labels
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with written_atomically(path) as file:
         np.savez(file, **arrays)
-    partial.replace(path)
 
 
 def load_saved_table(path: Path) -> Table:

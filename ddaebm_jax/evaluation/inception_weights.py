@@ -24,7 +24,7 @@ from ddaebm_jax import torch_files
 from ddaebm_jax.data.npz_files import NpzFile, shown
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation.inception import Network, variable_shapes
-from ddaebm_jax.files import cache_directory, open_regular
+from ddaebm_jax.files import cache_directory, open_regular, written_atomically
 
 PUBLISHED_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -89,13 +89,8 @@ def save_npz(network: Network, path: str | Path) -> None:
         _torch_name(_keys(place)): np.ascontiguousarray(_torch_layout(np.asarray(leaf)))
         for place, leaf in jax.tree.leaves_with_path(network.variables)
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_atomically(path) as file:
+        np.savez(file, **arrays)
 
 
 def _new_npz(path: str | Path) -> Path:

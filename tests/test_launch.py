@@ -1,0 +1,338 @@
+"""The launch scripts, with stand-ins for gcloud, srun and Python first on PATH."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cli import ROOT
+from jax._src import clusters
+
+LAUNCH = ROOT / "launch"
+RUN = ("run", "--config=c.py", "--workdir=/mnt/a run")
+
+# A slice's state is the file `state`; a line of `fails` names a call that fails, once.
+_GCLOUD = """
+echo "$*" >> "$FAKE/calls"
+action=$4
+[[ $* != *launch/main.py* ]] || action=command
+if [[ $(head -n 1 "$FAKE/fails") == "$action" ]]; then
+  sed -i 1d "$FAKE/fails"
+  [[ $action != command ]] || echo PREEMPTED > "$FAKE/state"
+  echo "ERROR: no capacity" >&2
+  exit 1
+fi
+case $action in
+  describe)
+    echo "WARNING: an update is available" >&2
+    if [[ ! -e $FAKE/state ]]; then
+      echo "ERROR: (gcloud) NOT_FOUND: Resource 'x' was not found" >&2
+      exit 1
+    fi
+    cat "$FAKE/state"
+    ;;
+  create) echo READY > "$FAKE/state" ;;
+  delete) rm "$FAKE/state" ;;
+  scp) [[ -e $5 ]] ;;
+esac
+"""
+_GIT = """
+for one in "$@"; do
+  [[ $one != --output=* ]] || touch "${one#--output=}"
+done
+"""
+
+
+def _fake(folder: Path, name: str, script: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{script}")
+    path.chmod(0o755)
+    return path
+
+
+def _run(
+    script: str, *argv: str, path: Path, **env: str
+) -> subprocess.CompletedProcess:
+    unset = ("ZONE", "TPU_NAME", "SPOT", "ACCELERATOR", "VERSION", "PAUSE", "TRIES")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *argv],
+        env={**kept, "PATH": f"{path}:{os.environ['PATH']}", **env},
+        cwd=path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+class Pod:
+    """A place where `tpu_pod.sh` finds its stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._bin = folder / "bin"
+        _fake(self._bin, "gcloud", _GCLOUD)
+        _fake(self._bin, "git", _GIT)
+        (folder / "fails").touch()
+        (folder / "calls").touch()
+
+    def __call__(self, *argv: str, **env: str) -> subprocess.CompletedProcess:
+        settings = {"ZONE": "z", "ACCELERATOR": "v4-32", "PAUSE": "0"}
+        found = _run(
+            "tpu_pod.sh",
+            *argv,
+            path=self._bin,
+            FAKE=str(self._folder),
+            TMPDIR=str(self._folder),
+            **{**settings, **env},
+        )
+        assert not list(self._folder.glob("tmp.*"))  # Nothing is left behind.
+        return found
+
+    def is_in(self, state: str) -> None:
+        """Gives the slice a state."""
+        (self._folder / "state").write_text(state)
+
+    def fails_in(self, *actions: str) -> None:
+        """Lets calls fail, one after the other; `command`: it is preempted."""
+        (self._folder / "fails").write_text("".join(f"{one}\n" for one in actions))
+
+    def calls(self) -> list[str]:
+        """What was called since, but for `describe`."""
+        names = []
+        for line in (self._folder / "calls").read_text().splitlines():
+            found = re.match(r"compute tpus tpu-vm (\w+) ", line)
+            if found is None or found[1] == "describe":
+                continue  # The command to install has several lines.
+            name = found[1]
+            if name == "ssh":
+                name = "command" if "launch/main.py" in line else "install"
+            names.append(name)
+        return names
+
+    def text(self) -> str:
+        """All calls as they were made."""
+        return (self._folder / "calls").read_text()
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    return Pod(tmp_path)
+
+
+NEW = ["create", "scp", "install", "command"]
+
+
+def test_a_slice_is_made_installed_and_run_on(pod: Pod):
+    found = pod(*RUN, SPOT="1", TPU_NAME="mine")
+    assert found.returncode == 0, found.stderr
+    assert pod.calls() == NEW
+    assert (
+        "create mine --zone=z --spot --accelerator-type=v4-32 --version=" in pod.text()
+    )
+    assert "--config=c.py --workdir=/mnt/a\\ run --distributed" in pod.text()
+
+
+def test_one_that_is_there_is_only_run_on(pod: Pod):
+    pod.is_in("READY")
+    assert pod(*RUN).returncode == 0
+    assert pod.calls() == ["command"]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_after_a_preemption_all_is_done_again(pod: Pod, times: int):
+    pod.fails_in(*["command"] * times)
+    found = pod(*RUN, TRIES="2")
+    assert found.returncode == 0, found.stderr
+    assert pod.calls() == [*NEW, *["delete", *NEW] * times]
+
+
+@pytest.mark.parametrize(
+    ("action", "said", "again"),
+    [
+        ("create", "cannot be made", ["create", *NEW]),
+        ("describe", "is UNKNOWN", NEW),
+        ("scp", "cannot be installed on", ["create", "scp", *NEW[1:]]),
+    ],
+)
+def test_what_fails_is_tried_again_and_again_but_not_for_ever(
+    pod: Pod, action: str, said: str, again: list[str]
+):
+    pod.fails_in(action)
+    found = pod(*RUN)
+    assert found.returncode == 0, found.stderr
+    assert "no capacity" in found.stderr
+    assert f"{said}; again in 0 s (1 of at most 60 times)" in found.stderr
+    assert pod.calls() == again
+    pod("delete")
+    before = len(pod.calls())
+    pod.fails_in(*[action] * 9)
+    found = pod(*RUN, TRIES="4")
+    assert found.returncode == 1
+    assert f"{said}; given up after 4 times" in found.stderr.splitlines()[-1]
+    assert pod.calls()[before:].count(action) == (0 if action == "describe" else 4)
+
+
+def test_one_that_cannot_be_deleted_is_told(pod: Pod):
+    pod.is_in("PREEMPTED")
+    pod.fails_in(*["delete"] * 9)
+    found = pod(*RUN, TRIES="3")
+    assert found.returncode == 1 and "cannot be deleted; given up" in found.stderr
+    assert pod.calls() == ["delete"] * 3
+
+
+def test_one_that_is_stopped_or_never_ready_is_left_alone(pod: Pod):
+    pod.is_in("STOPPED")
+    found = pod(*RUN)
+    assert found.returncode == 1 and "is 'STOPPED'; start or delete it" in found.stderr
+    pod.is_in("CREATING")
+    found = pod(*RUN, TRIES="3")
+    assert found.returncode == 1 and "is CREATING; given up" in found.stderr
+    assert pod.calls() == []
+
+
+def test_a_command_that_fails_is_not_repeated(pod: Pod, tmp_path: Path):
+    pod.is_in("READY")
+    script = _GCLOUD.replace("echo PREEMPTED", "echo READY")
+    _fake(tmp_path / "bin", "gcloud", script)
+    pod.fails_in("command")
+    found = pod(*RUN)
+    assert found.returncode == 1 and "the command failed on a slice" in found.stderr
+    assert pod.calls() == ["command"]
+
+
+def test_parts_can_be_called_one_by_one(pod: Pod):
+    for action in ("create", "install", "delete"):
+        assert pod(action).returncode == 0
+    assert pod.calls() == ["create", "scp", "install", "delete"]
+    pod.fails_in("scp")
+    assert pod("install").returncode != 0
+
+
+@pytest.mark.parametrize("argv", [(), ("bogus",), ("--help",), ("-h",), ("run", "--a")])
+def test_the_usage_needs_no_settings(pod: Pod, argv: tuple[str, ...]):
+    found = pod(*argv, ZONE="")
+    helped = argv in (("--help",), ("-h",))
+    assert found.returncode == (0 if helped else 2)
+    text = found.stdout if helped else found.stderr
+    assert text.startswith("Trains on a TPU pod slice") and "Needs gcloud." in text
+    assert "set -euo" not in text and pod.text() == ""
+
+
+def test_what_is_not_set_or_installed_is_named(pod: Pod, tmp_path: Path):
+    assert "set ZONE, for example" in pod("create", ZONE="").stderr
+    found = pod(*RUN, ACCELERATOR="")
+    assert found.returncode != 0 and "set ACCELERATOR, for example" in found.stderr
+    (tmp_path / "bin" / "gcloud").unlink()
+    if shutil.which("gcloud") is None:
+        assert "there is no gcloud on PATH" in pod("create").stderr
+
+
+# --- Slurm ------------------------------------------------------------------------
+
+
+def _submit(tmp_path: Path, *argv: str, code: int = 0) -> subprocess.CompletedProcess:
+    _fake(tmp_path / "bin", "srun", f'printf "%s\\n" "$@"; exit {code}')
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").touch()
+    return _run(
+        "slurm.sbatch",
+        *argv,
+        path=tmp_path / "bin",
+        SLURM_SUBMIT_DIR=str(tmp_path),
+        SLURM_CPUS_PER_TASK="5",
+        VENV="venv",
+    )
+
+
+def test_jax_takes_the_gpu_of_the_tasks_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So each task must see all of its node's."""
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_NTASKS": "16",
+        "SLURM_PROCID": "11",
+        "SLURM_LOCALID": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, "slurm", None
+    )
+    assert found[1:] == (16, 11, [3])
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    asked = dict(
+        line.removeprefix("#SBATCH --").split("=", 1)
+        for line in lines
+        if "=" in line and line.startswith("#SBATCH")
+    )
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
+    result = _submit(tmp_path, "--config=c.py", "--workdir=/shared/a run")
+    assert result.returncode == 0, result.stderr
+    options = result.stdout.splitlines()
+    assert "--gpu-bind=none" in options and "--cpus-per-task=5" in options
+    assert not any("per-task" in o for o in (*asked, *options) if "gpu" in o)
+    command = ["launch/main.py", "--config=c.py", "--workdir=/shared/a run"]
+    assert options[-5:] == ["python", *command, "--distributed"]
+
+
+def test_a_failed_task_fails_the_job(tmp_path: Path):
+    assert _submit(tmp_path, "--workdir=/shared/run", code=3).returncode == 3
+
+
+def test_a_job_needs_a_run_directory(tmp_path: Path):
+    result = _submit(tmp_path, "--config=c.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "give --workdir=" in result.stderr
+
+
+# --- Processes on this machine ----------------------------------------------------
+
+_PYTHON = """
+echo "$JAX_PLATFORMS $XLA_FLAGS $*"
+case $* in
+  *--process_id=1*) exit "$CODE" ;;
+  *) [[ $CODE == 0 ]] || exec sleep 60 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_processes_are_started_and_the_first_failure_ends_all(
+    tmp_path: Path, code: int
+):
+    python = _fake(tmp_path / "bin", "fake_python", _PYTHON)
+    found = _run(
+        "local_processes.sh",
+        "2",
+        "--workdir=a run",
+        path=tmp_path / "bin",
+        PYTHON=str(python),
+        CODE=str(code),
+        DEVICES="4",
+        XLA_FLAGS="",
+    )
+    assert found.returncode == code, found.stderr
+    lines = sorted(found.stdout.splitlines())
+    assert len(lines) == 2
+    for process, line in enumerate(lines):
+        assert line.startswith(f"[{process}] cpu ")
+        assert line.endswith(
+            "--workdir=a run --distributed --coordinator=localhost:9876 "
+            f"--num_processes=2 --process_id={process}"
+        )
+        assert "device_count=4" in line
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("0", "--a"), ("2",)])
+def test_the_usage_of_local_processes(tmp_path: Path, argv: tuple[str, ...]):
+    found = _run("local_processes.sh", *argv, path=tmp_path)
+    helped = argv == ("--help",)
+    assert found.returncode == (0 if helped else 2)
+    text = found.stdout if helped else found.stderr
+    assert text.startswith("Starts N processes") and "set -e" not in text
