@@ -74,6 +74,13 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "Seconds after which a silent process is taken for dead, and the others end.",
     lower_bound=1,
 )
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout",
+    270,
+    "Seconds for which a process waits at its start for the others.",
+    lower_bound=1,
+    upper_bound=290,  # JAX aborts at 300.
+)
 _INPUT = flags.DEFINE_string(
     "input",
     None,
@@ -134,6 +141,7 @@ _MODES_OF_FLAG = {
     "num_processes": ("train", "evaluate", "ood"),
     "process_id": ("train", "evaluate", "ood"),
     "heartbeat_timeout": ("train", "evaluate", "ood"),
+    "join_timeout": ("train", "evaluate", "ood"),
     "checkpoint": ("sample", "score", "evaluate", "ood"),
     "num_samples": ("sample", "evaluate"),
     "seed": ("sample", "ood"),
@@ -172,7 +180,13 @@ def _check_flags() -> None:
 
 
 def _join_processes() -> None:
-    names = ("coordinator", "num_processes", "process_id", "heartbeat_timeout")
+    names = (
+        "coordinator",
+        "num_processes",
+        "process_id",
+        "heartbeat_timeout",
+        "join_timeout",
+    )
     given = [name for name in names if flags.FLAGS[name].present]
     if not _DISTRIBUTED.value:
         if given:
@@ -182,14 +196,26 @@ def _join_processes() -> None:
         raise InputError("--distributed needs --workdir, the same for all processes")
     from ddaebm_jax import parallel
 
-    parallel.join(
-        parallel.Processes(
-            _COORDINATOR.value,
-            _NUM_PROCESSES.value,
-            _PROCESS_ID.value,
-            _HEARTBEAT_TIMEOUT.value,
-        )
+    # JAX itself would abort, with a trace of its insides.
+    line = command_line.error_line(
+        f"--distributed: not all processes have come within {_JOIN_TIMEOUT.value} s "
+        "(--join_timeout); one has failed, see its output, was not started, or was "
+        "given another --coordinator or --num_processes: start all of them again"
     )
+    deadline = threading.Timer(_JOIN_TIMEOUT.value, command_line.leave, (line, 2))
+    deadline.daemon = True
+    deadline.start()
+    try:
+        parallel.join(
+            parallel.Processes(
+                _COORDINATOR.value,
+                _NUM_PROCESSES.value,
+                _PROCESS_ID.value,
+                _HEARTBEAT_TIMEOUT.value,
+            )
+        )
+    finally:
+        deadline.cancel()
 
 
 def _run() -> None:

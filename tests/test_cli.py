@@ -1,6 +1,7 @@
 """The command line from end to end, and what it says of bad input."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -390,6 +391,67 @@ def test_want_of_memory_names_the_fields_that_help(
         result = Result(done.returncode, done.stdout, done.stderr)
         for words in ("data.batch_size (200)", "optimizer.accumulate", "model.remat"):
             _is_one_line_error(result, words)
+
+
+def _one_of_two(number: int, *flags: str) -> subprocess.Popen:
+    """Starts one of two processes."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(MAIN),
+            *tiny(PLANE),
+            "--distributed",
+            "--num_processes=2",
+            f"--process_id={number}",
+            *flags,
+        ],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(process: subprocess.Popen) -> Result:
+    out, err = process.communicate(timeout=240)
+    return Result(process.returncode, out, err)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def test_a_bad_config_is_told_before_other_processes_are_waited_for(tmp_path: Path):
+    """There is no coordinator, and so nothing to join."""
+    flags = (f"--coordinator=localhost:{_free_port()}", f"--workdir={tmp_path / 'run'}")
+    result = _ended(_one_of_two(1, *flags, "--config.game.gamma=-1"))
+    _is_one_line_error(result, "game.gamma is -1.0")
+    assert "Connecting" not in result.err
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_waits_for_others_for_a_while_only(tmp_path: Path, number: int):
+    flags = (f"--coordinator=localhost:{_free_port()}", f"--workdir={tmp_path / 'run'}")
+    result = _ended(_one_of_two(number, *flags, "--join_timeout=3"))
+    _is_one_line_error(result, "not all processes have come within 3 s")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_that_fails_leaves_and_the_other_ends(tmp_path: Path):
+    """Not after the minutes for which JAX waits at a program's end."""
+    (tmp_path / "file").touch()
+    shared = (f"--coordinator=localhost:{_free_port()}", "--heartbeat_timeout=20")
+    other = _one_of_two(0, *shared, f"--workdir={tmp_path / 'run'}")
+    failing = _one_of_two(1, *shared, f"--workdir={tmp_path / 'file' / 'run'}")
+    try:
+        _is_one_line_error(_ended(failing), "Not a directory")
+        assert _ended(other).code != 0
+    finally:
+        for process in (failing, other):
+            process.kill()
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
