@@ -1,9 +1,11 @@
 """What the commands share: flags and errors of the user's end in one line."""
 
+import collections
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -18,14 +20,15 @@ def fail(message: str, at_once: bool = False) -> NoReturn:
       at_once: leave out what runs at a program's end, which may wait for processes
         that are gone.
     """
-    # A recipe's own traceback may come along: its last line says what happened.
-    parts = message.split("Traceback (most recent call last)")
-    text = parts[0] if len(parts) == 1 else parts[-1].strip().splitlines()[-1]
-    line = f"error: {' '.join(text.split())}"
     if at_once:
-        leave(line, 2)
-    print(line, file=sys.stderr)
+        leave(error_line(message), 2)
+    print(error_line(message), file=sys.stderr)
     sys.exit(2)
+
+
+def error_line(message: str) -> str:
+    """Returns what is printed of an error."""
+    return f"error: {' '.join(message.split())}"
 
 
 def leave(line: str, status: int) -> NoReturn:
@@ -34,29 +37,93 @@ def leave(line: str, status: int) -> NoReturn:
     os._exit(status)
 
 
+class _RecipeParser(flags.ArgumentParser):
+    """Reads the recipe that a flag names."""
+
+    syntactic_help = "A Python file that makes a config."
+
+    def parse(self, argument: str) -> Any:
+        from ddaebm_jax import recipes
+
+        return recipes.load(argument)
+
+    def flag_type(self) -> str:
+        return "recipe"
+
+
+def define_config(help_text: str) -> flags.FlagHolder:
+    """Defines `--config`, whose value is a `recipes.Recipe`; see `parse_flags`."""
+    return flags.DEFINE(_RecipeParser(), "config", None, help_text)
+
+
+_CHANGE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+
+
+def _split(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes out of a command what changes fields of the recipe.
+
+    Returns:
+      The other arguments, and the changes: field → value as it was written.
+    """
+    others: list[str] = []
+    changes: dict[str, str] = {}
+    remaining = collections.deque(argv)
+    while remaining:
+        argument = remaining.popleft()
+        match = _CHANGE.fullmatch(argument)
+        if match is None:
+            others.append(argument)
+            continue
+        negated, field, value = match.groups()
+        if value is None and not negated and remaining and remaining[0][:2] != "--":
+            value = remaining.popleft()
+        changes[field] = str(not negated) if value is None else value
+    return others, changes
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a bad one, a bad field of `--config` included, ends in one line."""
+    """Parses flags, and makes the changes of `--config.section.field=value`.
+
+    A flag that is bad, and fields that there are not, end the program in one line.
+    """
     try:
-        remaining = flags.FLAGS(argv)
-        config = flags.FLAGS["config"].value
-        if config is not None:
-            _ = config.items  # A recipe that could not be loaded fails here.
+        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        arguments, changes = _split(arguments)
+        remaining = flags.FLAGS([argv[0], *arguments])
     except flags.Error as error:
+        if isinstance(error.__context__, InputError):  # The recipe's.
+            fail(str(error.__context__))
         fail(f"{error}; --help lists the flags")
-    except (KeyError, AttributeError, TypeError) as error:
-        fail(
-            f"in --config or a --config.field override: {error.args[0]}; "
-            "ddaebm_jax/config.py lists the fields"
-        )
-    except (OSError, ImportError, SyntaxError) as error:
-        fail(f"--config: {error.__cause__ or error}")
+    if changes:
+        _change_recipe(changes)
     return remaining
 
 
-def in_one_line(action: Callable[[], None]) -> None:
-    """Runs an action; an error of the user's ends the program with one line."""
+def _change_recipe(changes: dict[str, str]) -> None:
+    recipe = flags.FLAGS["config"].value
+    if recipe is None:
+        fail(
+            f"--config.{next(iter(changes))} changes a field of a recipe; name that, "
+            "too: --config=configs/gaussians25.py"
+        )
+    from ddaebm_jax import config, recipes
+
+    unknown = recipes.change(recipe.config, changes)
+    if unknown:
+        fail("; ".join(unknown + config.problems(recipe.config)))
+
+
+def in_one_line(
+    action: Callable[[], None], end: Callable[[str], NoReturn] = fail
+) -> None:
+    """Runs an action; an error of the user's ends the program with one line.
+
+    Args:
+      action: what is to be done.
+      end: ends the program, given the error's message.
+    """
     try:
         action()
     except (InputError, OSError) as error:
         logging.debug("where it came from", exc_info=True)
-        fail(str(error))
+        end(str(error))

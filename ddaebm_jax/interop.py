@@ -349,17 +349,18 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         command_line.fail(f"what is {argv[1]!r}? Flags start with --")
     files = Players(values.energy, values.generator, values.posterior)
-    command_line.in_one_line(lambda: import_run(values.config, files, values.workdir))
+    command_line.in_one_line(
+        lambda: import_run(values.config.config, files, values.workdir)
+    )
     print(values.workdir)
 
 
 if __name__ == "__main__":
     from absl import app, flags
-    from ml_collections import config_flags
 
-    from ddaebm_jax.command_line import parse_flags
+    from ddaebm_jax.command_line import define_config, parse_flags
 
-    config_flags.DEFINE_config_file("config", None, "An image recipe.")
+    define_config("An image recipe.")
     flags.DEFINE_string("generator", None, "The generator's state_dict, netG_*.pth.")
     flags.DEFINE_string("energy", None, "The energy's state_dict, netD_*.pth.")
     flags.DEFINE_string("posterior", None, "The encoder's state_dict, netE_*.pth.")

@@ -11,19 +11,22 @@ python launch/main.py --mode=ood --workdir=… --in=test --out=svhn_cropped,cifa
 python launch/main.py --mode=inspect --workdir=…
 """
 
+import contextlib
 import logging as std_logging
+import os
+import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from ddaebm_jax import command_line
 from ddaebm_jax.errors import InputError, OutOfStepError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe, for --mode=train; --config.a.b=c changes a field."
+_CONFIG = command_line.define_config(
+    "The recipe, for --mode=train; --config.a.b=c changes a field."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory. Default: runs/<config>/<time>."
@@ -70,6 +73,13 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     100,
     "Seconds after which a silent process is taken for dead, and the others end.",
     lower_bound=1,
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout",
+    270,
+    "Seconds for which a process waits at its start for the others.",
+    lower_bound=1,
+    upper_bound=290,  # JAX aborts at 300.
 )
 _INPUT = flags.DEFINE_string(
     "input",
@@ -131,6 +141,7 @@ _MODES_OF_FLAG = {
     "num_processes": ("train", "evaluate", "ood"),
     "process_id": ("train", "evaluate", "ood"),
     "heartbeat_timeout": ("train", "evaluate", "ood"),
+    "join_timeout": ("train", "evaluate", "ood"),
     "checkpoint": ("sample", "score", "evaluate", "ood"),
     "num_samples": ("sample", "evaluate"),
     "seed": ("sample", "ood"),
@@ -169,7 +180,13 @@ def _check_flags() -> None:
 
 
 def _join_processes() -> None:
-    names = ("coordinator", "num_processes", "process_id", "heartbeat_timeout")
+    names = (
+        "coordinator",
+        "num_processes",
+        "process_id",
+        "heartbeat_timeout",
+        "join_timeout",
+    )
     given = [name for name in names if flags.FLAGS[name].present]
     if not _DISTRIBUTED.value:
         if given:
@@ -179,14 +196,26 @@ def _join_processes() -> None:
         raise InputError("--distributed needs --workdir, the same for all processes")
     from ddaebm_jax import parallel
 
-    parallel.join(
-        parallel.Processes(
-            _COORDINATOR.value,
-            _NUM_PROCESSES.value,
-            _PROCESS_ID.value,
-            _HEARTBEAT_TIMEOUT.value,
-        )
+    # JAX itself would abort, with a trace of its insides.
+    line = command_line.error_line(
+        f"--distributed: not all processes have come within {_JOIN_TIMEOUT.value} s "
+        "(--join_timeout); one has failed, see its output, was not started, or was "
+        "given another --coordinator or --num_processes: start all of them again"
     )
+    deadline = threading.Timer(_JOIN_TIMEOUT.value, command_line.leave, (line, 2))
+    deadline.daemon = True
+    deadline.start()
+    try:
+        parallel.join(
+            parallel.Processes(
+                _COORDINATOR.value,
+                _NUM_PROCESSES.value,
+                _PROCESS_ID.value,
+                _HEARTBEAT_TIMEOUT.value,
+            )
+        )
+    finally:
+        deadline.cancel()
 
 
 def _run() -> None:
@@ -194,29 +223,12 @@ def _run() -> None:
     if _MODE.value == "inspect":
         _inspect()
         return
-    _join_processes()
-    from ddaebm_jax import detection, interruption, modes, parallel, train, writers
-
     if _MODE.value == "train":
-        if _CONFIG.value is None:
-            raise InputError(
-                "--mode=train needs --config, for example "
-                "--config=configs/gaussians25.py"
-            )
-        workdir = _WORKDIR.value or _new_workdir()
-        _CONFIG.value.evaluation.update(_inception_settings())
-        try:
-            report = train.train(_CONFIG.value, workdir)
-        except (train.LostProcessError, OutOfStepError) as error:
-            command_line.fail(str(error), at_once=True)
-        except interruption.Interrupted as error:
-            logging.info("%s", error)
-            raise SystemExit(error.exit_code) from error
-        except KeyboardInterrupt:
-            command_line.leave("left at once; the newest checkpoint is kept", 130)
-        if parallel.is_first_process():
-            print(f"{workdir}\n{writers.format_report(report)}")
+        _train(_checked_config())
         return
+    _join_processes()
+    from ddaebm_jax import detection, modes, parallel, writers
+
     if not _WORKDIR.value:
         raise InputError(f"--mode={_MODE.value} needs --workdir, a run directory")
     workdir, checkpoint = _WORKDIR.value, _CHECKPOINT.value
@@ -264,6 +276,79 @@ def _run() -> None:
             print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
 
 
+def _checked_config() -> Any:
+    """Returns the config to train by; it is checked before anything is waited for."""
+    if _CONFIG.value is None:
+        raise InputError(
+            "--mode=train needs --config, for example --config=configs/gaussians25.py"
+        )
+    from ddaebm_jax import config as config_lib
+
+    config = _CONFIG.value.config
+    config.evaluation.update(_inception_settings())
+    config_lib.validate(config)
+    return config
+
+
+def _train(config: Any) -> None:
+    """Trains, and prints where to and the figures."""
+    _join_processes()
+    import jax
+
+    from ddaebm_jax import interruption, parallel, train, writers
+
+    workdir = _WORKDIR.value or _new_workdir()
+    try:
+        report = train.train(config, workdir)
+    except (train.LostProcessError, OutOfStepError) as error:
+        command_line.fail(str(error), at_once=True)
+    except interruption.Interrupted as error:
+        logging.info("%s", error)
+        raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt:
+        command_line.leave("left at once; the newest checkpoint is kept", 130)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not _is_for_want_of_memory(error):
+            raise
+        raise InputError(
+            f"memory does not suffice ({' '.join(str(error).split())[:200]}); lower "
+            f"data.batch_size ({config.data.batch_size}), or keep it and raise "
+            f"optimizer.accumulate ({config.optimizer.accumulate}), or on images set "
+            f"model.remat to blocks ({config.model.remat})"
+        ) from error
+    if parallel.is_first_process():
+        print(f"{workdir}\n{writers.format_report(report)}")
+
+
+# Seconds for which a process that fails waits for the others to fail, too.
+_GRACE = 10
+
+
+def _fail_among_others(message: str) -> NoReturn:
+    """Ends one of several processes with an error.
+
+    What one of them meets, mostly all meet: then they part in order. Otherwise this one
+    leaves after a moment, and the others learn of it as of any that is lost.
+    """
+    print(command_line.error_line(message), file=sys.stderr, flush=True)
+    parting = threading.Thread(target=_part, daemon=True)
+    parting.start()
+    parting.join(_GRACE)
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def _part() -> None:
+    import jax
+
+    with contextlib.suppress(Exception):  # That they cannot be reached is known.
+        jax.distributed.shutdown()
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _inspect() -> None:
     """Prints what a run holds; ends with status 1 if a checkpoint is damaged."""
     if not _WORKDIR.value:
@@ -281,15 +366,14 @@ def _inception_settings() -> dict[str, Any]:
     if _INCEPTION_WEIGHTS.value is None:
         return {}
     if _INCEPTION_WEIGHTS.value == "none":
-        return {"inception": False}
+        return {"inception": False, "inception_weights": ""}
     published = _INCEPTION_WEIGHTS.value == "published"
     path = "" if published else _INCEPTION_WEIGHTS.value
     return {"inception": True, "inception_weights": path}
 
 
 def _new_workdir() -> str:
-    recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    return str(Path("runs") / recipe / time.strftime("%Y%m%d-%H%M%S"))
+    return str(Path("runs") / _CONFIG.value.path.stem / time.strftime("%Y%m%d-%H%M%S"))
 
 
 def _without_chatter(record: std_logging.LogRecord) -> bool:
@@ -308,7 +392,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     if logging.get_verbosity() == logging.INFO:
         logging.get_absl_handler().addFilter(_without_chatter)
-    command_line.in_one_line(_run)
+    end = _fail_among_others if _DISTRIBUTED.value else command_line.fail
+    command_line.in_one_line(_run, end)
 
 
 if __name__ == "__main__":

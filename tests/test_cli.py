@@ -1,22 +1,28 @@
 """The command line from end to end, and what it says of bad input."""
 
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import ROOT, CommandLine, tiny
+from cli import MAIN, ROOT, CommandLine, Result, environment, tiny
 from PIL import Image
+
+from ddaebm_jax import command_line, recipes
+from ddaebm_jax import config as config_lib
 
 PLANE, TABLE = "configs/released_gaussians25.py", "configs/breast_cancer.py"
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[CommandLine]:
-    command_line = CommandLine()
-    yield command_line
-    command_line.close()
+    commands = CommandLine()
+    yield commands
+    commands.close()
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +185,9 @@ def test_a_table_is_evaluated_beside_the_baselines(table_run: Path):
 
 
 def test_the_default_workdir_is_named_after_the_recipe(tmp_path: Path):
-    command_line = CommandLine(cwd=tmp_path)
-    result = command_line(*tiny(str(ROOT / PLANE), train__num_steps=10))
-    command_line.close()
+    commands = CommandLine(cwd=tmp_path)
+    result = commands(*tiny(str(ROOT / PLANE), train__num_steps=10))
+    commands.close()
     assert result.code == 0, result.err
     made = Path(result.out.splitlines()[0])
     assert made.parts[:2] == ("runs", "released_gaussians25")
@@ -210,6 +216,14 @@ BAD_INPUT = {
         "parallel.num_devices is 64",
     ),
     "flag of another mode": ([f"--config={PLANE}", "--seed=3"], "--seed is for"),
+    "ignored field": (
+        [f"--config={PLANE}", "--config.data.image_size=64"],
+        "data.image_size is 64, which nothing would read",
+    ),
+    "number beyond a device's": (
+        [f"--config={PLANE}", "--config.data.batch_size=1000000000000"],
+        "data.batch_size is 1000000000000; it must be at least 1 and at most",
+    ),
     "seed too large": (["--mode=sample", "--seed=99999999999999999999"], "seed"),
     "workdir below a file": (
         ["--mode=sample", "--workdir=README.md/run"],
@@ -230,6 +244,214 @@ BAD_INPUT = {
         "/nowhere.csv",
     ),
 }
+
+
+# Bodies of get_config(), and what is said of them.
+BAD_RECIPES = {
+    "k.train.num_steps = 'ten'": ("TypeError", "num_steps", "int"),
+    "k.game.gamma = 'x'": ("TypeError", "gamma", "float"),
+    "k.data.batch_size = 0.5": ("TypeError", "batch_size", "int"),
+    "k.gaem.gamma = 1.0": ("AttributeError: 'gaem' Did you mean \"game\"",),
+    "raise ValueError('my value')": ("ValueError: my value",),
+    "raise KeyError('my key')": ("KeyError: my key",),
+    "assert k.seed == 1": ("AssertionError",),
+    "k.seed = seed": ("NameError: name 'seed' is not defined",),
+    "k.seed = = 1": ("SyntaxError: invalid syntax",),
+    "import nosuch": ("No module named 'nosuch'",),
+}
+
+
+@pytest.mark.parametrize("body", BAD_RECIPES)
+def test_an_error_in_a_recipe_names_file_line_and_reason(
+    run: CommandLine, tmp_path: Path, body: str
+):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from ddaebm_jax import config\n\n\ndef get_config():\n"
+        f"    k = config.base()\n    {body}\n    return k\n"
+    )
+    result = run(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    _is_one_line_error(result, f"--config={path}, line 6 (`{body}`): ")
+    for words in BAD_RECIPES[body]:
+        assert words in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "get_config = 3\n", "def get_config(): pass\n"])
+def test_a_file_that_makes_no_config_is_no_recipe(
+    run: CommandLine, tmp_path: Path, text: str
+):
+    path = tmp_path / "recipe.py"
+    path.write_text(text)
+    result = run(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    _is_one_line_error(result, f"--config={path}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_problem_of_a_command_is_told_at_once(run: CommandLine, tmp_path: Path):
+    """Fields that there are not, values of another type, and what else is wrong."""
+    result = run(
+        f"--config={PLANE}",
+        "--config.game.gama=1",
+        "--config.gaem.lambda_z=1",
+        "--config.recovery=3",
+        "--config.train.num_steps=ten",
+        "--config.data.flip=maybe",
+        "--config.model.mlp.hidden=(8,x)",
+        "--config.optimizer.beta1=5",
+        "--config.optimizer.accumulate=3",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    for problem in (
+        "--config.game.gama is not a field of the config; did you mean game.gamma?",
+        "--config.gaem.lambda_z is not a field of the config; did you mean "
+        "game.lambda_z?",
+        "--config.recovery is a section of the config; set its fields",
+        "train.num_steps is 'ten'; a whole number is needed",
+        "data.flip is 'maybe'; True or False is needed",
+        "model.mlp.hidden is '(8,x)'; a tuple of whole numbers",
+        "optimizer.beta1 is 5.0; it must be at least 0 and at most",
+        "optimizer.accumulate is 3, which does not divide data.batch_size 200",
+    ):
+        _is_one_line_error(result, problem)
+
+
+def test_fields_are_changed_in_every_way_of_writing_a_flag():
+    config = config_lib.base()
+    argv = (
+        "--config.game.gamma 1 -config.data.name=moons --noconfig.train.tensorboard "
+        "--config.data.flip --config.model.mlp.hidden=(3,4) --config.data.path=none "
+        "--config.game.recon_floor=None --config.game.gamma_final=1e-3 "
+        "--config.data.crop=0,0,8,8 --config.model.mlp.x_widths=16 --seed=3"
+    ).split()
+    others, changes = command_line._split(argv)
+    assert others == ["--seed=3"]
+    assert recipes.change(config, changes) == []
+    changed = config_lib.differences(config_lib.base(), config)
+    assert {field: new for field, (_, new) in changed.items()} == {
+        "game.gamma": 1.0,
+        "data.name": "moons",
+        "train.tensorboard": False,
+        "data.flip": True,
+        "model.mlp.hidden": [3, 4],
+        "data.path": "none",
+        "game.recon_floor": None,
+        "game.gamma_final": 1e-3,
+        "data.crop": [0, 0, 8, 8],
+        "model.mlp.x_widths": [16],
+    }
+
+
+def test_a_change_needs_a_recipe(run: CommandLine, tmp_path: Path):
+    result = run("--config.game.gamma=1", f"--workdir={tmp_path / 'run'}")
+    _is_one_line_error(result, "--config.game.gamma changes a field of a recipe")
+
+
+def test_fields_are_changed_by_a_file_of_flags(run: CommandLine, tmp_path: Path):
+    (tmp_path / "flags").write_text("--config.seed=-7\n")
+    result = run(f"--config={PLANE}", f"--flagfile={tmp_path / 'flags'}")
+    _is_one_line_error(result, "seed is -7")
+
+
+_OUT_OF_MEMORY = """
+import runpy, sys
+import jax
+from ddaebm_jax import train
+def fail(config, workdir):
+    raise {error}
+train.train = fail
+sys.argv = [{main!r}, "--config={config}", "--workdir={workdir}"]
+runpy.run_path({main!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "ours"),
+    [
+        ("MemoryError('Unable to allocate 7.28 TiB')", True),
+        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", True),
+        ("jax.errors.JaxRuntimeError('INTERNAL: something else')", False),
+    ],
+)
+def test_want_of_memory_names_the_fields_that_help(
+    tmp_path: Path, error: str, ours: bool
+):
+    program = _OUT_OF_MEMORY.format(
+        error=error, main=str(MAIN), config=ROOT / PLANE, workdir=tmp_path / "run"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ("Traceback" in done.stderr) is not ours
+    if ours:
+        result = Result(done.returncode, done.stdout, done.stderr)
+        for words in ("data.batch_size (200)", "optimizer.accumulate", "model.remat"):
+            _is_one_line_error(result, words)
+
+
+def _one_of_two(number: int, *flags: str) -> subprocess.Popen:
+    """Starts one of two processes."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(MAIN),
+            *tiny(PLANE),
+            "--distributed",
+            "--num_processes=2",
+            f"--process_id={number}",
+            *flags,
+        ],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(process: subprocess.Popen) -> Result:
+    out, err = process.communicate(timeout=240)
+    return Result(process.returncode, out, err)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def test_a_bad_config_is_told_before_other_processes_are_waited_for(tmp_path: Path):
+    """There is no coordinator, and so nothing to join."""
+    flags = (f"--coordinator=localhost:{_free_port()}", f"--workdir={tmp_path / 'run'}")
+    result = _ended(_one_of_two(1, *flags, "--config.game.gamma=-1"))
+    _is_one_line_error(result, "game.gamma is -1.0")
+    assert "Connecting" not in result.err
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_waits_for_others_for_a_while_only(tmp_path: Path, number: int):
+    flags = (f"--coordinator=localhost:{_free_port()}", f"--workdir={tmp_path / 'run'}")
+    result = _ended(_one_of_two(number, *flags, "--join_timeout=3"))
+    _is_one_line_error(result, "not all processes have come within 3 s")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_that_fails_leaves_and_the_other_ends(tmp_path: Path):
+    """Not after the minutes for which JAX waits at a program's end."""
+    (tmp_path / "file").touch()
+    shared = (f"--coordinator=localhost:{_free_port()}", "--heartbeat_timeout=20")
+    other = _one_of_two(0, *shared, f"--workdir={tmp_path / 'run'}")
+    failing = _one_of_two(1, *shared, f"--workdir={tmp_path / 'file' / 'run'}")
+    try:
+        _is_one_line_error(_ended(failing), "Not a directory")
+        assert _ended(other).code != 0
+    finally:
+        for process in (failing, other):
+            process.kill()
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
@@ -299,8 +521,6 @@ def test_a_run_of_another_config_is_left_alone(run: CommandLine, plane_run: Path
 
 
 def test_a_run_without_a_checkpoint_says_so(run: CommandLine, tmp_path: Path):
-    from ddaebm_jax import config as config_lib
-
     (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.base()))
     for mode in ("sample", "evaluate"):
         result = run(f"--mode={mode}", f"--workdir={tmp_path}")

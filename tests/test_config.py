@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddaebm_jax import combinations, validation
 from ddaebm_jax import config as config_lib
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -171,7 +172,7 @@ NAMES_IN_TFDS = {
 @pytest.mark.parametrize("name", IMAGE_RECIPES)
 def test_the_released_image_recipes_are_the_design_table(name: str):
     config = load_recipe(CONFIGS / f"{name}.py")
-    found = dict(config_lib._leaves(config))
+    found = dict(validation.leaves(config))
     wanted = IMAGE_RECIPES[name] | IN_ALL_IMAGE_RECIPES
     assert {field: found[field] for field in wanted} == wanted
     epochs, images = EPOCHS[name]
@@ -191,16 +192,16 @@ def test_tuples_and_none_survive_json():
         _set(config, fields)
         again = config_lib.from_json(config_lib.to_json(config))
         assert config_lib.differences(config, again) == {}
-        leaves = dict(config_lib._leaves(again))
+        leaves = dict(validation.leaves(again))
         for field, value in fields.items():
             assert leaves[field] == value
             assert type(leaves[field]) is type(value)
 
 
-@pytest.mark.parametrize("field", sorted(config_lib._RANGES))
+@pytest.mark.parametrize("field", sorted(validation.RANGES))
 def test_every_range_is_checked_on_both_sides(field: str):
-    least, greatest, closed = config_lib._RANGES[field]
-    whole = isinstance(dict(config_lib._leaves(config_lib.base()))[field], int)
+    least, greatest, closed = validation.RANGES[field]
+    whole = isinstance(dict(validation.leaves(config_lib.base()))[field], int)
     step = 1 if whole else 0.5
     outside = [least - step if closed else least]
     if greatest != float("inf"):
@@ -211,9 +212,9 @@ def test_every_range_is_checked_on_both_sides(field: str):
         assert problem.startswith(f"{field} is {value};")
 
 
-@pytest.mark.parametrize("field", sorted(config_lib._CHOICES))
+@pytest.mark.parametrize("field", sorted(validation.CHOICES))
 def test_every_choice_is_checked_with_a_suggestion(field: str):
-    allowed = config_lib._CHOICES[field]
+    allowed = validation.CHOICES[field]
     (problem,) = config_lib.problems(_changed(**{field: allowed[0] + "x"}))
     assert field in problem
     assert all(name in problem for name in allowed)
@@ -262,8 +263,8 @@ def test_a_missing_field_is_refused():
         ),
         ({"game.gamma": 0.0, "game.gamma_final": 1e-3}, "gamma_final"),
         ({"data.name": "table"}, "data.path is empty"),
-        ({"data.path": "rows.csv"}, "would ignore"),
-        ({"data.label_column": "y"}, "would ignore"),
+        ({"data.path": "rows.csv"}, "nothing would read"),
+        ({"data.label_column": "y"}, "it is for data.name table"),
     ],
 )
 def test_combinations_are_checked(fields: dict, expected: str):
@@ -309,13 +310,16 @@ def _set(config: ml_collections.ConfigDict, fields: dict[str, Any]) -> None:
         ({"data.crop": (0, 0, 8)}, "data.crop is (0, 0, 8); needed: four whole"),
         ({"data.crop": (-1, 0, 8, 8)}, "needed: four whole numbers"),
         ({"data.crop": (0, 0, 8.5, 8)}, "needed: four whole numbers"),
-        ({"model.unet.attn_resolutions": (0,)}, "each at least 1, or ()"),
+        (
+            {"model.unet.attn_resolutions": (0,)},
+            "whole numbers from 1 to 2147483647, or ()",
+        ),
         (
             {"model.unet.attn_resolutions": (16, 7)},
             "lists 7, but the levels have sides",
         ),
         ({"model.unet.ch_mult": ()}, "model.unet.ch_mult is ()"),
-        ({"data.path": "images"}, "would ignore; it is for table, folder"),
+        ({"data.path": "images"}, "nothing would read; it is for data.name table or"),
         ({"model.dtype": "float16"}, "model.dtype is 'float16'; allowed: float32"),
         ({"model.remat": "block"}, "did you mean 'blocks'?"),
         ({"game.recon_floor": "none"}, "a finite number or None is needed"),
@@ -360,7 +364,152 @@ def test_fields_that_a_data_set_would_ignore_are_refused(
     assert config_lib.problems(config) == []
     _set(config, {f"data.{field}": value})
     (problem,) = config_lib.problems(config)
-    assert problem.startswith(f"data.{field} is '{value}', which data.name '{name}'")
+    assert problem.startswith(f"data.{field} is {value!r}, which nothing would read")
+
+
+# Fields that are set, and what they are then to be used with.
+UNREAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "penalty": ("gaussians25", {"game.gamma": 0.0}, {"game.lazy_reg": 4}),
+    "reconstruction": ("gaussians25", {"game.recon": "mse"}, {"game.recon_floor": 0.5}),
+    "rate": (
+        "released_gaussians25",
+        {"optimizer.schedule": "constant"},
+        {"optimizer.final_learning_rate": 1e-6},
+    ),
+    "beta": (
+        "swissroll",
+        {"diffusion.variance": "cosine"},
+        {"diffusion.beta_min": 0.2, "diffusion.beta_max": 10.0},
+    ),
+    "time": ("lsun_church128", {}, {"diffusion.time_eps": 0.1}),
+    "images in the plane": (
+        "gaussians25",
+        {},
+        {
+            "data.image_size": 64,
+            "data.channels": 1,
+            "data.num_threads": 4,
+            "data.prefetch": 2,
+            "data.num_workers": 1,
+            "data.timeout": 5,
+            "data.test_fraction": 0.5,
+            "evaluation.batch_size": 10,
+            "evaluation.inception": True,
+            "evaluation.num_kept_features": 100,
+            "model.remat": "blocks",
+            "model.unet.nf": 32,
+            "model.encoder.ngf": 32,
+        },
+    ),
+    "images in a table": ("breast_cancer", {}, {"data.image_size": 64}),
+    "the plane in images": (
+        "digits",
+        {},
+        {"model.mlp.hidden": (8,), "evaluation.num_projections": 10},
+    ),
+    "weights": ("digits", {}, {"evaluation.inception_weights": "weights.pth"}),
+    "share": ("cifar10", {}, {"data.test_fraction": 0.5}),
+    "cache": (
+        "gaussians25",
+        {"compilation_cache.enabled": False},
+        {"compilation_cache.directory": "programs"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_fields_that_nothing_would_read_are_refused(case: str):
+    recipe, circumstances, unread = UNREAD[case]
+    config = load_recipe(CONFIGS / f"{recipe}.py")
+    if recipe == "gaussians25" and "game.gamma" in circumstances:
+        _set(config, {"game.gamma_final": None})
+    _set(config, circumstances)
+    assert config_lib.problems(config) == []
+    _set(config, unread)
+    found = config_lib.problems(config)
+    assert len(found) == len(unread)
+    for field, value in unread.items():
+        (problem,) = [
+            line for line in found if line.startswith(f"{field} is {value!r}")
+        ]
+        assert "nothing would read; it is for " in problem and "leave it at" in problem
+    # What a run was trained with is no reason not to look at its results.
+    assert config_lib.problems(config, saved=True) == []
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.differences(config, again) == {}
+
+
+def test_conditions_are_of_fields_that_there_are():
+    fields = dict(validation.leaves(config_lib.base()))
+    for name in combinations.READ_WHEN:
+        assert name in fields or any(
+            name.endswith(".") and field.startswith(name) for field in fields
+        )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_ablation_is_one_switch_on_any_recipe(path: Path):
+    switches: list[dict[str, Any]] = [
+        {"game.latent": False},
+        {"game.posterior": False},
+        {"game.divergence": "reverse_kl"},
+        *({"diffusion.num_steps": number} for number in (1, 2, 4, 8)),
+    ]
+    for fields in switches:
+        config = load_recipe(path)
+        if config.data.name in ("table", "folder"):
+            config.data.path = "mine"
+        if config.diffusion.time == "lsun" and fields.get("diffusion.num_steps") == 1:
+            continue  # Times that one step does not have.
+        _set(config, fields)
+        assert config_lib.problems(config) == []
+
+
+def test_a_problem_that_follows_from_another_is_not_told():
+    """Not with the base's value in the place of the one that cannot be used."""
+    config = load_recipe(CONFIGS / "cifar10.py")
+    _set(
+        config,
+        {"model.unet.ch_mult": (1, 0), "model.unet.attn_resolutions": (2,)},
+    )
+    (problem,) = config_lib.problems(config)
+    assert problem.startswith("model.unet.ch_mult is (1, 0)")
+    # Another problem of a check that also reads the unusable field is still told.
+    _set(config, {"data.image_size": 24, "optimizer.accumulate": 3})
+    assert [problem.split(" is ")[0] for problem in config_lib.problems(config)] == [
+        "model.unet.ch_mult",
+        "optimizer.accumulate",
+        "data.image_size",
+    ]
+
+
+def test_whole_numbers_fit_the_devices_integers():
+    for field, value in validation.leaves(config_lib.base()):
+        if isinstance(value, int) and not isinstance(value, bool):
+            assert validation.RANGES[field][1] <= 2**31 - 1
+        if isinstance(value, tuple) or field == "data.crop":
+            config = load_recipe(CONFIGS / "cifar10.py")
+            _set(config, {field: (2**31,)})
+            assert any(
+                problem.startswith(f"{field} is ({2**31},)")
+                for problem in config_lib.problems(config)
+            )
+
+
+def test_a_section_is_no_field():
+    config = ml_collections.ConfigDict(config_lib.base().to_dict())
+    with config.ignore_type():
+        config.recovery = 3
+        config.game.gamma = {"start": 0.1}
+        config.gaem = {"lambda_z": 1.0}
+    found = config_lib.problems(config)
+    assert [problem.partition(";")[0] for problem in found] == [
+        "gaem.lambda_z is not a field of the config",
+        "game.gamma is missing",
+        "game.gamma.start is not a field of the config",
+        "recovery is a section of the config",
+    ]
+    assert found[0].endswith("did you mean game.lambda_z?")
 
 
 _ODD_VALUES = st.one_of(
@@ -373,9 +522,7 @@ _ODD_VALUES = st.one_of(
 )
 
 
-@given(
-    st.sampled_from(sorted(dict(config_lib._leaves(config_lib.base())))), _ODD_VALUES
-)
+@given(st.sampled_from(sorted(dict(validation.leaves(config_lib.base())))), _ODD_VALUES)
 def test_no_value_of_any_field_escapes_with_another_error(field: str, value: object):
     """A value is accepted, or refused with the field's name; nothing else happens."""
     config = ml_collections.ConfigDict(config_lib.base().to_dict())
