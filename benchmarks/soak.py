@@ -29,7 +29,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from timing import print_rows
 
-from ddaebm_jax import checkpointing, train
+from ddaebm_jax import checkpoint_files, train
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.interruption import Interrupted
 
@@ -101,10 +101,10 @@ def _forked(action: Callable[[], None], log: Path) -> int:
 
 def _saved(workdir: Path) -> dict[int, dict[str, str]]:
     """Returns the checksums of all complete checkpoints, by step."""
-    directory = workdir / checkpointing.NEWEST
+    directory = workdir / checkpoint_files.NEWEST
     return {
-        step: checkpointing.read_info(directory / str(step))["checksums"]
-        for step in checkpointing.steps_in(directory)
+        step: checkpoint_files.read_info(directory / str(step))["checksums"]
+        for step in checkpoint_files.steps_in(directory)
     }
 
 
@@ -144,7 +144,9 @@ class _Soak:
         """
         workdir = self._folder / str(run)
         # Steps only: nothing is read while the run may be deleting it.
-        before = max(checkpointing.steps_in(workdir / checkpointing.NEWEST), default=0)
+        before = max(
+            checkpoint_files.steps_in(workdir / checkpoint_files.NEWEST), default=0
+        )
         told = self._log.stat().st_size
         start: float | None = time.monotonic()
         pid = self._start(workdir)
@@ -192,8 +194,8 @@ class _Soak:
             if sums != self._expected.get(step):
                 raise RuntimeError(f"{workdir}: the state of step {step} is another")
         self.counts["checkpoints compared"] += len(saved)
-        directory = workdir / checkpointing.NEWEST
-        if checkpointing.unfinished_in(directory):
+        directory = workdir / checkpoint_files.NEWEST
+        if checkpoint_files.unfinished_in(directory):
             self.counts["left a checkpoint unfinished"] += 1
         return saved
 

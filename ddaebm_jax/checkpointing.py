@@ -1,23 +1,11 @@
 """Checkpoints of a run, by Orbax: asynchronous, the newest few kept, and verified.
 
-A checkpoint holds two items: `state`, the whole TrainState, and `info`, plain JSON
-(format version, the config, a table's columns, standardisation and fingerprint).
 A step's data and noise are functions of (seed, step), so that the state alone fixes
-how a run goes on: a resumed run is bit-identical to an unbroken one.
-
-`info` also holds a checksum of every array of the state, and one of its own. They
-become visible together with what they vouch for, by Orbax's one rename.
-
-Checkpoints are taken for what a stranger may have written. Orbax and TensorStore read
-JSON, protocol buffers and compressed arrays; neither loads a pickle, and no code of a
-checkpoint is run. What it declares is compared with what is wanted before it is read.
+how a run goes on: a resumed run is bit-identical to an unbroken one. What lies on disk
+is in `checkpoint_files`.
 """
 
 import contextlib
-import errno
-import hashlib
-import json
-import math
 import os
 import shutil
 import threading
@@ -33,82 +21,27 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ddaebm_jax import checksums, meetings, parallel
-from ddaebm_jax.errors import InputError, OutOfStepError
+from ddaebm_jax import checkpoint_files, checksums, meetings, parallel
+from ddaebm_jax.checkpoint_files import (
+    CheckpointError,
+    CheckpointReadError,
+    CheckpointWriteError,
+    DamagedCheckpointError,
+    reason_of,
+)
+from ddaebm_jax.errors import OutOfStepError
 from ddaebm_jax.minimax import TrainState
 
-FORMAT_VERSION = 1
-# Folders of a run directory: the newest checkpoints, and the one of the lowest FID.
-NEWEST, BEST = "checkpoints", "best"
-# Where what cannot be used is put, in case somebody wants to look at it.
-DAMAGED = "damaged"
-# Where the best goes whose step a rollback has taken back.
-ABANDONED = "abandoned"
-_STATE, _INFO = "state", "info"
-_CHECKSUMS, _OWN_CHECKSUM = "checksums", "sha256"
-# Orbax's names.
-_INFO_FILE, _STEP_FILE = "metadata", "_CHECKPOINT_METADATA"
-_TEXTS = (_INFO_FILE, _STEP_FILE, "_METADATA", "_sharding", ".zarray")
-_UNFINISHED = ocp.utils.TMP_DIR_SUFFIX
-
-_LARGEST_TEXT = 64 * 2**20
-# Arrays that declare more bytes than this times their files are not believed; below
-# the allowance they are harmless. Zeros, as of a young optimiser, compress well.
-_LARGEST_COMPRESSION, _ALLOWANCE = 200, 256 * 2**20
 # Errors that one failed save can leave behind; it writes a handful of small files.
 _MOST_ERRORS = 20
 # Steps that processes tell each other; a run keeps a handful.
 _MOST_STEPS = 256
 # One in the other.
 _MORE_FOLDERS_THAN_A_SAVE_MAKES = ("trial",) * 8
-# What says of an error that the content is at fault, and of TensorStore's text that it
-# is not.
-_DAMAGE_NUMBERS = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
-_PASSING_WORDS = (
-    "RESOURCE_EXHAUSTED",
-    "UNAVAILABLE",
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-    "DEADLINE_EXCEEDED",
-    "CANCELLED",
-    "ABORTED",
-    *(
-        os.strerror(number)
-        for number in (
-            errno.EIO,
-            errno.ESTALE,
-            errno.EMFILE,
-            errno.ENFILE,
-            errno.EACCES,
-            errno.EPERM,
-            errno.ENOSPC,
-            errno.ENOMEM,
-            errno.ETIMEDOUT,
-        )
-    ),
-)
-
-
-class CheckpointError(InputError):
-    """A checkpoint that is missing or does not fit what is asked of it."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that does not hold what was once saved."""
-
-
-class CheckpointReadError(CheckpointError):
-    """A checkpoint that could not be read for now; nothing is said of what it holds."""
-
-
-class CheckpointWriteError(CheckpointError):
-    """A checkpoint that could not be written; those before it are intact."""
+# Where what cannot be used is put, in case somebody wants to look at it.
+DAMAGED = "damaged"
+# Where the best goes whose step a rollback has taken back.
+ABANDONED = "abandoned"
 
 
 class Restored(NamedTuple):
@@ -125,262 +58,6 @@ class Restored(NamedTuple):
     info: dict[str, Any]
 
 
-# What lies on disk.
-
-
-def steps_in(directory: Path) -> list[int]:
-    """Returns the steps of all complete checkpoints of a directory, ascending.
-
-    Complete means that all parts are there; `verify` tells whether they are intact.
-    """
-    if not directory.is_dir():
-        return []
-    names = [path.name for path in directory.iterdir() if _is_complete(path)]
-    return sorted(int(name) for name in names)
-
-
-def unfinished_in(directory: Path) -> list[Path]:
-    """Returns what a process has left that was killed while it saved.
-
-    Orbax writes into a directory of another name, and renames it at the end.
-    """
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.iterdir() if _UNFINISHED in path.name)
-
-
-def incomplete_in(directory: Path) -> list[int]:
-    """Returns the steps of folders that lack a part, ascending.
-
-    They were being deleted when a process was killed, or are damaged.
-    """
-    return sorted(set(_folders_in(directory)) - set(steps_in(directory)))
-
-
-def _folders_in(directory: Path) -> list[int]:
-    """Returns the steps of all folders with a step's name, ascending."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if _is_step(path.name)]
-    return sorted(int(path.name) for path in found if path.is_dir())
-
-
-def _is_step(name: str) -> bool:
-    plain = name.isascii() and name.isdigit() and len(name) <= 18
-    return plain and str(int(name)) == name
-
-
-def _is_complete(path: Path) -> bool:
-    files = (path / _INFO / _INFO_FILE, path / _STEP_FILE)
-    return (
-        _is_step(path.name)
-        and (path / _STATE).is_dir()
-        and all(file.is_file() for file in files)
-    )
-
-
-def size_of(path: Path) -> int:
-    """Returns the bytes of all files below a path; links are not followed."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):  # It may just be deleted.
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
-
-
-@contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turns whatever reading a checkpoint raises into one of two errors.
-
-    Orbax, TensorStore, JSON and the system raise a dozen kinds between them.
-
-    Raises:
-      CheckpointReadError: for a fault of the machine, which may pass.
-      DamagedCheckpointError: for any other.
-    """
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if _may_pass(error):
-            raise CheckpointReadError(
-                f"{path} could not be read ({_reason(error)}); it is not judged as "
-                "damaged: see to the disk, its rights or memory, and try again"
-            ) from error
-        raise DamagedCheckpointError(f"{path}: {_reason(error)}") from error
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error tells of the machine rather than of what a file holds."""
-    while error is not None:
-        if isinstance(error, MemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno not in _DAMAGE_NUMBERS
-        if any(word in str(error) for word in _PASSING_WORDS):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _not_looked_into(error: OSError) -> None:
-    """Refuses to go on without a folder; `os.walk` would."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def _check_files(path: Path) -> None:
-    """Refuses what must not be opened: links out of the directory, pipes, devices."""
-    root = path.parent.resolve()
-    for folder, names, files in os.walk(path, onerror=_not_looked_into):
-        for one in (Path(folder), *(Path(folder) / name for name in (*names, *files))):
-            if one.is_symlink() and not one.resolve().is_relative_to(root):
-                raise DamagedCheckpointError(
-                    f"{one} is a link out of {root}, which is not followed"
-                )
-            if not (one.is_file() or one.is_dir()):
-                raise DamagedCheckpointError(f"{one} is neither a file nor a folder")
-            if one.name in _TEXTS and one.stat().st_size > _LARGEST_TEXT:
-                raise DamagedCheckpointError(
-                    f"{one} has {one.stat().st_size} bytes; at most {_LARGEST_TEXT} "
-                    "are read"
-                )
-
-
-def _digest(info: dict[str, Any]) -> str:
-    """Returns the SHA-256 of JSON values, however they were laid out."""
-    text = json.dumps(info, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sealed(info: dict[str, Any]) -> dict[str, Any]:
-    plain = json.loads(json.dumps(info))  # as it will be read
-    return {**plain, _OWN_CHECKSUM: _digest(plain)}
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's JSON values, and verifies them.
-
-    Args:
-      path: of the checkpoint, `<workdir>/<folder>/<step>`.
-
-    Raises:
-      DamagedCheckpointError: if they are not what was saved.
-      CheckpointError: if they are of another format.
-    """
-    with _damage(path):
-        _check_files(path)
-        file = path / _INFO / _INFO_FILE
-        if not _is_complete(path):
-            raise DamagedCheckpointError(f"{path} lacks a part: it was never finished")
-        info = json.loads(file.read_text())
-        if not isinstance(info, dict):
-            raise DamagedCheckpointError(f"{file} holds no JSON object")
-        if _CHECKSUMS in info or _OWN_CHECKSUM in info:
-            rest = {name: v for name, v in info.items() if name != _OWN_CHECKSUM}
-            if info.get(_OWN_CHECKSUM) != _digest(rest):
-                raise DamagedCheckpointError(f"{file} does not match its checksum")
-            sums = info.get(_CHECKSUMS)
-            if not isinstance(sums, dict) or not all(
-                isinstance(one, str) for one in sums.values()
-            ):
-                raise DamagedCheckpointError(f"{file} lacks the state's checksums")
-    if info.get("format") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format {info.get('format')!r}; this version reads "
-            f"{FORMAT_VERSION}: use the version that wrote it"
-        )
-    return info
-
-
-def _declared(path: Path) -> Any:
-    """Returns the tree of a checkpoint's arrays as their files describe them.
-
-    Raises:
-      DamagedCheckpointError: if their sizes cannot be true.
-    """
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree = handler.metadata(epath.Path(path / _STATE)).tree
-    declared = 0
-    for keys, leaf in jax.tree.leaves_with_path(tree):
-        chunk = leaf.storage.chunk_shape if leaf.storage else leaf.shape
-        if any(
-            part > max(size, 1) for part, size in zip(chunk, leaf.shape, strict=True)
-        ):
-            raise DamagedCheckpointError(
-                f"{path / _STATE}: {checksums.name_of(keys)} has parts of {chunk}, "
-                f"larger than the whole, {leaf.shape}"
-            )
-        declared += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-    on_disk = size_of(path / _STATE)
-    if declared > _ALLOWANCE + _LARGEST_COMPRESSION * on_disk:
-        raise DamagedCheckpointError(
-            f"{path / _STATE} declares {declared} bytes of arrays in files of "
-            f"{on_disk}; that much does not fit into them"
-        )
-    return tree
-
-
-def verify(workdir: str | Path, folder: str, step: int) -> CheckpointError | None:
-    """Verifies a checkpoint; no device computes, and no config is needed.
-
-    The arrays are read into host memory. One that was saved by a version that made no
-    checksums is only read.
-
-    Args:
-      workdir: the run directory.
-      folder: NEWEST or BEST.
-      step: of the checkpoint.
-
-    Returns:
-      What is wrong with it, None: nothing. A DamagedCheckpointError: it is not what
-      was saved; a CheckpointReadError: it could not be read for now; another
-      CheckpointError: it is of another format.
-    """
-    path = Path(workdir).resolve() / folder / str(step)
-    try:
-        with _damage(path):
-            info = read_info(path)
-            tree = _declared(path)
-            expected = info.get(_CHECKSUMS)
-            if expected is not None:
-                _check_described(path, expected, tree)
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
-            )
-            with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-                state = handler.restore(
-                    epath.Path(path / _STATE),
-                    args=ocp.args.PyTreeRestore(restore_args=as_numpy),
-                )
-            if expected is not None:
-                _check_sums(path, expected, state)
-    except CheckpointError as error:
-        return error
-    return None
-
-
-def _check_described(path: Path, expected: dict[str, str], tree: Any) -> None:
-    """Compares what the checksums are of with the arrays that the files declare."""
-    kinds = {name: one.partition(" ")[0] for name, one in expected.items()}
-    found = checksums.difference(kinds, checksums.described(tree))
-    if found is not None:
-        raise DamagedCheckpointError(f"{path / _STATE}: {found}")
-
-
-def _check_sums(path: Path, expected: dict[str, str], state: Any) -> None:
-    found = checksums.of_tree(state)
-    wrong = sorted(name for name in expected if found.get(name) != expected[name])
-    if wrong or found.keys() != expected.keys():
-        named = f" ({wrong[0]} first)" if wrong else ""
-        raise DamagedCheckpointError(
-            f"{path / _STATE}: {len(wrong)} of {len(expected)} arrays do not match "
-            f"their checksums{named}"
-        )
-
-
 class Checkpoints:
     """The checkpoints of one run directory.
 
@@ -395,7 +72,7 @@ class Checkpoints:
         workdir: str | Path,
         keep: int = 3,
         read_only: bool = False,
-        folder: str = NEWEST,
+        folder: str = checkpoint_files.NEWEST,
     ) -> None:
         """Opens the checkpoints of a run.
 
@@ -408,7 +85,7 @@ class Checkpoints:
           workdir: the run directory.
           keep: newest checkpoints kept.
           read_only: for modes that only restore; nothing is created, moved or cleaned.
-          folder: NEWEST or BEST.
+          folder: checkpoint_files.NEWEST or checkpoint_files.BEST.
 
         Raises:
           CheckpointError: with `read_only`, if there is no checkpoint directory.
@@ -423,9 +100,9 @@ class Checkpoints:
         if read_only:
             if not self.directory.is_dir():
                 raise CheckpointError(
-                    no_best_checkpoint(workdir)
-                    if folder == BEST
-                    else no_checkpoint(workdir)
+                    checkpoint_files.no_best_checkpoint(workdir)
+                    if folder == checkpoint_files.BEST
+                    else checkpoint_files.no_checkpoint(workdir)
                 )
             return
 
@@ -448,7 +125,9 @@ class Checkpoints:
             **together,
         )
         self._manager = ocp.CheckpointManager(
-            self.directory, item_names=(_STATE, _INFO), options=options
+            self.directory,
+            item_names=(checkpoint_files.STATE, checkpoint_files.INFO),
+            options=options,
         )
 
     # Looking.
@@ -459,7 +138,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, damaged ones too, ascending."""
-        return _folders_in(self.directory)
+        return checkpoint_files.folders_in(self.directory)
 
     def info(self, step: int) -> dict[str, Any]:
         """Returns the JSON values saved at `step`.
@@ -469,7 +148,7 @@ class Checkpoints:
           CheckpointError: if they are of another format.
         """
         try:
-            return read_info(self.directory / str(step))
+            return checkpoint_files.read_info(self.directory / str(step))
         except DamagedCheckpointError as error:
             raise _named_as_damaged(self.directory / str(step), error) from error
 
@@ -498,7 +177,9 @@ class Checkpoints:
         step = int(state.step)
         self._in_all(self.check)
         path = self.directory / str(step)
-        if self._first_finds(lambda: step == self._pending or _is_complete(path)):
+        if self._first_finds(
+            lambda: step == self._pending or checkpoint_files.is_complete(path)
+        ):
             return
         self._in_all(self.wait)
         if self._first_finds(lambda: os.path.lexists(path)):
@@ -513,8 +194,12 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # There NumPy sees device memory itself, which the next step reuses.
             state = jax.tree.map(jnp.copy, state)
-        values = _sealed(
-            {"format": FORMAT_VERSION, **info, _CHECKSUMS: checksums.of_tree(state)}
+        values = checkpoint_files.sealed(
+            {
+                "format": checkpoint_files.FORMAT_VERSION,
+                **info,
+                checkpoint_files.CHECKSUMS: checksums.of_tree(state),
+            }
         )
         if self._meetings is not None:
             self._meetings.begin()
@@ -523,8 +208,8 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     **{
-                        _STATE: ocp.args.StandardSave(state),
-                        _INFO: ocp.args.JsonSave(values),
+                        checkpoint_files.STATE: ocp.args.StandardSave(state),
+                        checkpoint_files.INFO: ocp.args.JsonSave(values),
                     }
                 ),
                 force=True,
@@ -534,9 +219,9 @@ class Checkpoints:
                 # The others wait within Orbax, where they cannot be told. What writes
                 # files comes later; so this is a fault of memory, or of the program.
                 raise OutOfStepError(
-                    f"{path}: this process could not begin to save ({_reason(error)}); "
-                    f"the checkpoints before it are intact ({self._listed()}): see to "
-                    "its memory, or to what another process says, and start all of "
+                    f"{path}: this process could not begin to save "
+                    f"({reason_of(error)}); the checkpoints before it are intact "
+                    f"({self._listed()}): see to its memory, or to what another process says, and start all of "
                     "them again with the same command"
                 ) from error
             raise self._failed(step, error) from error
@@ -586,7 +271,7 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:
-            logging.error("closing %s: %s", self.directory, _reason(error))
+            logging.error("closing %s: %s", self.directory, reason_of(error))
 
     def _in_all(self, action: Callable[[], None]) -> None:
         """Looks for failed saves in all processes; all raise if one of them finds one.
@@ -633,9 +318,13 @@ class Checkpoints:
             # Orbax has counted it in, and those out that would have been deleted after.
             self._manager.reload()
         except OSError as problem:  # The save's own error is the one to be told.
-            logging.warning("%s cannot be read (%s)", self.directory, _reason(problem))
+            logging.warning(
+                "%s cannot be read (%s)",
+                self.directory,
+                reason_of(problem),
+            )
         return CheckpointWriteError(
-            f"{self.directory}/{step} could not be written ({_reason(error)}); the "
+            f"{self.directory}/{step} could not be written ({reason_of(error)}); the "
             f"checkpoints before it are intact ({self._listed()}): make room, or see "
             "to the rights of the directory"
         )
@@ -650,7 +339,7 @@ class Checkpoints:
                 self._manager.check_for_errors()
                 return
             except Exception as error:
-                logging.debug("of the same failed save: %s", _reason(error))
+                logging.debug("of the same failed save: %s", reason_of(error))
 
     def _make_ready(self, step: int) -> None:
         """Makes sure that folders can be made; process 0 makes those of all.
@@ -659,19 +348,19 @@ class Checkpoints:
         """
         # When an earlier save had failed here, others may have been writing still.
         self._remove_unfinished()
-        trial = self.directory / f"{step}{_UNFINISHED}"
+        trial = self.directory / f"{step}{checkpoint_files.UNFINISHED}"
         trial.joinpath(*_MORE_FOLDERS_THAN_A_SAVE_MAKES).mkdir(parents=True)
         _remove(trial)
 
     def _remove_unfinished(self) -> None:
-        for path in self.directory.glob(f"*{_UNFINISHED}*"):
+        for path in self.directory.glob(f"*{checkpoint_files.UNFINISHED}*"):
             _remove(path)
 
     def _listed(self) -> str:
         try:
             return ", ".join(map(str, self.steps())) or "there are none yet"
         except OSError as error:
-            return f"they cannot be listed: {_reason(error)}"
+            return f"they cannot be listed: {reason_of(error)}"
 
     # Restoring.
 
@@ -688,7 +377,7 @@ class Checkpoints:
         """
         step = self.latest_step() if step is None else step
         if step is None:
-            raise CheckpointError(no_checkpoint(self.directory.parent))
+            raise CheckpointError(checkpoint_files.no_checkpoint(self.directory.parent))
         return self.restore_one(like, step).state
 
     def restore_one(self, like: Any, step: int) -> Restored:
@@ -727,7 +416,7 @@ class Checkpoints:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in reversed(self._same_steps()):
+        for step in reversed(self.same_steps()):
             try:
                 found = self._load(like, step)
             except DamagedCheckpointError as error:
@@ -745,7 +434,7 @@ class Checkpoints:
             "back, or name a new --workdir"
         )
 
-    def _same_steps(self) -> list[int]:
+    def same_steps(self) -> list[int]:
         """Returns process 0's steps in all processes; see `steps`.
 
         Raises:
@@ -755,7 +444,7 @@ class Checkpoints:
         try:
             steps = self.steps()[-_MOST_STEPS:]
         except OSError as error:
-            problem = _reason(error)
+            problem = reason_of(error)
         if not self._first_says(problem is None):
             raise CheckpointReadError(
                 f"{self.directory} could not be read ({problem or 'by process 0'}); "
@@ -773,21 +462,24 @@ class Checkpoints:
     def _load(self, like: Any, step: int) -> Restored:
         """Restores and verifies one checkpoint; all processes come to one verdict."""
         path = self.directory / str(step)
-        with _agreed(path):
-            info = read_info(path)
+        with agreed(path):
+            info = checkpoint_files.read_info(path)
             self._check_fits(path, info, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         # Without Orbax's manager, which makes processes wait for one that has failed.
         with (
-            _agreed(path),
+            agreed(path),
             contextlib.closing(ocp.StandardCheckpointHandler()) as handler,
         ):
             state = handler.restore(
-                epath.Path(path / _STATE), args=ocp.args.StandardRestore(abstract)
+                epath.Path(path / checkpoint_files.STATE),
+                args=ocp.args.StandardRestore(abstract),
             )
-        with _agreed(path):
-            if _CHECKSUMS in info:
-                _check_sums(path, info[_CHECKSUMS], state)
+        with agreed(path):
+            if checkpoint_files.CHECKSUMS in info:
+                checkpoint_files.check_sums(
+                    path, info[checkpoint_files.CHECKSUMS], state
+                )
             else:
                 logging.warning(
                     "%s was saved without checksums, by an older version: it cannot be "
@@ -808,18 +500,23 @@ class Checkpoints:
         the files declare.
         """
         wanted = checksums.described(like)
-        if _CHECKSUMS in info:
-            saved = {n: v.partition(" ")[0] for n, v in info[_CHECKSUMS].items()}
+        if checkpoint_files.CHECKSUMS in info:
+            saved = {
+                n: v.partition(" ")[0]
+                for n, v in info[checkpoint_files.CHECKSUMS].items()
+            }
         else:
-            saved = checksums.described(_declared(path))
+            saved = checksums.described(checkpoint_files.declared(path))
         found = checksums.difference(wanted, saved)
         if found is not None:
             raise CheckpointError(
                 f"{path} does not hold the state that this run's config describes "
                 f"({found}); use the config that made it, or another --workdir"
             )
-        if _CHECKSUMS in info:
-            _check_described(path, info[_CHECKSUMS], _declared(path))
+        if checkpoint_files.CHECKSUMS in info:
+            checkpoint_files.check_described(
+                path, info[checkpoint_files.CHECKSUMS], checkpoint_files.declared(path)
+            )
 
     # Setting aside.
 
@@ -850,7 +547,7 @@ class Checkpoints:
 
     def _set_unfinished_aside(self) -> None:
         """Moves the newest unfinished checkpoint away, and deletes older ones."""
-        found = unfinished_in(self.directory)
+        found = checkpoint_files.unfinished_in(self.directory)
         if not found:
             return
         found.sort(key=lambda path: path.lstat().st_mtime)
@@ -861,11 +558,11 @@ class Checkpoints:
             logging.info("deleting what was left of an unfinished save: %s", path)
             _remove(path)
         newest = found[-1]
-        step = newest.name.partition(_UNFINISHED)[0]
+        step = newest.name.partition(checkpoint_files.UNFINISHED)[0]
         try:
             self._move(newest, target / f"{prefix}{step}")
         except OSError as error:  # On a full disk it would only be in the way.
-            logging.warning("deleting %s (%s)", newest, _reason(error))
+            logging.warning("deleting %s (%s)", newest, reason_of(error))
             _remove(newest)
 
     def _move(self, path: Path, target: Path) -> None:
@@ -923,19 +620,19 @@ def _by_the_first(action: Callable[[], None], message: str) -> None:
         except OSError as error:
             problem = error
     if not parallel.all_agree(problem is None):
-        reason = "in process 0" if problem is None else _reason(problem)
+        reason = "in process 0" if problem is None else reason_of(problem)
         raise CheckpointWriteError(message.format(reason)) from problem
 
 
 @contextlib.contextmanager
-def _agreed(path: Path) -> Iterator[None]:
+def agreed(path: Path) -> Iterator[None]:
     """Reads a checkpoint; if one process cannot, none of them can.
 
     It is damaged for all where no process has an error of another kind.
     """
     problem: CheckpointError | None = None
     try:
-        with _damage(path):
+        with checkpoint_files.damage(path):
             yield
     except CheckpointError as error:
         problem = error
@@ -956,141 +653,4 @@ def _named_as_damaged(path: Path, error: Exception) -> DamagedCheckpointError:
     return DamagedCheckpointError(
         f"{path} is damaged ({error}); name another --checkpoint, or move that one "
         "away to go on from the one before"
-    )
-
-
-# What two FIDs must have in common to be compared.
-MEASUREMENT = (
-    "num_images",
-    "num_reference",
-    "preprocessing",
-    "reference",
-    "reference_images",
-    "inception_weights",
-)
-
-
-class BestCheckpoint:
-    """Keeps the checkpoint of the lowest FID, all measured in one way."""
-
-    def __init__(self, workdir: Path) -> None:
-        """Opens what a run directory has kept, if anything.
-
-        One that is damaged is moved to `<workdir>/damaged`, and the best starts anew.
-        """
-        self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST)
-        self._look()
-
-    def _look(self) -> None:
-        """Takes the FID from the checkpoint that is kept."""
-        self._fid, self._measurement = math.inf, None
-        self._kept = self._fid, self._measurement  # Before the save that is going on.
-        for step in reversed(self._checkpoints._same_steps()):
-            path = self._checkpoints.directory / str(step)
-            try:
-                with _agreed(path):
-                    info = read_info(path)
-                    fid, measurement = float(info["fid"]), info["measurement"]
-            except DamagedCheckpointError as error:
-                logging.warning("the best checkpoint is of no use: %s", error)
-                self._checkpoints.set_aside([step])
-                continue
-            self._fid, self._measurement = fid, measurement
-            self._kept = fid, measurement
-            return
-
-    def offer(
-        self, state: TrainState, found: dict[str, Any], info: dict[str, Any]
-    ) -> None:
-        """Saves a state if its FID is the lowest so far.
-
-        One measured in another way, as after a resume with other settings, compares
-        with none before it.
-
-        Raises:
-          CheckpointWriteError: as `Checkpoints.save`; the one kept before stands.
-        """
-        fid = found["fid"]
-        measurement = {name: found[name] for name in MEASUREMENT}
-        self.check()
-        if self._measurement not in (None, measurement):
-            logging.info("FID is measured in another way now; the best starts anew")
-            self._fid = math.inf
-        if fid < self._fid:
-            own = {"input": None, "fid": fid, "measurement": measurement}
-            self.wait()
-            step = int(state.step)
-            if step in self._checkpoints._same_steps():
-                # Of a run that went another way; `save` would leave it there.
-                self._checkpoints.set_aside([step], ABANDONED)
-                self._look()
-            self._checkpoints.save(state, {**info, **own})
-            self._kept = self._fid, self._measurement
-            self._fid, self._measurement = fid, measurement
-            logging.info("step %d has the lowest FID so far, %.3f", state.step, fid)
-
-    def forget_after(self, step: int) -> None:
-        """Forgets a best that a rollback has taken back; all processes call this.
-
-        It is moved to `<workdir>/abandoned/best-<step>`.
-
-        Args:
-          step: from which the run goes on.
-        """
-        try:
-            self.wait()
-        except CheckpointWriteError as error:
-            logging.warning("%s", error)
-        later = [one for one in self._checkpoints._same_steps() if one > step]
-        if later:
-            self._checkpoints.set_aside(later, ABANDONED)
-            self._look()
-
-    def wait(self) -> None:
-        """Waits for the save that is going on; see `Checkpoints.wait`."""
-        with self._undone():
-            self._checkpoints.wait()
-
-    def check(self) -> None:
-        """Tells of a save that has failed since; see `Checkpoints.check`."""
-        with self._undone():
-            self._checkpoints.check()
-
-    @contextlib.contextmanager
-    def _undone(self) -> Iterator[None]:
-        """Forgets the FID of a checkpoint that could not be written."""
-        try:
-            yield
-        except CheckpointWriteError:
-            self._fid, self._measurement = self._kept
-            raise
-
-    def close(self) -> None:
-        """Waits for saves and releases the directory; what fails is only logged."""
-        self._checkpoints.close()
-
-
-def _reason(error: Exception) -> str:
-    """Returns an error's first line; of TensorStore's long chains, the end."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    line = lines[0].partition(" [tensorstore_spec")[0].partition(" [os_error")[0]
-    return line if len(line) <= 200 else ": ".join(line.split(": ")[-2:])[-200:]
-
-
-def no_checkpoint(workdir: str | Path) -> str:
-    """Returns the message for a run directory without a checkpoint."""
-    return (
-        f"{workdir} holds no checkpoint; train first, with "
-        f"--mode=train --workdir={workdir}"
-    )
-
-
-def no_best_checkpoint(workdir: str | Path) -> str:
-    """Returns the message for a run directory that keeps no best checkpoint."""
-    return (
-        f"{workdir} keeps no best checkpoint; training keeps one by FID where the "
-        "config has evaluation.inception=True and a train.evaluate_every; use "
-        "--checkpoint=latest"
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from ddaebm_jax import checkpointing, files, locking
+from ddaebm_jax import checkpoint_files, checkpointing, files, locking
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.run_directory import CONFIG_FILE, read_config
@@ -209,9 +209,9 @@ def _shown(values: Mapping[str, Any]) -> list[_Row]:
 
 
 def _reached(workdir: Path) -> int:
-    directory = workdir / checkpointing.NEWEST
+    directory = workdir / checkpoint_files.NEWEST
     usable = _unusable(directory) is None
-    kept = checkpointing.steps_in(directory) if usable else []
+    kept = checkpoint_files.steps_in(directory) if usable else []
     return max([*kept, _last_metrics(workdir / "metrics.jsonl").get("step", 0)])
 
 
@@ -238,7 +238,7 @@ def _pictures(workdir: Path) -> Iterator[_Row]:
 
 
 def _size(path: Path) -> str:
-    size = checkpointing.size_of(path)
+    size = checkpoint_files.size_of(path)
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(max(size.bit_length() - 1, 0) // 10, len(units) - 1)
     return f"{size / 1024**power:.{1 if power else 0}f} {units[power]}"
@@ -259,25 +259,25 @@ def _checkpoints(workdir: Path, running: bool) -> tuple[list[_Row], bool]:
     that lacks a part is damaged only where no newer one is complete.
     """
     rows, intact = [], True
-    for folder in (checkpointing.NEWEST, checkpointing.BEST):
+    for folder in (checkpoint_files.NEWEST, checkpoint_files.BEST):
         directory = workdir / folder
         problem = _unusable(directory)
         if problem is not None:
             rows.append((folder, problem))
             intact = False
             continue
-        for step in checkpointing.steps_in(directory):
-            problem = checkpointing.verify(workdir, folder, step)
+        for step in checkpoint_files.steps_in(directory):
+            problem = checkpoint_files.verify(workdir, folder, step)
             if problem is not None and running:  # It may just be being deleted.
                 time.sleep(_DELETION)
             verdict = _verdict(directory / str(step), problem)
-            if step not in checkpointing.steps_in(directory):
+            if step not in checkpoint_files.steps_in(directory):
                 continue
             intact = intact and problem is None
             told = f"{_about(directory / str(step))}  {verdict}"
             rows.append((f"{folder}/{step}", told))
-        complete = checkpointing.steps_in(directory)
-        for step in checkpointing.incomplete_in(directory):
+        complete = checkpoint_files.steps_in(directory)
+        for step in checkpoint_files.incomplete_in(directory):
             lost = step > max(complete, default=-1)
             verdict = "DAMAGED: it lacks a part" if lost else "partly deleted"
             intact = intact and not lost
@@ -289,7 +289,7 @@ def _checkpoints(workdir: Path, running: bool) -> tuple[list[_Row], bool]:
 def _unusable(directory: Path) -> str | None:
     """Returns why a folder of checkpoints cannot be looked into; None: it can."""
     try:
-        checkpointing.steps_in(directory)
+        checkpoint_files.steps_in(directory)
         there = directory.is_dir()
     except OSError as error:
         return f"NOT READ: {error.strerror}"
@@ -298,17 +298,17 @@ def _unusable(directory: Path) -> str | None:
     return "DAMAGED: not a folder"
 
 
-def _verdict(path: Path, problem: checkpointing.CheckpointError | None) -> str:
+def _verdict(path: Path, problem: checkpoint_files.CheckpointError | None) -> str:
     """Returns what is to be said of a checkpoint that `verify` has just looked at."""
-    if isinstance(problem, checkpointing.DamagedCheckpointError):
+    if isinstance(problem, checkpoint_files.DamagedCheckpointError):
         return f"DAMAGED: {problem}"
-    if isinstance(problem, checkpointing.CheckpointReadError):
+    if isinstance(problem, checkpoint_files.CheckpointReadError):
         return f"NOT READ: {problem}"
     if problem is not None:
         return f"OF ANOTHER FORMAT: {problem}"
     try:
-        info = checkpointing.read_info(path.resolve())
-    except checkpointing.CheckpointError:
+        info = checkpoint_files.read_info(path.resolve())
+    except checkpoint_files.CheckpointError:
         return "gone meanwhile"
     if "checksums" not in info:
         return "readable; of an older version, without checksums"
@@ -316,10 +316,10 @@ def _verdict(path: Path, problem: checkpointing.CheckpointError | None) -> str:
 
 
 def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:
-    for folder in (checkpointing.NEWEST, checkpointing.BEST):
+    for folder in (checkpoint_files.NEWEST, checkpoint_files.BEST):
         if _unusable(workdir / folder) is not None:
             continue
-        for path in checkpointing.unfinished_in(workdir / folder):
+        for path in checkpoint_files.unfinished_in(workdir / folder):
             state = "being written, or unfinished" if running else "unfinished"
             yield f"{folder}/{path.name}", f"{_about(path)}  {state}"
     aside = workdir / checkpointing.DAMAGED

@@ -13,7 +13,7 @@ import ml_collections
 from absl import logging
 
 from ddaebm_jax import minimax, parallel
-from ddaebm_jax.checkpointing import CheckpointWriteError
+from ddaebm_jax.checkpoint_files import CheckpointWriteError
 from ddaebm_jax.errors import TrainingError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.files import write_json_atomically

@@ -15,7 +15,14 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from ddaebm_jax import checkpointing, dispatching, experiments, parallel, writers
+from ddaebm_jax import (
+    checkpoint_files,
+    checkpointing,
+    dispatching,
+    experiments,
+    parallel,
+    writers,
+)
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
@@ -67,12 +74,14 @@ def load_run(
     config = read_config(workdir)
     _distrust(config)
     dispatching.use_compilation_cache(config.compilation_cache)
-    folder = checkpointing.BEST if checkpoint == "best" else checkpointing.NEWEST
+    folder = checkpoint_files.BEST if checkpoint == "best" else checkpoint_files.NEWEST
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True, folder=folder)
     try:
         asked_for = _step(checkpoints, workdir, checkpoint)
         if checkpoints.latest_step() is None:
-            raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
+            raise checkpoint_files.CheckpointError(
+                checkpoint_files.no_checkpoint(workdir)
+            )
         experiment = experiments.build(config, workdir, open_images)
         like = experiments.abstract_state(experiment)
         if asked_for is None:
@@ -82,7 +91,7 @@ def load_run(
     finally:
         checkpoints.close()
     if found is None:  # Deleted meanwhile.
-        raise checkpointing.CheckpointError(checkpointing.no_checkpoint(workdir))
+        raise checkpoint_files.CheckpointError(checkpoint_files.no_checkpoint(workdir))
     described = experiment.source.metadata()
     if None not in (described, found.info["data"]) and described != found.info["data"]:
         raise InputError(

@@ -8,7 +8,8 @@ import jax
 from absl import logging
 
 from ddaebm_jax import parallel
-from ddaebm_jax.checkpointing import Checkpoints, CheckpointWriteError
+from ddaebm_jax.checkpoint_files import CheckpointWriteError
+from ddaebm_jax.checkpointing import Checkpoints
 from ddaebm_jax.errors import TrainingError
 
 _LONGEST_DELAY = 60.0

@@ -18,12 +18,9 @@ from ddaebm_jax import (
     parallel,
     writers,
 )
-from ddaebm_jax.checkpointing import (
-    BestCheckpoint,
-    Checkpoints,
-    CheckpointWriteError,
-    Restored,
-)
+from ddaebm_jax.best_checkpoint import BestCheckpoint
+from ddaebm_jax.checkpoint_files import CheckpointWriteError
+from ddaebm_jax.checkpointing import Checkpoints, Restored
 from ddaebm_jax.data import Source
 from ddaebm_jax.data.images import Batches
 from ddaebm_jax.errors import InputError, TrainingError

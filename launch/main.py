@@ -350,7 +350,7 @@ def _is_for_want_of_memory(error: Exception) -> bool:
 
 
 def _inspect() -> None:
-    """Prints what a run holds; ends with status 1 if a checkpoint is damaged."""
+    """Prints what a run holds; ends with status 1 unless all are intact."""
     if not _WORKDIR.value:
         raise InputError("--mode=inspect needs --workdir, a run directory")
     from ddaebm_jax import inspection

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ddaebm_jax import checkpointing, minimax, parallel, recovery
+from ddaebm_jax import checkpoint_files, checkpointing, minimax, parallel, recovery
 from ddaebm_jax.errors import OutOfStepError, TrainingError
 
 STEPS = 6
@@ -134,7 +134,7 @@ def run(
                 noticed = {
                     "at": int(state.step),
                     "steps": checkpoints.steps(),
-                    "verified": checkpointing.verify(workdir, "checkpoints", 2),
+                    "verified": checkpoint_files.verify(workdir, "checkpoints", 2),
                 }
                 if passes and heal is not None:
                     heal()
@@ -176,7 +176,7 @@ def restore(number: int, port: int, workdirs: dict[str, str]) -> None:
         with _few_files(name == "unreadable" and number == 1):
             try:
                 found = checkpoints.restore_newest(_placed(0, fsdp))
-            except checkpointing.CheckpointError as error:
+            except checkpoint_files.CheckpointError as error:
                 told = {"kind": type(error).__name__, "error": str(error)}
         if not told:
             own, expected = (

@@ -19,7 +19,14 @@ import pytest
 from cli import ROOT, environment
 from helpers import GAME, assert_trees_equal, smooth_networks
 
-from ddaebm_jax import checkpointing, checksums, files, minimax
+from ddaebm_jax import (
+    best_checkpoint,
+    checkpoint_files,
+    checkpointing,
+    checksums,
+    files,
+    minimax,
+)
 
 # Orbax drops what it has begun when a part of it fails, and Python remarks on it.
 pytestmark = pytest.mark.filterwarnings(
@@ -89,10 +96,10 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path: Path):
 
 
 def test_no_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path):
-    with pytest.raises(checkpointing.CheckpointError, match="train first"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="train first"):
         checkpointing.Checkpoints(tmp_path, read_only=True)
     checkpoints = checkpointing.Checkpoints(tmp_path)
-    with pytest.raises(checkpointing.CheckpointError, match="train first"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="train first"):
         checkpoints.restore(_state())
     checkpoints.close()
 
@@ -101,7 +108,9 @@ def test_a_state_of_other_shapes_is_refused(tmp_path: Path):
     checkpoints = checkpointing.Checkpoints(tmp_path)
     checkpoints.save(_state(dim=2), {})
     checkpoints.wait()
-    with pytest.raises(checkpointing.CheckpointError, match="does not hold the state"):
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match="does not hold the state"
+    ):
         checkpoints.restore(_state(dim=3))
     checkpoints.close()
 
@@ -114,7 +123,7 @@ def test_a_checkpoint_of_another_format_is_refused(
     checkpoints.save(_state(), {})
     checkpoints.wait()
     monkeypatch.setattr(checkpointing, "FORMAT_VERSION", 1)
-    with pytest.raises(checkpointing.CheckpointError, match="format 99"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="format 99"):
         checkpoints.info(3)
     checkpoints.close()
 
@@ -227,7 +236,7 @@ def test_if_none_is_intact_all_are_named_and_left(tmp_path: Path):
     for step in (1, 2):
         _spoil(tmp_path, step)
     before = _tree_of(tmp_path)
-    with pytest.raises(checkpointing.CheckpointError) as caught:
+    with pytest.raises(checkpoint_files.CheckpointError) as caught:
         _restore_newest(tmp_path)
     assert all(str(tmp_path / f"checkpoints/{n}") in str(caught.value) for n in (1, 2))
     assert "\n" not in str(caught.value)
@@ -238,7 +247,7 @@ def test_one_that_is_asked_for_is_verified_too(tmp_path: Path):
     _save(tmp_path, 1, 2)
     _spoil(tmp_path, 2)
     checkpoints = checkpointing.Checkpoints(tmp_path, read_only=True)
-    with pytest.raises(checkpointing.DamagedCheckpointError, match="2 is damaged"):
+    with pytest.raises(checkpoint_files.DamagedCheckpointError, match="2 is damaged"):
         checkpoints.restore(_numbered(0))
     assert_trees_equal(checkpoints.restore(_numbered(0), 1), _numbered(1))
 
@@ -252,13 +261,13 @@ def test_another_shape_is_no_damage(
     _save(tmp_path, 1, 2)
     checkpoints = checkpointing.Checkpoints(tmp_path)
     with pytest.raises(
-        checkpointing.CheckpointError,
+        checkpoint_files.CheckpointError,
         match=r"does not hold the state.*variables/w is float32\[300,3\]",
     ) as caught:
         checkpoints.restore_newest(_numbered(0, width=301))
-    assert not isinstance(caught.value, checkpointing.DamagedCheckpointError)
+    assert not isinstance(caught.value, checkpoint_files.DamagedCheckpointError)
     checkpoints.close()
-    assert checkpointing.steps_in(tmp_path / "checkpoints") == [1, 2]
+    assert checkpoint_files.steps_in(tmp_path / "checkpoints") == [1, 2]
 
 
 def test_one_without_checksums_is_restored_with_a_remark(
@@ -268,7 +277,7 @@ def test_one_without_checksums_is_restored_with_a_remark(
     _save(tmp_path, 1, 2)
     assert_trees_equal(_restore_newest(tmp_path).state, _numbered(2))
     assert "cannot be verified" in caplog.text
-    assert checkpointing.verify(tmp_path, "checkpoints", 2) is None
+    assert checkpoint_files.verify(tmp_path, "checkpoints", 2) is None
     (tmp_path / "checkpoints/2/state/manifest.ocdbt").write_bytes(b"")
     assert _restore_newest(tmp_path).step == 1
     assert (tmp_path / "damaged/checkpoints-2").is_dir()
@@ -284,25 +293,27 @@ def test_the_info_cannot_be_changed(tmp_path: Path):
     others = ({**info, "data": {}}, {k: v for k, v in info.items() if k != "sha256"})
     for other in others:
         path.write_text(json.dumps(other))
-        with pytest.raises(checkpointing.DamagedCheckpointError, match="checksum"):
+        with pytest.raises(checkpoint_files.DamagedCheckpointError, match="checksum"):
             checkpoints.info(1)
 
 
 def test_verify_needs_no_config(tmp_path: Path):
     _save(tmp_path, 1, 2)
-    assert checkpointing.verify(tmp_path, "checkpoints", 1) is None
+    assert checkpoint_files.verify(tmp_path, "checkpoints", 1) is None
     _spoil(tmp_path, 2)
-    problem = checkpointing.verify(tmp_path, "checkpoints", 2)
-    assert isinstance(problem, checkpointing.DamagedCheckpointError)
+    problem = checkpoint_files.verify(tmp_path, "checkpoints", 2)
+    assert isinstance(problem, checkpoint_files.DamagedCheckpointError)
     assert str(tmp_path) in str(problem)
-    assert "lacks a part" in str(checkpointing.verify(tmp_path, "checkpoints", 7))
+    assert "lacks a part" in str(checkpoint_files.verify(tmp_path, "checkpoints", 7))
 
 
 def test_a_state_under_another_step_is_refused(tmp_path: Path):
     _save(tmp_path, 1)
     folder = tmp_path / "checkpoints"
     (folder / "1").rename(folder / "5")
-    with pytest.raises(checkpointing.CheckpointError, match="holds the state of step"):
+    with pytest.raises(
+        checkpoint_files.CheckpointError, match="holds the state of step"
+    ):
         _restore_newest(tmp_path)
 
 
@@ -311,20 +322,20 @@ def test_links_pipes_and_giants_are_refused(tmp_path: Path):
     steps = tmp_path / "run" / "checkpoints"
     steps.mkdir(parents=True)
     (steps / "1").symlink_to(tmp_path / "checkpoints/1")
-    link = checkpointing.verify(tmp_path / "run", "checkpoints", 1)
+    link = checkpoint_files.verify(tmp_path / "run", "checkpoints", 1)
     assert "is a link out of" in str(link)
-    with pytest.raises(checkpointing.CheckpointError, match="is a link out of"):
+    with pytest.raises(checkpoint_files.CheckpointError, match="is a link out of"):
         _restore_newest(tmp_path / "run", read_only=True)
     (steps / "1").unlink()
 
     copy = shutil.copytree(tmp_path / "checkpoints/1", steps / "1")
     os.mkfifo(copy / "state/d/pipe")
-    assert "neither" in str(checkpointing.verify(tmp_path / "run", "checkpoints", 1))
+    assert "neither" in str(checkpoint_files.verify(tmp_path / "run", "checkpoints", 1))
     (copy / "state/d/pipe").unlink()
-    assert checkpointing.verify(tmp_path / "run", "checkpoints", 1) is None
+    assert checkpoint_files.verify(tmp_path / "run", "checkpoints", 1) is None
     with (copy / "info/metadata").open("r+b") as file:
         file.truncate(2**40)  # A sparse file.
-    assert "at most" in str(checkpointing.verify(tmp_path / "run", "checkpoints", 1))
+    assert "at most" in str(checkpoint_files.verify(tmp_path / "run", "checkpoints", 1))
 
 
 def test_arrays_that_cannot_fit_into_their_files_are_not_read(
@@ -333,7 +344,7 @@ def test_arrays_that_cannot_fit_into_their_files_are_not_read(
     _save(tmp_path, 1)
     monkeypatch.setattr(checkpointing, "_ALLOWANCE", 0)
     monkeypatch.setattr(checkpointing, "_LARGEST_COMPRESSION", 0)
-    assert "does not fit" in str(checkpointing.verify(tmp_path, "checkpoints", 1))
+    assert "does not fit" in str(checkpoint_files.verify(tmp_path, "checkpoints", 1))
 
 
 def test_any_flipped_byte_is_found_or_harmless(tmp_path: Path):
@@ -383,7 +394,7 @@ def test_unfinished_ones_are_never_restored_and_only_the_newest_is_kept(
     before = _tree_of(tmp_path)
     assert _restore_newest(tmp_path, read_only=True).step == 1
     assert _tree_of(tmp_path) == before
-    assert len(checkpointing.unfinished_in(folder)) == 2
+    assert len(checkpoint_files.unfinished_in(folder)) == 2
     assert _restore_newest(tmp_path).step == 1
     assert [p.name for p in folder.iterdir()] == ["1"]
     damaged = tmp_path / "damaged"
@@ -481,7 +492,7 @@ def test_a_run_killed_at_any_moment_goes_on_from_what_was_complete(tmp_path: Pat
 
 def test_a_file_where_the_directory_should_be(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(checkpointing.CheckpointWriteError, match="cannot be made"):
+    with pytest.raises(checkpoint_files.CheckpointWriteError, match="cannot be made"):
         checkpointing.Checkpoints(tmp_path)
 
 
@@ -489,7 +500,7 @@ def _save_until_it_fails(
     checkpoints: checkpointing.Checkpoints, state: minimax.TrainState
 ) -> str:
     """Returns the reason; `check` tells it without waiting."""
-    with pytest.raises(checkpointing.CheckpointWriteError) as caught:
+    with pytest.raises(checkpoint_files.CheckpointWriteError) as caught:
         checkpoints.save(state, {})
         for _ in range(1000):
             checkpoints.check()
@@ -507,19 +518,19 @@ def _fail_and_recover(workdir: Path, obstruct, release) -> None:
         reason = _save_until_it_fails(checkpoints, _numbered(step, 30_000))
         assert f"{step} could not be written" in reason and "\n" not in reason
         assert checkpoints.steps() == [1]
-        assert checkpointing.unfinished_in(checkpoints.directory) == []
-        assert checkpointing.verify(workdir, "checkpoints", 1) is None
+        assert checkpoint_files.unfinished_in(checkpoints.directory) == []
+        assert checkpoint_files.verify(workdir, "checkpoints", 1) is None
     release()
     for step in (2, 3):
         checkpoints.save(_numbered(step, 30_000), {})
         checkpoints.wait()
-        assert checkpointing.steps_in(checkpoints.directory) == [step]
-        assert checkpointing.verify(workdir, "checkpoints", step) is None
+        assert checkpoint_files.steps_in(checkpoints.directory) == [step]
+        assert checkpoint_files.verify(workdir, "checkpoints", step) is None
     obstruct()
     try:
         checkpoints.save(_numbered(4, 30_000), {})
         checkpoints.wait()
-    except checkpointing.CheckpointWriteError:
+    except checkpoint_files.CheckpointWriteError:
         pass
     else:
         raise AssertionError("this save cannot have worked")
@@ -615,7 +626,7 @@ def test_the_old_one_is_deleted_only_after_the_new_one_is_complete(
     original = deleter.delete_steps
 
     def delete_steps(steps):
-        seen.append((list(steps), checkpointing.steps_in(folder)))
+        seen.append((list(steps), checkpoint_files.steps_in(folder)))
         return original(steps)
 
     monkeypatch.setattr(deleter, "delete_steps", delete_steps)
@@ -633,15 +644,15 @@ def test_nothing_is_saved_where_only_reading_was_wanted(tmp_path: Path):
 
 
 def test_a_damaged_best_checkpoint_does_not_stop_a_run(tmp_path: Path):
-    found = {"fid": 3.0, **dict.fromkeys(checkpointing.MEASUREMENT, "the same")}
-    best = checkpointing.BestCheckpoint(tmp_path)
+    found = {"fid": 3.0, **dict.fromkeys(best_checkpoint.MEASUREMENT, "the same")}
+    best = best_checkpoint.BestCheckpoint(tmp_path)
     best.offer(_numbered(1), found, {})
     best.close()
     (tmp_path / "best/1/info/metadata").write_text("[]")
-    best = checkpointing.BestCheckpoint(tmp_path)
+    best = best_checkpoint.BestCheckpoint(tmp_path)
     best.offer(_numbered(2), {**found, "fid": 9.0}, {})
     best.close()
-    assert checkpointing.steps_in(tmp_path / "best") == [2]
+    assert checkpoint_files.steps_in(tmp_path / "best") == [2]
     assert (tmp_path / "damaged/best-1").is_dir()
 
 
@@ -658,7 +669,7 @@ def test_ones_that_lack_a_part_are_damaged_not_unfinished(tmp_path: Path):
     _without_a_part(tmp_path, 1, 2, 3)
     before = _tree_of(tmp_path)
     for read_only in (False, True):
-        with pytest.raises(checkpointing.CheckpointError) as caught:
+        with pytest.raises(checkpoint_files.CheckpointError) as caught:
             _restore_newest(tmp_path, read_only)
         assert str(caught.value).count("lacks a part") == 3
         assert _tree_of(tmp_path) == before
@@ -679,7 +690,7 @@ def test_what_is_left_of_a_deletion_is_deleted_with_the_next_save(tmp_path: Path
     _without_a_part(tmp_path, 1)
     assert _restore_newest(tmp_path).step == 3
     _save(tmp_path, 4)
-    assert checkpointing.steps_in(tmp_path / "checkpoints") == [2, 3, 4]
+    assert checkpoint_files.steps_in(tmp_path / "checkpoints") == [2, 3, 4]
     assert not (tmp_path / "checkpoints/1").exists()
     assert not (tmp_path / "damaged").exists()
 
@@ -706,7 +717,7 @@ def test_a_passing_fault_is_no_damage(
 ):
     _save(tmp_path, 1, 2)
     before = _tree_of(tmp_path)
-    original = checkpointing._check_sums
+    original = checkpoint_files.check_sums
 
     def check(path, expected, state):
         if path.name == "2":
@@ -717,7 +728,7 @@ def test_a_passing_fault_is_no_damage(
     if not passes:
         assert _restore_newest(tmp_path).step == 1
         return
-    with pytest.raises(checkpointing.CheckpointReadError, match="try again"):
+    with pytest.raises(checkpoint_files.CheckpointReadError, match="try again"):
         _restore_newest(tmp_path)
     assert _tree_of(tmp_path) == before
 
@@ -727,8 +738,8 @@ def test_a_fault_of_another_process_is_no_damage(
 ):
     monkeypatch.setattr(checkpointing.parallel, "all_agree", lambda _: False)
     with (
-        pytest.raises(checkpointing.CheckpointReadError),
-        checkpointing._agreed(tmp_path),
+        pytest.raises(checkpoint_files.CheckpointReadError),
+        checkpointing.agreed(tmp_path),
     ):
         pass
 
@@ -768,11 +779,11 @@ def test_the_first_process_says_whether_a_step_is_there(
 
 # The best, closing and interruptions.
 
-_FOUND = {"fid": 3.0, **dict.fromkeys(checkpointing.MEASUREMENT, "the same")}
+_FOUND = {"fid": 3.0, **dict.fromkeys(best_checkpoint.MEASUREMENT, "the same")}
 
 
 def test_a_best_that_was_taken_back_is_forgotten_but_not_lost(tmp_path: Path):
-    best = checkpointing.BestCheckpoint(tmp_path)
+    best = best_checkpoint.BestCheckpoint(tmp_path)
     best.offer(_numbered(5), _FOUND, {})
     best.forget_after(5)
     best.offer(_numbered(6), {**_FOUND, "fid": 4.0}, {})
@@ -781,16 +792,16 @@ def test_a_best_that_was_taken_back_is_forgotten_but_not_lost(tmp_path: Path):
     assert (tmp_path / "abandoned/best-5").is_dir()
     best.offer(_numbered(5), {**_FOUND, "fid": 9.0}, {})
     best.close()
-    info = checkpointing.read_info(tmp_path / "best/5")
+    info = checkpoint_files.read_info(tmp_path / "best/5")
     assert info["fid"] == 9.0
 
 
 def test_a_best_replaces_another_of_its_step(tmp_path: Path):
-    best = checkpointing.BestCheckpoint(tmp_path)
+    best = best_checkpoint.BestCheckpoint(tmp_path)
     best.offer(_numbered(5), _FOUND, {})
     best.offer(_numbered(5), {**_FOUND, "fid": 2.0}, {})
     best.close()
-    assert checkpointing.read_info(tmp_path / "best/5")["fid"] == 2.0
+    assert checkpoint_files.read_info(tmp_path / "best/5")["fid"] == 2.0
     old = json.loads((tmp_path / "abandoned/best-5/info/metadata").read_text())
     assert old["fid"] == 3.0
 

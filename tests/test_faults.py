@@ -25,7 +25,7 @@ from stepping import digits
 from test_train import _config, _final_state, _start, _wait_for
 
 from ddaebm_jax import (
-    checkpointing,
+    checkpoint_files,
     dispatching,
     experiments,
     measuring,
@@ -426,7 +426,7 @@ class _Failing:
     def save(self, state: Any, info: dict) -> None:
         if self.left:
             self.left -= 1
-            raise checkpointing.CheckpointWriteError("no space left")
+            raise checkpoint_files.CheckpointWriteError("no space left")
         self.saved.append(state)
 
     def wait(self) -> None:

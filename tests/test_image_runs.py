@@ -23,6 +23,7 @@ from PIL import Image
 from test_config import load_recipe
 
 from ddaebm_jax import (
+    best_checkpoint,
     checkpointing,
     density,
     detection,
@@ -708,7 +709,7 @@ def test_the_checkpoint_of_the_lowest_fid_is_kept(folder: Path, tmp_path: Path):
     config.evaluation.num_samples_on_the_way = 16
     fids: list[float | None] = []
     meter = image_quality.Meter(lambda _: None, None, {}, 0)
-    measurement = dict.fromkeys(checkpointing.MEASUREMENT, "the same")
+    measurement = dict.fromkeys(best_checkpoint.MEASUREMENT, "the same")
 
     def evaluate(experiment, averages, given, num_samples=None):
         assert given is meter
@@ -746,10 +747,10 @@ def test_fids_measured_in_different_ways_are_not_compared(
     unbroken: Path, tmp_path: Path
 ):
     state = _final_state(unbroken)
-    best = checkpointing.BestCheckpoint(tmp_path)
+    best = best_checkpoint.BestCheckpoint(tmp_path)
 
     def kept_after(step: int, fid: float, way: str) -> list[int]:
-        found = {"fid": fid, **dict.fromkeys(checkpointing.MEASUREMENT, way)}
+        found = {"fid": fid, **dict.fromkeys(best_checkpoint.MEASUREMENT, way)}
         best.offer(state.replace(step=np.int32(step)), found, {})
         best._checkpoints.wait()
         return best._checkpoints.steps()
@@ -757,7 +758,7 @@ def test_fids_measured_in_different_ways_are_not_compared(
     assert kept_after(1, 5.0, "tf") == [1]
     assert kept_after(2, 6.0, "tf") == [1]
     best.close()
-    best = checkpointing.BestCheckpoint(tmp_path)  # As after a resume.
+    best = best_checkpoint.BestCheckpoint(tmp_path)  # As after a resume.
     assert kept_after(3, 5.5, "tf") == [1]
     assert kept_after(4, 9.0, "pytorch_fid") == [4]
     assert kept_after(5, 8.0, "tf") == [5]

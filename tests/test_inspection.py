@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cli import CommandLine, tiny
 
-from ddaebm_jax import checkpointing, inspection
+from ddaebm_jax import checkpoint_files, checkpointing, inspection
 
 RECIPE = "configs/released_gaussians25.py"
 
@@ -153,11 +153,11 @@ def test_what_is_not_damaged_is_not_called_so(
     path = workdir / "checkpoints/40/info/metadata"
     text = path.read_text()
     info = {k: v for k, v in json.loads(text).items() if k != "sha256"}
-    path.write_text(json.dumps(checkpointing._sealed({**info, "format": 99})))
+    path.write_text(json.dumps(checkpoint_files.sealed({**info, "format": 99})))
     assert "OF ANOTHER FORMAT: " in told() and "DAMAGED" not in told()
     path.write_text(text)
 
-    declared = checkpointing._declared
+    declared = checkpoint_files.declared
 
     def unreadable(path: Path) -> Any:
         if path.name == "40":
@@ -212,7 +212,7 @@ def test_one_that_is_deleted_meanwhile_is_gone_not_damaged(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     workdir = shutil.copytree(trained, tmp_path / "run")
-    original = checkpointing.verify
+    original = checkpoint_files.verify
 
     def verify(workdir, folder, step):
         if step == 20:

@@ -25,6 +25,7 @@ from stepping import CONFIGS, digits, indices, plane, trained
 from test_config import load_recipe
 
 from ddaebm_jax import (
+    checkpoint_files,
     checkpointing,
     dispatching,
     experiments,
@@ -435,7 +436,7 @@ def test_a_process_that_cannot_write_for_a_while_changes_nothing(
             said += line
             if "training goes on and tries again" in line:
                 break
-        assert checkpointing.steps_in(workdir / "checkpoints") == []
+        assert checkpoint_files.steps_in(workdir / "checkpoints") == []
         resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, most)
         results = ended(processes)
     finally:

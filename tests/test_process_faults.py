@@ -15,7 +15,7 @@ from failing import STEPS, state_of
 from helpers import assert_trees_equal
 from processes import Forked
 
-from ddaebm_jax import checkpointing, minimax
+from ddaebm_jax import checkpoint_files, checkpointing, minimax
 
 # More than a failure needs to become known, and less than any barrier waits.
 SOON = 120.0
@@ -31,11 +31,11 @@ def together() -> Iterator[Forked]:
 def _final(workdir: Path) -> minimax.TrainState:
     """Returns the newest state, verified, and asserts that all others are intact."""
     folder = workdir / "checkpoints"
-    assert sorted(checkpointing.steps_in(folder)) == sorted(
+    assert sorted(checkpoint_files.steps_in(folder)) == sorted(
         int(path.name) for path in folder.iterdir()
     )
-    for step in checkpointing.steps_in(folder):
-        assert checkpointing.verify(workdir, "checkpoints", step) is None
+    for step in checkpoint_files.steps_in(folder):
+        assert checkpoint_files.verify(workdir, "checkpoints", step) is None
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
     like = jax.tree.map(jnp.asarray, state_of(0))
     return checkpoints.restore_newest(like).state
@@ -110,7 +110,7 @@ def test_a_process_that_cannot_begin_to_save_ends_all(together: Forked, tmp_path
 
 
 def _final_of_the_finished(workdir: Path) -> minimax.TrainState:
-    for path in checkpointing.unfinished_in(workdir / "checkpoints"):
+    for path in checkpoint_files.unfinished_in(workdir / "checkpoints"):
         shutil.rmtree(path)
     return _final(workdir)
 
@@ -181,16 +181,16 @@ def test_damage_that_one_process_finds(together: Forked, tmp_path: Path):
         for one in told:
             assert (one[name]["step"], one[name]["same"]) == (1, True), told
         assert (seen[name][0] / "damaged" / "checkpoints-2").is_dir()
-        assert checkpointing.steps_in(seen[name][0] / "checkpoints") == [1]
+        assert checkpoint_files.steps_in(seen[name][0] / "checkpoints") == [1]
         if seen[name][1] != seen[name][0]:  # The first process moves, no other.
-            assert checkpointing.steps_in(seen[name][1] / "checkpoints") == [1, 2]
+            assert checkpoint_files.steps_in(seen[name][1] / "checkpoints") == [1, 2]
     alone = {"cut": 1, "info of 0": 0, "info of 1": 1, "whole": 1, "none is good": 1}
     for name, process in alone.items():
         for number, one in enumerate(told):
             is_told = any("another process" in said for said in one[name]["said"])
             assert is_told == (number != process), told
     for name in ("none is good", "unreadable"):
-        assert checkpointing.steps_in(seen[name][0] / "checkpoints") == [1, 2]
+        assert checkpoint_files.steps_in(seen[name][0] / "checkpoints") == [1, 2]
         assert not (seen[name][0] / "damaged").exists()
     for one in told:
         assert one["none is good"]["kind"] == "CheckpointError"
