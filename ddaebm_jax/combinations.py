@@ -13,6 +13,9 @@ from ddaebm_jax.data import images, synthetic
 from ddaebm_jax.models import ncsnpp
 from ddaebm_jax.models.encoder import RESIDUAL_FROM, STDDEV_GROUP
 
+# Of a layer. The square of it times a batch can still be counted.
+WIDEST = 2**16
+
 
 class UnusableError(Exception):
     """A field was read that has a problem of its own."""
@@ -216,6 +219,12 @@ def _width_problems(config: Any) -> Iterator[str]:
         return
     unet = config.model.unet
     widths = ncsnpp.normed_widths(unet.nf, unet.ch_mult, unet.num_res_blocks)
+    if max(widths) > WIDEST:
+        yield (
+            f"model.unet.nf {unet.nf} and ch_mult {tuple(unet.ch_mult)} make layers of "
+            f"width {max(widths)}; at most {WIDEST} is possible"
+        )
+        return
     bad = [width for width in sorted(widths) if width % ncsnpp.num_groups(width)]
     if bad:
         yield (

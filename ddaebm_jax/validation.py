@@ -50,8 +50,8 @@ def _type_problem(field: str, value: Any, default: Any) -> str | None:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         fits = fits and abs(value) < math.inf
     elif isinstance(default, tuple):
-        wanted = f"a tuple of whole numbers, each from 1 to {INT32_MAX}"
-        fits = _whole_numbers(value, 1) and len(value) > 0
+        wanted = f"a tuple of whole numbers, each from 1 to {combinations.WIDEST}"
+        fits = _whole_numbers(value, 1, combinations.WIDEST) and len(value) > 0
     else:
         wanted, fits = "a string", isinstance(value, str)
     return None if fits else f"{field} is {value!r}; {wanted} is needed"
@@ -72,9 +72,9 @@ _TUPLES: dict[str, tuple[int, int | None, str]] = {
 }
 
 
-def _whole_numbers(value: Any, least: int) -> bool:
+def _whole_numbers(value: Any, least: int, greatest: int = INT32_MAX) -> bool:
     return isinstance(value, tuple | list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and least <= v <= INT32_MAX
+        isinstance(v, int) and not isinstance(v, bool) and least <= v <= greatest
         for v in value
     )
 
@@ -111,16 +111,16 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "diffusion.time_eps": (0, 0.5, True),
     "diffusion.max_beta": (0, 0.999999, False),
     "diffusion.min_posterior_var": (0, math.inf, False),
-    "model.nz": (1, INT32_MAX, True),
-    "model.unet.nf": (4, INT32_MAX, True),
+    "model.nz": (1, combinations.WIDEST, True),
+    "model.unet.nf": (4, combinations.WIDEST, True),
     "model.unet.num_res_blocks": (1, 1000, True),
     "model.unet.dropout": (0, 0.999, True),
-    "model.unet.z_emb_dim": (1, INT32_MAX, True),
+    "model.unet.z_emb_dim": (1, combinations.WIDEST, True),
     "model.unet.n_mlp": (0, 1000, True),
-    "model.encoder.ngf": (1, INT32_MAX, True),
-    "model.encoder.t_emb_dim": (4, INT32_MAX, True),
-    "model.mlp.t_embed_dim": (4, INT32_MAX, True),
-    "model.mlp.posterior_features": (1, INT32_MAX, True),
+    "model.encoder.ngf": (1, combinations.WIDEST, True),
+    "model.encoder.t_emb_dim": (4, combinations.WIDEST, True),
+    "model.mlp.t_embed_dim": (4, combinations.WIDEST, True),
+    "model.mlp.posterior_features": (1, combinations.WIDEST, True),
     "model.mlp.fourier_octaves": (0, 16, True),
     "model.mlp.energy_fourier_octaves": (0, 16, True),
     "game.gamma": (0, math.inf, True),

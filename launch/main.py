@@ -314,7 +314,7 @@ def _train(config: Any) -> None:
             f"memory does not suffice ({' '.join(str(error).split())[:200]}); lower "
             f"data.batch_size ({config.data.batch_size}), or keep it and raise "
             f"optimizer.accumulate ({config.optimizer.accumulate}), or on images set "
-            f"model.remat to blocks ({config.model.remat})"
+            f"model.remat to blocks ({config.model.remat}), or narrow the networks"
         ) from error
     if parallel.is_first_process():
         print(f"{workdir}\n{writers.format_report(report)}")

@@ -296,6 +296,7 @@ def _set(config: ml_collections.ConfigDict, fields: dict[str, Any]) -> None:
         ({"model.unet.nf": 33}, "model.unet.nf is 33; even is needed"),
         ({"model.unet.nf": 30}, "layers of width 30, which 7 groups do not divide"),
         ({"model.unet.nf": 132}, "which 32 groups do not divide"),
+        ({"model.unet.ch_mult": (1, 1024)}, "width 262144; at most 65536 is possible"),
         ({"model.encoder.t_emb_dim": 7}, "model.encoder.t_emb_dim is 7; even"),
         ({"model.name": "mlp"}, "'tfds' holds images; use model.name='ncsnpp'"),
         ({"data.name": "gaussians25", "data.tfds": ""}, "use model.name='mlp'"),
