@@ -221,8 +221,8 @@ class Checkpoints:
                 raise OutOfStepError(
                     f"{path}: this process could not begin to save "
                     f"({reason_of(error)}); the checkpoints before it are intact "
-                    f"({self._listed()}): see to its memory, or to what another process says, and start all of "
-                    "them again with the same command"
+                    f"({self._listed()}): see to its memory, or to what another "
+                    "process says, and start all of them again with the same command"
                 ) from error
             raise self._failed(step, error) from error
         self._pending = step

@@ -355,7 +355,7 @@ def evaluate(
     changed = {name: v for name, v in settings.items() if v is not None}
     for name, value in changed.items():
         config.evaluation[name] = value
-    config_lib.validate(config)
+    config_lib.validate(config, saved=True)
     _check_evaluation(run, input_path, changed)
     report: dict[str, Any] = {}
     if input_path is None:

@@ -82,12 +82,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     workdir = Path(workdir)
     started = time.monotonic()
     config_lib.validate(config)
-    _check_processes_agree(config)
-    run_directory.open_workdir(workdir, config)
-    parallel.wait_for_all("the run directory has been looked at")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _leaving_at_once(stack):
+        _check_processes_agree(config)
+        run_directory.open_workdir(workdir, config)
+        parallel.wait_for_all("the run directory has been looked at")
         run, state = runs.open_run(stack, config, workdir)
-        with _leaving_at_once(stack), Interruption() as interruption:
+        with Interruption() as interruption:
             state = run.dispatcher.saved(_loop(run, state, interruption))
             interruption.all_saved(config.train.num_steps, config.train.num_steps)
             report = measuring.report(run, state)
@@ -109,8 +109,10 @@ def _leaving_at_once(stack: contextlib.ExitStack) -> Iterator[None]:
         # At once: what is open would wait for what is being saved.
         stack.pop_all()
         raise
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not _OF_PROCESSES.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # Gloo's own errors come as ValueError where a collective is started.
+        known = isinstance(error, InputError)
+        if known or jax.process_count() == 1 or not _OF_PROCESSES.search(str(error)):
             raise
         # What is open waits for the others when it is closed, and they are gone.
         stack.pop_all()

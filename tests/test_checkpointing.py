@@ -118,11 +118,11 @@ def test_a_state_of_other_shapes_is_refused(tmp_path: Path):
 def test_a_checkpoint_of_another_format_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(checkpointing, "FORMAT_VERSION", 99)
+    monkeypatch.setattr(checkpoint_files, "FORMAT_VERSION", 99)
     checkpoints = checkpointing.Checkpoints(tmp_path)
     checkpoints.save(_state(), {})
     checkpoints.wait()
-    monkeypatch.setattr(checkpointing, "FORMAT_VERSION", 1)
+    monkeypatch.setattr(checkpoint_files, "FORMAT_VERSION", 1)
     with pytest.raises(checkpoint_files.CheckpointError, match="format 99"):
         checkpoints.info(3)
     checkpoints.close()
@@ -257,7 +257,7 @@ def test_another_shape_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
 ):
     if old:
-        monkeypatch.setattr(checkpointing, "_sealed", _without_checksums)
+        monkeypatch.setattr(checkpoint_files, "sealed", _without_checksums)
     _save(tmp_path, 1, 2)
     checkpoints = checkpointing.Checkpoints(tmp_path)
     with pytest.raises(
@@ -273,7 +273,7 @@ def test_another_shape_is_no_damage(
 def test_one_without_checksums_is_restored_with_a_remark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(checkpointing, "_sealed", _without_checksums)
+    monkeypatch.setattr(checkpoint_files, "sealed", _without_checksums)
     _save(tmp_path, 1, 2)
     assert_trees_equal(_restore_newest(tmp_path).state, _numbered(2))
     assert "cannot be verified" in caplog.text
@@ -342,8 +342,8 @@ def test_arrays_that_cannot_fit_into_their_files_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _save(tmp_path, 1)
-    monkeypatch.setattr(checkpointing, "_ALLOWANCE", 0)
-    monkeypatch.setattr(checkpointing, "_LARGEST_COMPRESSION", 0)
+    monkeypatch.setattr(checkpoint_files, "_ALLOWANCE", 0)
+    monkeypatch.setattr(checkpoint_files, "_LARGEST_COMPRESSION", 0)
     assert "does not fit" in str(checkpoint_files.verify(tmp_path, "checkpoints", 1))
 
 
@@ -724,7 +724,7 @@ def test_a_passing_fault_is_no_damage(
             raise error
         original(path, expected, state)
 
-    monkeypatch.setattr(checkpointing, "_check_sums", check)
+    monkeypatch.setattr(checkpoint_files, "check_sums", check)
     if not passes:
         assert _restore_newest(tmp_path).step == 1
         return
@@ -762,7 +762,7 @@ def test_the_first_process_says_which_steps_there_are(
     monkeypatch.setattr(checkpointing.parallel, "all_agree", lambda value: value)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
-    assert checkpoints._same_steps() == [1, 2**31 + 3]
+    assert checkpoints.same_steps() == [1, 2**31 + 3]
     assert sent[0][:3].tolist() == [[0, 1], [0, 2], [-1, -1]]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cli import CommandLine, tiny
 
-from ddaebm_jax import checkpoint_files, checkpointing, inspection
+from ddaebm_jax import checkpoint_files, inspection
 
 RECIPE = "configs/released_gaussians25.py"
 
@@ -165,7 +165,7 @@ def test_what_is_not_damaged_is_not_called_so(
         return declared(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing, "_declared", unreadable)
+        patch.setattr(checkpoint_files, "declared", unreadable)
         assert "NOT READ: " in told() and "DAMAGED" not in told()
     path.write_text(text.replace("sha256", "sha255"))
     assert "DAMAGED: " in told()
@@ -186,7 +186,7 @@ def test_folders_that_are_none_or_cannot_be_read_are_told(
     def refused(directory: Path) -> list[int]:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpointing, "steps_in", refused)
+    monkeypatch.setattr(checkpoint_files, "steps_in", refused)
     rows, intact = inspection._checkpoints(workdir, False)
     assert not intact and dict(rows)["checkpoints"] == "NOT READ: Permission denied"
     assert inspection._reached(workdir) == 40
@@ -219,7 +219,7 @@ def test_one_that_is_deleted_meanwhile_is_gone_not_damaged(
             (workdir / folder / "20/info/metadata").unlink()
         return original(workdir, folder, step)
 
-    monkeypatch.setattr(checkpointing, "verify", verify)
+    monkeypatch.setattr(checkpoint_files, "verify", verify)
     rows, intact = inspection._checkpoints(workdir, True)
     assert intact and "partly deleted" in dict(rows)["checkpoints/20"]
     shutil.rmtree(workdir / "checkpoints/20")
