@@ -528,3 +528,19 @@ def test_a_run_without_a_checkpoint_says_so(run: CommandLine, tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     result = run("--mode=sample", f"--workdir={tmp_path}")
     _is_one_line_error(result, "no checkpoint")
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(tmp_path: Path):
+    """By default; a second start compiles nothing anew."""
+    env = environment() | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    del env["JAX_COMPILATION_CACHE_DIR"]
+    command, kept = CommandLine(env=env), []
+    for name in ("first", "second"):
+        result = command(*tiny(PLANE), f"--workdir={tmp_path / name}")
+        assert result.code == 0, result.err
+        kept.append(sorted(tmp_path.glob("cache/ddaebm_jax/compiled/*-cache")))
+    command.close()
+    assert len(kept[0]) > 5 and kept[1] == kept[0]
