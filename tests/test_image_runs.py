@@ -108,12 +108,14 @@ def shared_programs() -> Iterator[None]:
     networks, dispatchers = {}, {}
     soon = functools.partial(jax.jit, compiler_options=quick._options())
 
-    def shared_networks(model: Any, event_shape: tuple[int, ...]):
-        key = (model.to_json(), event_shape)
+    def shared_networks(
+        model: Any, event_shape: tuple[int, ...], axis_name: str | None = None
+    ):
+        key = (model.to_json(), event_shape, axis_name)
         if key not in networks:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(jax, "jit", soon)
-                networks[key] = build(model, event_shape)
+                networks[key] = build(model, event_shape, axis_name)
         return networks[key]
 
     def shared_dispatcher(experiment: experiments.Experiment):

@@ -24,6 +24,7 @@ from ddaebm_jax import (
     parallel,
     run_directory,
     train,
+    validation,
 )
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError, TrainingError
@@ -236,7 +237,7 @@ def test_a_run_directory_does_not_choose_what_is_written(tmp_path: Path):
     (tmp_path / "cifar10").mkdir()
     config = _config(**theirs)
     modes._distrust(config)
-    found = dict(config_lib._leaves(config))
+    found = dict(validation.leaves(config))
     assert theirs.items() <= found.items()
 
 
