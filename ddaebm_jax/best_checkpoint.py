@@ -9,7 +9,11 @@ from typing import Any
 from absl import logging
 
 from ddaebm_jax import checkpoint_files
-from ddaebm_jax.checkpoint_files import CheckpointWriteError, DamagedCheckpointError
+from ddaebm_jax.checkpoint_files import (
+    CheckpointError,
+    CheckpointWriteError,
+    DamagedCheckpointError,
+)
 from ddaebm_jax.checkpointing import ABANDONED, Checkpoints, agreed
 from ddaebm_jax.minimax import TrainState
 
@@ -91,14 +95,21 @@ class BestCheckpoint:
         Args:
           step: from which the run goes on.
         """
-        try:
+        with self._told():
             self.wait()
-        except CheckpointWriteError as error:
+        with self._told():
+            later = [one for one in self._checkpoints.same_steps() if one > step]
+            if later:
+                self._checkpoints.set_aside(later, ABANDONED)
+                self._look()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Only warns of what fails, in all processes: the run itself can go on."""
+        try:
+            yield
+        except CheckpointError as error:
             logging.warning("%s", error)
-        later = [one for one in self._checkpoints.same_steps() if one > step]
-        if later:
-            self._checkpoints.set_aside(later, ABANDONED)
-            self._look()
 
     def wait(self) -> None:
         """Waits for the save that is going on; see `Checkpoints.wait`."""

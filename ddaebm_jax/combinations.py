@@ -305,9 +305,10 @@ _OF_IMAGE_SETS = _when("data.name", *images.IMAGES)
 _OF_TFDS = _when("data.name", "tfds")
 _OF_FILES = _when("data.name", "folder", "tfds")
 
-# Field, or section with a dot at its end. Left out: weights and widths that an ablation
-# (game.latent, game.posterior, game.divergence) makes moot, for the ablations are to
-# be one switch on any recipe; what train.evaluate_every=0 and data.on_device make
+# Field, or section with a dot at its end. Left out: weights, widths, rates and ranges
+# that a switch makes moot (game.latent, game.posterior, game.divergence,
+# optimizer.schedule, diffusion.variance), for those are to be one switch on any recipe;
+# what train.evaluate_every=0 and data.on_device make
 # moot, likewise; and the settings of Inception's features, by which --mode=evaluate
 # can measure a run that was trained without.
 READ_WHEN: dict[str, _Condition] = {
@@ -333,8 +334,6 @@ READ_WHEN: dict[str, _Condition] = {
     "data.test_fraction": _Condition(
         "tables, and for images without a data.test_split", _has_share
     ),
-    "diffusion.beta_min": _when("diffusion.variance", "vp", "geometric"),
-    "diffusion.beta_max": _when("diffusion.variance", "vp", "geometric"),
     "diffusion.time_eps": _when("diffusion.time", "uniform"),
     "model.mlp.": _OF_PLANE_OR_TABLE,
     "model.unet.": _OF_IMAGES,
@@ -343,9 +342,6 @@ READ_WHEN: dict[str, _Condition] = {
     "model.remat": _OF_IMAGES,
     "game.lazy_reg": _Condition("game.gamma above 0", lambda c: c.game.gamma > 0),
     "game.recon_floor": _when("game.recon", "nll", "weighted_nll"),
-    "optimizer.final_learning_rate": _when(
-        "optimizer.schedule", "cosine", "exponential"
-    ),
     "evaluation.batch_size": _OF_IMAGES,
     "evaluation.inception": _OF_IMAGES,
     "evaluation.inception_weights": _when("evaluation.inception", True),

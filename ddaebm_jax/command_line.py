@@ -58,6 +58,9 @@ def define_config(help_text: str) -> flags.FlagHolder:
 
 _CHANGE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
+# An argument that is a flag, not a negative number.
+_FLAG = re.compile(r"-(?![\d.])")
+
 
 def _split(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Takes out of a command what changes fields of the recipe.
@@ -75,10 +78,23 @@ def _split(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
             others.append(argument)
             continue
         negated, field, value = match.groups()
-        if value is None and not negated and remaining and remaining[0][:2] != "--":
+        if (
+            value is None
+            and not negated
+            and remaining
+            and not _FLAG.match(remaining[0])
+        ):
             value = remaining.popleft()
-        changes[field] = str(not negated) if value is None else value
+        if value is None:  # A switch; or a value was forgotten.
+            value = str(not negated) if _is_switch(field) else ""
+        changes[field] = value
     return others, changes
+
+
+def _is_switch(field: str) -> bool:
+    from ddaebm_jax import config, validation
+
+    return isinstance(dict(validation.leaves(config.base())).get(field), bool)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -223,10 +223,11 @@ def base() -> ml_collections.ConfigDict:
     config.parallel = devices = ml_collections.ConfigDict()
     # Devices over which the batch is split; 0: all, of all processes.
     devices.num_devices = 0
-    # `jit`: one program for all devices of a mesh; `pmap`: one program a device.
+    # `jit`: one program for all devices of a mesh, each with its share of the batch;
+    # `pmap`: one program a device.
     devices.mode = "jit"
     # Of `jit`: every device keeps a part of the state only (fully sharded data
-    # parallelism); saves memory, costs traffic.
+    # parallelism), and XLA splits the step; saves memory, costs traffic.
     devices.fsdp = False
 
     config.evaluation = evaluation = ml_collections.ConfigDict()

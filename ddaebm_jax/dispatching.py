@@ -20,9 +20,7 @@ from ddaebm_jax.files import cache_directory
 _STEPS_PER_DISPATCH = {"mlp": 100, "ncsnpp": 10}
 
 
-def lay_out(
-    experiment: Experiment,
-) -> tuple[Mesh, parallel.JitLayout | parallel.PmapLayout]:
+def lay_out(experiment: Experiment) -> tuple[Mesh, parallel.Layout]:
     """Returns the devices that a config names, and how its steps run there.
 
     Raises:

@@ -108,6 +108,8 @@ def _take(path: Path) -> tuple[int | None, str | None]:
                 return file, _holder(content)
         os.ftruncate(file, 0)
         os.pwrite(file, _own_content(), 0)
+        with contextlib.suppress(OSError):
+            os.fsync(file)  # Only then do mounted buckets show it to others.
         return file, None
     except BaseException:
         os.close(file)

@@ -13,7 +13,7 @@ import ml_collections
 from absl import logging
 
 from ddaebm_jax import minimax, parallel
-from ddaebm_jax.checkpoint_files import CheckpointWriteError
+from ddaebm_jax.checkpoint_files import CheckpointError, CheckpointWriteError
 from ddaebm_jax.errors import TrainingError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.files import write_json_atomically
@@ -81,10 +81,10 @@ def _offer(run: Run, state: minimax.TrainState, found: dict[str, Any]) -> None:
     if parallel.all_agree(reason is None):
         try:
             run.best.offer(state, found, run.info)
-        except CheckpointWriteError as error:
+        except CheckpointError as error:  # All processes have it.
             reason = error
     if reason is not None:
-        logging.warning("the best checkpoint cannot be written: %s", reason)
+        logging.warning("the best checkpoint cannot be kept: %s", reason)
 
 
 def _draw(run: Run, state: minimax.TrainState, step: int) -> None:

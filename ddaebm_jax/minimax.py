@@ -708,8 +708,8 @@ def make_step(
       networks: the apply functions.
       optimizers: one a player.
       ema_decay: of the average of all three networks; 0: it equals the weights.
-      axis_name: the mapped axis over which gradients and metrics are averaged
-        (`pmap`); None where one program sees the whole batch.
+      axis_name: the mapped axis over which gradients and metrics are averaged;
+        None where the step sees the whole batch.
       accumulate: parts in which each player goes through the batch, averaging their
         gradients; the first pass is then computed for each player. Not with networks
         that keep running averages of the batch.

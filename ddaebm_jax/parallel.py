@@ -6,7 +6,7 @@ a player. Only with a state in parts (`fsdp`) does XLA split the whole batch's s
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -240,8 +240,16 @@ def split_rows(mesh: Mesh, rows: Shaped[np.ndarray, "n *shape"]) -> Array:
 Dispatch = Callable[..., Any]
 
 
+@runtime_checkable
 class Layout(Protocol):
-    """Where state and batches lie, and how K steps are compiled for it."""
+    """Where state and batches lie, and how K steps are compiled for it.
+
+    Attributes:
+      axis_name: over which the step averages gradients and metrics; None: the step
+        sees the whole batch.
+    """
+
+    axis_name: str | None
 
     def place(self, state: Any) -> Any:
         """Puts a state that every process has whole on the devices."""
@@ -450,7 +458,7 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def make_layout(mode: str, mesh: Mesh, fsdp: bool) -> JitLayout | PmapLayout:
+def make_layout(mode: str, mesh: Mesh, fsdp: bool) -> Layout:
     """Makes the layout that a config names.
 
     Args:

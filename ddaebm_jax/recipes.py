@@ -20,14 +20,20 @@ class Recipe(NamedTuple):
     config: ml_collections.ConfigDict
 
 
-def load(path: str | Path) -> Recipe:
+def load(named: str) -> Recipe:
     """Runs a recipe file, and its `get_config`.
+
+    Args:
+      named: the file; `file.py:text` calls `get_config("text")`.
 
     Raises:
       InputError: if there is no such file, or it makes no config; the message names
         the file and, where its code fails, the line and why.
     """
-    path = Path(path)
+    path, arguments = Path(named), []
+    file, colon, argument = named.rpartition(":")
+    if colon and not path.exists():
+        path, arguments = Path(file), [argument]
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -38,7 +44,7 @@ def load(path: str | Path) -> Recipe:
     names: dict[str, Any] = {"__name__": "recipe", "__file__": str(path)}
     try:
         exec(compile(text, str(path), "exec"), names)
-        config = names["get_config"]() if "get_config" in names else None
+        config = names["get_config"](*arguments) if "get_config" in names else None
     except Exception as error:  # Whatever the file's code may raise.
         raise InputError(_told(error, path)) from error
     if not isinstance(config, ml_collections.ConfigDict):

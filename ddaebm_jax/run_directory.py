@@ -20,8 +20,8 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Checks that a directory is new, or a run of this very config; writes nothing.
 
     Raises:
-      InputError: if the directory holds something else, or a run whose config
-        differs in a field that changes the model or the data.
+      InputError: if the directory holds something else, links that lead out of it, or
+        a run whose config differs in a field that changes the model or the data.
     """
     path = workdir / CONFIG_FILE
     if not workdir.exists():
@@ -38,6 +38,13 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
                 "is not a run; name a new directory"
             )
         return
+    for found in workdir.iterdir():
+        if found.is_symlink() and not found.resolve().is_relative_to(workdir.resolve()):
+            raise InputError(
+                f"{found} is a link out of the run directory, through which training "
+                "would write and delete; put the whole directory where it leads to, or "
+                "name a new --workdir"
+            )
     changed = config_lib.differences(read_config(workdir), config)
     refused = {
         name: pair

@@ -18,7 +18,7 @@ from absl import logging
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import dispatching, measuring, minimax, parallel, run_directory, runs
-from ddaebm_jax.errors import InputError, TrainingError
+from ddaebm_jax.errors import InputError, OutOfStepError, TrainingError
 from ddaebm_jax.interruption import Interrupted, Interruption, Noted
 from ddaebm_jax.runs import Run
 
@@ -105,8 +105,8 @@ def _leaving_at_once(stack: contextlib.ExitStack) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
-        # At once: what is open would wait for what is being saved.
+    except (KeyboardInterrupt, OutOfStepError):
+        # At once: what is open would wait for what is being saved, or for others.
         stack.pop_all()
         raise
     except (jax.errors.JaxRuntimeError, ValueError) as error:

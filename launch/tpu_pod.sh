@@ -99,7 +99,7 @@ hold() {
 }
 
 run() {
-  local command found new=0 held=0
+  local command found status new=0 held=0
   command=$(printf '%q ' python launch/main.py "$@" --distributed)
   while true; do
     found=$(state)
@@ -110,11 +110,14 @@ run() {
           continue
         fi
         new=0 held=0
-        if on_all_workers "cd ddaebm_jax && . .venv/bin/activate && $command"; then
-          return
-        fi
-        sleep "$pause" # A preemption takes a moment to show.
-        [[ $(state) != READY ]] || fail "the command failed on a slice that is still \
+        status=0
+        on_all_workers "cd ddaebm_jax && . .venv/bin/activate && $command" || status=$?
+        # A preemption takes a moment to show; a run that it ends in time saves, and
+        # ends as one that is through.
+        sleep "$pause"
+        [[ $(state) == READY ]] || continue
+        ((status)) || return 0
+        fail "the command failed on a slice that is still \
 there; see its output above, or install again if there is no ddaebm_jax"
         ;;
       ABSENT)

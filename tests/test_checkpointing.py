@@ -1,5 +1,6 @@
 """A checkpoint gives back exactly what was saved, or says why it cannot."""
 
+import errno
 import gc
 import json
 import os
@@ -25,7 +26,9 @@ from ddaebm_jax import (
     checkpointing,
     checksums,
     files,
+    measuring,
     minimax,
+    runs,
 )
 
 # Orbax drops what it has begun when a part of it fails, and Python remarks on it.
@@ -804,6 +807,25 @@ def test_a_best_replaces_another_of_its_step(tmp_path: Path):
     assert checkpoint_files.read_info(tmp_path / "best/5")["fid"] == 2.0
     old = json.loads((tmp_path / "abandoned/best-5/info/metadata").read_text())
     assert old["fid"] == 3.0
+
+
+def test_a_best_that_cannot_be_looked_for_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def unreadable(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    best = best_checkpoint.BestCheckpoint(tmp_path)
+    run = runs.Run(**dict.fromkeys(runs.Run._fields))._replace(best=best, info={})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing.Checkpoints, "steps", unreadable)
+        measuring._offer(run, _numbered(5), _FOUND)
+        best.forget_after(3)
+    assert "the best checkpoint cannot be kept" in caplog.text
+    assert caplog.text.count("Input/output error") == 2
+    measuring._offer(run, _numbered(6), _FOUND)
+    best.close()
+    assert checkpoint_files.steps_in(tmp_path / "best") == [6]
 
 
 def test_closing_logs_what_failed(

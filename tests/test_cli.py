@@ -342,6 +342,26 @@ def test_fields_are_changed_in_every_way_of_writing_a_flag():
     }
 
 
+def test_a_field_without_a_value_has_none():
+    argv = "--config.game.gamma --config.data.flip -v=1 --config.game.lambda_f -1"
+    others, changes = command_line._split(argv.split())
+    assert others == ["-v=1"]
+    assert changes == {"game.gamma": "", "data.flip": "True", "game.lambda_f": "-1"}
+    config = config_lib.base()
+    assert recipes.change(config, changes) == []
+    assert "game.gamma is ''; a finite number" in config_lib.problems(config)[0]
+
+
+def test_a_recipe_may_take_an_argument(tmp_path: Path):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from ddaebm_jax import config\n\n\ndef get_config(name='moons'):\n"
+        "    c = config.base()\n    c.data.name = name\n    return c\n"
+    )
+    assert recipes.load(str(path)).config.data.name == "moons"
+    assert recipes.load(f"{path}:rings").config.data.name == "rings"
+
+
 def test_a_change_needs_a_recipe(run: CommandLine, tmp_path: Path):
     result = run("--config.game.gamma=1", f"--workdir={tmp_path / 'run'}")
     _is_one_line_error(result, "--config.game.gamma changes a field of a recipe")

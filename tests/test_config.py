@@ -372,16 +372,6 @@ def test_fields_that_a_data_set_would_ignore_are_refused(
 UNREAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "penalty": ("gaussians25", {"game.gamma": 0.0}, {"game.lazy_reg": 4}),
     "reconstruction": ("gaussians25", {"game.recon": "mse"}, {"game.recon_floor": 0.5}),
-    "rate": (
-        "released_gaussians25",
-        {"optimizer.schedule": "constant"},
-        {"optimizer.final_learning_rate": 1e-6},
-    ),
-    "beta": (
-        "swissroll",
-        {"diffusion.variance": "cosine"},
-        {"diffusion.beta_min": 0.2, "diffusion.beta_max": 10.0},
-    ),
     "time": ("lsun_church128", {}, {"diffusion.time_eps": 0.1}),
     "images in the plane": (
         "gaussians25",
@@ -455,6 +445,8 @@ def test_every_ablation_is_one_switch_on_any_recipe(path: Path):
         {"game.posterior": False},
         {"game.divergence": "reverse_kl"},
         *({"diffusion.num_steps": number} for number in (1, 2, 4, 8)),
+        {"optimizer.schedule": "constant"},
+        {"diffusion.variance": "cosine"},
     ]
     for fields in switches:
         config = load_recipe(path)

@@ -24,6 +24,10 @@ if [[ $(head -n 1 "$FAKE/fails") == "$action" ]]; then
   echo "ERROR: no capacity" >&2
   exit 1
 fi
+if [[ $action == command && $(head -n 1 "$FAKE/fails") == saved ]]; then
+  sed -i 1d "$FAKE/fails"
+  echo PREEMPTED > "$FAKE/state"
+fi
 case $action in
   describe)
     echo "WARNING: an update is available" >&2
@@ -98,7 +102,10 @@ class Pod:
         (self._folder / "state").write_text(state)
 
     def fails_in(self, *actions: str) -> None:
-        """Lets calls fail, one after the other; `command`: it is preempted."""
+        """Lets calls fail, one after the other.
+
+        `command`: it is preempted; `saved`: likewise, and ends with 0.
+        """
         (self._folder / "fails").write_text("".join(f"{one}\n" for one in actions))
 
     def calls(self) -> list[str]:
@@ -143,9 +150,10 @@ def test_one_that_is_there_is_only_run_on(pod: Pod):
     assert pod.calls() == ["command"]
 
 
+@pytest.mark.parametrize("ending", ["command", "saved"])
 @pytest.mark.parametrize("times", [1, 3])
-def test_after_a_preemption_all_is_done_again(pod: Pod, times: int):
-    pod.fails_in(*["command"] * times)
+def test_after_a_preemption_all_is_done_again(pod: Pod, times: int, ending: str):
+    pod.fails_in(*[ending] * times)
     found = pod(*RUN, TRIES="2")
     assert found.returncode == 0, found.stderr
     assert pod.calls() == [*NEW, *["delete", *NEW] * times]

@@ -107,6 +107,24 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert_trees_equal(_final_state(workdir), _final_state(unbroken))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "samples"])
+def test_a_run_does_not_write_through_links_out_of_its_directory(
+    name: str, tmp_path: Path
+):
+    workdir, outside = tmp_path / "run", tmp_path / "precious"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config_lib.to_json(_config()))
+    outside.write_text("lines\n")
+    (workdir / name).symlink_to(outside)
+    with pytest.raises(InputError, match=f"{name} is a link out of the run directory"):
+        train.train(_config(), workdir)
+    assert outside.read_text() == "lines\n"
+    (workdir / name).unlink()
+    (workdir / "mine").write_text("")
+    (workdir / name).symlink_to(workdir / "mine")  # Within it: the user's own affair.
+    run_directory.open_workdir(workdir, _config())
+
+
 def test_the_same_seed_gives_the_same_run_and_another_does_not(
     unbroken: Path, tmp_path: Path
 ):
