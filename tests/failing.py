@@ -153,6 +153,7 @@ def run(
         os._exit(2)
     checkpoints.close()
     _told(first=first, noticed=noticed)
+    jax.distributed.shutdown()  # Waits for the other, which ends if this one is gone.
 
 
 def save(number: int, port: int, workdir: str) -> None:
@@ -162,6 +163,7 @@ def save(number: int, port: int, workdir: str) -> None:
     for step in (1, 2):
         checkpoints.save(_placed(step, True), {})
     checkpoints.close()
+    jax.distributed.shutdown()
 
 
 def restore(number: int, port: int, workdirs: dict[str, str]) -> None:
@@ -187,6 +189,7 @@ def restore(number: int, port: int, workdirs: dict[str, str]) -> None:
             told = {"step": found.step, "same": all(same)}
         checkpoints.close()
         _told(name=name, said=said, **told)
+    jax.distributed.shutdown()
 
 
 @contextlib.contextmanager

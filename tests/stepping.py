@@ -120,3 +120,4 @@ def in_two_processes(
     whole = parallel.replicated(dispatcher._layout._mesh)
     leaves = jax.tree.leaves(jax.jit(lambda tree: tree, out_shardings=whole)(state))
     np.savez(out, **{str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
+    jax.distributed.shutdown()  # Waits for the other, which ends if this one is gone.

@@ -407,7 +407,7 @@ def test_two_processes_step_as_one_does(
     """Each reads its own part of every batch of images."""
     out = [str(tmp_path / str(number)) for number in range(2)]
     calls = [[path, kind, STREAMED[kind] | fields, STEPS] for path in out]
-    for code, said, _ in processes("in_two_processes", *calls, seconds=240):
+    for code, said, _ in processes("in_two_processes", *calls, seconds=600):
         assert code == 0, said
     expected = streamed(kind)
     for path in out:
