@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -602,8 +603,14 @@ class _Rules(NamedTuple):
             grad_generator = jax.tree.map(jnp.add, grad_generator, direct)
         return (grad_generator, grad_posterior), metrics, stats
 
-    def mean_over_devices(self, tree: Any) -> Any:
-        return tree if self.axis_name is None else jax.lax.pmean(tree, self.axis_name)
+    def mean_over_devices(self, tree: Any, as_one: bool = False) -> Any:
+        """Averages over the devices; `as_one`: as one array, however XLA orders it."""
+        if self.axis_name is None:
+            return tree
+        if not as_one:
+            return jax.lax.pmean(tree, self.axis_name)
+        flat, unravel = jax.flatten_util.ravel_pytree(tree)
+        return unravel(jax.lax.pmean(flat, self.axis_name))
 
     def gradients(self, state: TrainState, x0: Array, noise: Noise) -> "_Gradients":
         """Returns how to get each player's gradient for a whole batch."""
@@ -732,7 +739,10 @@ def make_step(
 
     def play_generator(state: TrainState, variables: Players, gradients: _Gradients):
         """`variables`: the energy's are updated."""
-        grads, metrics, stats = rules.mean_over_devices(gradients.generator(variables))
+        found = gradients.generator(variables)
+        # Statistics of batches, which meet in the backward pass too, would part them.
+        with_statistics = bool(found[-1])
+        grads, metrics, stats = rules.mean_over_devices(found, with_statistics)
         params = (variables.generator["params"], variables.posterior["params"])
         updates, opt_state = optimizers.generator.update(
             grads, state.opt_generator, params

@@ -183,14 +183,19 @@ def test_a_state_in_parts_is_gathered(monkeypatch: pytest.MonkeyPatch):
 BATCH_NORM = {"model__mlp__norm": "batch", "data__batch_size": 32}
 
 
-def test_batch_norm_reduces_gradients_once_too():
-    """XLA puts them together with the statistics, in more than two groups."""
+def test_batch_norm_reduces_gradients_once_a_player_too():
     config = plane(parallel__num_devices=8, **BATCH_NORM)
     found = collectives(compiled_text(config))
     assert {kind for kind, _ in found} == {"all-reduce"}
     variables = experiments.state_shapes(experiments.build(config)).variables
-    params = [leaf.size for one in variables for leaf in jax.tree.leaves(one["params"])]
-    assert 1.0 < sum(numbers for _, numbers in found) / sum(params) < 1.15
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(one["params"])) for one in variables
+    ]
+    # The others are statistics, of a few layers of at most 16 features.
+    gradients = sorted(numbers for _, numbers in found if numbers > 200)
+    assert len(gradients) == 2
+    more = np.subtract(gradients, sorted((sizes[0], sizes[1] + sizes[2])))
+    assert (np.abs(more) < 300).all(), more
 
 
 @pytest.mark.parametrize("mode", parallel.MODES)
