@@ -36,6 +36,8 @@ from ddaebm_jax.minimax import TrainState
 _MOST_ERRORS = 20
 # Steps that processes tell each other; a run keeps a handful.
 _MOST_STEPS = 256
+# What Orbax calls the thread that waits for those that write, and keeps their error.
+_COLLECTOR = "async_save"
 # One in the other.
 _MORE_FOLDERS_THAN_A_SAVE_MAKES = ("trial",) * 8
 # Where what cannot be used is put, in case somebody wants to look at it.
@@ -228,17 +230,17 @@ class Checkpoints:
         self._pending = step
 
     def check(self) -> None:
-        """Tells of a save that has failed since.
+        """Tells of a save that has failed since; waits for none that is under way.
 
-        One process waits for none. Several do, so that all come to know it here, and
-        not one of them now and another at the next call.
+        Of several processes all call it, and all look at what they have come to when
+        all of them have ended.
 
         Raises:
           CheckpointWriteError: if one has failed.
         """
         if self._pending is None:
             return
-        if jax.process_count() > 1 or not self._manager.is_saving_in_progress():
+        if parallel.all_agree(not self._manager.is_saving_in_progress()):
             self.wait()
 
     def wait(self) -> None:
@@ -576,16 +578,18 @@ class Checkpoints:
 
 
 def _join_writers(seconds: float = 60.0) -> bool:
-    """Waits for Orbax's threads that go on writing when one of them has failed.
+    """Waits for Orbax's threads that go on when one of them has failed.
 
-    They would disturb the next try, which writes into a directory of the same name.
+    They would disturb the next try, which writes into a directory of the same name,
+    and would have it blamed for what they come to.
 
     Returns:
       Whether all have ended; what one still writes must not be removed.
     """
     end, ended = time.monotonic() + seconds, True
     for thread in threading.enumerate():
-        if type(thread).__module__.startswith("orbax.") and not thread.daemon:
+        orbax = type(thread).__module__.startswith("orbax.")
+        if (orbax or thread.name == _COLLECTOR) and not thread.daemon:
             with contextlib.suppress(Exception):  # Its own, known already.
                 thread.join(max(0.1, end - time.monotonic()))
             ended = ended and not thread.is_alive()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from cli import ROOT, environment
 from helpers import GAME, assert_trees_equal, smooth_networks
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from ddaebm_jax import (
     best_checkpoint,
@@ -594,6 +596,36 @@ def _in_child(call: str, before: tuple[str, ...] = ()) -> subprocess.CompletedPr
         check=False,
         timeout=120,
     )
+
+
+def test_a_save_is_not_blamed_for_what_the_failed_one_before_comes_to_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its metadata fails at once, and one of its files when that has been told."""
+    checkpoints = checkpointing.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(_numbered(1, 10), {})
+    checkpoints.wait()
+
+    def fail_late(*_: object, **__: object) -> None:
+        time.sleep(1.0)
+        raise OSError(errno.ENOSPC, "No space left on device, noticed late")
+
+    def fail_at_once() -> None:
+        if threading.current_thread().name == "save_finalize":
+            raise OSError(errno.ENOSPC, "No space left on device, noticed at once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            async_checkpointer, "_background_wait_for_commit_futures", fail_late
+        )
+        store = checkpoints._manager._non_blocking_metadata_store
+        patch.setattr(store, "wait_until_finished", fail_at_once)
+        reason = _save_until_it_fails(checkpoints, _numbered(2, 10))
+    assert "noticed at once" in reason
+    checkpoints.save(_numbered(3, 10), {})
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoint_files.steps_in(checkpoints.directory) == [3]
 
 
 def test_saves_fail_and_recover_where_files_may_not_grow(tmp_path: Path):
