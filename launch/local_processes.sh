@@ -27,8 +27,24 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 
+# Ends what still runs, and waits for it. It is told again and again: a signal that comes
+# while a process is being started gets lost.
+stop() {
+  local times
+  for ((times = 0; ; times++)); do
+    if ((times % 25)); then
+      kill -0 "${pids[@]}" 2>/dev/null || return 0
+    else
+      kill "${pids[@]}" 2>/dev/null || return 0
+    fi
+    sleep 0.2
+  done
+}
+
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT INT TERM
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 for ((process = 0; process < processes; process++)); do
   "${PYTHON:-python}" "$root/launch/main.py" "$@" --distributed \
     --coordinator="localhost:${PORT:-9876}" \

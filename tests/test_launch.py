@@ -304,8 +304,17 @@ def test_a_job_needs_a_run_directory(tmp_path: Path):
 _PYTHON = """
 echo "$JAX_PLATFORMS $XLA_FLAGS $*"
 case $* in
-  *--process_id=1*) exit "$CODE" ;;
-  *) [[ $CODE == 0 ]] || exec sleep 60 ;;
+  *--process_id=1*)
+    until [[ $CODE == 0 || -e $READY ]]; do sleep 0.1; done
+    exit "$CODE"
+    ;;
+  *)
+    [[ $CODE == 0 ]] && exit
+    # Loses the first signal, as one that is only being started may.
+    trap 'trap - TERM' TERM
+    touch "$READY"
+    while true; do sleep 0.1; done
+    ;;
 esac
 """
 
@@ -322,13 +331,13 @@ def test_processes_are_started_and_the_first_failure_ends_all(
         path=tmp_path / "bin",
         PYTHON=str(python),
         CODE=str(code),
+        READY=str(tmp_path / "ready"),
         DEVICES="4",
         XLA_FLAGS="",
     )
     assert found.returncode == code, found.stderr
     lines = sorted(found.stdout.splitlines())
-    # The other may have been stopped, well before its minute, without a word.
-    assert len(lines) == 2 or code
+    assert len(lines) == 2
     for line in lines:
         process = line[1]
         assert line.startswith(f"[{process}] cpu ")
