@@ -52,13 +52,17 @@ class Saver:
         reason = self._failure(lambda: self._checkpoints.save(state, info))
         self._settle(reason, done=False)
 
-    def look(self) -> None:
-        """Looks whether what was started has failed; one process only.
+    def look(self, meeting: bool = True) -> None:
+        """Looks whether what was started has failed.
+
+        Args:
+          meeting: whether several processes may wait for each other here; if not, only
+            a single one looks. The same in all of them.
 
         Raises:
           TrainingError: if patience is at its end.
         """
-        if jax.process_count() == 1 and not self.failing:
+        if not self.failing and (meeting or jax.process_count() == 1):
             self._settle(self._failure(self._checkpoints.check), done=False)
 
     def due(self) -> bool:

@@ -216,7 +216,7 @@ def _advance(
         stopping = interruption.noted(start, step)
         due = measuring.due(train, step)
         save = step % train.checkpoint_every == 0 or step == train.num_steps
-        run.saver.look()
+        run.saver.look(meeting=step % train.report_every == 0)
         again = run.saver.due()
         if not (due or save or stopping or again):
             continue

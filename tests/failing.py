@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,6 +155,29 @@ def run(
     checkpoints.close()
     _told(first=first, noticed=noticed)
     jax.distributed.shutdown()  # Waits for the other, which ends if this one is gone.
+
+
+def notice(number: int, port: int, workdir: str, fault: str | None) -> None:
+    """Looks, and saves no more, until all know that a save has failed in one."""
+    _join(number, port)
+    checkpoints = checkpointing.Checkpoints(workdir)
+    saver = recovery.Saver(checkpoints, 600)
+    saver.finish(_placed(1, True), {}, wait=True)
+    heal = _FAULTS[fault]() if fault else None
+    saver.save(_placed(2, True), {})
+    failed_at_once, looks = saver.failing, 0
+    while not saver.failing:
+        time.sleep(0.05)
+        saver.look(meeting=False)
+        assert not saver.failing
+        saver.look()
+        looks += 1
+    if heal is not None:
+        heal()
+    saver.finish(_placed(2, True), {}, wait=True)
+    checkpoints.close()
+    _told(at_once=failed_at_once, looks=looks)
+    jax.distributed.shutdown()
 
 
 def save(number: int, port: int, workdir: str) -> None:

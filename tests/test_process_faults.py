@@ -73,6 +73,19 @@ def test_a_save_that_fails_for_a_while(
     assert not (tmp_path / "damaged").exists()
 
 
+def test_a_failed_save_is_noticed_before_the_next(together: Forked, tmp_path: Path):
+    """By all, when they next look together."""
+    results = together(
+        "notice", [str(tmp_path), None], [str(tmp_path), "room"], seconds=SOON
+    )
+    for result in results:
+        assert result.code == 0, result.out
+        assert "training goes on and tries again" in result.out
+    looks = [_last(result)["looks"] for result in results]
+    assert looks[0] == looks[1] > 0
+    assert_trees_equal(_final(tmp_path), state_of(2))
+
+
 @pytest.mark.parametrize(("process", "fault"), [(1, "room"), (0, "folders")])
 def test_a_save_that_fails_for_ever(
     together: Forked, tmp_path: Path, process: int, fault: str
