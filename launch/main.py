@@ -12,11 +12,13 @@ python launch/main.py --mode=inspect --workdir=…
 """
 
 import contextlib
+import functools
 import logging as std_logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -227,11 +229,21 @@ def _run() -> None:
         _train(_checked_config())
         return
     _join_processes()
-    from ddaebm_jax import detection, modes, parallel, writers
-
     if not _WORKDIR.value:
         raise InputError(f"--mode={_MODE.value} needs --workdir, a run directory")
-    workdir, checkpoint = _WORKDIR.value, _CHECKPOINT.value
+    advice = (
+        "use a larger device or, with JAX_PLATFORMS=cpu, the host's memory; of images, "
+        f"evaluation.batch_size of {_WORKDIR.value}/config.json are taken at a time"
+    )
+    with _memory_suffices(advice):
+        _use(_WORKDIR.value)
+
+
+def _use(workdir: str) -> None:
+    """Runs a mode that uses what has been trained."""
+    from ddaebm_jax import detection, modes, parallel, writers
+
+    checkpoint = _CHECKPOINT.value
     if _MODE.value == "sample":
         print(
             modes.sample(
@@ -293,13 +305,17 @@ def _checked_config() -> Any:
 def _train(config: Any) -> None:
     """Trains, and prints where to and the figures."""
     _join_processes()
-    import jax
-
     from ddaebm_jax import interruption, parallel, train, writers
 
     workdir = _WORKDIR.value or _new_workdir()
+    advice = (
+        f"lower data.batch_size ({config.data.batch_size}), or keep it and raise "
+        f"optimizer.accumulate ({config.optimizer.accumulate}), or on images set "
+        f"model.remat to blocks ({config.model.remat}), or narrow the networks"
+    )
     try:
-        report = train.train(config, workdir)
+        with _memory_suffices(advice):
+            report = train.train(config, workdir)
     except (train.LostProcessError, OutOfStepError) as error:
         command_line.fail(str(error), at_once=True)
     except interruption.Interrupted as error:
@@ -307,15 +323,6 @@ def _train(config: Any) -> None:
         raise SystemExit(error.exit_code) from error
     except KeyboardInterrupt:
         command_line.leave("left at once; the newest checkpoint is kept", 130)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not _is_for_want_of_memory(error):
-            raise
-        raise InputError(
-            f"memory does not suffice ({' '.join(str(error).split())[:200]}); lower "
-            f"data.batch_size ({config.data.batch_size}), or keep it and raise "
-            f"optimizer.accumulate ({config.optimizer.accumulate}), or on images set "
-            f"model.remat to blocks ({config.model.remat}), or narrow the networks"
-        ) from error
     if parallel.is_first_process():
         print(f"{workdir}\n{writers.format_report(report)}")
 
@@ -345,8 +352,23 @@ def _part() -> None:
         jax.distributed.shutdown()
 
 
-def _is_for_want_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+@contextlib.contextmanager
+def _memory_suffices(advice: str) -> Iterator[None]:
+    """Makes an input error of one that comes of too little memory.
+
+    Args:
+      advice: what to try.
+    """
+    import jax
+
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        raise InputError(
+            f"memory does not suffice ({' '.join(str(error).split())[:200]}); {advice}"
+        ) from error
 
 
 def _inspect() -> None:
@@ -377,12 +399,30 @@ def _new_workdir() -> str:
 
 
 def _without_chatter(record: std_logging.LogRecord) -> bool:
-    """Drops libraries' notes on their insides; warnings pass, but for one."""
-    if "Given directory is read only" in record.getMessage():
+    """Drops libraries' notes on their insides; warnings pass, but for these."""
+    message = record.getMessage()
+    if "Given directory is read only" in message:
         return False  # Reading is all that was asked for.
-    if "Setting work unit notes" in record.getMessage():
+    if "Setting work unit notes" in message:
         return False  # clu's progress; our own line says the same.
+    if "exception was never retrieved" in message:
+        return False  # Dozens, of Orbax, after one failed save.
+    if "orbax" in record.pathname and record.exc_info:
+        return False  # Pages for each failed save, of which one line of ours tells.
     return "orbax" not in record.pathname or record.levelno > std_logging.INFO
+
+
+def _without_late_ones(hook: Callable[[Any], object], unraisable: Any) -> None:
+    """Prints an error that nobody can catch; not TensorStore's after a failed save.
+
+    Its threads report, hundreds of times, to a loop that Orbax has closed by then.
+
+    Args:
+      hook: prints it.
+      unraisable: see `sys.unraisablehook`.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 def main(argv: list[str]) -> None:
@@ -392,6 +432,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     if logging.get_verbosity() == logging.INFO:
         logging.get_absl_handler().addFilter(_without_chatter)
+        sys.unraisablehook = functools.partial(_without_late_ones, sys.unraisablehook)
     end = _fail_among_others if _DISTRIBUTED.value else command_line.fail
     command_line.in_one_line(_run, end)
 

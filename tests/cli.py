@@ -80,6 +80,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
+        "PYTHONFAULTHANDLER": "1",
         "XLA_FLAGS": " ".join(flags),
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
     }

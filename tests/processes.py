@@ -1,9 +1,15 @@
 """Starts real processes that work together, as on several machines."""
 
+import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 
 from cli import MAIN, ROOT, Result, environment
@@ -97,37 +103,133 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def start(
-    flags: list[str], *of_each: list[str], devices: int = 2
-) -> list[subprocess.Popen]:
-    """Starts the command line, one process for each list of additional flags."""
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(MAIN),
-                *flags,
-                *own,
-                "--distributed",
-                f"--coordinator=localhost:{port}",
-                f"--num_processes={len(of_each)}",
-                f"--process_id={number}",
-            ],
+class Started:
+    """The command line in a process; what it says is read as it says it.
+
+    One whose pipe is full would wait, and with it those that work with it.
+    """
+
+    def __init__(self, *flags: str, devices: int = 1) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(MAIN), *flags],
             env=environment(devices),
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for number, own in enumerate(of_each)
-    ]
+        self._out: list[str] = []
+        self._err: list[str] = []
+        self._readers = [
+            threading.Thread(target=into.extend, args=[pipe], daemon=True)
+            for pipe, into in (
+                (self._process.stdout, self._out),
+                (self._process.stderr, self._err),
+            )
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.pid = self._process.pid
+        self.send_signal = self._process.send_signal
+
+    def __enter__(self) -> "Started":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Kills it, if it has not ended, and waits for that."""
+        self._process.kill()
+        self._read()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
+    @property
+    def err(self) -> str:
+        """What has been written into its errors until now."""
+        return "".join(self._err)
+
+    def until(
+        self, true: Callable[[], bool], seconds: float = 240.0, every: float = 0.05
+    ) -> None:
+        """Waits until something is true; it is asked every so many seconds.
+
+        Raises:
+          AssertionError: if it has ended, or after so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert self.running, f"it has ended: {self.ended(1.0)}"
+            assert time.monotonic() < deadline, f"not after {seconds} s: {self.err}"
+            time.sleep(every)
+
+    def ended(self, seconds: float = 300.0) -> Result:
+        """Waits for its end.
+
+        Raises:
+          AssertionError: after so many seconds, with where each of its threads was.
+        """
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # Python's own handler, which `environment` switches on, tells of threads.
+            self._process.send_signal(signal.SIGABRT)
+            self._read()
+            raise AssertionError(f"not ended after {seconds} s: {self.err}") from None
+        self._read()
+        return Result(self._process.returncode, "".join(self._out), self.err)
+
+    def _read(self) -> None:
+        self._process.wait(10)
+        for reader in self._readers:
+            reader.join(10)
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Waits for processes; returns exit code, output and errors of each."""
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        results.append((process.returncode, out, err))
-    return results
+@contextlib.contextmanager
+def started(
+    flags: list[str], *of_each: list[str], devices: int = 2
+) -> Iterator[list[Started]]:
+    """Starts the command line, one process for each list of additional flags.
+
+    None of them outlives the block.
+    """
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                Started(
+                    *flags,
+                    *own,
+                    "--distributed",
+                    f"--coordinator=localhost:{port}",
+                    f"--num_processes={len(of_each)}",
+                    f"--process_id={number}",
+                    devices=devices,
+                )
+            )
+            for number, own in enumerate(of_each)
+        ]
+
+
+def results_of(flags: list[str], *of_each: list[str], devices: int = 2) -> list[Result]:
+    """Starts the command line as `started` does, and waits for all processes."""
+    with started(flags, *of_each, devices=devices) as processes:
+        return ended(processes)
+
+
+def ended(processes: list[Started]) -> list[Result]:
+    """Waits for processes that work together.
+
+    Raises:
+      AssertionError: if they do not end, with what each of them said, and where each
+        of its threads was.
+    """
+    with futures.ThreadPoolExecutor(len(processes)) as waiting:
+        ends = [waiting.submit(process.ended) for process in processes]
+    late = [str(end.exception()) for end in ends if end.exception()]
+    assert not late, "\n\n".join(late)
+    return [end.result() for end in ends]

@@ -1,7 +1,6 @@
 """The command line from end to end, and what it says of bad input."""
 
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from cli import MAIN, ROOT, CommandLine, Result, environment, tiny
 from PIL import Image
+from processes import Started, free_port
 
 from ddaebm_jax import command_line, recipes
 from ddaebm_jax import config as config_lib
@@ -376,28 +376,35 @@ def test_fields_are_changed_by_a_file_of_flags(run: CommandLine, tmp_path: Path)
 _OUT_OF_MEMORY = """
 import runpy, sys
 import jax
-from ddaebm_jax import train
-def fail(config, workdir):
+from ddaebm_jax import modes, train
+def fail(*given):
     raise {error}
-train.train = fail
-sys.argv = [{main!r}, "--config={config}", "--workdir={workdir}"]
+train.train = modes.sample = fail
+sys.argv = [{main!r}, "--workdir={workdir}", "{flag}"]
 runpy.run_path({main!r}, run_name="__main__")
 """
+_TRAIN = f"--config={ROOT / PLANE}"
+_OF_DEVICE = "jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')"
 
 
 @pytest.mark.parametrize(
-    ("error", "ours"),
+    ("flag", "error", "told"),
     [
-        ("MemoryError('Unable to allocate 7.28 TiB')", True),
-        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", True),
-        ("jax.errors.JaxRuntimeError('INTERNAL: something else')", False),
+        (
+            _TRAIN,
+            "MemoryError('Unable to allocate 7.28 TiB')",
+            ("data.batch_size (200)", "optimizer.accumulate", "model.remat"),
+        ),
+        (_TRAIN, _OF_DEVICE, ("data.batch_size (200)",)),
+        ("--mode=sample", _OF_DEVICE, ("larger device", "evaluation.batch_size of /")),
+        (_TRAIN, "jax.errors.JaxRuntimeError('INTERNAL: something else')", ()),
     ],
 )
-def test_want_of_memory_names_the_fields_that_help(
-    tmp_path: Path, error: str, ours: bool
+def test_want_of_memory_names_what_helps(
+    tmp_path: Path, flag: str, error: str, told: tuple[str, ...]
 ):
     program = _OUT_OF_MEMORY.format(
-        error=error, main=str(MAIN), config=ROOT / PLANE, workdir=tmp_path / "run"
+        error=error, main=str(MAIN), workdir=tmp_path / "run", flag=flag
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -406,56 +413,31 @@ def test_want_of_memory_names_the_fields_that_help(
         text=True,
         check=False,
     )
-    assert ("Traceback" in done.stderr) is not ours
-    if ours:
-        result = Result(done.returncode, done.stdout, done.stderr)
-        for words in ("data.batch_size (200)", "optimizer.accumulate", "model.remat"):
-            _is_one_line_error(result, words)
+    assert ("Traceback" in done.stderr) is not bool(told)
+    for words in told:
+        _is_one_line_error(Result(done.returncode, done.stdout, done.stderr), words)
 
 
-def _one_of_two(number: int, *flags: str) -> subprocess.Popen:
+def _one_of_two(number: int, *flags: str) -> Started:
     """Starts one of two processes."""
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(MAIN),
-            *tiny(PLANE),
-            "--distributed",
-            "--num_processes=2",
-            f"--process_id={number}",
-            *flags,
-        ],
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _ended(process: subprocess.Popen) -> Result:
-    out, err = process.communicate(timeout=240)
-    return Result(process.returncode, out, err)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
+    together = ["--distributed", "--num_processes=2", f"--process_id={number}"]
+    return Started(*tiny(PLANE), *together, *flags)
 
 
 def test_a_bad_config_is_told_before_other_processes_are_waited_for(tmp_path: Path):
     """There is no coordinator, and so nothing to join."""
-    flags = (f"--coordinator=localhost:{_free_port()}", f"--workdir={tmp_path / 'run'}")
-    result = _ended(_one_of_two(1, *flags, "--config.game.gamma=-1"))
+    flags = (f"--coordinator=localhost:{free_port()}", f"--workdir={tmp_path / 'run'}")
+    with _one_of_two(1, *flags, "--config.game.gamma=-1") as process:
+        result = process.ended()
     _is_one_line_error(result, "game.gamma is -1.0")
     assert "Connecting" not in result.err
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_waits_for_others_for_a_while_only(tmp_path: Path, number: int):
-    flags = (f"--coordinator=localhost:{_free_port()}", f"--workdir={tmp_path / 'run'}")
-    result = _ended(_one_of_two(number, *flags, "--join_timeout=3"))
+    flags = (f"--coordinator=localhost:{free_port()}", f"--workdir={tmp_path / 'run'}")
+    with _one_of_two(number, *flags, "--join_timeout=3") as process:
+        result = process.ended()
     _is_one_line_error(result, "not all processes have come within 3 s")
     assert not (tmp_path / "run").exists()
 
@@ -463,15 +445,13 @@ def test_a_process_waits_for_others_for_a_while_only(tmp_path: Path, number: int
 def test_one_process_that_fails_leaves_and_the_other_ends(tmp_path: Path):
     """Not after the minutes for which JAX waits at a program's end."""
     (tmp_path / "file").touch()
-    shared = (f"--coordinator=localhost:{_free_port()}", "--heartbeat_timeout=20")
-    other = _one_of_two(0, *shared, f"--workdir={tmp_path / 'run'}")
-    failing = _one_of_two(1, *shared, f"--workdir={tmp_path / 'file' / 'run'}")
-    try:
-        _is_one_line_error(_ended(failing), "Not a directory")
-        assert _ended(other).code != 0
-    finally:
-        for process in (failing, other):
-            process.kill()
+    shared = (f"--coordinator=localhost:{free_port()}", "--heartbeat_timeout=20")
+    with (
+        _one_of_two(0, *shared, f"--workdir={tmp_path / 'run'}") as other,
+        _one_of_two(1, *shared, f"--workdir={tmp_path / 'file' / 'run'}") as failing,
+    ):
+        _is_one_line_error(failing.ended(), "Not a directory")
+        assert other.ended().code != 0
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)

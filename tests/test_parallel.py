@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 import quick
 from cli import MAIN, ROOT, environment, tiny
 from helpers import assert_trees_close, assert_trees_equal
-from processes import Forked, ended, start
+from processes import Forked, ended, results_of, started
 from stepping import CONFIGS, digits, indices, plane, trained
 from test_config import load_recipe
 
@@ -348,7 +347,7 @@ RUN = {
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes with two devices each."""
     workdir = tmp_path_factory.mktemp("together") / "run"
-    results = ended(start([*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"], [], []))
+    results = results_of([*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"], [], [])
     for code, _, err in results:
         assert code == 0, err
     first, second = (out for _, out, _ in results)
@@ -427,29 +426,19 @@ def test_a_process_that_cannot_write_for_a_while_changes_nothing(
 ):
     """The other one waits for it; more of this is in `test_process_faults.py`."""
     workdir = tmp_path / "run"
-    processes = start([*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"], [], [])
-    writes, said = processes[1], ""
-    most = resource.prlimit(writes.pid, resource.RLIMIT_FSIZE)
-    try:
-        deadline = time.monotonic() + 240
-        while not (workdir / "checkpoints").exists():
-            assert time.monotonic() < deadline, "no checkpoints"
-            assert all(one.poll() is None for one in processes), ended(processes)
-            time.sleep(0.05)
+    flags = [*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"]
+    with started(flags, [], []) as processes:
+        writes = processes[1]
+        most = resource.prlimit(writes.pid, resource.RLIMIT_FSIZE)
+        writes.until((workdir / "checkpoints").exists)
         resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, (10, most[1]))
-        for line in writes.stderr:
-            said += line
-            if "training goes on and tries again" in line:
-                break
+        writes.until(lambda: "training goes on and tries again" in writes.err)
         assert checkpoint_files.steps_in(workdir / "checkpoints") == []
         resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, most)
         results = ended(processes)
-    finally:
-        for process in processes:
-            process.kill()
-    assert "File too large" in said
+    assert "File too large" in results[1].err
     for code, _, err in results:
-        assert code == 0, said + err
+        assert code == 0, err
         assert "a checkpoint is written at last" in err
     assert_trees_equal(final_state(workdir), final_state(together))
 
@@ -459,21 +448,12 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
         *tiny(RELEASED, **{**RUN, "train__num_steps": 10_000}),
         f"--workdir={tmp_path / 'run'}",
     ]
-    processes = start([*flags, "--heartbeat_timeout=10"], [], [])
-    deadline = time.monotonic() + 240
     checkpoints = tmp_path / "run" / "checkpoints"
-    try:
-        while not (checkpoints / "4").exists():
-            assert time.monotonic() < deadline, "no checkpoint"
-            assert all(process.poll() is None for process in processes), ended(
-                processes
-            )
-            time.sleep(0.05)
-        processes[1].send_signal(signal.SIGKILL)
-        code, _, err = ended(processes[:1])[0]
-    finally:
+    with started([*flags, "--heartbeat_timeout=10"], [], []) as processes:
         for process in processes:
-            process.kill()
+            process.until((checkpoints / "4").exists)
+        processes[1].send_signal(signal.SIGKILL)
+        code, _, err = processes[0].ended()
     assert code != 0
     # JAX's own words where it notices first, ours where a computation does.
     noticed = ("another task died", "error: the other processes cannot be reached")
@@ -484,7 +464,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
         f"--config.train.num_steps={total}" if "num_steps" in flag else flag
         for flag in flags
     ]
-    for code, _, err in ended(start(shorter, [], [])):
+    for code, _, err in results_of(shorter, [], []):
         assert code == 0, err
     assert int(final_state(tmp_path / "run").step) == total
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -493,7 +473,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
 
 def test_processes_with_different_configs_are_refused(tmp_path: Path):
     flags = [*tiny(GAUSSIANS, **RUN), f"--workdir={tmp_path / 'run'}"]
-    results = ended(start(flags, [], ["--config.game.gamma=0.5"], devices=1))
+    results = results_of(flags, [], ["--config.game.gamma=0.5"], devices=1)
     for code, _, err in results:
         assert code == 2
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -507,7 +487,7 @@ def test_more_processes_than_examples(tmp_path: Path):
         *tiny(GAUSSIANS, **{**RUN, "data__batch_size": 1}),
         f"--workdir={tmp_path / 'run'}",
     ]
-    for code, _, err in ended(start(flags, [], [], devices=1)):
+    for code, _, err in results_of(flags, [], [], devices=1):
         assert code == 2
         assert "error: data.batch_size is 1, not divisible by the 2 devices" in err
     assert not (tmp_path / "run").exists()
@@ -524,18 +504,12 @@ def test_a_signal_to_one_process_stops_all(tmp_path: Path, number: signal.Signal
         "train__report_every": 6,
     }
     flags = [*tiny(RELEASED, **fields), f"--workdir={tmp_path / 'run'}"]
-    processes = start(flags, [], [])
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    try:
-        while not (metrics.exists() and metrics.read_text()):
-            assert time.monotonic() < deadline, "no metrics"
-            time.sleep(0.05)
+    with started(flags, [], []) as processes:
+        for process in processes:
+            process.until(lambda: metrics.exists() and metrics.read_text() != "")
         processes[1].send_signal(number)
         results = ended(processes)
-    finally:
-        for process in processes:
-            process.kill()
     codes = [code for code, _, _ in results]
     assert codes == ([0, 0] if number == signal.SIGTERM else [0, 130]), results
     step = int(final_state(tmp_path / "run").step)

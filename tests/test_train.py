@@ -1,11 +1,8 @@
 """The loop: resumed equals unbroken, bit for bit, whatever stops it."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +10,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from cli import MAIN, ROOT, environment, tiny
+from cli import tiny
 from helpers import assert_trees_close, assert_trees_equal
+from processes import Started
 
 from ddaebm_jax import (
     checkpointing,
@@ -259,30 +257,10 @@ def test_a_run_directory_does_not_choose_what_is_written(tmp_path: Path):
     assert theirs.items() <= found.items()
 
 
-def _start(workdir: Path, *flags: str) -> subprocess.Popen:
-    argv = [sys.executable, str(MAIN), f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        argv,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _kill(process: subprocess.Popen) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
-
-
-def _wait_for(process: subprocess.Popen, found, seconds: float = 300.0) -> None:
-    """Polls until `found()`; fails if the process ends, or after `seconds`."""
-    end = time.monotonic() + seconds
-    while not found():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, "nothing came"
-        time.sleep(0.0005)
+def _finish(workdir: Path, flags: list[str]) -> None:
+    with Started(*flags, f"--workdir={workdir}") as process:
+        result = process.ended(600.0)
+    assert result.code == 0, result.err
 
 
 def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path):
@@ -295,8 +273,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path):
         train__checkpoint_every=20,
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = _start(whole, *flags)
-    assert process.wait(timeout=600) == 0, process.stderr.read()
+    _finish(whole, flags)
 
     saved = broken / "checkpoints"
 
@@ -314,19 +291,18 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path):
     wait = random.Random(0)
     for kill in range(4):
         before = complete()
-        process = _start(broken, *flags)
-        _wait_for(process, lambda before=before: complete() > before)
-        if kill % 2:
-            _wait_for(process, unfinished)
-        else:
-            time.sleep(wait.uniform(0.0, 0.05))
-        _kill(process)
+        with Started(*flags, f"--workdir={broken}") as process:
+            process.until(lambda before=before: complete() > before, every=0.0005)
+            if kill % 2:
+                process.until(unfinished, every=0.0005)
+            else:
+                time.sleep(wait.uniform(0.0, 0.05))
+            process.send_signal(signal.SIGKILL)
         left_unfinished += unfinished()
     assert left_unfinished >= 1, "no kill came while a checkpoint was being written"
     assert 0 < complete() < 600
 
-    process = _start(broken, *flags)
-    assert process.wait(timeout=600) == 0, process.stderr.read()
+    _finish(broken, flags)
     assert_trees_equal(_final_state(broken), _final_state(whole))
     assert not unfinished()
     steps = [
