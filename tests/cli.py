@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import quick
+
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "launch" / "main.py"
 
@@ -70,13 +72,17 @@ class CommandLine:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Returns the environment of a child with so many virtual devices."""
+    """Returns the environment of a child with so many virtual devices.
+
+    It compiles soon, and not to be fast.
+    """
     flags = [
         flag
         for flag in os.environ.get("XLA_FLAGS", "").split()
         if "host_platform_device_count" not in flag
     ]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
+    flags.append(quick.FLAGS)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,

@@ -101,7 +101,7 @@ def in_two_processes(
     number: int, port: int, out: str, kind: str, fields: dict[str, Any], steps: int
 ) -> None:
     """Takes some steps, with two devices each; writes the state's leaves to `out`."""
-    os.environ["XLA_FLAGS"] = f"{environment(2)['XLA_FLAGS']} {quick.FLAGS}"
+    os.environ["XLA_FLAGS"] = environment(2)["XLA_FLAGS"]
     jax.config.update("jax_platforms", "cpu")
     parallel.join(parallel.Processes(f"localhost:{port}", 2, number))
     if fields.get("parallel__fsdp"):
