@@ -29,7 +29,7 @@ from ddaebm_jax.checkpoint_files import (
     DamagedCheckpointError,
     reason_of,
 )
-from ddaebm_jax.errors import OutOfStepError
+from ddaebm_jax.errors import LostProcessError, OutOfStepError
 from ddaebm_jax.minimax import TrainState
 
 # Errors that one failed save can leave behind; it writes a handful of small files.
@@ -172,7 +172,8 @@ class Checkpoints:
             not, and then this one has not been started. What was left of the failed
             one is removed, and saving may be tried again. All processes raise it, if
             one does.
-          OutOfStepError: with several processes, if this one could not even begin.
+          OutOfStepError: with several processes, if this one could not even begin;
+            LostProcessError, if because another one is gone.
         """
         if self._manager is None:
             raise ValueError("these checkpoints were opened to be read only")
@@ -217,6 +218,8 @@ class Checkpoints:
                 force=True,
             )
         except Exception as error:  # The system's, TensorStore's, Orbax's own.
+            if parallel.comes_of_others(error):
+                raise LostProcessError(error) from error
             if jax.process_count() > 1:
                 # The others wait within Orbax, where they cannot be told. What writes
                 # files comes later; so this is a fault of memory, or of the program.

@@ -5,6 +5,7 @@ through its share of the batch, and the step averages gradients and metrics itse
 a player. Only with a state in parts (`fsdp`) does XLA split the whole batch's step.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +19,11 @@ from ddaebm_jax.errors import InputError
 DATA_AXIS = "data"
 MODES = ("jit", "pmap")
 
+# What errors say that come of other processes.
+_OF_OTHERS = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|gloo|connection|peer|heartbeat|barrier",
+    re.IGNORECASE,
+)
 # Leaves of fewer numbers are not worth splitting: 64 KiB of float32.
 _LEAST_SPLIT = 2**14
 
@@ -82,6 +88,15 @@ def join(processes: Processes) -> None:
 def is_first_process() -> bool:
     """Whether this process is the one that writes pictures, metrics and reports."""
     return jax.process_index() == 0
+
+
+def comes_of_others(error: Exception) -> bool:
+    """Whether an error says that other processes cannot be reached."""
+    if isinstance(error, InputError) or jax.process_count() == 1:
+        return False
+    # Gloo's own errors come as ValueError where a collective is started.
+    known = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return known and _OF_OTHERS.search(str(error)) is not None
 
 
 def wait_for_all(where: str) -> None:

@@ -5,7 +5,6 @@ of it. What the loop works with is opened by `runs`; what it shows, `measuring` 
 """
 
 import contextlib
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -18,19 +17,9 @@ from absl import logging
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import dispatching, measuring, minimax, parallel, run_directory, runs
-from ddaebm_jax.errors import InputError, OutOfStepError, TrainingError
+from ddaebm_jax.errors import InputError, LostProcessError, OutOfStepError
 from ddaebm_jax.interruption import Interrupted, Interruption, Noted
 from ddaebm_jax.runs import Run
-
-# What errors say that come of other processes.
-_OF_PROCESSES = re.compile(
-    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|gloo|connection|peer|heartbeat|barrier",
-    re.IGNORECASE,
-)
-
-
-class LostProcessError(TrainingError):
-    """Another process of the run is gone."""
 
 
 class _NotFinite(Exception):
@@ -110,23 +99,11 @@ def _leaving_at_once(stack: contextlib.ExitStack) -> Iterator[None]:
         stack.pop_all()
         raise
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # Gloo's own errors come as ValueError where a collective is started.
-        known = isinstance(error, InputError)
-        if known or jax.process_count() == 1 or not _OF_PROCESSES.search(str(error)):
+        if not parallel.comes_of_others(error):
             raise
         # What is open waits for the others when it is closed, and they are gone.
         stack.pop_all()
-        raise LostProcessError(
-            f"the other processes cannot be reached any more ({_first_line(error)})"
-            "; one of them has ended or hangs: see its output. Start all of them "
-            "again with the same command: the run goes on from its newest "
-            "checkpoint"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+        raise LostProcessError(error) from error
 
 
 def _check_processes_agree(config: ml_collections.ConfigDict) -> None:

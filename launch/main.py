@@ -316,7 +316,7 @@ def _train(config: Any) -> None:
     try:
         with _memory_suffices(advice):
             report = train.train(config, workdir)
-    except (train.LostProcessError, OutOfStepError) as error:
+    except OutOfStepError as error:
         command_line.fail(str(error), at_once=True)
     except interruption.Interrupted as error:
         logging.info("%s", error)
