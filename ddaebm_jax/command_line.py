@@ -22,7 +22,7 @@ def fail(message: str, at_once: bool = False) -> NoReturn:
     """
     if at_once:
         leave(error_line(message), 2)
-    _say(error_line(message))
+    say(error_line(message))
     sys.exit(2)
 
 
@@ -33,11 +33,11 @@ def error_line(message: str) -> str:
 
 def leave(line: str, status: int) -> NoReturn:
     """Prints a line and ends the program, without what runs at a program's end."""
-    _say(line)
+    say(line)
     os._exit(status)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Prints a line among the errors in one piece: other threads may write there."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

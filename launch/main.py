@@ -337,7 +337,7 @@ def _fail_among_others(message: str) -> NoReturn:
     What one of them meets, mostly all meet: then they part in order. Otherwise this one
     leaves after a moment, and the others learn of it as of any that is lost.
     """
-    print(command_line.error_line(message), file=sys.stderr, flush=True)
+    command_line.say(command_line.error_line(message))
     parting = threading.Thread(target=_part, daemon=True)
     parting.start()
     parting.join(_GRACE)

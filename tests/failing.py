@@ -165,7 +165,7 @@ def notice(number: int, port: int, workdir: str, fault: str | None) -> None:
     saver.finish(_placed(1, True), {}, wait=True)
     heal = _FAULTS[fault]() if fault else None
     saver.save(_placed(2, True), {})
-    failed_at_once, looks = saver.failing, 0
+    looks = 0
     while not saver.failing:
         time.sleep(0.05)
         saver.look(meeting=False)
@@ -176,7 +176,7 @@ def notice(number: int, port: int, workdir: str, fault: str | None) -> None:
         heal()
     saver.finish(_placed(2, True), {}, wait=True)
     checkpoints.close()
-    _told(at_once=failed_at_once, looks=looks)
+    _told(looks=looks)
     jax.distributed.shutdown()
 
 
