@@ -12,8 +12,9 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from ddaebm_jax import run_directory, train
 from ddaebm_jax.evaluation import ood
+from ddaebm_jax.training import loop as train
+from ddaebm_jax.training import run_directory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/breast_cancer.py", "The recipe."

@@ -29,7 +29,8 @@ from ml_collections import config_flags
 from timing import counted_work, device_name, interleaved_seconds
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiments, objective
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax import objective
 from ddaebm_jax.models import Networks
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -21,7 +21,8 @@ from absl import app, flags
 from ml_collections import config_flags
 from timing import counted_flops, counted_work, device_name, interleaved_seconds
 
-from ddaebm_jax import diffusion, experiments, minimax, objective
+from ddaebm_jax import diffusion, minimax, objective
+from ddaebm_jax import experiment as experiments
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/released_gaussians25.py", "The recipe."

@@ -22,7 +22,9 @@ from timing import (
 )
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiments, parallel, sampling
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax import sampling
+from ddaebm_jax import sharding as parallel
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py", "The recipe.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images a call.", lower_bound=1)

@@ -29,9 +29,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from timing import print_rows
 
-from ddaebm_jax import checkpoint_files, train
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.interruption import Interrupted
+from ddaebm_jax.training import checkpoint_files
+from ddaebm_jax.training import loop as train
+from ddaebm_jax.training.preemption import Interrupted
 
 _CYCLES = flags.DEFINE_integer("cycles", 200, "Signals sent.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and signals.")

@@ -9,7 +9,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ddaebm_jax import dispatching, experiments
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax.training import dispatching
 
 
 class Prepared(NamedTuple):

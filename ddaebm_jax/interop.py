@@ -313,8 +313,11 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
       InputError: as `import_variables`, or if the directory is not empty; nothing has
         been written then.
     """
-    from ddaebm_jax import checkpointing, experiments, minimax, run_directory
     from ddaebm_jax import config as config_lib
+    from ddaebm_jax import experiment as experiments
+    from ddaebm_jax import minimax
+    from ddaebm_jax.training import checkpoints as checkpointing
+    from ddaebm_jax.training import run_directory
 
     workdir = Path(workdir)
     config_lib.validate(config)
@@ -343,7 +346,7 @@ def main(argv: list[str]) -> None:
     """Imports what the flags name."""
     from absl import flags
 
-    from ddaebm_jax import command_line
+    from ddaebm_jax.commands import command_line
 
     values = flags.FLAGS
     if len(argv) > 1:
@@ -358,7 +361,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from absl import app, flags
 
-    from ddaebm_jax.command_line import define_config, parse_flags
+    from ddaebm_jax.commands.command_line import define_config, parse_flags
 
     define_config("An image recipe.")
     flags.DEFINE_string("generator", None, "The generator's state_dict, netG_*.pth.")

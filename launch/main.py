@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from ddaebm_jax import command_line
+from ddaebm_jax.commands import command_line
 from ddaebm_jax.errors import InputError, OutOfStepError
 
 _CONFIG = command_line.define_config(
@@ -196,7 +196,7 @@ def _join_processes() -> None:
         return
     if _MODE.value == "train" and not _WORKDIR.value:
         raise InputError("--distributed needs --workdir, the same for all processes")
-    from ddaebm_jax import parallel
+    from ddaebm_jax import sharding as parallel
 
     # JAX itself would abort, with a trace of its insides.
     line = command_line.error_line(
@@ -241,7 +241,10 @@ def _run() -> None:
 
 def _use(workdir: str) -> None:
     """Runs a mode that uses what has been trained."""
-    from ddaebm_jax import detection, modes, parallel, writers
+    from ddaebm_jax import sharding as parallel
+    from ddaebm_jax.commands import modes
+    from ddaebm_jax.commands import ood as detection
+    from ddaebm_jax.training import reports
 
     checkpoint = _CHECKPOINT.value
     if _MODE.value == "sample":
@@ -271,7 +274,7 @@ def _use(workdir: str) -> None:
             **_inception_settings(),
         )
         if parallel.is_first_process():
-            print(writers.format_report(report))
+            print(reports.format_report(report))
     else:
         folder = detection.detect(
             workdir,
@@ -305,7 +308,10 @@ def _checked_config() -> Any:
 def _train(config: Any) -> None:
     """Trains, and prints where to and the figures."""
     _join_processes()
-    from ddaebm_jax import interruption, parallel, train, writers
+    from ddaebm_jax import sharding as parallel
+    from ddaebm_jax.training import loop as train
+    from ddaebm_jax.training import preemption as interruption
+    from ddaebm_jax.training import reports
 
     workdir = _WORKDIR.value or _new_workdir()
     advice = (
@@ -324,7 +330,7 @@ def _train(config: Any) -> None:
     except KeyboardInterrupt:
         command_line.leave("left at once; the newest checkpoint is kept", 130)
     if parallel.is_first_process():
-        print(f"{workdir}\n{writers.format_report(report)}")
+        print(f"{workdir}\n{reports.format_report(report)}")
 
 
 # Seconds for which a process that fails waits for the others to fail, too.
@@ -375,7 +381,7 @@ def _inspect() -> None:
     """Prints what a run holds; ends with status 1 unless all are intact."""
     if not _WORKDIR.value:
         raise InputError("--mode=inspect needs --workdir, a run directory")
-    from ddaebm_jax import inspection
+    from ddaebm_jax.commands import inspect as inspection
 
     found = inspection.inspect(_WORKDIR.value)
     print(found.text)

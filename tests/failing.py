@@ -18,8 +18,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ddaebm_jax import checkpoint_files, checkpointing, minimax, parallel, recovery
+from ddaebm_jax import minimax
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import OutOfStepError, TrainingError
+from ddaebm_jax.training import checkpoint_files, recovery
+from ddaebm_jax.training import checkpoints as checkpointing
 
 STEPS = 6
 

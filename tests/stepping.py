@@ -16,7 +16,10 @@ from cli import ROOT, environment
 from test_config import load_recipe
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import dispatching, experiments, minimax, parallel
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax import minimax
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.training import dispatching
 
 PLANE = {
     "model.mlp.hidden": (16, 8),

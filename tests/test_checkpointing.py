@@ -22,15 +22,16 @@ from cli import ROOT, environment
 from helpers import GAME, assert_trees_equal, smooth_networks
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
-from ddaebm_jax import (
+from ddaebm_jax import files, minimax
+from ddaebm_jax.training import (
     best_checkpoint,
     checkpoint_files,
-    checkpointing,
     checksums,
-    files,
     measuring,
-    minimax,
     runs,
+)
+from ddaebm_jax.training import (
+    checkpoints as checkpointing,
 )
 
 # Orbax drops what it has begun when a part of it fails, and Python remarks on it.
@@ -415,7 +416,7 @@ _KILLED = """
 import os, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
-import ddaebm_jax.checkpointing
+import ddaebm_jax.training.checkpoints
 import pytest, ml_dtypes
 workdir = Path({workdir!r})
 

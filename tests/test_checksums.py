@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddaebm_jax import checksums, parallel
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.training import checksums
 
 _DTYPES = ("float32", "int32", "bfloat16", "float16", "int8", "uint8", "bool", "uint16")
 _WIDE = ("float64", "int64")

@@ -12,8 +12,9 @@ from cli import MAIN, ROOT, CommandLine, Result, environment, tiny
 from PIL import Image
 from processes import Started, free_port
 
-from ddaebm_jax import command_line, recipes
 from ddaebm_jax import config as config_lib
+from ddaebm_jax.commands import command_line
+from ddaebm_jax.config import recipes
 
 PLANE, TABLE = "configs/released_gaussians25.py", "configs/breast_cancer.py"
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax import combinations, validation
 from ddaebm_jax import config as config_lib
+from ddaebm_jax.config import checks as validation
+from ddaebm_jax.config import combinations
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.py"))

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax import dispatching
+from ddaebm_jax.training import dispatching
 
 
 @given(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax.evaluation import synthetic as evaluation
+from ddaebm_jax.evaluation import plane as evaluation
 
 KEY = jax.random.key(0)
 

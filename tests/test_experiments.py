@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_train import _config
 
-from ddaebm_jax import experiments
+from ddaebm_jax import experiment as experiments
 
 
 @pytest.mark.parametrize(

@@ -25,20 +25,22 @@ from processes import Started
 from stepping import digits
 from test_train import _config, _final_state
 
-from ddaebm_jax import (
-    checkpoint_files,
-    dispatching,
-    experiments,
-    measuring,
-    recovery,
-    run_directory,
-    train,
-    writers,
-)
+from ddaebm_jax import experiment as experiments
 from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import figures
-from ddaebm_jax.interruption import Interrupted
-from ddaebm_jax.locking import LOCK_FILE, lock
+from ddaebm_jax.training import (
+    checkpoint_files,
+    dispatching,
+    measuring,
+    recovery,
+    reports,
+    run_directory,
+)
+from ddaebm_jax.training import (
+    loop as train,
+)
+from ddaebm_jax.training.locking import LOCK_FILE, lock
+from ddaebm_jax.training.preemption import Interrupted
 
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
@@ -365,7 +367,7 @@ def test_metrics_of_a_full_disk_are_kept(
 ):
     full = tmp_path / "metrics.jsonl"
     full.symlink_to("/dev/full")
-    metrics = writers.MetricsFile.__new__(writers.MetricsFile)
+    metrics = reports.MetricsFile.__new__(reports.MetricsFile)
     metrics._path, metrics._waiting = full, []
     metrics._file = full.open("ab", buffering=0)
     metrics.write(1, {"a": 1.0})
@@ -375,7 +377,7 @@ def test_metrics_of_a_full_disk_are_kept(
     metrics._file = (tmp_path / "room.jsonl").open("ab", buffering=0)
     metrics.write(3, {"a": 3.0})
     metrics.close()
-    found = writers.read_metrics(tmp_path / "room.jsonl")
+    found = reports.read_metrics(tmp_path / "room.jsonl")
     assert [line["step"] for line in found] == [1, 2, 3]
     assert "is whole again" in caplog.text
 
@@ -395,7 +397,7 @@ def test_a_run_killed_while_its_metrics_wait_leaves_no_gap(
 
     dispatch = dispatching.Dispatcher.__call__
     with monkeypatch.context() as patch:
-        patch.setattr(writers, "_write_all", full)
+        patch.setattr(reports, "_write_all", full)
         patch.setattr(dispatching.Dispatcher, "__call__", killed)
         with pytest.raises(RuntimeError, match="killed"):
             train.train(_config(), tmp_path / "run")
@@ -629,7 +631,7 @@ def test_reports_come_while_the_next_steps_are_under_way(
 ):
     """Metrics are fetched one dispatch late, but for what is about to be kept."""
     happened: list[tuple[str, int]] = []
-    dispatch, report = dispatching.Dispatcher.__call__, writers.Writers.report
+    dispatch, report = dispatching.Dispatcher.__call__, reports.Writers.report
 
     def noted_dispatch(self, state, length, batches=None):
         result = dispatch(self, state, length, batches)
@@ -641,7 +643,7 @@ def test_reports_come_while_the_next_steps_are_under_way(
         return report(self, step, values)
 
     monkeypatch.setattr(dispatching.Dispatcher, "__call__", noted_dispatch)
-    monkeypatch.setattr(writers.Writers, "report", reporting)
+    monkeypatch.setattr(reports.Writers, "report", reporting)
     train.train(
         _config(train__num_steps=16, train__report_every=4, train__checkpoint_every=12),
         tmp_path / "run",

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax import parallel
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import fid, image_quality, inception, inception_weights

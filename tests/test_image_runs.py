@@ -22,24 +22,26 @@ from helpers import assert_trees_close, assert_trees_equal
 from PIL import Image
 from test_config import load_recipe
 
-from ddaebm_jax import (
-    best_checkpoint,
-    checkpointing,
-    density,
-    detection,
-    dispatching,
-    experiments,
-    measuring,
-    minimax,
-    models,
-    modes,
-    run_directory,
-    train,
-)
 from ddaebm_jax import config as config_lib
+from ddaebm_jax import density, minimax, models
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax.commands import modes
+from ddaebm_jax.commands import ood as detection
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures, image_quality, outlier_sets
+from ddaebm_jax.training import (
+    best_checkpoint,
+    dispatching,
+    measuring,
+    run_directory,
+)
+from ddaebm_jax.training import (
+    checkpoints as checkpointing,
+)
+from ddaebm_jax.training import (
+    loop as train,
+)
 
 DIGITS = ROOT / "configs" / "digits.py"
 

@@ -6,9 +6,9 @@ import sys
 from cli import ROOT, environment
 
 _CORE = (
-    "diffusion objective minimax sampling density parallel models models.mlp "
+    "diffusion objective minimax sampling density sharding models models.mlp "
     "models.ncsnpp models.encoder models.resample data.synthetic data.tabular "
-    "data.images evaluation.synthetic evaluation.ood evaluation.digits evaluation.fid "
+    "data.images evaluation.plane evaluation.ood evaluation.digits evaluation.fid "
     "evaluation.inception evaluation.inception_weights evaluation.image_quality "
     "evaluation.scores evaluation.outlier_sets torch_files interop"
 ).split()

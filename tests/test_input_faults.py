@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddaebm_jax import detection, modes
+from ddaebm_jax.commands import modes
+from ddaebm_jax.commands import ood as detection
 from ddaebm_jax.data import (
     Source,
     batches,

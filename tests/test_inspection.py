@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from cli import CommandLine, tiny
 
-from ddaebm_jax import checkpoint_files, inspection
+from ddaebm_jax.commands import inspect as inspection
+from ddaebm_jax.training import checkpoint_files
 
 RECIPE = "configs/released_gaussians25.py"
 

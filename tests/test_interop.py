@@ -19,11 +19,14 @@ from cli import ROOT, environment
 from helpers import assert_trees_equal
 from released import recipe, state_dict
 
-from ddaebm_jax import interop, measuring, models, modes, train
+from ddaebm_jax import interop, models
+from ddaebm_jax.commands import modes
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.models import Players
+from ddaebm_jax.training import loop as train
+from ddaebm_jax.training import measuring
 
 # Every image recipe in small: the layers are the recipe's own, but for their widths.
 NARROW = {

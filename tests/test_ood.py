@@ -11,9 +11,8 @@ from sklearn import metrics
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
-from ddaebm_jax import writers
 from ddaebm_jax.data import tabular
-from ddaebm_jax.evaluation import ood
+from ddaebm_jax.evaluation import ood, plots
 
 FEW = settings(max_examples=50, deadline=None)
 # Few distinct values, so that ties are the rule; the extremes too.
@@ -197,10 +196,10 @@ def test_roc_curves_are_drawn(tmp_path):
     path = tmp_path / "new" / "roc.png"
     high, low = two_normals(200, 0)
     curves = {"good": ood.roc_curve(high, low), "bad": ood.roc_curve(low, high)}
-    writers.plot_roc(path, curves, "title")
+    plots.plot_roc(path, curves, "title")
     with Image.open(path) as image:
         both = np.asarray(image.convert("RGB"), int)
-    writers.plot_roc(path, {"good": curves["good"]}, "title")
+    plots.plot_roc(path, {"good": curves["good"]}, "title")
     with Image.open(path) as image:
         one = np.asarray(image.convert("RGB"), int)
     # The first curve lies above the diagonal, the second below.

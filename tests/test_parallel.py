@@ -23,19 +23,23 @@ from processes import Forked, ended, results_of, started
 from stepping import CONFIGS, digits, indices, plane, trained
 from test_config import load_recipe
 
-from ddaebm_jax import (
-    checkpoint_files,
-    checkpointing,
-    dispatching,
-    experiments,
-    minimax,
-    modes,
-    parallel,
-    run_directory,
-    train,
-)
 from ddaebm_jax import config as config_lib
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax import minimax
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.commands import modes
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.training import (
+    checkpoint_files,
+    dispatching,
+    run_directory,
+)
+from ddaebm_jax.training import (
+    checkpoints as checkpointing,
+)
+from ddaebm_jax.training import (
+    loop as train,
+)
 
 STEPS = 3
 

@@ -15,7 +15,9 @@ from failing import STEPS, state_of
 from helpers import assert_trees_equal
 from processes import Forked
 
-from ddaebm_jax import checkpoint_files, checkpointing, minimax
+from ddaebm_jax import minimax
+from ddaebm_jax.training import checkpoint_files
+from ddaebm_jax.training import checkpoints as checkpointing
 
 # More than a failure needs to become known, and less than any barrier waits.
 SOON = 120.0

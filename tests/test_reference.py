@@ -15,7 +15,16 @@ import pytest
 import quick
 from released import LETTERS, reference_config, state_dict
 
-from ddaebm_jax import diffusion, experiments, interop, minimax, models, objective
+from ddaebm_jax import (
+    diffusion,
+    interop,
+    minimax,
+    models,
+    objective,
+)
+from ddaebm_jax import (
+    experiment as experiments,
+)
 from ddaebm_jax.models import Players
 
 CONFIG = reference_config()

@@ -14,19 +14,23 @@ from cli import tiny
 from helpers import assert_trees_close, assert_trees_equal
 from processes import Started
 
-from ddaebm_jax import (
-    checkpointing,
-    experiments,
-    minimax,
-    modes,
-    parallel,
-    run_directory,
-    train,
-    validation,
-)
 from ddaebm_jax import config as config_lib
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax import minimax
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.commands import modes
+from ddaebm_jax.config import checks as validation
 from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import figures
+from ddaebm_jax.training import (
+    checkpoints as checkpointing,
+)
+from ddaebm_jax.training import (
+    loop as train,
+)
+from ddaebm_jax.training import (
+    run_directory,
+)
 
 
 def _config(**fields: object) -> ml_collections.ConfigDict:

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddaebm_jax import files, writers
+from ddaebm_jax import files
+from ddaebm_jax.evaluation import plots
+from ddaebm_jax.training import reports
 
 
 def test_a_resume_drops_what_will_be_written_again(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    first = writers.MetricsFile(path, 0)
+    first = reports.MetricsFile(path, 0)
     for step in (10, 20, 30):
         first.write(step, {"loss": float(step)})
     first.close()
     with path.open("a") as file:
         file.write('{"step": 40, "lo')  # cut short by a crash
-    second = writers.MetricsFile(path, 20)
+    second = reports.MetricsFile(path, 20)
     second.write(30, {"loss": -1.0})
     second.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -37,14 +39,14 @@ class _Disk:
     """A disk that may be full: of each line it then takes a part."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.full, write = False, writers._write_all
+        self.full, write = False, reports._write_all
 
         def write_all(file, data):
             write(file, data[:5] if self.full else data)
             self.check()
 
-        patch.setattr(writers, "_write_all", write_all)
-        patch.setattr(writers, "write_text_atomically", lambda *args: self.check())
+        patch.setattr(reports, "_write_all", write_all)
+        patch.setattr(reports, "write_text_atomically", lambda *args: self.check())
 
     def check(self) -> None:
         if self.full:
@@ -65,7 +67,7 @@ def _steps(path: Path) -> list[int]:
 
 def test_lines_that_wait_are_written_when_there_is_room(tmp_path: Path, disk: _Disk):
     path = tmp_path / "metrics.jsonl"
-    metrics = writers.MetricsFile(path, 0)
+    metrics = reports.MetricsFile(path, 0)
     disk.full = True
     metrics.write(10, {"loss": 1.0})
     assert metrics.flush() == [{"step": 10, "loss": 1.0}] and _steps(path) == []
@@ -79,14 +81,14 @@ def test_lines_that_wait_are_written_when_there_is_room(tmp_path: Path, disk: _D
 
 
 def test_writers_can_be_flushed(tmp_path: Path, disk: _Disk):
-    output = writers.Writers(tmp_path, 0, 10, tensorboard=False)
+    output = reports.Writers(tmp_path, 0, 10, tensorboard=False)
     disk.full = True
     output.scalars(5, {"loss": 1.0})
     disk.full = False
     output.flush()
     assert _steps(tmp_path / "metrics.jsonl") == [5]
     output.close()
-    writers.Silent().flush()
+    reports.Silent().flush()
 
 
 @pytest.mark.parametrize("target", [0, 10, 20, 30, 40, 50])
@@ -94,7 +96,7 @@ def test_going_back_on_a_full_disk_keeps_and_drops_lines(
     target: int, tmp_path: Path, disk: _Disk
 ):
     """Whether lines are on the disk or wait: those up to the target are kept."""
-    output = writers.Writers(tmp_path, 0, 50, tensorboard=False)
+    output = reports.Writers(tmp_path, 0, 50, tensorboard=False)
     path = tmp_path / "metrics.jsonl"
     for step in (10, 20, 20, 30):
         output.scalars(step, {"loss": 1.0})
@@ -116,7 +118,7 @@ def test_a_resume_on_a_full_disk_cuts_the_file(tmp_path: Path, disk: _Disk):
     whole = '{"step": 10, "a": 1.0}\n{"step": 20, "a": NaN}\n'
     path.write_text(whole + '{"step": 20, "final/a": 1.0}\n{"step": 30, "a"')
     disk.full = True
-    writers.MetricsFile(path, 20).close()
+    reports.MetricsFile(path, 20).close()
     assert path.read_text() == whole
 
 
@@ -127,7 +129,7 @@ def test_lines_that_waited_at_a_checkpoint_survive_a_kill(
 ):
     """However many of them were written between the checkpoint and the kill."""
     path = tmp_path / "metrics.jsonl"
-    first = writers.MetricsFile(path, 0)
+    first = reports.MetricsFile(path, 0)
     first.write(10, {"loss": 1.0})
     disk.full = True
     for step in (20, 30):
@@ -141,7 +143,7 @@ def test_lines_that_waited_at_a_checkpoint_survive_a_kill(
     later = path.read_bytes()[len(whole) :].splitlines(keepends=True)
     path.write_bytes(whole + b"".join(later[:written_since]))
     disk.full = still_full
-    second = writers.MetricsFile(path, 30, waiting)
+    second = reports.MetricsFile(path, 30, waiting)
     second.write(40, {"loss": 2.0})
     disk.full = False
     second.close()
@@ -151,7 +153,7 @@ def test_lines_that_waited_at_a_checkpoint_survive_a_kill(
 def test_what_a_checkpoint_from_elsewhere_says_waits_is_looked_at(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     waiting = [1, "text", {"no": 1}, {"step": 5}, {"step": 5, "final/x": 1}]
-    metrics = writers.MetricsFile(path, 10, [*waiting, {"step": 20}])
+    metrics = reports.MetricsFile(path, 10, [*waiting, {"step": 20}])
     metrics.close()
     assert path.read_text() == '{"step": 5}\n'
 
@@ -159,8 +161,8 @@ def test_what_a_checkpoint_from_elsewhere_says_waits_is_looked_at(tmp_path: Path
 def test_so_many_lines_and_no_more_travel_with_a_checkpoint(
     tmp_path: Path, disk: _Disk, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(writers, "_MOST_WAITING", 2)
-    metrics = writers.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    monkeypatch.setattr(reports, "_MOST_WAITING", 2)
+    metrics = reports.MetricsFile(tmp_path / "metrics.jsonl", 0)
     disk.full = True
     for step in (10, 20, 30):
         metrics.write(step, {})
@@ -177,8 +179,8 @@ def test_a_damaged_file_is_mended_though_the_disk_is_full(
     with monkeypatch.context() as patch:
         _Disk(patch).full = full
         if not full:
-            patch.setattr(writers, "write_text_atomically", files.write_text_atomically)
-        metrics = writers.MetricsFile(path, 20)
+            patch.setattr(reports, "write_text_atomically", files.write_text_atomically)
+        metrics = reports.MetricsFile(path, 20)
         assert _steps(path) == [10] if full else [10, 20]
     metrics.write(30, {})
     metrics.close()
@@ -186,7 +188,7 @@ def test_a_damaged_file_is_mended_though_the_disk_is_full(
 
 
 def test_going_back_never_ends_the_run(tmp_path: Path, caplog):
-    metrics = writers.MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics = reports.MetricsFile(tmp_path / "metrics.jsonl", 0)
     (tmp_path / "metrics.jsonl").unlink()
     metrics.rewind(0)
     assert "cannot be dropped" in caplog.text
@@ -194,13 +196,13 @@ def test_going_back_never_ends_the_run(tmp_path: Path, caplog):
 
 
 def _picture(path: Path) -> None:
-    writers.save_image(path, np.zeros((4, 4, 1), np.uint8))
+    plots.save_image(path, np.zeros((4, 4, 1), np.uint8))
 
 
 WRITERS = {
     "text": lambda path: files.write_text_atomically(path, "text"),
     "picture": _picture,
-    "plot": lambda path: writers.plot_samples(path, np.zeros((3, 2)), 1.0, "t"),
+    "plot": lambda path: plots.plot_samples(path, np.zeros((3, 2)), 1.0, "t"),
 }
 
 
@@ -250,9 +252,9 @@ def test_a_full_disk_is_not_filled_further(tmp_path: Path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            writers.save_image(tmp_path / "image.png", noise)
+            plots.save_image(tmp_path / "image.png", noise)
         with pytest.raises(OSError, match="too large"):
-            writers.plot_samples(tmp_path / "plot.png", noise[0, :, :2], 99.0, "t")
+            plots.plot_samples(tmp_path / "plot.png", noise[0, :, :2], 99.0, "t")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -285,11 +287,11 @@ def test_without_tensorflow_training_goes_on(
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_tensorflow)
-    output = writers.Writers(tmp_path, 0, 10, tensorboard=True)
+    output = reports.Writers(tmp_path, 0, 10, tensorboard=True)
     output.report(5, {"energy/loss": 1.0, "generator/loss": 2.0})
     output.picture(5, "none", tmp_path / "none.png")
     output.close()
-    (line,) = writers.read_metrics(tmp_path / "metrics.jsonl")
+    (line,) = reports.read_metrics(tmp_path / "metrics.jsonl")
     assert line["step"] == 5
     assert line["steps_per_second"] > 0
 
@@ -305,11 +307,11 @@ def test_without_tensorflow_training_goes_on(
     ],
 )
 def test_durations_are_readable(seconds: float, text: str):
-    assert writers.format_seconds(seconds) == text
+    assert reports.format_seconds(seconds) == text
 
 
 def test_a_report_is_a_table():
-    text = writers.format_report({"step": 3, "figures": {"auroc": 0.98765}})
+    text = reports.format_report({"step": 3, "figures": {"auroc": 0.98765}})
     assert text.splitlines() == ["step           3", "figures/auroc  0.9877"]
 
 
@@ -324,7 +326,7 @@ def test_the_picture_of_the_plane_shows_where_the_density_is(tmp_path: Path):
     log_density = np.full((40, 40), -50.0)
     log_density[30:, 30:] = 0.0  # large first and second coordinate: top right
     path = tmp_path / "plane.png"
-    writers.plot_plane(path, points, points, log_density, 2.0, "title")
+    plots.plot_plane(path, points, points, log_density, 2.0, "title")
     pixels = _pixels(path)
     height, width = pixels.shape
     panel = pixels[int(0.2 * height) : int(0.95 * height), int(0.7 * width) :]
@@ -343,22 +345,22 @@ def test_the_picture_of_the_plane_shows_where_the_density_is(tmp_path: Path):
 
 def test_other_pictures_are_drawn(tmp_path: Path):
     rng = np.random.default_rng(0)
-    writers.plot_levels(tmp_path / "a.png", rng.normal(size=(5, 100, 2)), 3.0, "t")
-    writers.plot_table(
+    plots.plot_levels(tmp_path / "a.png", rng.normal(size=(5, 100, 2)), 3.0, "t")
+    plots.plot_table(
         tmp_path / "b.png",
         rng.normal(size=(50, 4)),
         rng.normal(size=(50, 4)),
         {"inliers": rng.normal(size=50), "outliers": rng.normal(size=50) - 5},
         "t",
     )
-    writers.plot_table(
+    plots.plot_table(
         tmp_path / "c.png",
         rng.normal(size=(50, 1)),
         rng.normal(size=(50, 1)),
         {"inliers": np.zeros(50)},
         "t",
     )
-    writers.plot_samples(tmp_path / "d.png", rng.normal(size=(50, 2)), 3.0, "t")
+    plots.plot_samples(tmp_path / "d.png", rng.normal(size=(50, 2)), 3.0, "t")
     for name in "abcd":
         assert _pixels(tmp_path / f"{name}.png").std() > 5
     assert not list(tmp_path.glob("*.partial"))

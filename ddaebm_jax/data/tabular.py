@@ -17,12 +17,7 @@ from jaxtyping import Float, Int
 
 from ddaebm_jax.data.npz_files import NpzFile
 from ddaebm_jax.data.records import one_line
-from ddaebm_jax.data.table_files import (
-    INLIER,
-    MAX_NPZ_BYTES,
-    OUTLIER,
-    read_table_file,
-)
+from ddaebm_jax.data.table_files import INLIER, MAX_NPZ_BYTES, OUTLIER, read_table_file
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.files import written_atomically
 

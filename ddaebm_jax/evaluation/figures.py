@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
-from ddaebm_jax import density, parallel, sampling, writers
+from ddaebm_jax import density, sampling
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import digits, image_quality, ood, synthetic
+from ddaebm_jax.evaluation import digits, image_quality, ood, plots
+from ddaebm_jax.evaluation import plane as synthetic
 from ddaebm_jax.models import Players
 
 # Seeds of what evaluation draws: the same for every model, so that figures compare.
@@ -318,7 +320,7 @@ def draw_pictures(
         "plane": directory / f"plane_{step:08d}.png",
         "steps": directory / f"steps_{step:08d}.png",
     }
-    writers.plot_plane(
+    plots.plot_plane(
         paths["plane"],
         data,
         levels[-1],
@@ -326,7 +328,7 @@ def draw_pictures(
         shown,
         title,
     )
-    writers.plot_levels(paths["steps"], levels, max(shown, 3.0), title)
+    plots.plot_levels(paths["steps"], levels, max(shown, 3.0), title)
     return Pictures(paths, {})
 
 
@@ -345,13 +347,13 @@ def _draw_images(
         for name in ("samples", "steps", "energies")
     }
     grid = np.asarray(images.to_uint8(samples[:_GRID_IMAGES]))
-    writers.plot_images(files["samples"], grid)
+    plots.plot_images(files["samples"], grid)
     # A row for each sample, from noise to image.
     rows = np.swapaxes(np.asarray(images.to_uint8(levels)), 0, 1)
-    writers.plot_images(
+    plots.plot_images(
         files["steps"], rows.reshape(-1, *rows.shape[2:]), columns=len(levels)
     )
-    writers.plot_histograms(files["energies"], values, title)
+    plots.plot_histograms(files["energies"], values, title)
     return Pictures(files, {f"energy/{name}": v for name, v in values.items()})
 
 
@@ -364,7 +366,7 @@ def _draw_table(
         "held-out inliers": test_rows(table, tabular.INLIER),
         "outliers": test_rows(table, tabular.OUTLIER),
     }
-    writers.plot_table(
+    plots.plot_table(
         path,
         table.train,
         draw_samples(experiment, variables, len(table.train)),

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
 
-from ddaebm_jax import parallel
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data.images import ImageSet, Subset, stack
 from ddaebm_jax.data.npz_files import NpzFile
 from ddaebm_jax.data.records import digest, one_line

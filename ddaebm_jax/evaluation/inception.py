@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
-from ddaebm_jax import parallel
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data.npz_files import shown
 from ddaebm_jax.errors import InputError
 

@@ -329,7 +329,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; a bad one ends the program with one line."""
     from absl import flags
 
-    from ddaebm_jax import command_line
+    from ddaebm_jax.commands import command_line
 
     try:
         return flags.FLAGS(argv)
@@ -341,7 +341,7 @@ def main(argv: list[str]) -> None:
     """Converts what the flags name."""
     from absl import flags
 
-    from ddaebm_jax import command_line
+    from ddaebm_jax.commands import command_line
 
     values = flags.FLAGS
     if len(argv) > 1:

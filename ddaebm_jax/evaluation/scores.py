@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from ddaebm_jax import density, diffusion, objective, parallel
+from ddaebm_jax import density, diffusion, objective
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data import images
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks

@@ -12,12 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ddaebm_jax.models import resample
-from ddaebm_jax.models.layers import (
-    conv,
-    dense,
-    sinusoidal_embedding,
-    uniform_fan_in,
-)
+from ddaebm_jax.models.layers import conv, dense, sinusoidal_embedding, uniform_fan_in
 
 # From this side on the residual encoder is used.
 RESIDUAL_FROM = 128

@@ -8,14 +8,14 @@ from typing import Any
 
 from absl import logging
 
-from ddaebm_jax import checkpoint_files
-from ddaebm_jax.checkpoint_files import (
+from ddaebm_jax.minimax import TrainState
+from ddaebm_jax.training import checkpoint_files
+from ddaebm_jax.training.checkpoint_files import (
     CheckpointError,
     CheckpointWriteError,
     DamagedCheckpointError,
 )
-from ddaebm_jax.checkpointing import ABANDONED, Checkpoints, agreed
-from ddaebm_jax.minimax import TrainState
+from ddaebm_jax.training.checkpoints import ABANDONED, Checkpoints, agreed
 
 # What two FIDs must have in common to be compared.
 MEASUREMENT = (

@@ -16,10 +16,12 @@ import ml_collections
 from absl import logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import dispatching, measuring, minimax, parallel, run_directory, runs
+from ddaebm_jax import minimax
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import InputError, LostProcessError, OutOfStepError
-from ddaebm_jax.interruption import Interrupted, Interruption, Noted
-from ddaebm_jax.runs import Run
+from ddaebm_jax.training import dispatching, measuring, run_directory, runs
+from ddaebm_jax.training.preemption import Interrupted, Interruption, Noted
+from ddaebm_jax.training.runs import Run
 
 
 class _NotFinite(Exception):

@@ -13,7 +13,8 @@ import ml_collections
 import optax
 from jaxtyping import Array
 
-from ddaebm_jax import diffusion, minimax, models, parallel
+from ddaebm_jax import diffusion, minimax, models
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data import Source, open_source
 from ddaebm_jax.data.images import Batches
 

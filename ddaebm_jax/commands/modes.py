@@ -15,25 +15,27 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from ddaebm_jax import (
-    checkpoint_files,
-    checkpointing,
-    dispatching,
-    experiments,
-    parallel,
-    writers,
-)
 from ddaebm_jax import config as config_lib
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures
+from ddaebm_jax.evaluation import figures, plots
 from ddaebm_jax.files import (
     write_json_atomically,
     write_text_atomically,
     written_atomically,
 )
 from ddaebm_jax.models import Players
-from ddaebm_jax.run_directory import REPORT_FILE, read_config
+from ddaebm_jax.training import (
+    checkpoint_files,
+    dispatching,
+    reports,
+)
+from ddaebm_jax.training import (
+    checkpoints as checkpointing,
+)
+from ddaebm_jax.training.run_directory import REPORT_FILE, read_config
 
 
 class Run(NamedTuple):
@@ -228,10 +230,10 @@ def sample(
     title = f"{num_samples} samples, step {run.step}"
     if run.experiment.source.distribution is not None:
         extent = max(1e-6, 1.1 * float(np.abs(samples).max()))
-        writers.plot_samples(picture, samples, extent, title)
+        plots.plot_samples(picture, samples, extent, title)
     else:
         table = run.experiment.source.table
-        writers.plot_table(
+        plots.plot_table(
             picture,
             table.train,
             drawn,
@@ -260,9 +262,9 @@ def _save_images(run: Run, samples: np.ndarray, path: Path, seed: int) -> Path:
     folder.mkdir()
     digits = len(str(len(samples) - 1))
     for i, image in enumerate(samples):
-        writers.save_image(folder / f"{i:0{digits}}.png", image)
+        plots.save_image(folder / f"{i:0{digits}}.png", image)
     picture = free_path(path.with_suffix(".png"))
-    writers.plot_images(picture, samples[:_GRID_IMAGES])
+    plots.plot_images(picture, samples[:_GRID_IMAGES])
     logging.info("wrote %s, %s and %s", path, picture, folder)
     return path
 
@@ -369,7 +371,7 @@ def evaluate(
     if parallel.is_first_process():
         path = free_path(run.workdir / REPORT_FILE, (".txt",))
         write_json_atomically(path, report)
-        table = writers.format_report(report)
+        table = reports.format_report(report)
         write_text_atomically(path.with_suffix(".txt"), table + "\n")
         logging.info("wrote %s and %s", path, path.with_suffix(".txt").name)
     return report

@@ -10,10 +10,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
-from ddaebm_jax import modes, parallel, writers
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.commands import modes
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures, ood, outlier_sets, scores
+from ddaebm_jax.evaluation import figures, ood, outlier_sets, plots, scores
 from ddaebm_jax.files import (
     write_json_atomically,
     write_text_atomically,
@@ -226,8 +227,8 @@ def _save(
             score: ood.roc_curve(of_inliers[score], values)
             for score, values in found.items()
         }
-        writers.plot_roc(folder / f"{slug}_roc.png", curves, f"{name}, {title}")
-        writers.plot_histograms(
+        plots.plot_roc(folder / f"{slug}_roc.png", curves, f"{name}, {title}")
+        plots.plot_histograms(
             folder / f"{slug}_energy.png",
             {f"in: {inliers}": of_inliers["energy"], f"out: {name}": found["energy"]},
             title,

@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from ddaebm_jax import validation
+from ddaebm_jax.config import checks as validation
 from ddaebm_jax.errors import InputError
 
 

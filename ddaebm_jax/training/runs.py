@@ -11,23 +11,26 @@ import numpy as np
 from absl import logging
 
 from ddaebm_jax import (
-    dispatching,
-    experiments,
+    experiment as experiments,
+)
+from ddaebm_jax import (
     minimax,
     models,
-    parallel,
-    writers,
 )
-from ddaebm_jax.best_checkpoint import BestCheckpoint
-from ddaebm_jax.checkpoint_files import CheckpointWriteError
-from ddaebm_jax.checkpointing import Checkpoints, Restored
+from ddaebm_jax import (
+    sharding as parallel,
+)
 from ddaebm_jax.data import Source
 from ddaebm_jax.data.images import Batches
 from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import figures, image_quality
-from ddaebm_jax.locking import lock
-from ddaebm_jax.recovery import EnergyWatch, Saver
-from ddaebm_jax.run_directory import CONFIG_FILE, open_workdir, write_config
+from ddaebm_jax.training import dispatching, reports
+from ddaebm_jax.training.best_checkpoint import BestCheckpoint
+from ddaebm_jax.training.checkpoint_files import CheckpointWriteError
+from ddaebm_jax.training.checkpoints import Checkpoints, Restored
+from ddaebm_jax.training.locking import lock
+from ddaebm_jax.training.recovery import EnergyWatch, Saver
+from ddaebm_jax.training.run_directory import CONFIG_FILE, open_workdir, write_config
 
 
 class Start(NamedTuple):
@@ -110,7 +113,7 @@ class Run(NamedTuple):
     saver: Saver
     best: BestCheckpoint | None
     meter: image_quality.Meter | None
-    output: writers.Writers | writers.Silent
+    output: reports.Writers | reports.Silent
     watch: EnergyWatch
     info: dict[str, Any]
     start: Start
@@ -214,17 +217,17 @@ def _newest(
 
 def _open_output(
     experiment: experiments.Experiment, workdir: Path, at: Start
-) -> writers.Writers | writers.Silent:
+) -> reports.Writers | reports.Silent:
     """Writes what a run directory keeps from the start; opens its reports.
 
     Only the first of several processes writes.
     """
     if not parallel.is_first_process():
-        return writers.Silent()
+        return reports.Silent()
     config = experiment.config
     write_config(workdir, config)
     experiment.source.save(workdir)
-    return writers.Writers(
+    return reports.Writers(
         workdir,
         at.step,
         config.train.num_steps,

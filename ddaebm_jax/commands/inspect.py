@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from ddaebm_jax import checkpoint_files, checkpointing, files, locking
 from ddaebm_jax import config as config_lib
+from ddaebm_jax import files
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.run_directory import CONFIG_FILE, read_config
+from ddaebm_jax.training import checkpoint_files, locking
+from ddaebm_jax.training import checkpoints as checkpointing
+from ddaebm_jax.training.run_directory import CONFIG_FILE, read_config
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Of files that somebody else may have written, at most so many bytes are read.

@@ -26,8 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ddaebm_jax import checksums
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.training import checksums
 
 FORMAT_VERSION = 1
 # Folders of a run directory: the newest checkpoints, and the one of the lowest FID.

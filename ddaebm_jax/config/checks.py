@@ -11,7 +11,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ddaebm_jax import combinations, diffusion, objective, parallel
+from ddaebm_jax import diffusion, objective
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.config import combinations
 from ddaebm_jax.data import images, synthetic
 from ddaebm_jax.evaluation import image_quality, inception
 from ddaebm_jax.models import NETWORKS, layers, mlp, ncsnpp

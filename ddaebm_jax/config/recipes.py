@@ -9,7 +9,7 @@ import ml_collections
 from absl import flags
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import validation
+from ddaebm_jax.config import checks as validation
 from ddaebm_jax.errors import InputError
 
 

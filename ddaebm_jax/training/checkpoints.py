@@ -21,16 +21,17 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ddaebm_jax import checkpoint_files, checksums, meetings, parallel
-from ddaebm_jax.checkpoint_files import (
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.errors import LostProcessError, OutOfStepError
+from ddaebm_jax.minimax import TrainState
+from ddaebm_jax.training import checkpoint_files, checksums, meetings
+from ddaebm_jax.training.checkpoint_files import (
     CheckpointError,
     CheckpointReadError,
     CheckpointWriteError,
     DamagedCheckpointError,
     reason_of,
 )
-from ddaebm_jax.errors import LostProcessError, OutOfStepError
-from ddaebm_jax.minimax import TrainState
 
 # Errors that one failed save can leave behind; it writes a handful of small files.
 _MOST_ERRORS = 20

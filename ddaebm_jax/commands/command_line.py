@@ -49,7 +49,7 @@ class _RecipeParser(flags.ArgumentParser):
     syntactic_help = "A Python file that makes a config."
 
     def parse(self, argument: str) -> Any:
-        from ddaebm_jax import recipes
+        from ddaebm_jax.config import recipes
 
         return recipes.load(argument)
 
@@ -98,7 +98,8 @@ def _split(argv: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _is_switch(field: str) -> bool:
-    from ddaebm_jax import config, validation
+    from ddaebm_jax import config
+    from ddaebm_jax.config import checks as validation
 
     return isinstance(dict(validation.leaves(config.base())).get(field), bool)
 
@@ -128,7 +129,8 @@ def _change_recipe(changes: dict[str, str]) -> None:
             f"--config.{next(iter(changes))} changes a field of a recipe; name that, "
             "too: --config=configs/gaussians25.py"
         )
-    from ddaebm_jax import config, recipes
+    from ddaebm_jax import config
+    from ddaebm_jax.config import recipes
 
     unknown = recipes.change(recipe.config, changes)
     if unknown:

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import logging
 
-from ddaebm_jax import parallel
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import InputError
 
 LOCK_FILE = "lock.json"

@@ -12,14 +12,15 @@ import jax
 import ml_collections
 from absl import logging
 
-from ddaebm_jax import minimax, parallel
-from ddaebm_jax.checkpoint_files import CheckpointError, CheckpointWriteError
+from ddaebm_jax import minimax
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import TrainingError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.files import write_json_atomically
-from ddaebm_jax.interruption import Interruption, Noted
-from ddaebm_jax.run_directory import REPORT_FILE
-from ddaebm_jax.runs import Run
+from ddaebm_jax.training.checkpoint_files import CheckpointError, CheckpointWriteError
+from ddaebm_jax.training.preemption import Interruption, Noted
+from ddaebm_jax.training.run_directory import REPORT_FILE
+from ddaebm_jax.training.runs import Run
 
 
 def due(train: ml_collections.ConfigDict, step: int) -> tuple[str, ...]:

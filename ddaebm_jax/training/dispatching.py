@@ -10,10 +10,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ddaebm_jax import minimax, parallel
-from ddaebm_jax.checkpointing import Checkpoints, Restored
-from ddaebm_jax.experiments import Experiment, make_dispatch, state_shapes
+from ddaebm_jax import minimax
+from ddaebm_jax import sharding as parallel
+from ddaebm_jax.experiment import Experiment, make_dispatch, state_shapes
 from ddaebm_jax.files import cache_directory
+from ddaebm_jax.training.checkpoints import Checkpoints, Restored
 
 # Steps a dispatch where the config leaves the choice: small networks are bound by
 # the time of a dispatch; matrix products lose nothing inside a scan.

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from absl import logging
 
-from ddaebm_jax import parallel
-from ddaebm_jax.checkpoint_files import CheckpointWriteError
-from ddaebm_jax.checkpointing import Checkpoints
+from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import TrainingError
+from ddaebm_jax.training.checkpoint_files import CheckpointWriteError
+from ddaebm_jax.training.checkpoints import Checkpoints
 
 _LONGEST_DELAY = 60.0
 

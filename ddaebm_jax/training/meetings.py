@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ddaebm_jax import parallel
+from ddaebm_jax import sharding as parallel
 
 # What Orbax 0.12 calls its barriers, in the order of a save: its beginning; all have
 # written; the first process has renamed; its end, whatever has happened in between.

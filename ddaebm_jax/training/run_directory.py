@@ -8,7 +8,7 @@ from absl import logging
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.files import read_text, write_text_atomically
-from ddaebm_jax.locking import LOCK_FILE
+from ddaebm_jax.training.locking import LOCK_FILE
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"

@@ -1,0 +1,208 @@
+"""Pictures: drawn by matplotlib's Agg canvas, without touching the user's backend."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddaebm_jax.files import written_atomically
+
+
+def _figure(columns: int, rows: int = 1, side: float = 3.2):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(side * columns, side * rows + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.ravel())
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Saves a picture whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
+def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
+    axis.plot(points[:, 0], points[:, 1], ".", markersize=1.2, alpha=0.5, color="k")
+    axis.set(
+        title=title,
+        xlim=(-extent, extent),
+        ylim=(-extent, extent),
+        aspect="equal",
+        xticks=[],
+        yticks=[],
+    )
+
+
+def plot_plane(
+    path: Path,
+    data: np.ndarray,
+    samples: np.ndarray,
+    log_density: np.ndarray,
+    extent: float,
+    title: str,
+) -> None:
+    """Draws data, samples, and the model's density exp f(·, 0) side by side.
+
+    Args:
+      path: of the PNG.
+      data: points [n, 2].
+      samples: the model's points [n, 2].
+      log_density: on a square grid over [−extent, extent]², first axis first
+        coordinate.
+      extent: half the side of what is shown.
+      title: of the whole picture.
+    """
+    figure, axes = _figure(3)
+    _scatter(axes[0], data, "data", extent)
+    _scatter(axes[1], samples, "samples", extent)
+    axes[2].imshow(
+        np.exp(log_density - log_density.max()).T,
+        origin="lower",
+        extent=(-extent, extent, -extent, extent),
+        cmap="magma",
+    )
+    axes[2].set(title="density  exp f(·, 0)", xticks=[], yticks=[])
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_levels(path: Path, levels: np.ndarray, extent: float, title: str) -> None:
+    """Draws a strip of the denoising steps, x_T … x_0.
+
+    Args:
+      path: of the PNG.
+      levels: [T+1, n, 2], from noise to data.
+      extent: half the side of what is shown.
+      title: of the whole picture.
+    """
+    figure, axes = _figure(len(levels), side=2.6)
+    last = len(levels) - 1
+    for place, (axis, points) in enumerate(zip(axes, levels, strict=True)):
+        _scatter(axis, points, f"$x_{{{last - place}}}$", extent)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_table(
+    path: Path,
+    data: np.ndarray,
+    samples: np.ndarray,
+    energies: Mapping[str, np.ndarray],
+    title: str,
+) -> None:
+    """Draws a table's rows and samples on the data's principal axes, and energies.
+
+    Args:
+      path: of the PNG.
+      data: standardised rows [n, d].
+      samples: the model's rows [m, d].
+      energies: name of a set of rows → their f(x, 0).
+      title: of the whole picture.
+    """
+    centre = data.mean(axis=0)
+    axes_of_data = np.linalg.svd(data - centre, full_matrices=False)[2][:2].T
+    figure, (left, right) = _figure(2, side=4.0)
+    for points, name, colour in ((data, "data", "k"), (samples, "samples", "C1")):
+        flat = (points - centre) @ axes_of_data
+        second = flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
+        left.plot(flat[:, 0], second, ".", ms=2.5, alpha=0.6, color=colour, label=name)
+    left.set(title="on the data's principal axes", xticks=[], yticks=[])
+    left.legend()
+    _histograms(right, energies)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
+    # Outliers reach far down; the bulk of all sets is what a reader compares.
+    low = min(np.quantile(values, 0.05) for values in energies.values())
+    high = max(values.max() for values in energies.values())
+    bins = np.linspace(low, max(high, low + 1e-6), 40)
+    for name, values in energies.items():
+        axis.hist(np.maximum(values, low), bins, alpha=0.6, density=True, label=name)
+    axis.set(title="energy f(x, 0); larger is more likely", yticks=[])
+    axis.legend()
+
+
+def plot_histograms(path: Path, energies: Mapping[str, np.ndarray], title: str) -> None:
+    """Draws the distributions of several sets' energies over each other."""
+    figure, (axis,) = _figure(1, side=4.5)
+    _histograms(axis, energies)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_roc(
+    path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str
+) -> None:
+    """Draws ROC curves over each other, with the diagonal of chance.
+
+    Args:
+      path: of the PNG.
+      curves: name of a curve → (false positive rate, true positive rate), as of
+        `ood.roc_curve`.
+      title: of the whole picture.
+    """
+    figure, (axis,) = _figure(1, side=4.5)
+    axis.plot((0, 1), (0, 1), ":", color="0.6")
+    for name, (fpr, tpr) in curves.items():
+        axis.plot(fpr, tpr, label=name)
+    axis.set(
+        xlabel="outliers that pass",
+        ylabel="inliers that pass",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        aspect="equal",
+    )
+    axis.legend(loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+# Sides of a grid of images are brought to about so many pixels.
+_GRID_PIXELS = 640
+
+
+def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> None:
+    """Writes a grid of images, row by row, as a PNG.
+
+    Small images are enlarged by repeating pixels, never smoothed.
+
+    Args:
+      path: of the PNG.
+      images: uint8 [n, height, width, channels], 1 (grey) or 3 channels.
+      columns: images a row; None: as many as make the grid square.
+    """
+    number, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(number)))
+    rows = -(-number // columns)
+    grid = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255)
+    grid = grid.astype(np.uint8)
+    for i, image in enumerate(images):
+        top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    times = max(1, round(_GRID_PIXELS / max(grid.shape[:2])))
+    grid = grid.repeat(times, axis=0).repeat(times, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(path, grid)
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
+    from PIL import Image
+
+    pixels = image[:, :, 0] if image.shape[2] == 1 else image
+    with written_atomically(path) as file:
+        Image.fromarray(pixels).save(file, "PNG")
+
+
+def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:
+    """Draws points of the plane."""
+    figure, (axis,) = _figure(1, side=4.5)
+    _scatter(axis, samples, title, extent)
+    _save(figure, path)
