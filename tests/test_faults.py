@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import quick
 from cli import MAIN, ROOT, environment, tiny
+from ddaebm_jax.training.locking import LOCK_FILE, lock
 from helpers import assert_trees_equal, differ
 from processes import Started
 from stepping import digits
@@ -39,7 +40,6 @@ from ddaebm_jax.training import (
 from ddaebm_jax.training import (
     loop as train,
 )
-from ddaebm_jax.training.locking import LOCK_FILE, lock
 from ddaebm_jax.training.preemption import Interrupted
 
 

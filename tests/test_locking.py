@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ddaebm_jax.training.locking import LOCK_FILE, lock
 
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.training import locking
-from ddaebm_jax.training.locking import LOCK_FILE, lock
 
 _TABLE = """\
 1 1 0:1 / / rw shared:1 - ext4 /dev/a rw
