@@ -1,12 +1,18 @@
 """Small runs, trained in this process; their programs are compiled once."""
 
+import contextlib
 import functools
 import json
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import pytest
+import quick
+from cli import ROOT
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiments
@@ -29,26 +35,57 @@ _SMALL = {
     "evaluation.num_samples": 64,
     "evaluation.num_projections": 4,
 }
+# A U-Net, in place of the MLP.
+_IMAGES = {
+    "data.test_fraction": 0.35,
+    "data.crop": (1, 2, 9, 10),
+    "data.num_threads": 2,
+    "model.nz": 4,
+    "model.unet.nf": 8,
+    "model.unet.ch_mult": (1,),
+    "model.unet.num_res_blocks": 1,
+    "model.unet.attn_resolutions": (),
+    "model.unet.z_emb_dim": 8,
+    "model.unet.n_mlp": 0,
+    "model.encoder.ngf": 4,
+    "model.encoder.t_emb_dim": 8,
+    "train.evaluate_every": 0,
+    "train.steps_per_dispatch": 1,
+}
 _Dispatcher = dispatch.Dispatcher
 
 
-def changed(
+def _changed(
     config: ml_collections.ConfigDict, fields: dict[str, Any]
 ) -> ml_collections.ConfigDict:
-    """Return the config with fields changed; `a__b` stands for `a.b`."""
     flat = {name.replace("__", "."): value for name, value in fields.items()}
     config.update_from_flattened_dict(flat)
     return config
 
 
 def small(**fields: Any) -> ml_collections.ConfigDict:
-    """Return the config of a run that takes a second."""
-    return changed(config_lib.base(), _SMALL | fields)
+    """Return the config of a run that takes a second; `a__b` stands for `a.b`."""
+    return _changed(config_lib.base(), _SMALL | fields)
+
+
+def small_images(folder: Path, **fields: Any) -> ml_collections.ConfigDict:
+    """Return the config of a run on the images of a folder."""
+    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
+    common = {
+        name: value
+        for name, value in _SMALL.items()
+        if not name.startswith(("model.", "evaluation."))
+    }
+    own = {"data.name": "folder", "data.path": str(folder)}
+    return _changed(config, common | _IMAGES | own | fields)
 
 
 @functools.cache
 def _dispatcher(text: str) -> dispatch.Dispatcher:
-    return _Dispatcher(experiments.build(config_lib.from_json(text)))
+    with pytest.MonkeyPatch.context() as patch:
+        options = quick._options()
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+        return _Dispatcher(experiments.build(config_lib.from_json(text)))
 
 
 def _shared_dispatcher(experiment: experiments.Experiment) -> dispatch.Dispatcher:
@@ -69,10 +106,28 @@ def train(
         if dispatch.Dispatcher is _Dispatcher:
             patch.setattr(dispatch, "Dispatcher", _shared_dispatcher)
         if not figures:
-            patch.setattr(metrics, "evaluate", lambda *_: {})
+            patch.setattr(metrics, "evaluate", lambda *_: {"none": 0.0})
             drawn = pictures.Pictures({}, {})
             patch.setattr(pictures, "draw_pictures", lambda *_: drawn)
         return loop.train(config, workdir)
+
+
+@contextlib.contextmanager
+def hooked(
+    before: Callable[[TrainState], TrainState] = lambda state: state,
+    after: Callable[[int], None] = lambda step: None,
+) -> Iterator[None]:
+    """Change states before they are stepped, or act when the steps are under way."""
+    call = _Dispatcher.__call__
+
+    def dispatched(self, state, length, batches=None):
+        result = call(self, before(state), length, batches)
+        after(int(result[0].step))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Dispatcher, "__call__", dispatched)
+        yield
 
 
 def final_state(workdir: Path, step: int | None = None) -> TrainState:

@@ -1,32 +1,27 @@
 """The loop: a resumed run equals an unbroken one, bit for bit, whatever stops it."""
 
-import json
 import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
-import quick
-from cli import ROOT, tiny
-from helpers import assert_trees_close, assert_trees_equal
+from cli import tiny
+from helpers import assert_trees_equal
 from PIL import Image
 from processes import Started
-from runs import changed, final_state, lines, small, steps, train
-from test_config import load_recipe
+from runs import final_state, hooked, lines, small, small_images, steps, train
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.errors import InputError, TrainingError
-from ddaebm_jax.training import checkpoints, dispatch, reports, run_directory
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.training import reports, run_directory
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    train(small(), workdir, figures=True)
+    train(small(), workdir)
     return workdir
 
 
@@ -35,7 +30,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_resumed_run_is_bit_identical(unbroken: Path, tmp_path: Path):
     for num_steps in (8, 16, 24):
-        report = train(small(train__num_steps=num_steps), tmp_path, figures=True)
+        report = train(small(train__num_steps=num_steps), tmp_path)
     assert report["resumed_from_step"] == 16
     assert_trees_equal(final_state(tmp_path), final_state(unbroken))
     assert lines(tmp_path) == lines(unbroken)
@@ -100,78 +95,155 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path):
     assert steps(broken) == steps(whole)
 
 
-DIGITS = {
-    "data.batch_size": 8,
-    "data.test_fraction": 0.35,
-    "data.crop": (1, 2, 9, 10),
-    "data.num_threads": 2,
-    "model.nz": 4,
-    "model.unet.nf": 8,
-    "model.unet.ch_mult": (1,),
-    "model.unet.num_res_blocks": 1,
-    "model.unet.attn_resolutions": (),
-    "model.unet.z_emb_dim": 8,
-    "model.unet.n_mlp": 0,
-    "model.encoder.ngf": 4,
-    "model.encoder.t_emb_dim": 8,
-    "optimizer.ema_decay": 0.9,
-    "train.num_steps": 6,
-    "train.report_every": 1,
-    "train.picture_every": 0,
-    "train.evaluate_every": 0,
-    "train.checkpoint_every": 3,
-    "train.tensorboard": False,
-    "parallel.num_devices": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     """20 images, 13 of them to train on: batches of 8 cross epochs."""
-    path = tmp_path_factory.mktemp("folder")
+    path = tmp_path / "images"
+    path.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (20, 10, 10), np.uint8)
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(path / f"{number:02}.png")
     return path
 
 
-@pytest.fixture
-def compiled_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        dispatch.jax, "jit", lambda f, **kwargs: quick.jit(f, **kwargs), raising=False
-    )
-
-
-def of_folder(folder: Path, **fields: Any):
-    config = load_recipe(ROOT / "configs" / "digits.py")
-    own = {"data__name": "folder", "data__path": str(folder)}
-    return changed(config, DIGITS | own | fields)
-
-
-def test_a_run_on_images_resumes_bit_identical(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_on_images_resumes_bit_identical(folder: Path, tmp_path: Path):
     """Killed a step after a checkpoint within an epoch, with batches read ahead.
 
-    The images lie on the device first, and are then read from the host: the input is
-    no part of what the run is.
+    The images lie on the device first, and are read from the host later: the input is
+    no part of what the run is. Changed images are.
     """
+    fields = {
+        "train__num_steps": 6,
+        "train__report_every": 1,
+        "train__checkpoint_every": 3,
+    }
+    from_host = small_images(folder, data__on_device=False, **fields)
+    on_device = small_images(folder, data__on_device=True, **fields)
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise RuntimeError("killed")
+
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(of_folder(folder, data__on_device=False), whole)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4, lambda: (_ for _ in ()).throw(RuntimeError("killed")))
-        with pytest.raises(RuntimeError, match="killed"):
-            train(of_folder(folder, data__on_device=True), broken)
-    report = train(of_folder(folder, data__on_device=False), broken)
-    assert report["resumed_from_step"] == 3
+    train(from_host, whole)
+    with hooked(after=kill), pytest.raises(RuntimeError, match="killed"):
+        train(on_device, broken)
+    assert train(from_host, broken)["resumed_from_step"] == 3
     assert_trees_equal(final_state(broken), final_state(whole))
     assert lines(broken) == lines(whole)
 
-    config, changed_image = of_folder(folder, train__num_steps=9), folder / "03.png"
-    before = {p: p.read_bytes() for p in broken.iterdir() if p.is_file()}
-    original = changed_image.read_bytes()
-    Image.fromarray(np.zeros((10, 10), np.uint8)).save(changed_image)
+    before = files(broken)
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(folder / "03.png")
     with pytest.raises(InputError, match=r"not those that .* was trained on"):
-        train(config, broken)
-    changed_image.write_bytes(original)
-    assert {p: p.read_bytes() for p in broken.iterdir() if p.is_file()} == before
+        train(from_host, broken)
+    assert files(broken) == before
+
+
+def files(workdir: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
+
+
+# --- Beginning and end --------------------------------------------------------------
+
+
+def test_a_batch_that_cannot_be_split_is_refused_and_makes_nothing(tmp_path: Path):
+    config = small(parallel__num_devices=8, data__batch_size=12)
+    with pytest.raises(InputError, match="not divisible by the 8 devices; use 8 or 16"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_latent_a_run_works_from_end_to_end(tmp_path: Path):
+    config = small(train__num_steps=4, game__latent=False)
+    report = train(config, tmp_path, figures=True)
+    assert report["parameters"]["posterior"] == 0
+    assert 0 < report["figures"]["jensen_shannon"] < 1
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {
+        "plane_00000004.png",
+        "steps_00000004.png",
+    }
+
+
+# --- The config of a run ------------------------------------------------------------
+
+
+def test_changes_of_the_config_are_reported_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    train(small(train__num_steps=8), tmp_path)
+    caplog.set_level("INFO")
+    train(small(train__num_steps=16, train__report_every=4), tmp_path)
+    assert [m for m in caplog.messages if m.startswith("resuming with")] == [
+        "resuming with train.num_steps = 16 (was 8)",
+        "resuming with train.report_every = 4 (was 8)",
+    ]
+    assert run_directory.read_config(tmp_path).train.num_steps == 16
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=r"game\.gamma \(was 0\.02, is 0\.5\)"):
+        train(small(game__gamma=0.5), tmp_path)
+    with pytest.raises(InputError, match=r"at step 16, beyond train\.num_steps 10"):
+        train(small(train__num_steps=10), tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_run_whose_rates_decay_cannot_change_its_length(tmp_path: Path):
+    """The rate at a step depends on the length: resumed would not equal unbroken."""
+    decays = {"optimizer__schedule": "cosine"}
+    config = small(train__num_steps=4, **decays)
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=r"train\.num_steps \(was 4, is 8\)"):
+        train(small(train__num_steps=8, **decays), tmp_path)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "samples"])
+def test_a_run_does_not_write_through_links_out_of_its_directory(
+    name: str, tmp_path: Path
+):
+    workdir, outside = tmp_path / "run", tmp_path / "precious"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config_lib.to_json(small()))
+    outside.write_text("lines\n")
+    (workdir / name).symlink_to(outside)
+    with pytest.raises(InputError, match=f"{name} is a link out of the run directory"):
+        train(small(), workdir)
+    assert outside.read_text() == "lines\n"
+    (workdir / name).unlink()
+    (workdir / "mine").write_text("")
+    (workdir / name).symlink_to(workdir / "mine")  # Within it: the user's own affair.
+    run_directory.check(workdir, small())
+
+
+# --- Reports ------------------------------------------------------------------------
+
+
+def test_metrics_are_means_over_the_steps_of_a_report(unbroken: Path, tmp_path: Path):
+    """Reports of 1 step each, averaged, are the report of all of them."""
+    train(small(train__report_every=1, train__num_steps=8), tmp_path)
+    fine = [line for line in lines(tmp_path) if "energy/loss" in line]
+    coarse = lines(unbroken)[0]
+    assert len(fine) == 8 and coarse["step"] == 8
+    for key in ("energy/loss", "generator/reconstruction", "energy/update_norm"):
+        mean = np.mean([line[key] for line in fine])
+        np.testing.assert_allclose(coarse[key], mean, rtol=1e-3, atol=1e-5)
+
+
+def test_reports_come_while_the_next_steps_are_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Metrics are fetched one dispatch late, except for a state that is kept."""
+    happened: list[str] = []
+    add = reports.Reports.add
+
+    def added(self, step, length, metrics):
+        happened.append(f"metrics {step}")
+        add(self, step, length, metrics)
+
+    monkeypatch.setattr(reports.Reports, "add", added)
+    with hooked(after=lambda step: happened.append(f"steps {step}")):
+        train(small(train__num_steps=16, train__checkpoint_every=12), tmp_path)
+    assert happened == [
+        *("steps 4", "steps 8", "metrics 4", "steps 12", "metrics 8", "metrics 12"),
+        *("steps 16", "metrics 16"),
+    ]

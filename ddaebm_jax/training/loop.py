@@ -381,7 +381,7 @@ def _measure(run: Run, state: TrainState, preemption: Preemption) -> dict[str, A
         "figures": found,
         "compile_seconds": run.dispatcher.compile_seconds,
         "rollbacks": run.trial,
-        "device": f"{run.dispatcher.num_devices} × {jax.devices()[0].device_kind}",
+        "device": f"{run.dispatcher.mesh.size} × {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "versions": {"jax": jax.__version__},
         "parameters": _count_parameters(state),
