@@ -151,14 +151,32 @@ def process_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
     return rows[own].ravel()
 
 
-# (length, state, batches, index, *constants) → (state, …): `length` steps. `batches`:
-# this process's rows of as many batches, [length, rows, …], or None. `index`: its
-# `process_rows`. The constants are the same on all devices.
-Steps = Callable[..., Any]
+class DeviceSteps(NamedTuple):
+    """Steps compiled for a layout: a program and what lies around it.
+
+    Attributes:
+      program: (length, state, batches, index, *constants) → (state, …), jitted; takes
+        `length` steps and donates the state.
+      place: (batches, index) of this process → the program's. `batches` are the rows of
+        `length` batches, [length, rows, …], or None; `index` are `process_rows`.
+      collect: the program's results → global arrays.
+    """
+
+    program: Any
+    place: Callable[[Any, Any], tuple[Any, Any]]
+    collect: Callable[[Any], Any]
+
+    def __call__(self, length: int, state: Any, batches: Any, index: Any, *rest: Any):
+        placed = self.place(batches, index)
+        return self.collect(self.program(length, state, *placed, *rest))
+
+    def lower(self, length: int, state: Any, batches: Any, index: Any, *rest: Any):
+        """Returns the program lowered by JAX, to be compiled or inspected."""
+        return self.program.lower(length, state, *self.place(batches, index), *rest)
 
 
-def jit_steps(steps: Steps, mesh: Mesh, fsdp: bool = False) -> Steps:
-    """Returns steps as one program for the mesh; see `Steps`.
+def jit_steps(steps: Callable[..., Any], mesh: Mesh, fsdp: bool = False) -> DeviceSteps:
+    """Returns steps as one program for the mesh.
 
     Args:
       steps: a function of a device's share that averages over DATA_AXIS; with `fsdp`,
@@ -189,18 +207,17 @@ def jit_steps(steps: Steps, mesh: Mesh, fsdp: bool = False) -> Steps:
             *jax.lax.with_sharding_constraint(rest, replicated(mesh)),
         )
 
-    def run(length, state, batches, index, *constants):
+    def place(batches, index):
         split = jax.make_array_from_process_local_data
         if batches is not None:
             batches = split(NamedSharding(mesh, batch_rows), batches)
-        index = split(NamedSharding(mesh, rows), index)
-        return program(length, state, batches, index, *constants)
+        return batches, split(NamedSharding(mesh, rows), index)
 
-    return run
+    return DeviceSteps(program, place, collect=lambda results: results)
 
 
-def pmap_steps(steps: Steps, mesh: Mesh) -> Steps:
-    """Returns steps as one program per device; see `Steps`.
+def pmap_steps(steps: Callable[..., Any], mesh: Mesh) -> DeviceSteps:
+    """Returns steps as one program per device.
 
     Args:
       steps: a function of a device's share that averages over DATA_AXIS.
@@ -212,27 +229,23 @@ def pmap_steps(steps: Steps, mesh: Mesh) -> Steps:
         axis_name=DATA_AXIS,
         static_broadcasted_argnums=0,
         in_axes=(None, None, 1, 0, None, None),
-        # The same on all devices: a leaf has no axis for them.
-        out_axes=None,
+        out_axes=None,  # The same on all devices: leaves have no axis for them.
         donate_argnums=1,
         devices=list(mesh.devices.flat),
     )
 
+    def place(batches, index):
+        if batches is not None:
+            length, *shape = batches.shape
+            batches = batches.reshape(length, devices, -1, *shape[1:])
+        return batches, index.reshape(devices, -1)
+
     def as_global(leaf: Array) -> Array:
         copies = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(
-            leaf.shape, replicated(mesh), copies
-        )
+        whole = replicated(mesh)
+        return jax.make_array_from_single_device_arrays(leaf.shape, whole, copies)
 
-    def run(length, state, batches, index, *constants):
-        if batches is not None:
-            batches = batches.reshape(length, devices, -1, *batches.shape[2:])
-        index = index.reshape(devices, -1)
-        return jax.tree.map(
-            as_global, program(length, state, batches, index, *constants)
-        )
-
-    return run
+    return DeviceSteps(program, place, partial(jax.tree.map, as_global))
 
 
 # What errors say that come of other processes.

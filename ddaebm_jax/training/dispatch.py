@@ -48,8 +48,6 @@ class Dispatcher:
         else:
             self._steps = sharding.jit_steps(steps, self.mesh, layout.fsdp)
         self._experiment = experiment
-        self._index = sharding.process_rows(self.mesh, config.data.batch_size)
-        self._arrays = sharding.replicate(self.mesh, experiment.source.arrays)
         self._compiled: set[int] = set()
         self.compile_seconds = 0.0
         self.reseed(0)
@@ -66,7 +64,10 @@ class Dispatcher:
 
     def reseed(self, trial: int) -> None:
         """Gives the steps from here on the noise of a trial; 0 is the first."""
-        self._trial = sharding.replicate(self.mesh, np.int32(trial))
+        config, source = self._experiment.config, self._experiment.source
+        index = sharding.process_rows(self.mesh, config.data.batch_size)
+        everywhere = sharding.replicate(self.mesh, (source.arrays, np.int32(trial)))
+        self._constants = (index, *everywhere)
 
     def __call__(
         self, state: TrainState, length: int, batches: np.ndarray | None = None
@@ -80,13 +81,16 @@ class Dispatcher:
             there is no stream.
         """
         start = time.monotonic()
-        constants = (self._index, self._arrays, self._trial)
-        result = self._steps(length, state, batches, *constants)
+        result = self._steps(length, state, batches, *self._constants)
         if length not in self._compiled:
             # The call compiles, and then only starts the steps.
             self._compiled.add(length)
             self.compile_seconds += time.monotonic() - start
         return result
+
+    def lower(self, state: TrainState, length: int, batches: np.ndarray | None = None):
+        """Returns the program of `length` steps, lowered by JAX."""
+        return self._steps.lower(length, state, batches, *self._constants)
 
     def _shardings(self) -> TrainState:
         shapes = state_shapes(self._experiment)
