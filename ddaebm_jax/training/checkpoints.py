@@ -27,7 +27,6 @@ from etils import epath
 
 from ddaebm_jax import files
 from ddaebm_jax.errors import InputError, TrainingError
-from ddaebm_jax.sharding import is_first_process, wait_for_all
 from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
@@ -169,7 +168,7 @@ class Checkpoints:
         looks: a network file system may show a new folder to the others late.
         """
         self._managers[folder].wait_until_finished()
-        if is_first_process():
+        if jax.process_index() == 0:
             self.info(step, folder == BEST)
 
     def poll(self) -> None:
@@ -271,14 +270,14 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int]) -> None:
         target = self._workdir / DAMAGED
-        for step in steps if is_first_process() else ():
+        for step in steps if jax.process_index() == 0 else ():
             target.mkdir(exist_ok=True)
             others = len(list(target.glob(f"{NEWEST}-{step}*")))
             moved = target / (f"{NEWEST}-{step}" + f"-{others}" * bool(others))
             shutil.move(self.path(step), moved)
             logging.warning("moved a damaged checkpoint to %s", moved)
-        wait_for_all("damaged checkpoints are moved")
-        self._close_manager(NEWEST)  # The next one sees what is left.
+        # The next one, for which all processes wait, sees what is left.
+        self._close_manager(NEWEST)
 
     def verify(self, step: int, best: bool = False) -> None:
         """Reads a checkpoint into host memory and verifies it; raises as `restore`."""
@@ -321,7 +320,7 @@ class Saver:
         def complete() -> None:
             self._checkpoints.save(state, info)
             self._checkpoints.wait()
-            if is_first_process():
+            if jax.process_index() == 0:
                 self._checkpoints.verify(int(state.step))
 
         while not self._attempt(complete):
