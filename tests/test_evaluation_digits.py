@@ -1,17 +1,14 @@
-"""Figures of samples of labelled images: their judge, its distances, the whole."""
+"""Metrics of samples of labelled images: their judge, its distances, the whole."""
 
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import linalg
 from scipy.special import expit, softmax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ddaebm_jax.evaluation import digits, fid
+from ddaebm_jax.evaluation import digits
 
 SEED = 0
 
@@ -49,15 +46,6 @@ def evaluate(split, judge, monkeypatch):
 
 def noise(num, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (num, 8, 8, 1), np.uint8)
-
-
-def points_with(mean, covariance_root, num, seed):
-    """Points whose sample mean and unbiased covariance are exactly those given."""
-    dim = len(mean)
-    raw = np.random.default_rng(seed).normal(size=(num, dim))
-    raw -= raw.mean(axis=0)
-    white, _ = np.linalg.qr(raw)
-    return np.sqrt(num - 1) * white @ covariance_root + mean
 
 
 # The judge.
@@ -115,77 +103,10 @@ def test_one_class_cannot_be_judged():
         digits.train_judge(noise(5), np.full(5, 3), SEED)
 
 
-# The Fréchet distance.
-
-
-@given(
-    st.lists(st.tuples(*[st.floats(-3, 3)] * 2, *[st.floats(0, 3)] * 2), min_size=1),
-    st.integers(0, 1000),
-)
-def test_frechet_of_diagonal_gaussians_has_a_closed_form(columns, seed):
-    means, other_means, stds, other_stds = np.array(columns, np.float64).T
-    num = len(columns) + 5
-    first = points_with(means, np.diag(stds), num, seed)
-    second = points_with(other_means, np.diag(other_stds), num + 3, seed + 1)
-    expected = ((means - other_means) ** 2 + (stds - other_stds) ** 2).sum()
-    found = fid.frechet_distance_of_points(first, second)
-    assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
-def test_frechet_is_the_textbooks():
-    rng = np.random.default_rng(0)
-    first = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6))
-    second = rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=6)
-    covariances = [np.cov(points, rowvar=False) for points in (first, second)]
-    root = linalg.sqrtm(covariances[0] @ covariances[1])
-    gap = first.mean(axis=0) - second.mean(axis=0)
-    expected = gap @ gap + np.trace(covariances[0] + covariances[1] - 2 * root.real)
-    found = fid.frechet_distance_of_points(first, second)
-    assert found == pytest.approx(expected, rel=1e-9)
-    assert fid.frechet_distance_of_points(second, first) == pytest.approx(
-        found, rel=1e-12
-    )
-
-
-@pytest.mark.parametrize("num", [2, 5, 40])
-@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e6])
-def test_frechet_keeps_its_figures_with_fewer_points_than_columns(num, spread):
-    rng = np.random.default_rng(num)
-    points = spread * rng.normal(size=(num, 20))
-    power = points.var(axis=0, ddof=1).sum()
-    assert 0.0 <= fid.frechet_distance_of_points(points, points) <= 1e-12 * power
-    shift = spread * rng.normal(size=20)
-    assert fid.frechet_distance_of_points(points, points + shift) == pytest.approx(
-        shift @ shift, rel=1e-9
-    )
-    centre = points.mean(axis=0)
-    assert fid.frechet_distance_of_points(points, centre + 3 * (points - centre)) == (
-        pytest.approx(4 * power, rel=1e-9)
-    )
-
-
-def test_frechet_sees_neither_order_nor_dead_columns():
-    rng = np.random.default_rng(0)
-    first, second = rng.normal(size=(30, 4)), 2 * rng.normal(size=(20, 4))
-    expected = fid.frechet_distance_of_points(first, second)
-    wide = [np.pad(points, ((0, 0), (0, 3))) for points in (first[::-1], second)]
-    assert fid.frechet_distance_of_points(*wide) == pytest.approx(expected, rel=1e-12)
-
-
-def test_frechet_refuses_what_has_no_covariance():
-    good, bad = np.zeros((3, 2)), np.array([[0.0, 0.0], [np.nan, 1.0]])
-    with pytest.raises(ValueError, match="first set has 1 points"):
-        fid.frechet_distance_of_points(good[:1], good)
-    with pytest.raises(ValueError, match=r"1 of 2 points of the second set.*at 1"):
-        fid.frechet_distance_of_points(good, bad)
-
-
 # The nearest image.
 
 
-@pytest.mark.parametrize("cells", [1, 7, 30, 2**22])
-def test_nearest_distances_are_the_smallest_of_all_in_any_chunks(cells, monkeypatch):
-    monkeypatch.setattr(digits, "_CHUNK_CELLS", cells)
+def test_nearest_distances_are_the_smallest_of_all():
     queries, references = noise(11, 1), noise(7, 2)
     gaps = (queries[:, None] / 255.0 - references[None] / 255.0).reshape(11, 7, 64)
     expected = np.linalg.norm(gaps, axis=2).min(axis=1)
@@ -203,9 +124,6 @@ def test_nearest_distance_of_a_copy_is_nothing_and_of_one_pixel_its_change():
     np.testing.assert_allclose(
         digits.nearest_distances(changed, references), 100 / 255, rtol=1e-15
     )
-    assert digits.nearest_distances(references[:0], references).shape == (0,)
-    with pytest.raises(ValueError, match="no reference images"):
-        digits.nearest_distances(references, references[:0])
 
 
 # All figures.
@@ -322,24 +240,3 @@ def test_too_few_images_are_refused(split, kind):
         digits.evaluate_digits(
             train[:n], train[:m], train_labels[:m], test[:k], test_labels[:k], SEED
         )
-
-
-# The picture.
-
-
-def test_grid_has_a_row_a_class_in_order_and_black_where_there_are_too_few(
-    split, judge
-):
-    test = split[2]
-    predictions = digits.probabilities(judge, test).argmax(axis=1)
-    samples = test[(predictions != 4) | (np.cumsum(predictions == 4) <= 2)]
-    predicted = digits.probabilities(judge, samples).argmax(axis=1)
-    grid = digits.class_grid(samples, judge, per_class=5)
-    assert (grid.dtype, grid.shape) == (np.uint8, (50, 8, 8, 1))
-    for label, row in enumerate(grid.reshape(10, 5, 8, 8, 1)):
-        expected = samples[predicted == label][:5]
-        assert len(expected) == (2 if label == 4 else 5)
-        np.testing.assert_array_equal(row[: len(expected)], expected)
-        assert not row[len(expected) :].any()
-    assert digits.class_grid(samples, judge).shape == (100, 8, 8, 1)
-    assert not digits.class_grid(samples[:0], judge).any()

@@ -1,7 +1,7 @@
-"""Features collected, held against a reference, and the reference kept: no network.
+"""Metrics by features compared with a reference, which is saved and loaded again.
 
-In the place of Inception a fixed random projection of the pixels, so that all is seen
-in a second; `test_inception` and `test_image_runs` have the network itself.
+A fixed random projection of the pixels stands in for Inception, which is tested in
+`test_inception` and `test_image_runs`.
 """
 
 import json
@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax import sharding as parallel
-from ddaebm_jax.data import images
+from ddaebm_jax.data import Source, images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import fid, image_quality, inception, inception_weights
+from ddaebm_jax.experiment import Experiment
 
 NUM_FEATURES, NUM_CLASSES = 6, 4
 _RNG = np.random.default_rng(0)
@@ -46,18 +46,6 @@ def image_set(seed: int = 0) -> images.ImageSet:
     return images.ImageSet("made", (8, 8, 1), train, test, content=f"content {seed}")
 
 
-def settings(**changes: Any) -> SimpleNamespace:
-    values = {
-        "inception_weights": "weights.npz",
-        "preprocessing": "tf",
-        "reference": "train",
-        "reference_path": "",
-        "num_kept_features": 100,
-        "batch_size": 64,
-    }
-    return SimpleNamespace(**{**values, **changes})
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stands a projection in for the network, and a folder for the user's cache."""
@@ -72,9 +60,23 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def opened(seed: int = 0, **changes: Any) -> image_quality.Meter:
-    mesh = parallel.make_mesh(1)
-    return image_quality.open_meter(settings(**changes), image_set(seed), mesh)
+def opened(seed: int = 0, **changes: Any) -> image_quality.Meter | None:
+    evaluation = {
+        "inception": True,
+        "inception_weights": "weights.npz",
+        "preprocessing": "tf",
+        "reference": "train",
+        "reference_path": "",
+        "num_kept_features": 100,
+        "batch_size": 64,
+    }
+    config = SimpleNamespace(
+        evaluation=SimpleNamespace(**(evaluation | changes)),
+        parallel=SimpleNamespace(num_devices=1),
+    )
+    source = Source("made", (8, 8, 1), None, None, image_set=image_set(seed))
+    experiment = Experiment(config, source, None, None, None, None)
+    return image_quality.open_meter(experiment)
 
 
 @given(st.integers(1, 80), st.integers(0, 10**6))
@@ -107,7 +109,7 @@ def test_figures_are_those_of_the_features():
     found = meter.measure(in_chunks(samples, 64))
     real, fake = extract(image_set().train), extract(samples)
     assert found["fid"] == pytest.approx(
-        fid.frechet_distance_of_points(real.pool, fake.pool), rel=1e-6
+        fid.frechet_distance(fid.moments(real.pool), fid.moments(fake.pool)), rel=1e-6
     )
     score = fid.inception_score(fake.logits)
     assert found["inception_score"] == pytest.approx(score.mean)
@@ -148,7 +150,7 @@ def test_a_reference_that_cannot_be_kept(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with caplog.at_level("WARNING"):
         assert opened().reference.moments.count == 300
-    assert "not kept for the next time" in caplog.text
+    assert "cannot be saved" in caplog.text
 
     def full(*_, **__):
         raise OSError("No space left on device")
@@ -177,10 +179,10 @@ def test_the_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("seed", "changes", "named"),
     [
-        (1, {}, "images is 'content 0', wanted 'content 1'"),
-        (0, {"preprocessing": "pytorch_fid"}, "preprocessing is 'tf', wanted"),
+        (1, {}, "images is 'content 0', expected 'content 1'"),
+        (0, {"preprocessing": "pytorch_fid"}, "preprocessing is 'tf', expected"),
         (0, {"inception_weights": "other.npz"}, "network is 'network of weights"),
-        (0, {"reference": "test"}, "split is 'train', wanted 'test'"),
+        (0, {"reference": "test"}, "split is 'train', expected 'test'"),
     ],
 )
 def test_another_reference_is_an_error(
@@ -209,7 +211,7 @@ def test_damaged_references_are_refused(tmp_path: Path):
             opened(reference_path=str(path))
         assert path.read_bytes() == damaged
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(InputError, match="holds mu, sigma; reference statistics hold"):
+    with pytest.raises(InputError, match="no array 'count'; found: 'mu'"):
         opened(reference_path=str(path))
     with pytest.raises(InputError, match=r"ends in \.npz"):
         opened(reference_path=str(tmp_path / "reference.pkl"))
@@ -218,6 +220,24 @@ def test_damaged_references_are_refused(tmp_path: Path):
         np.savez(path, count=9, fingerprint=fingerprint, **values)
         with pytest.raises(InputError, match="damaged"):
             opened(reference_path=str(path))
+
+
+def test_a_damaged_cached_reference_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    expected = opened().reference
+    (path,) = (tmp_path / "cache" / "ddaebm_jax" / "reference").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    with caplog.at_level("WARNING"):
+        found = opened().reference
+    assert "it is computed again" in caplog.text and str(path) in caplog.text
+    np.testing.assert_array_equal(found.features, expected.features)
+    assert path.read_bytes() == whole
+
+
+def test_no_meter_unless_the_config_asks_for_it():
+    assert opened(inception=False) is None
 
 
 def test_too_few_images_are_told_of(caplog: pytest.LogCaptureFixture):

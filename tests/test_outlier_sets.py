@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn import datasets
 
+from ddaebm_jax.data import Source, images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import outlier_sets
 
@@ -21,11 +22,36 @@ def drawn(event_shape, num=6, seed=0):
     return rng.integers(0, 256, (num, *event_shape), np.uint8)
 
 
+def source_of(event_shape, **image_set):
+    return Source("made", event_shape, None, None, **image_set)
+
+
 def opened(name, event_shape=COLOUR, num=6, seed=0, limit=0, **data):
-    settings = SimpleNamespace(**{**vars(DATA), **data})
-    return outlier_sets.open_outliers(
-        str(name), drawn(event_shape, num), event_shape, settings, seed, limit
+    settings = SimpleNamespace(**(vars(DATA) | data))
+    inliers = drawn(event_shape, num)
+    return outlier_sets.open_set(
+        str(name), source_of(event_shape), settings, inliers, seed, limit
     )
+
+
+# The run's own images.
+
+
+def test_own_images_are_held_out_ones_and_left_out_classes():
+    test, left_out = drawn(GREY, 5, seed=1), drawn(GREY, 4, seed=2)
+
+    def own(name, limit=0, **image_set):
+        found = images.ImageSet("made", GREY, test[:1], test, "", **image_set)
+        source = source_of(GREY, image_set=found)
+        return outlier_sets.open_set(name, source, DATA, None, 0, limit)
+
+    np.testing.assert_array_equal(own(outlier_sets.HELD_OUT), test)
+    some = own(outlier_sets.HELD_OUT, limit=3)
+    np.testing.assert_array_equal(some, test[outlier_sets.choose(5, 3, 0)])
+    name = outlier_sets.HELD_OUT_CLASSES
+    np.testing.assert_array_equal(own(name, left_out=left_out), left_out)
+    with pytest.raises(InputError, match="left no class out"):
+        own(name)
 
 
 # Built-in sets.
@@ -39,6 +65,10 @@ def test_built_in_sets_have_the_models_shape_and_repeat(name, event_shape):
     assert (found.dtype, found.shape) == (np.uint8, (num, *event_shape))
     np.testing.assert_array_equal(opened(name, event_shape), found)
     np.testing.assert_array_equal(opened(name, event_shape, limit=2), found[:2])
+    source = source_of(event_shape)
+    if name not in outlier_sets.DERIVED:  # Also as inliers.
+        alone = outlier_sets.open_set(name, source, DATA, None, 0, 6)
+        np.testing.assert_array_equal(alone, found[:6])
     other = opened(name, event_shape, seed=1)
     assert (other != found).any() == (name in ("shuffled", "noise", "photos"))
 
@@ -54,7 +84,8 @@ def test_inverted_twice_is_the_inliers():
 def test_shuffled_moves_whole_pixels_each_image_in_its_own_way(seed, event_shape):
     inliers = drawn(event_shape)
     inliers[1] = inliers[0]
-    found = outlier_sets.open_outliers("shuffled", inliers, event_shape, DATA, seed, 0)
+    source = source_of(event_shape)
+    found = outlier_sets.open_set("shuffled", source, DATA, inliers, seed, 0)
 
     def pixels(image):
         return sorted(map(tuple, image.reshape(-1, event_shape[2]).tolist()))
@@ -63,9 +94,7 @@ def test_shuffled_moves_whole_pixels_each_image_in_its_own_way(seed, event_shape
         assert pixels(after) == pixels(before)
         assert (after != before).any()
     assert (found[0] != found[1]).any()
-    fewer = outlier_sets.open_outliers(
-        "shuffled", inliers[:3], event_shape, DATA, seed, 0
-    )
+    fewer = outlier_sets.open_set("shuffled", source, DATA, inliers[:3], seed, 0)
     np.testing.assert_array_equal(fewer, found[:3])
 
 
@@ -119,7 +148,7 @@ def test_folder_is_read_and_cropped_like_the_models_images(tmp_path):
     np.testing.assert_array_equal(cropped, pictures[:, 3:19, 1:17])
     np.testing.assert_array_equal(
         opened(tmp_path, crop=[1, 3, 17, 19], limit=2),
-        cropped[outlier_sets.some(len(cropped), 2, 0)],
+        cropped[outlier_sets.choose(len(cropped), 2, 0)],
     )
 
 
@@ -211,7 +240,7 @@ def test_tfds_set_gives_its_test_split_or_the_named_one(prepared):
     assert as_set(test) == as_set(pictures_of(shape, "test"))
     np.testing.assert_array_equal(read("svhn_cropped:test"), test)
     np.testing.assert_array_equal(
-        read("svhn_cropped", limit=3), test[outlier_sets.some(len(test), 3, 0)]
+        read("svhn_cropped", limit=3), test[outlier_sets.choose(len(test), 3, 0)]
     )
     train = read("svhn_cropped:train")
     assert as_set(train) == as_set(pictures_of(shape, "train"))

@@ -95,11 +95,11 @@ def detect(
     report = {
         "step": run.step,
         "checkpoint": checkpoint,
-        "inliers": {
-            "name": inliers,
-            "num_images": len(measured.inlier_scores["energy"]),
+        "inliers": {"name": inliers, "num_images": num_inliers},
+        "outliers": {
+            name: len(scores["energy"])
+            for name, scores in measured.outlier_scores.items()
         },
-        "outliers": sizes,
         "num_draws": num_draws,
         "seed": seed,
         "interval": "95%, percentile bootstrap of the test images",

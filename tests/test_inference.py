@@ -1,14 +1,17 @@
-"""Scores of single points, against closed forms of a quadratic energy."""
+"""Scores of points by a quadratic energy, in closed form; samples in chunks."""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SCHEDULE, STEPS
+from helpers import SCHEDULE, STEPS, smooth_networks
 
-from ddaebm_jax import models
-from ddaebm_jax.data import images
-from ddaebm_jax.evaluation import scores
+from ddaebm_jax import models, sampling
+from ddaebm_jax.data import Source, images
+from ddaebm_jax.evaluation import inference
+from ddaebm_jax.experiment import Experiment
 
 # f(x, t) = −½ p_t ‖x − m‖² + c_t.
 PRECISION = np.array([2.0, 1.0, 0.5, 0.25])
@@ -23,10 +26,27 @@ def quadratic(variables, x, t, rngs=None):
 
 
 NETWORKS = models.Networks(*[quadratic] * 6, event_shape=(3, 2, 1), nz=1)
+PLAYERS = models.Players(VARIABLES, None, None)
 
 
-def scored(x, seed=0, num_draws=2, chunk=4):
-    return scores.ood_scores(NETWORKS, SCHEDULE, VARIABLES, x, seed, num_draws, chunk)
+def experiment_of(networks, chunk=4, num_devices=1):
+    """An experiment of images, of which a network takes `chunk` at once."""
+    return Experiment(
+        config=SimpleNamespace(
+            evaluation=SimpleNamespace(batch_size=chunk),
+            parallel=SimpleNamespace(num_devices=num_devices),
+        ),
+        source=Source("made", (3, 2, 1), None, None),
+        schedule=SCHEDULE,
+        networks=networks,
+        game=SimpleNamespace(latent=True),
+        optimizers=None,
+    )
+
+
+def scored(x, seed=0, num_draws=2, **how):
+    experiment = experiment_of(NETWORKS, **how)
+    return inference.outlier_scores(experiment, PLAYERS, x, seed, num_draws)
 
 
 def points(rows=7, seed=0):
@@ -82,32 +102,45 @@ def test_noise_is_that_of_the_point_the_draw_and_the_time():
     assert (other != found).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
-def test_chunks_change_nothing(chunk):
+@pytest.mark.parametrize("how", [{"chunk": 1}, {"chunk": 50}, {"num_devices": 3}])
+def test_chunks_and_devices_change_nothing(how):
     x = points()
-    for name, values in scored(x, chunk=chunk).items():
-        np.testing.assert_allclose(values, scored(x, chunk=4)[name], rtol=1e-5)
-
-
-def test_a_point_keeps_its_noise_whatever_follows():
-    x = points()
-    for name, values in scored(x[:5]).items():
-        np.testing.assert_allclose(values, scored(x)[name][:5], rtol=1e-5)
+    expected = scored(x)
+    for name, values in scored(x, **how).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5)
+    for name, values in scored(x[:5], **how).items():
+        np.testing.assert_allclose(values, expected[name][:5], rtol=1e-5)
 
 
 def test_bytes_are_scored_as_the_images_that_they_are():
     x = np.random.default_rng(0).integers(0, 256, (5, 3, 2, 1), np.uint8)
+    expected = scored(np.asarray(images.to_float(x)))
     for name, values in scored(x).items():
-        expected = scored(np.asarray(images.to_float(x)))[name]
-        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize("numbers", [{"num_draws": 0}, {"chunk": 0}])
-def test_numbers_of_no_use_are_refused(numbers):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        scored(points(), **numbers)
-
-
-def test_no_point_is_refused():
+def test_energies_are_the_first_score_and_need_a_point():
+    experiment, x = experiment_of(NETWORKS), points()
+    found = inference.energies(experiment, PLAYERS, x)
+    np.testing.assert_array_equal(found, scored(x)["energy"])
     with pytest.raises(ValueError, match="no rows"):
-        scored(points(0))
+        inference.energies(experiment, PLAYERS, x[:0])
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_samples_do_not_depend_on_chunks_and_devices(num_devices):
+    """Sample i is a function of (seed, i), also as the end of its trajectory."""
+    networks = smooth_networks()
+    variables = networks.init(jax.random.key(0))
+    experiment = experiment_of(networks, num_devices=num_devices)
+    found = inference.draw_samples(experiment, variables, 7, seed=3)
+    expected = sampling.sample(
+        SCHEDULE, networks, variables.generator, jax.random.key(3), 7
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    trajectories = inference.draw_trajectories(experiment, variables, 5, seed=3)
+    assert trajectories.shape == (5, STEPS + 1, 2)
+    np.testing.assert_allclose(trajectories[:, -1], found[:5], rtol=1e-4, atol=1e-5)
+    chunks = list(inference.draw_images(experiment, variables, 7, seed=3))
+    assert all(len(chunk) <= 6 for chunk in chunks)
+    np.testing.assert_array_equal(np.concatenate(chunks), images.to_uint8(found))
