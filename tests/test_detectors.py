@@ -42,14 +42,6 @@ def test_kernel_density_of_rows_has_scotts_bandwidth():
 
 # Of pixels.
 
-
-@pytest.fixture(scope="module")
-def digits():
-    raw = load_digits().images
-    images = np.round(raw * (255 / 16)).astype(np.uint8)[..., None]
-    return images[np.random.default_rng(0).permutation(len(images))]
-
-
 BASELINES = [
     "kernel density",
     "Gaussian mixture",
@@ -58,7 +50,31 @@ BASELINES = [
 ]
 
 
-def test_baselines_on_pixels_tell_digits_from_others_and_repeat(digits):
+@pytest.fixture(scope="module")
+def digits():
+    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+    return images[np.random.default_rng(0).permutation(len(images))]
+
+
+def gaussian_pixels(num, shape=(2, 2, 1)):
+    """Pixels of one correlated Gaussian, rounded."""
+    dims = int(np.prod(shape))
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(dims, dims)) * 8 + 12 * np.eye(dims)
+    values = 128 + rng.normal(size=(num, dims)) @ mixing
+    return np.clip(np.round(values), 0, 255).astype(np.uint8).reshape(num, *shape)
+
+
+def unit_rows(images):
+    return images.reshape(len(images), -1) / 255.0
+
+
+@pytest.fixture(scope="module")
+def fitted_to_gaussian():
+    return detectors.fit_pixel_detectors(gaussian_pixels(330)[:300], 0)
+
+
+def test_detectors_tell_digits_from_others_and_repeat(digits):
     train, test = digits[:200], digits[1500:]
     first, again = (detectors.fit_pixel_detectors(train, seed=1) for _ in range(2))
     assert list(first) == BASELINES
@@ -72,37 +88,14 @@ def test_baselines_on_pixels_tell_digits_from_others_and_repeat(digits):
         np.testing.assert_allclose(score(test[5:6]), found[5:6])
 
 
-def gaussian_pixels(num, shape=(2, 2, 1), seed=0):
-    """Pixels of one correlated Gaussian, rounded."""
-    dims = int(np.prod(shape))
-    rng = np.random.default_rng(seed)
-    mixing = rng.normal(size=(dims, dims)) * 8 + 12 * np.eye(dims)
-    values = 128 + rng.normal(size=(num, dims)) @ mixing
-    return np.clip(np.round(values), 0, 255).astype(np.uint8).reshape(num, *shape)
-
-
-def unit_rows(images):
-    return images.reshape(len(images), -1) / 255.0
-
-
-def test_mixture_of_a_gaussians_pixels_is_that_gaussian():
-    train, test = gaussian_pixels(400), gaussian_pixels(50)[::-1]
+def test_mixture_of_a_gaussians_pixels_is_that_gaussian(fitted_to_gaussian):
+    train, test = gaussian_pixels(330)[:300], gaussian_pixels(330)[300:]
     rows = unit_rows(train)
     # One grey level more of standard deviation.
     covariance = np.cov(rows.T, bias=True) + np.eye(4) / 255.0**2
     expected = stats.multivariate_normal(rows.mean(axis=0), covariance)
-    found = detectors.fit_pixel_detectors(train, 0)["Gaussian mixture"](test)
+    found = fitted_to_gaussian["Gaussian mixture"](test)
     np.testing.assert_allclose(found, expected.logpdf(unit_rows(test)), rtol=1e-6)
-
-
-def test_mixture_finds_separate_clusters():
-    """Where no image is, between two clusters of many, the density is low."""
-    rng = np.random.default_rng(0)
-    levels = rng.choice([40, 210], 300)[:, None, None, None]
-    train = (levels + rng.integers(-5, 6, (300, 2, 2, 1))).astype(np.uint8)
-    between = np.full((1, 2, 2, 1), 125, np.uint8)
-    score = detectors.fit_pixel_detectors(train, 0)["Gaussian mixture"]
-    assert score(between)[0] < score(train).min() - 50
 
 
 def test_large_images_take_a_diagonal_mixture():
@@ -114,33 +107,19 @@ def test_large_images_take_a_diagonal_mixture():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_kernel_density_is_of_gaussians_of_a_good_width():
-    train, test = gaussian_pixels(300), gaussian_pixels(330)[300:]
-    rows = unit_rows(train)
-    squares = ((unit_rows(test)[:, None] - rows) ** 2).sum(axis=2)
+def test_kernel_density_is_of_gaussians_of_a_good_width(fitted_to_gaussian):
+    train, test = gaussian_pixels(330)[:300], gaussian_pixels(330)[300:]
+    squares = ((unit_rows(test)[:, None] - unit_rows(train)) ** 2).sum(axis=2)
 
     def log_density(h):
         kernels = np.exp(-squares / (2 * h**2)) / (2 * np.pi * h**2) ** 2
         return np.log(kernels.mean(axis=1))
 
-    found = detectors.fit_pixel_detectors(train, 0)["kernel density"](test)
-    widths = [
-        h
-        for h in np.geomspace(0.01, 1.0, 25)
-        if np.allclose(log_density(h), found, rtol=1e-8)
-    ]
-    assert len(widths) == 1
+    found = fitted_to_gaussian["kernel density"](test)
+    candidates = [log_density(h) for h in np.geomspace(0.01, 1.0, 25)]
+    assert sum(np.allclose(each, found, rtol=1e-8) for each in candidates) == 1
     # No width of the grid is much better for fresh images.
-    best = max(log_density(h).mean() for h in np.geomspace(0.01, 1.0, 25))
-    assert found.mean() > best - 0.05
-
-
-def test_kernel_density_is_finite_far_away():
-    train = np.zeros((30, 2, 2, 1), np.uint8)
-    train[:, 0, 0, 0] = np.arange(30)
-    far = np.full((1, 2, 2, 1), 255, np.uint8)
-    found = detectors.fit_pixel_detectors(train, 0)["kernel density"](far)
-    assert np.isfinite(found).all() and found[0] < -100
+    assert found.mean() > max(each.mean() for each in candidates) - 0.05
 
 
 def pca_error(train, test):
@@ -169,15 +148,15 @@ def test_pca_error_is_the_distance_to_the_plane_of_most_variance(num):
 
 def test_large_training_sets_are_subsampled(digits, monkeypatch):
     monkeypatch.setattr(detectors, "_MAX_TRAINING_IMAGES", 40)
-    chosen = np.random.default_rng(3).permutation(100)[:40]
+    chosen = digits[np.random.default_rng(3).permutation(100)[:40]]
     fitted = detectors.fit_pixel_detectors(digits[:100], 3)
     found = fitted["PCA reconstruction error"](digits[-20:])
-    np.testing.assert_allclose(
-        found, pca_error(digits[chosen], digits[-20:]), rtol=1e-6
-    )
+    np.testing.assert_allclose(found, pca_error(chosen, digits[-20:]), rtol=1e-6)
 
 
-def test_too_few_training_images_are_refused(digits):
+def test_few_training_images_are_refused(digits):
     with pytest.raises(ValueError, match="there are 19 training images"):
         detectors.fit_pixel_detectors(digits[:19], 0)
-    assert list(detectors.fit_pixel_detectors(digits[:20], 0)) == BASELINES
+    fitted = detectors.fit_pixel_detectors(digits[:20], 0)
+    far = np.full((1, 8, 8, 1), 255, np.uint8)
+    assert all(np.isfinite(score(far)).all() for score in fitted.values())

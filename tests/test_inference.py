@@ -1,17 +1,15 @@
 """Scores of points by a quadratic energy, in closed form; samples in chunks."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SCHEDULE, STEPS, smooth_networks
+from stubs import experiment
 
 from ddaebm_jax import models, sampling
-from ddaebm_jax.data import Source, images
+from ddaebm_jax.data import images
 from ddaebm_jax.evaluation import inference
-from ddaebm_jax.experiment import Experiment
 
 # f(x, t) = −½ p_t ‖x − m‖² + c_t.
 PRECISION = np.array([2.0, 1.0, 0.5, 0.25])
@@ -29,24 +27,9 @@ NETWORKS = models.Networks(*[quadratic] * 6, event_shape=(3, 2, 1), nz=1)
 PLAYERS = models.Players(VARIABLES, None, None)
 
 
-def experiment_of(networks, chunk=4, num_devices=1):
-    """An experiment of images, of which a network takes `chunk` at once."""
-    return Experiment(
-        config=SimpleNamespace(
-            evaluation=SimpleNamespace(batch_size=chunk),
-            parallel=SimpleNamespace(num_devices=num_devices),
-        ),
-        source=Source("made", (3, 2, 1), None, None),
-        schedule=SCHEDULE,
-        networks=networks,
-        game=SimpleNamespace(latent=True),
-        optimizers=None,
-    )
-
-
-def scored(x, seed=0, num_draws=2, **how):
-    experiment = experiment_of(NETWORKS, **how)
-    return inference.outlier_scores(experiment, PLAYERS, x, seed, num_draws)
+def scored(x, seed=0, num_draws=2, num_devices=1, chunk=4):
+    made = experiment((3, 2, 1), NETWORKS, num_devices=num_devices, batch_size=chunk)
+    return inference.outlier_scores(made, PLAYERS, x, seed, num_draws)
 
 
 def points(rows=7, seed=0):
@@ -119,28 +102,23 @@ def test_bytes_are_scored_as_the_images_that_they_are():
         np.testing.assert_allclose(values, expected[name], rtol=1e-5)
 
 
-def test_energies_are_the_first_score_and_need_a_point():
-    experiment, x = experiment_of(NETWORKS), points()
-    found = inference.energies(experiment, PLAYERS, x)
-    np.testing.assert_array_equal(found, scored(x)["energy"])
+def test_no_point_cannot_be_scored():
     with pytest.raises(ValueError, match="no rows"):
-        inference.energies(experiment, PLAYERS, x[:0])
+        scored(points(0))
 
 
-@pytest.mark.parametrize("num_devices", [1, 3])
-def test_samples_do_not_depend_on_chunks_and_devices(num_devices):
+def test_samples_do_not_depend_on_chunks_and_devices():
     """Sample i is a function of (seed, i), also as the end of its trajectory."""
     networks = smooth_networks()
     variables = networks.init(jax.random.key(0))
-    experiment = experiment_of(networks, num_devices=num_devices)
-    found = inference.draw_samples(experiment, variables, 7, seed=3)
-    expected = sampling.sample(
-        SCHEDULE, networks, variables.generator, jax.random.key(3), 7
-    )
+    made = experiment((3, 2, 1), networks, num_devices=3, batch_size=4)
+    found = inference.draw_samples(made, variables, 7, seed=3)
+    sample = jax.jit(sampling.sample, static_argnums=(1, 4))
+    expected = sample(SCHEDULE, networks, variables.generator, jax.random.key(3), 7)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    trajectories = inference.draw_trajectories(experiment, variables, 5, seed=3)
+    trajectories = inference.draw_trajectories(made, variables, 5, seed=3)
     assert trajectories.shape == (5, STEPS + 1, 2)
     np.testing.assert_allclose(trajectories[:, -1], found[:5], rtol=1e-4, atol=1e-5)
-    chunks = list(inference.draw_images(experiment, variables, 7, seed=3))
-    assert all(len(chunk) <= 6 for chunk in chunks)
+    chunks = list(inference.draw_images(made, variables, 7, seed=3))
+    assert [len(chunk) for chunk in chunks] == [6, 1]
     np.testing.assert_array_equal(np.concatenate(chunks), images.to_uint8(found))

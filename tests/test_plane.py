@@ -1,7 +1,6 @@
 """Metrics in the plane, where their values are known."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,13 +61,6 @@ def test_sliced_wasserstein_on_a_line_is_wasserstein():
     np.testing.assert_allclose(distance, np.sqrt((gaps**2).mean()), rtol=1e-5)
 
 
-def test_sliced_wasserstein_of_gaussians():
-    """N(0, I) and N(0, 3²I) differ by 3 − 1 in every direction."""
-    x, y = cloud(0, 2, 4000), 3.0 * cloud(1, 2, 4000)
-    distance = plane.sliced_wasserstein(x, y, KEY, 50)
-    np.testing.assert_allclose(distance, 2.0, rtol=0.05)
-
-
 def test_sliced_wasserstein_is_a_distance_of_sets():
     x, y = cloud(0, 2), cloud(1, 2) + 1.0
     forward = plane.sliced_wasserstein(x, y, KEY)
@@ -95,16 +87,6 @@ def test_jensen_shannon_by_hand(first, second, shift):
     forward = plane.jensen_shannon(log_p, log_q)
     assert forward == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert plane.jensen_shannon(log_q, log_p) == pytest.approx(forward, abs=1e-12)
-
-
-def test_jensen_shannon_example():
-    """p = (½, ½), q = (¼, ¾): m = (⅜, ⅝)."""
-    expected = 0.25 * np.log(4 / 3) + 0.25 * np.log(4 / 5)
-    expected += 0.125 * np.log(2 / 3) + 0.375 * np.log(6 / 5)
-    value = plane.jensen_shannon(
-        jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
-    )
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("nothing", [-1e3, -np.inf])

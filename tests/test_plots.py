@@ -1,6 +1,5 @@
 """Plots show what they are given, and are written atomically."""
 
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +24,9 @@ def test_the_picture_of_the_plane_shows_where_the_density_is(tmp_path: Path):
     pixels = _pixels(path)
     height, width = pixels.shape
     panel = pixels[int(0.2 * height) : int(0.95 * height), int(0.7 * width) :]
-    middle = [n // 2 for n in panel.shape]
-    quarters = {
-        "top left": panel[: middle[0], : middle[1]],
-        "bottom left": panel[middle[0] :, : middle[1]],
-        "bottom right": panel[middle[0] :, middle[1] :],
-        "top right": panel[: middle[0], middle[1] :],
-    }
-    bright = {
-        name: (part < 250).mean() and part.mean() for name, part in quarters.items()
-    }
-    assert max(bright, key=bright.get) == "top right"
+    rows, columns = np.nonzero((panel > 150) & (panel < 254))  # Bright, not white.
+    assert np.median(rows) < 0.5 * panel.shape[0]
+    assert np.median(columns) > 0.5 * panel.shape[1]
 
 
 def test_other_pictures_are_drawn(tmp_path: Path):
@@ -88,18 +79,3 @@ def test_a_grid_of_images_is_enlarged_and_bordered(columns, shape, tmp_path: Pat
         cell = images[place, :, :, 0] if place < 3 else 255
         assert (small[top : top + 4, left : left + 5] == cell).all()
         assert (small[top - 1] == 255).all() and (small[:, left - 1] == 255).all()
-
-
-def test_a_full_disk_is_not_filled_further(tmp_path: Path):
-    """The system itself refuses after 1 KiB; what was written is removed."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            plots.save_image(tmp_path / "image.png", noise)
-        with pytest.raises(OSError, match="too large"):
-            plots.plot_samples(tmp_path / "plot.png", noise[0, :, :2], 99.0, "t")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.iterdir())
