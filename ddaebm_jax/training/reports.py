@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from ddaebm_jax.diagnostics import energy_gaps_by_t
+from ddaebm_jax.errors import one_line
 from ddaebm_jax.files import open_regular
 from ddaebm_jax.training.processes import is_first_process
 
@@ -204,10 +205,9 @@ class Reports:
 
     def _without_tensorboard(self, error: Exception) -> None:
         self._tensorboard = None
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         logging.warning(
             "no TensorBoard files from here on (%s); %s has everything",
-            *(first_line, METRICS_FILE),
+            *(one_line(error), METRICS_FILE),
         )
 
 
