@@ -11,7 +11,16 @@ from cli import tiny
 from helpers import assert_trees_equal
 from PIL import Image
 from processes import Started
-from runs import final_state, hooked, lines, small, small_images, steps, train
+from runs import (
+    final_state,
+    hooked,
+    lines,
+    poisoned,
+    small,
+    small_images,
+    steps,
+    train,
+)
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
@@ -109,8 +118,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_run_on_images_resumes_bit_identical(folder: Path, tmp_path: Path):
     """Killed a step after a checkpoint within an epoch, with batches read ahead.
 
-    The images lie on the device first, and are read from the host later: the input is
-    no part of what the run is. Changed images are.
+    A run that goes back gets the same images again. The images lie on the device
+    first, and are read from the host later: the input is no part of what the run is.
+    Changed images are.
     """
     fields = {
         "train__num_steps": 6,
@@ -131,6 +141,14 @@ def test_a_run_on_images_resumes_bit_identical(folder: Path, tmp_path: Path):
     assert train(from_host, broken)["resumed_from_step"] == 3
     assert_trees_equal(final_state(broken), final_state(whole))
     assert lines(broken) == lines(whole)
+
+    given: dict[int, list[np.ndarray]] = {}
+    with poisoned(4, seen=lambda step, x: given.setdefault(step, []).append(x)):
+        assert train(from_host, tmp_path / "back")["rollbacks"] == 1
+    repeated = {step: batches for step, batches in given.items() if len(batches) > 1}
+    assert list(repeated) == [3, 4, 5]
+    for first, second in repeated.values():
+        np.testing.assert_array_equal(first, second)
 
     before = files(broken)
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(folder / "03.png")

@@ -1,6 +1,5 @@
 """What a run reports: metrics.jsonl, TensorBoard event files, and a progress line."""
 
-import errno
 import json
 import os
 import sys
@@ -217,9 +216,8 @@ def _append(path: Path, line: str) -> None:
     with path.open("ab", buffering=0) as file:
         size, written = os.fstat(file.fileno()).st_size, 0
         try:
-            written = file.write(data)
-            if written < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while written < len(data):
+                written += file.write(data[written:])
         finally:
             if written < len(data):
                 os.ftruncate(file.fileno(), size)
