@@ -118,33 +118,30 @@ def folder(tmp_path: Path) -> Path:
 def test_a_run_on_images_resumes_bit_identical(folder: Path, tmp_path: Path):
     """Killed a step after a checkpoint within an epoch, with batches read ahead.
 
-    A run that goes back gets the same images again. The images lie on the device
-    first, and are read from the host later: the input is no part of what the run is.
-    Changed images are.
+    A run that goes back gets the same images again; changed ones are refused.
     """
     fields = {
         "train__num_steps": 6,
         "train__report_every": 1,
         "train__checkpoint_every": 3,
     }
-    from_host = small_images(folder, data__on_device=False, **fields)
-    on_device = small_images(folder, data__on_device=True, **fields)
+    config = small_images(folder, data__on_device=False, **fields)
 
     def kill(step: int) -> None:
         if step == 5:
             raise RuntimeError("killed")
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(from_host, whole)
+    train(config, whole)
     with hooked(after=kill), pytest.raises(RuntimeError, match="killed"):
-        train(on_device, broken)
-    assert train(from_host, broken)["resumed_from_step"] == 3
+        train(config, broken)
+    assert train(config, broken)["resumed_from_step"] == 3
     assert_trees_equal(final_state(broken), final_state(whole))
     assert lines(broken) == lines(whole)
 
     given: dict[int, list[np.ndarray]] = {}
     with poisoned(4, seen=lambda step, x: given.setdefault(step, []).append(x)):
-        assert train(from_host, tmp_path / "back")["rollbacks"] == 1
+        assert train(config, tmp_path / "back")["rollbacks"] == 1
     repeated = {step: batches for step, batches in given.items() if len(batches) > 1}
     assert list(repeated) == [3, 4, 5]
     for first, second in repeated.values():
@@ -153,7 +150,7 @@ def test_a_run_on_images_resumes_bit_identical(folder: Path, tmp_path: Path):
     before = files(broken)
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(folder / "03.png")
     with pytest.raises(InputError, match=r"not those that .* was trained on"):
-        train(from_host, broken)
+        train(config, broken)
     assert files(broken) == before
 
 
