@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 from absl import logging
+from clu import parameter_overview
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiments
@@ -60,14 +61,7 @@ class Run:
 
 
 class Dispatched(NamedTuple):
-    """Steps that may still be under way.
-
-    Attributes:
-      step: the step after the last.
-      length: number of steps.
-      metrics: their means, on the device.
-      fault: the first of them that is not finite, on the device.
-    """
+    """Steps that may still be under way: the last ones before `step`."""
 
     step: int
     length: int
@@ -152,16 +146,15 @@ def _open(
     stack.push(close)
     reports = Reports(workdir, config, experiment.source.holds_images)
     stack.callback(reports.close)
-    return Run(
-        experiment=experiment,
-        workdir=workdir,
-        dispatcher=dispatcher,
-        batches=batches,
-        meter=meter,
-        checkpoints=checkpoints,
-        saver=Saver(checkpoints, config.recovery.save_patience),
-        reports=reports,
-    )
+    for name, value in experiments.state_shapes(experiment).variables._asdict().items():
+        if params := value["params"]:
+            table = parameter_overview.get_parameter_overview(
+                params, include_stats=False
+            )
+            reports.log(f"{name}\n{table}")
+    saver = Saver(checkpoints, config.recovery.save_patience)
+    tools = dispatcher, batches, meter, checkpoints, saver, reports
+    return Run(experiment, workdir, *tools)
 
 
 def _restore(run: Run) -> tuple[TrainState, int]:
@@ -225,17 +218,17 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
 
         # Metrics are fetched while the next steps are under way, those of a state that
         # is used at once.
-        fault = _report(run, previous)
+        bad = _report(run, previous)
         if compiled:
             run.reports.log(f"compiled {step - start} steps in {compiled:.1f} s")
             run.reports.restart_clock(start)
-        if fault is None and (evaluate or draw or save):
-            fault, current = _report(run, current), None
+        if bad is None and (evaluate or draw or save):
+            bad, current = _report(run, current), None
         previous = current
-        if fault is not None:
+        if bad is not None:
             previous = None
             del state
-            state, step = _roll_back(run, fault)
+            state, step = _roll_back(run, bad)
             continue
 
         if evaluate:
@@ -388,12 +381,8 @@ def _measure(run: Run, state: TrainState, preemption: Preemption) -> dict[str, A
         "device": f"{run.dispatcher.mesh.size} × {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "versions": {"jax": jax.__version__},
-        "parameters": _count_parameters(state),
-    }
-
-
-def _count_parameters(state: TrainState) -> dict[str, int]:
-    return {
-        name: sum(leaf.size for leaf in jax.tree.leaves(value["params"]))
-        for name, value in state.variables._asdict().items()
+        "parameters": {
+            name: sum(leaf.size for leaf in jax.tree.leaves(value["params"]))
+            for name, value in state.variables._asdict().items()
+        },
     }

@@ -31,13 +31,7 @@ class Reports:
     def __init__(
         self, workdir: Path, config: ml_collections.ConfigDict, holds_images: bool
     ) -> None:
-        """Opens the event files.
-
-        Args:
-          workdir: the run directory.
-          config: of the run.
-          holds_images: whether examples are images, whose rate is reported then.
-        """
+        """Opens the event files; reports the rate of images too if there are any."""
         self._writes = is_first_process()
         self._path = workdir / METRICS_FILE
         self._every, self._total = config.train.report_every, config.train.num_steps
@@ -93,13 +87,17 @@ class Reports:
         if self._images_per_step is not None:
             rates["images_per_second"] = rate * self._images_per_step
         self.write(step, {**values, **rates})
-        self._log_progress(
+        line = (
             f"step {step}/{self._total} ({step / self._total:.0%})  "
             f"{rate:.1f} steps/s  {format_seconds((self._total - step) / rate)} left  "
             f"energy {values['energy/loss']:+.3f}  "
-            f"generator {values['generator/loss']:+.3f}",
-            last=step == self._total,
+            f"generator {values['generator/loss']:+.3f}"
         )
+        if self._interactive:
+            sys.stderr.write(f"\r\x1b[K{line}" + "\n" * (step == self._total))
+            sys.stderr.flush()
+        else:
+            logging.info(line)
         self._warn_of_divergence(step, values)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -140,13 +138,6 @@ class Reports:
     def close(self) -> None:
         """Write out the event files."""
         self._to_tensorboard(lambda writer: writer.close())
-
-    def _log_progress(self, line: str, last: bool) -> None:
-        if self._interactive:
-            sys.stderr.write(f"\r\x1b[K{line}" + "\n" * last)
-            sys.stderr.flush()
-        else:
-            logging.info(line)
 
     def _warn_of_divergence(self, step: int, values: Mapping[str, float]) -> None:
         """Warn once each time that mean energies or their gap exceed their limits."""
