@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from jaxtyping import UInt8
 
 from ddaebm_jax import sharding as parallel
-from ddaebm_jax.commands import modes
+from ddaebm_jax.commands import common
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures, ood, outlier_sets, plots, scores
@@ -20,9 +20,78 @@ from ddaebm_jax.files import (
     write_text_atomically,
     written_atomically,
 )
+from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
 # The run's own held-out images, and the images of the classes it never saw.
 HELD_OUT, HELD_OUT_CLASSES = "test", "held_out_classes"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_workdir(values)
+    common.define_checkpoint(values)
+    flags.DEFINE_string(
+        "in",
+        HELD_OUT,
+        "Inliers: `test`, the run's held-out images, or one set as in --out.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "out",
+        [],
+        "Outliers, separated by commas: built-in sets (inverted, shuffled, noise, "
+        "photos, digits, held_out_classes), folders, NPZ files, TFDS names.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "baselines",
+        False,
+        "Fit four standard detectors to the training pixels, too.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_draws",
+        10,
+        "Noise draws per level of the energy over t.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "limit",
+        10_000,
+        "Maximum number of images per set; 0: all.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "Seed of everything that is drawn.",
+        lower_bound=0,
+        upper_bound=2**31 - 1,
+        flag_values=values,
+    )
+    common.define_skip_corrupt(values)
+    common.define_distributed(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Detect, and print the report's folder and table."""
+    common.join_processes(values)
+    with common.advice_for_trained_run(values.workdir):
+        folder = detect(
+            values.workdir,
+            values.out,
+            values["in"].value,
+            values.checkpoint,
+            values.seed,
+            values.num_draws,
+            values.baselines,
+            values.limit,
+            values.skip_corrupt,
+        )
+    if parallel.is_first_process():
+        print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
 
 
 def detect(
@@ -47,7 +116,7 @@ def detect(
       workdir: the run directory, of images.
       outliers: names of sets: `held_out_classes`, or as in `outlier_sets`.
       inliers: `test`, the run's own held-out images; or as in `outlier_sets`.
-      checkpoint: as in `modes.load_run`.
+      checkpoint: as in `load_run`.
       seed: of the noise of the scores, of what is drawn, of the choice where a set has
         more than `limit` images, of the bootstrap and of the baselines.
       num_draws: noise draws a level of the score over t.
@@ -66,7 +135,7 @@ def detect(
     needs_data = baselines or not {HELD_OUT, HELD_OUT_CLASSES}.isdisjoint(
         (inliers, *outliers)
     )
-    run = modes.load_run(workdir, needs_data, checkpoint)
+    run = load_run(workdir, needs_data, checkpoint)
     config = run.experiment.config
     if not run.experiment.source.holds_images:
         raise InputError(
@@ -101,9 +170,9 @@ def detect(
         "seed": seed,
         "interval": "95%, percentile bootstrap of the test images",
         "figures": _plain(detections),
-        **modes.circumstances(run.experiment, started),
+        **common.circumstances(run.experiment, started),
     }
-    folder = modes.free_path(run.workdir / "ood")
+    folder = common.free_path(run.workdir / "ood")
     if not parallel.is_first_process():
         return folder
     folder.mkdir()
@@ -151,7 +220,7 @@ def _plain(detections: dict[str, dict[str, ood.Detection]]) -> dict[str, Any]:
 
 
 def _open(
-    run: modes.Run,
+    run: TrainedRun,
     name: str,
     inliers: UInt8[np.ndarray, "n height width channels"] | None,
     seed: int,
@@ -179,7 +248,7 @@ def _open(
 
 
 def _scorer(
-    run: modes.Run, seed: int, num_draws: int, baselines: bool
+    run: TrainedRun, seed: int, num_draws: int, baselines: bool
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Returns images → scores by name."""
     experiment = run.experiment
