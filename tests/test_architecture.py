@@ -13,7 +13,7 @@ LAYERS = (
     ("errors", "files"),
     ("config",),
     ("diffusion", "models"),
-    ("objective", "game", "diagnostics", "step", "sampling", "density"),
+    ("objective", "game", "diagnostics", "losses", "step", "sampling", "density"),
     ("sharding",),
     ("weights",),
     ("data",),
@@ -35,6 +35,7 @@ STEP_PATH = (
     "ddaebm_jax/sharding.py",
     "ddaebm_jax/step.py",
     "ddaebm_jax/game.py",
+    "ddaebm_jax/losses.py",
     "ddaebm_jax/objective.py",
     "ddaebm_jax/diffusion.py",
 )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from ddaebm_jax import experiment as experiments
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
-from ddaebm_jax.training import checkpoint_files, dispatching
+from ddaebm_jax.training import checkpoint_files, dispatch
 from ddaebm_jax.training.checkpoints import Checkpoints, Restored
 from ddaebm_jax.training.run_directory import read_config
 
@@ -59,7 +59,7 @@ def load_run(
     workdir = Path(workdir)
     config = read_config(workdir)
     _distrust(config)
-    dispatching.use_compilation_cache(config.compilation_cache)
+    dispatch.use_compilation_cache(config.compilation_cache)
     folder = checkpoint_files.BEST if checkpoint == "best" else checkpoint_files.NEWEST
     checkpoints = Checkpoints(workdir, read_only=True, folder=folder)
     try:
@@ -69,7 +69,7 @@ def load_run(
             )
         step = _step(checkpoints, workdir, checkpoint)
         experiment = experiments.build(config, workdir, open_images)
-        found = _restore(checkpoints, experiments.abstract_state(experiment), step)
+        found = _restore(checkpoints, experiments.evaluation_state(experiment), step)
     finally:
         checkpoints.close()
     data = experiment.source.metadata()
