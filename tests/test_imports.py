@@ -6,7 +6,7 @@ import sys
 from cli import ROOT, environment
 
 _CORE = (
-    "diffusion objective minimax sampling density sharding models models.mlp "
+    "diffusion objective game step sampling density sharding models models.mlp "
     "models.ncsnpp models.encoder models.resample data.synthetic data.tabular "
     "data.images evaluation.plane evaluation.digits evaluation.fid "
     "evaluation.detectors evaluation.outlier_sets evaluation.inception "
