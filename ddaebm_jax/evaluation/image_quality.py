@@ -57,11 +57,8 @@ def collect(
 ) -> Collected:
     """Returns statistics of images, of which one chunk at a time is in memory.
 
-    Args:
-      extract: images → their features and logits.
-      chunks: the images; the first chunk is the largest.
-      keep: ascending numbers of the images whose features are kept.
-      keep_logits: whether the logits of all images are kept.
+    Kept are the features of the images of the ascending numbers `keep`. The first
+    chunk is the largest.
 
     Raises:
       InputError: if there is no image.
