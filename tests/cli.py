@@ -19,7 +19,7 @@ MAIN = ROOT / "launch" / "main.py"
 _FORKER = """
 import json, os, runpy, sys, tempfile
 sys.path.insert(0, {root!r})
-import ddaebm_jax.commands.ood, ddaebm_jax.training.loop
+from ddaebm_jax.commands import evaluate, inspect, ood, sample, score, train
 for line in sys.stdin:
     argv = json.loads(line)
     out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")

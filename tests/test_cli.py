@@ -216,7 +216,7 @@ BAD_INPUT = {
         [f"--config={PLANE}", "--config.parallel.num_devices=64"],
         "parallel.num_devices is 64",
     ),
-    "flag of another mode": ([f"--config={PLANE}", "--seed=3"], "--seed is for"),
+    "flag of another mode": ([f"--config={PLANE}", "--seed=3"], "--seed is for --mode=sample or --mode=ood"),
     "ignored field": (
         [f"--config={PLANE}", "--config.data.image_size=64"],
         "data.image_size is 64, which nothing would read",

@@ -1,46 +1,14 @@
-"""What the commands share: flags and errors of the user's end in one line."""
+"""The recipe's flag, and changes to its fields."""
 
 import collections
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
+from ddaebm_jax.commands.common import fail
 from ddaebm_jax.errors import InputError
-
-
-def fail(message: str, at_once: bool = False) -> NoReturn:
-    """Prints `error: …` on one line and ends the program with status 2.
-
-    Args:
-      message: what is wrong.
-      at_once: leave out what runs at a program's end, which may wait for processes
-        that are gone.
-    """
-    if at_once:
-        leave(error_line(message), 2)
-    say(error_line(message))
-    sys.exit(2)
-
-
-def error_line(message: str) -> str:
-    """Returns what is printed of an error."""
-    return f"error: {' '.join(message.split())}"
-
-
-def leave(line: str, status: int) -> NoReturn:
-    """Prints a line and ends the program, without what runs at a program's end."""
-    say(line)
-    os._exit(status)
-
-
-def say(line: str) -> None:
-    """Prints a line among the errors in one piece: other threads may write there."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 class _RecipeParser(flags.ArgumentParser):
@@ -57,9 +25,11 @@ class _RecipeParser(flags.ArgumentParser):
         return "recipe"
 
 
-def define_config(help_text: str) -> flags.FlagHolder:
+def define_config(
+    help_text: str, values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder:
     """Defines `--config`, whose value is a `recipes.Recipe`; see `parse_flags`."""
-    return flags.DEFINE(_RecipeParser(), "config", None, help_text)
+    return flags.DEFINE(_RecipeParser(), "config", None, help_text, flag_values=values)
 
 
 _CHANGE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
@@ -113,10 +83,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
         arguments, changes = _split(arguments)
         remaining = flags.FLAGS([argv[0], *arguments])
-    except flags.Error as error:
+    except flags.IllegalFlagValueError as error:
         if isinstance(error.__context__, InputError):  # The recipe's.
             fail(str(error.__context__))
-        fail(f"{error}; --help lists the flags")
+        raise
     if changes:
         _change_recipe(changes)
     return remaining
@@ -135,19 +105,3 @@ def _change_recipe(changes: dict[str, str]) -> None:
     unknown = recipes.change(recipe.config, changes)
     if unknown:
         fail("; ".join(unknown + config.problems(recipe.config)))
-
-
-def in_one_line(
-    action: Callable[[], None], end: Callable[[str], NoReturn] = fail
-) -> None:
-    """Runs an action; an error of the user's ends the program with one line.
-
-    Args:
-      action: what is to be done.
-      end: ends the program, given the error's message.
-    """
-    try:
-        action()
-    except (InputError, OSError) as error:
-        logging.debug("where it came from", exc_info=True)
-        end(str(error))

@@ -8,6 +8,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from absl import flags
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import files
+from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.training import checkpoint_files, locking
 from ddaebm_jax.training import checkpoints as checkpointing
@@ -328,3 +331,16 @@ def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:
     if aside.is_dir():
         for path in sorted(aside.iterdir()):
             yield f"{aside.name}/{path.name}", f"{_about(path)}  set aside"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_workdir(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Print what a run holds; end with status 1 unless its checkpoints are intact."""
+    found = inspect(values.workdir)
+    print(found.text)
+    if not found.intact:
+        sys.exit(1)

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
-from ddaebm_jax.commands import modes
+from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import outliers as outlier_detection
 from ddaebm_jax.evaluation import plots
 from ddaebm_jax.evaluation.outlier_sets import (
     BUILT_IN,
@@ -20,11 +19,86 @@ from ddaebm_jax.evaluation.outlier_sets import (
     HELD_OUT,
     HELD_OUT_CLASSES,
 )
+from ddaebm_jax.evaluation.outliers import (
+    Measured,
+    format_detections,
+    measure,
+    roc_curve,
+)
 from ddaebm_jax.files import (
     write_json_atomically,
     write_text_atomically,
     written_atomically,
 )
+from ddaebm_jax.training.trained_run import load_run
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_workdir(values)
+    common.define_checkpoint(values)
+    flags.DEFINE_string(
+        "in",
+        HELD_OUT,
+        "Inliers: `test`, the run's held-out images, or one set as in --out.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "out",
+        [],
+        "Outliers, separated by commas: built-in sets (inverted, shuffled, noise, "
+        "photos, digits, held_out_classes), folders, NPZ files, TFDS names.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "baselines",
+        False,
+        "Fit four standard detectors to the training pixels, too.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_draws",
+        10,
+        "Noise draws per level of the energy over t.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "limit",
+        10_000,
+        "Maximum number of images per set; 0: all.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "Seed of everything that is drawn.",
+        lower_bound=0,
+        upper_bound=2**31 - 1,
+        flag_values=values,
+    )
+    common.define_skip_corrupt(values)
+    common.define_distributed(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Detect, and print the report's folder and table."""
+    common.join_processes(values)
+    with common.advice_for_trained_run(values.workdir):
+        folder = detect(
+            values.workdir,
+            values.out,
+            values["in"].value,
+            values.checkpoint,
+            values.seed,
+            values.num_draws,
+            values.baselines,
+            values.limit,
+            values.skip_corrupt,
+        )
+    if jax.process_index() == 0:
+        print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
 
 
 def detect(
@@ -49,7 +123,7 @@ def detect(
       workdir: the run directory, of images.
       outliers: names of sets: `held_out_classes`, or as in `outlier_sets`.
       inliers: `test`, the run's own held-out images; or as in `outlier_sets`.
-      checkpoint: as in `modes.load_run`.
+      checkpoint: as in `load_run`.
       seed: of the noise of the scores, of what is drawn, of the choice where a set has
         more than `limit` images, of the bootstrap and of the baselines.
       num_draws: noise draws a level of the score over t.
@@ -68,7 +142,7 @@ def detect(
     needs_data = baselines or not {HELD_OUT, HELD_OUT_CLASSES}.isdisjoint(
         (inliers, *outliers)
     )
-    run = modes.load_run(workdir, needs_data, checkpoint)
+    run = load_run(workdir, needs_data, checkpoint)
     config = run.experiment.config
     if not run.experiment.source.holds_images:
         raise InputError(
@@ -81,7 +155,7 @@ def detect(
             "images are --in=test"
         )
     config.data.skip_corrupt = skip_corrupt
-    measured = outlier_detection.measure(
+    measured = measure(
         run.experiment,
         run.variables,
         inliers,
@@ -91,27 +165,25 @@ def detect(
         limit,
         baselines,
     )
+    sizes = {name: len(s["energy"]) for name, s in measured.outlier_scores.items()}
     num_inliers = len(measured.inlier_scores["energy"])
     report = {
         "step": run.step,
         "checkpoint": checkpoint,
         "inliers": {"name": inliers, "num_images": num_inliers},
-        "outliers": {
-            name: len(scores["energy"])
-            for name, scores in measured.outlier_scores.items()
-        },
+        "outliers": sizes,
         "num_draws": num_draws,
         "seed": seed,
         "interval": "95%, percentile bootstrap of the test images",
-        "figures": _plain(measured.detections),
-        **modes.circumstances(run.experiment, started),
+        "figures": _plain(measured),
+        **common.circumstances(run.experiment, started),
     }
-    folder = modes.free_path(run.workdir / "ood")
+    folder = common.free_path(run.workdir / "ood")
     if jax.process_index() != 0:
         return folder
     folder.mkdir()
     write_json_atomically(folder / "report.json", report)
-    table = outlier_detection.format_detections(measured.detections)
+    table = format_detections(measured.detections)
     write_text_atomically(folder / "report.txt", table + "\n")
     _save(folder, inliers, measured, f"step {run.step}")
     logging.info("wrote %s", folder)
@@ -142,25 +214,18 @@ def _check(outliers: Sequence[str], inliers: str, num_draws: int, limit: int) ->
         )
 
 
-def _plain(
-    detections: dict[str, dict[str, outlier_detection.Detection]],
-) -> dict[str, Any]:
-    """Figures as JSON values: set → score → figure → value, low and high."""
+def _plain(measured: Measured) -> dict[str, Any]:
+    """Returns JSON values: set → score → metric → value, low and high."""
     return {
         name: {
-            score: {figure: one._asdict() for figure, one in found._asdict().items()}
+            score: {metric: one._asdict() for metric, one in found._asdict().items()}
             for score, found in of_set.items()
         }
-        for name, of_set in detections.items()
+        for name, of_set in measured.detections.items()
     }
 
 
-def _save(
-    folder: Path,
-    inliers: str,
-    measured: outlier_detection.Measured,
-    title: str,
-) -> None:
+def _save(folder: Path, inliers: str, measured: Measured, title: str) -> None:
     """Writes all scores, and two pictures for each set of outliers."""
     of_inliers = measured.inlier_scores
     arrays = {f"in/{_slug(score)}": values for score, values in of_inliers.items()}
@@ -171,7 +236,7 @@ def _save(
         taken.add(slug)
         arrays |= {f"out/{slug}/{_slug(score)}": v for score, v in found.items()}
         curves = {
-            score: outlier_detection.roc_curve(of_inliers[score], values)
+            score: roc_curve(of_inliers[score], values)
             for score, values in found.items()
         }
         plots.plot_roc(folder / f"{slug}_roc.png", curves, f"{name}, {title}")
