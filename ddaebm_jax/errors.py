@@ -1,4 +1,7 @@
-"""Errors that are the user's to mend; the command line prints them as one line."""
+"""Errors that the user can mend, in one line, and helpers that keep them short."""
+
+from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -28,3 +31,22 @@ class LostProcessError(OutOfStepError):
             "has ended or hangs: see its output. Start all of them again with the same "
             "command: the run goes on from its newest checkpoint"
         )
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Returns an error's type and text as one short line, to be part of a message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:limit]}{'…' * (len(text) > limit)}"
+
+
+def shown(value: str) -> str:
+    """Returns text quoted and escaped as part of a message, at most 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]}…'"
+
+
+def listed(values: Iterable[Any], limit: int = 12) -> str:
+    """Returns the first values, separated by commas, and how many more there are."""
+    texts = [str(value) for value in values]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return (", ".join(texts[:limit]) or "none") + more

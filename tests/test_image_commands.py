@@ -280,8 +280,8 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_images(
     result = run("--mode=evaluate", f"--workdir={workdir}")
     assert_error(result, "not those of its checkpoint 2")
     moved = folder.rename(tmp_path / "elsewhere")
-    for flags in (["--mode=evaluate"], flags):
-        assert_error(run(*flags, f"--workdir={workdir}"), str(folder))
+    for again in (["--mode=evaluate"], flags):
+        assert_error(run(*again, f"--workdir={workdir}"), str(folder))
     made = run.succeed("--mode=sample", "--num_samples=2", f"--workdir={workdir}")
     assert np.load(made.out.strip())["x"].shape == (2, 8, 8, 1)
     made = run.succeed("--mode=score", f"--workdir={workdir}", f"--input={moved}")

@@ -16,7 +16,7 @@ from absl import flags, logging
 
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures
+from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
 
 # Errors and ends.
@@ -267,7 +267,7 @@ def check_output(output: str | None, *suffixes: str) -> None:
 
 def circumstances(experiment: Experiment, started: float) -> dict[str, Any]:
     """Return what every report says about how it was made, as JSON values."""
-    mesh = figures.evaluation_mesh(experiment)
+    mesh = inference.evaluation_mesh(experiment)
     return {
         "seconds": time.monotonic() - started,
         "device": f"{mesh.size} × {jax.devices()[0].device_kind}",

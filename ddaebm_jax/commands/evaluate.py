@@ -12,7 +12,7 @@ from ddaebm_jax import sharding as parallel
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures
+from ddaebm_jax.evaluation import image_quality, metrics
 from ddaebm_jax.files import write_json_atomically, write_text_atomically
 from ddaebm_jax.training import reports
 from ddaebm_jax.training.run_directory import REPORT_FILE
@@ -121,8 +121,8 @@ def evaluate(
     _check(loaded, input_path, changed)
     report: dict[str, Any] = {}
     if input_path is None:
-        meter = figures.open_meter(loaded.experiment)
-        found = figures.evaluate(loaded.experiment, loaded.variables, meter)
+        meter = image_quality.open_meter(loaded.experiment)
+        found = metrics.evaluate(loaded.experiment, loaded.variables, meter)
         report |= {"step": loaded.step, "checkpoint": checkpoint}
     else:
         found = _measure_images(loaded, input_path, skip_corrupt)
@@ -175,7 +175,7 @@ def _measure_images(
     # Files are often sorted by kind; splits and subsets should be alike.
     pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
     config.evaluation.inception = True
-    meter = figures.open_meter(loaded.experiment)
+    meter = image_quality.open_meter(loaded.experiment)
     size = config.evaluation.batch_size
     return meter.measure(
         pixels[start : start + size] for start in range(0, len(pixels), size)

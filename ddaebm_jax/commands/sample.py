@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import figures, plots
+from ddaebm_jax.evaluation import inference, plots
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
@@ -91,7 +91,7 @@ def sample(
         path = common.free_path(loaded.workdir / "images.npz", ".png", "")
     else:
         path = common.free_path(loaded.workdir / "samples.npz", ".png")
-    drawn = figures.draw_samples(loaded.experiment, loaded.variables, num_samples, seed)
+    drawn = inference.draw_samples(loaded.experiment, loaded.variables, num_samples, seed)
     if of_images:
         samples = np.asarray(images.to_uint8(drawn))
     else:
@@ -135,7 +135,7 @@ def _plot_rows(
         "samples": drawn,
     }
     energies = {
-        name: figures.energies(loaded.experiment, loaded.variables, of_name)
+        name: inference.energies(loaded.experiment, loaded.variables, of_name)
         for name, of_name in rows.items()
     }
     plots.plot_table(picture, source.table.train, drawn, energies, title)

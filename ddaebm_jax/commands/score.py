@@ -9,7 +9,7 @@ from absl import flags, logging
 
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images, tabular
-from ddaebm_jax.evaluation import figures
+from ddaebm_jax.evaluation import inference
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
@@ -80,7 +80,7 @@ def score(
     loaded = load_run(workdir, checkpoint=checkpoint)
     rows, names = _read(loaded, input_path, skip_corrupt)
     path = Path(output) if output else common.free_path(loaded.workdir / "scores.csv")
-    energies = figures.energies(loaded.experiment, loaded.variables, rows)
+    energies = inference.energies(loaded.experiment, loaded.variables, rows)
     with written_atomically(path) as file:
         if path.suffix == ".npz":
             named = {} if names is None else {"image": np.asarray(names)}

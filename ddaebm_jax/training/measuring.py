@@ -15,7 +15,7 @@ from absl import logging
 from ddaebm_jax import game
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import TrainingError
-from ddaebm_jax.evaluation import figures
+from ddaebm_jax.evaluation import metrics, pictures
 from ddaebm_jax.files import write_json_atomically
 from ddaebm_jax.training.checkpoint_files import CheckpointError, CheckpointWriteError
 from ddaebm_jax.training.preemption import Interruption, Noted
@@ -59,7 +59,7 @@ def measure(
         if "evaluate" in wanted:
             fewer = run.experiment.config.evaluation.num_samples_on_the_way or None
             with interruption.at_once():
-                found = figures.evaluate(run.experiment, saved.ema, run.meter, fewer)
+                found = metrics.evaluate(run.experiment, saved.ema, run.meter, fewer)
             run.output.scalars(step, {f"evaluation/{k}": v for k, v in found.items()})
             if run.best is not None:
                 _offer(run, saved, found)
@@ -99,15 +99,15 @@ def _draw(run: Run, state: game.TrainState, step: int) -> None:
         if not parallel.is_first_process():
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         try:
-            pictures = figures.draw_pictures(run.experiment, state.ema, directory, step)
+            drawn = pictures.draw_pictures(run.experiment, state.ema, directory, step)
         except OSError as error:
             logging.warning(
                 "the pictures of step %d cannot be written: %s", step, error
             )
             return
-        for name, path in pictures.files.items():
+        for name, path in drawn.files.items():
             run.output.picture(step, name, path)
-        run.output.histograms(step, pictures.histograms)
+        run.output.histograms(step, drawn.histograms)
 
 
 def report(run: Run, state: game.TrainState) -> dict[str, Any]:
@@ -127,12 +127,12 @@ def report(run: Run, state: game.TrainState) -> dict[str, Any]:
 
 def _final_figures(run: Run, state: game.TrainState) -> dict[str, Any]:
     """Measures the last state, and lets it compete for the lowest FID."""
-    found = figures.evaluate(run.experiment, state.ema, run.meter)
+    found = metrics.evaluate(run.experiment, state.ema, run.meter)
     if run.best is not None:
         settings = run.experiment.config.evaluation
         fewer, compared = settings.num_samples_on_the_way, found
         if fewer not in (0, settings.num_samples):
-            compared = figures.evaluate(run.experiment, state.ema, run.meter, fewer)
+            compared = metrics.evaluate(run.experiment, state.ema, run.meter, fewer)
         _offer(run, state, compared)
     return found
 

@@ -24,7 +24,7 @@ from ddaebm_jax import (
 from ddaebm_jax.data import Source
 from ddaebm_jax.data.images import Batches
 from ddaebm_jax.errors import InputError, TrainingError
-from ddaebm_jax.evaluation import figures, image_quality
+from ddaebm_jax.evaluation import image_quality
 from ddaebm_jax.training import dispatch, reports
 from ddaebm_jax.training.best_checkpoint import BestCheckpoint
 from ddaebm_jax.training.checkpoint_files import CheckpointWriteError
@@ -146,7 +146,7 @@ def open_run(
     dispatcher = dispatch.Dispatcher(experiment)
     start = experiments.init_state(experiment)
     counts = _log_parameters(start.variables)
-    meter = figures.open_meter(experiment)
+    meter = image_quality.open_meter(experiment)
     if not locked:
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(lock(workdir))

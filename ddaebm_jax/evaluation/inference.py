@@ -1,0 +1,205 @@
+"""Samples and scores of a trained model, computed in chunks over the mesh.
+
+Several processes call these functions together, and each gets the whole result.
+`variables` are usually the averages. Points are in the networks' units.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from ddaebm_jax import density, diffusion, sampling, sharding
+from ddaebm_jax.data import images
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.models import Players
+
+# The same for every model, so that its metrics and pictures compare with others'.
+SAMPLE_SEED, HELD_OUT_SEED = 1_001, 1_002
+
+# Rows of points or of a table that a network takes at once.
+_ROWS = 20_000
+
+
+def evaluation_mesh(experiment: Experiment) -> Mesh:
+    """Returns the mesh over which sampling and scoring are split."""
+    return sharding.mesh_for_evaluation(experiment.config.parallel.num_devices)
+
+
+def draw_samples(
+    experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
+) -> Float[np.ndarray, "n *shape"]:
+    """Returns samples of the data; sample i depends on (seed, i) only."""
+    drawn = _draw(experiment, variables, num, seed, sampling.sample)
+    return np.concatenate(list(drawn))
+
+
+def draw_trajectories(
+    experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
+) -> Float[np.ndarray, "n levels *shape"]:
+    """Returns x_T, …, x_0 of the samples of `draw_samples`."""
+    drawn = _draw(experiment, variables, num, seed, _trajectories_by_sample)
+    return np.concatenate(list(drawn))
+
+
+def draw_images(
+    experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
+) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:
+    """Yields the samples of `draw_samples` as images, a chunk at a time."""
+    for chunk in _draw(experiment, variables, num, seed, sampling.sample):
+        yield np.asarray(images.to_uint8(chunk))
+
+
+def energies(
+    experiment: Experiment,
+    variables: Players,
+    x: Shaped[Array | np.ndarray, "n *shape"],
+) -> Float[np.ndarray, " n"]:
+    """Returns f(x, 0), the unnormalised log density of points or uint8 images, nats."""
+    return _score(experiment, variables, x, _energy)
+
+
+def outlier_scores(
+    experiment: Experiment,
+    variables: Players,
+    x: Shaped[Array | np.ndarray, "n *shape"],
+    seed: int,
+    num_draws: int,
+) -> dict[str, Float[np.ndarray, " n"]]:
+    """Returns three scores of each point, by name; larger: more likely an inlier.
+
+    - `energy`: f(x, 0), the unnormalised log density, nats.
+    - `gradient norm`: −‖∇_x f(x, 0)‖, Euclidean over all dimensions; the approximate
+      mass of Grathwohl et al. 2020 (arXiv 1912.03263), by which typical points have
+      a flat density around them.
+    - `energy over t`: Σ_{t=0}^{T−1} E_{q(x_t|x_0)} f(x_t, t), the mean over
+      `num_draws` draws of the noise. Each f(·, t) is known up to a constant: the sum
+      ranks points, it is no log density.
+
+    Args:
+      experiment: what the config describes.
+      variables: of the networks.
+      x: at least one point, or uint8 images.
+      seed: of the noise: draw j of point i at t depends on (seed, i, j, t) only.
+      num_draws: at least 1.
+    """
+    schedule, key = experiment.schedule, jax.random.key(seed)
+
+    def energy_over_t(networks, params, part, places):
+        # One program for all would hold all activations, or scan, slow on a CPU.
+        diffused = (
+            _diffused_energy(networks, schedule, params, part, key, places, draw, t)
+            for draw in range(num_draws)
+            for t in range(schedule.num_steps)
+        )
+        return sum(diffused) / num_draws
+
+    return {
+        "energy": energies(experiment, variables, x),
+        "gradient norm": _score(experiment, variables, x, _gradient_norm),
+        "energy over t": _score(experiment, variables, x, energy_over_t),
+    }
+
+
+def _in_chunks(
+    experiment: Experiment, num: int, compute: Callable[[Mesh, np.ndarray], Array]
+) -> Iterator[np.ndarray]:
+    """Yields compute(mesh, row numbers) of 0 … num − 1 in chunks, on the host.
+
+    All chunks have one size, so that one program serves them: the last one's numbers
+    go beyond `num`, and what is computed of those is dropped.
+    """
+    if num < 1:
+        raise ValueError("there are no rows to compute; give at least one")
+    mesh = evaluation_mesh(experiment)
+    limit = _ROWS
+    if experiment.source.holds_images:
+        limit = experiment.config.evaluation.batch_size
+    size = sharding.whole_rows(mesh, min(num, limit))
+    for start in range(0, num, size):
+        chunk = compute(mesh, np.arange(start, start + size, dtype=np.int32))
+        # Whole on every device, so that every process can read it.
+        yield np.asarray(_replicate(mesh, chunk))[: num - start]
+
+
+def _replicate(mesh: Mesh, tree):
+    return jax.device_put(tree, sharding.replicated(mesh))
+
+
+def _draw(
+    experiment: Experiment, variables: Players, num: int, seed: int, sampler: Callable
+) -> Iterator[np.ndarray]:
+    params = _replicate(evaluation_mesh(experiment), variables.generator)
+
+    def draw(mesh: Mesh, places: np.ndarray) -> Array:
+        return _draw_chunk(
+            sampler,
+            experiment.networks,
+            experiment.game.latent,
+            experiment.schedule,
+            params,
+            jax.random.key(seed),
+            sharding.split_rows(mesh, places),
+        )
+
+    return _in_chunks(experiment, num, draw)
+
+
+def _score(
+    experiment: Experiment,
+    variables: Players,
+    x: Array | np.ndarray,
+    score: Callable[..., Array],
+) -> np.ndarray:
+    """Returns score(networks, params, points, their numbers) of all points."""
+    params, x = _replicate(evaluation_mesh(experiment), variables.energy), np.asarray(x)
+
+    def of_places(mesh: Mesh, places: np.ndarray) -> Array:
+        part = sharding.split_rows(mesh, x[np.minimum(places, len(x) - 1)])
+        places = sharding.split_rows(mesh, places)
+        return score(experiment.networks, params, part, places)
+
+    return np.concatenate(list(_in_chunks(experiment, len(x), of_places)))
+
+
+def _trajectories_by_sample(*args) -> Array:
+    return jnp.swapaxes(sampling.sample_trajectory(*args), 0, 1)
+
+
+# The networks are functions and so static: one program for all chunks of a run.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw_chunk(sampler, networks, latent, schedule, params, key, places):
+    return sampler(schedule, networks, params, key, len(places), latent, places)
+
+
+@partial(jax.jit, static_argnums=0)
+def _energy(networks, params, x, places):
+    return density.energy_at_data(networks, params, _as_float(x))
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradient_norm(networks, params, x, places):
+    score = density.score_at_data(networks, params, _as_float(x))
+    return -jnp.linalg.norm(score.reshape(len(score), -1), axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _diffused_energy(networks, schedule, params, x, key, places, draw, t):
+    """Returns f(x_t, t) of one draw of x_t."""
+    x0 = _as_float(x)
+
+    def noise(place: Array) -> Array:
+        own_key = reduce(jax.random.fold_in, (place, draw, t), key)
+        return jax.random.normal(own_key, x0.shape[1:])
+
+    times = jnp.full(places.shape, t, jnp.int32)
+    x_t = diffusion.diffuse(schedule, x0, times, jax.vmap(noise)(places))
+    return networks.energy(params, x_t, times)
+
+
+def _as_float(x: Array) -> Array:
+    return images.to_float(x) if x.dtype == jnp.uint8 else x
