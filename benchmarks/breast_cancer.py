@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from ddaebm_jax.evaluation import ood
+from ddaebm_jax.evaluation import outliers
 from ddaebm_jax.training import loop as train
 from ddaebm_jax.training import run_directory
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
             if name == "auroc" or name.startswith("auroc_"):
                 method = name.removeprefix("auroc").removeprefix("_") or "DDAEBM"
                 aurocs.setdefault(method, []).append(value)
-    print(ood.format_aurocs(aurocs))
+    print(outliers.format_aurocs(aurocs))
 
 
 if __name__ == "__main__":

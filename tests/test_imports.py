@@ -8,9 +8,9 @@ from cli import ROOT, environment
 _CORE = (
     "diffusion objective minimax sampling density sharding models models.mlp "
     "models.ncsnpp models.encoder models.resample data.synthetic data.tabular "
-    "data.images evaluation.plane evaluation.ood evaluation.digits evaluation.fid "
-    "evaluation.inception evaluation.inception_weights evaluation.image_quality "
-    "evaluation.scores evaluation.outlier_sets torch_files interop"
+    "data.images evaluation.plane evaluation.digits evaluation.fid "
+    "evaluation.detectors evaluation.outlier_sets evaluation.inception "
+    "evaluation.inception_weights torch_files interop"
 ).split()
 
 _CHECK = f"""

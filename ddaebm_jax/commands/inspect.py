@@ -33,7 +33,7 @@ _Row = tuple[str, str]
 
 
 class Inspection(NamedTuple):
-    """What was found: text to print, and whether every checkpoint is intact."""
+    """Text to print, and whether every checkpoint is intact."""
 
     text: str
     intact: bool
@@ -54,7 +54,7 @@ def inspect(workdir: str | Path) -> Inspection:
             "directory; name one that --mode=train has made"
         )
     running, metrics = is_running(workdir), _last_metrics(workdir / "metrics.jsonl")
-    rows, intact = _checkpoints(workdir, running)
+    checkpoints = _checkpoints(workdir, running)
     about = [("directory", str(workdir)), ("process", "running" if running else "none")]
     sections = {"run": about}
     try:
@@ -63,19 +63,22 @@ def inspect(workdir: str | Path) -> Inspection:
         about.append(("config", f"unusable: {error}"))
     else:
         recipe, sections["fields changed"] = _recipe(config, workdir)
-        steps = [int(name.partition("/")[2]) for name, _ in rows if name[-1].isdigit()]
-        reached = max([*steps, metrics.get("step", 0)])
+        steps = [
+            metrics.get("step", 0),
+            *(int(name.split("/")[1]) for name in checkpoints),
+        ]
         about += [
             ("recipe", recipe),
             ("data", config.data.name),
-            ("steps", f"{reached} of {config.train.num_steps}"),
+            ("steps", f"{max(steps)} of {config.train.num_steps}"),
         ]
     sections["last metrics"] = _shown(metrics)
-    sections["checkpoints"] = rows
+    sections["checkpoints"] = list(checkpoints.items())
     sections["set aside or unfinished"] = list(_leftovers(workdir, running))
     for path in sorted(workdir.glob("report*.json")):
         sections[path.name] = _report(path)
     sections["pictures"] = list(_pictures(workdir))
+    intact = all(text.endswith("  intact") for text in checkpoints.values())
     return Inspection(_formatted(sections), intact)
 
 
@@ -94,10 +97,8 @@ def is_running(workdir: Path) -> bool:
     try:
         with files.open_regular(workdir / LOCK_FILE, _LARGEST_REPORT) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (OSError, InputError):  # There is none, or no locks on this file system.
-        return False
+    except (OSError, InputError) as error:  # Perhaps there is no lock to hold.
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -106,7 +107,7 @@ def _recipe(config: ml_collections.ConfigDict, workdir: Path) -> tuple[str, list
 
     A run does not record its recipe, but its folder is named after it by default.
     """
-    differences = {}
+    differences: dict[str, dict[str, Any]] = {}
     for path in sorted(_CONFIGS.glob("*.py")):
         spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
@@ -114,18 +115,10 @@ def _recipe(config: ml_collections.ConfigDict, workdir: Path) -> tuple[str, list
         differences[path.stem] = config_lib.differences(module.get_config(), config)
     name, reason = workdir.resolve().parent.name, "by the folder's name"
     if name not in differences:
+        name = min(differences, key=lambda one: len(differences[one]))
         reason = "the most similar"
-        others = {"data.name", "model.name"}
-        name = min(
-            differences,
-            key=lambda one: (
-                len(others & differences[one].keys()),
-                len(differences[one]),
-            ),
-        )
-    rows = [
-        (field, f"{old!r} → {new!r}") for field, (old, new) in differences[name].items()
-    ]
+    changed = differences[name].items()
+    rows = [(field, f"{old!r} → {new!r}") for field, (old, new) in changed]
     return f"{name}, {reason} ({len(rows)} fields changed)", rows
 
 
@@ -173,10 +166,9 @@ def _pictures(workdir: Path) -> Iterator[_Row]:
 
 
 def _about(path: Path) -> str:
-    """Returns the size and the time of a file or folder; links are not followed."""
+    """Returns the size and the time of a file or folder."""
     try:
-        paths = [path, *path.rglob("*")]
-        size = sum(one.lstat().st_size for one in paths if not one.is_dir())
+        size = sum(one.lstat().st_size for one in path.rglob("*") if one.is_file())
         when = datetime.datetime.fromtimestamp(path.lstat().st_mtime)
     except OSError:
         return "gone meanwhile"
@@ -186,12 +178,9 @@ def _about(path: Path) -> str:
     return f"{text:>10}  {when:%Y-%m-%d %H:%M:%S}"
 
 
-def _checkpoints(workdir: Path, running: bool) -> tuple[list[_Row], bool]:
-    """Returns a row for each checkpoint, and whether all are intact.
-
-    A running process deletes old ones meanwhile: those that are gone are not shown.
-    """
-    rows: list[_Row] = []
+def _checkpoints(workdir: Path, running: bool) -> dict[str, str]:
+    """Returns name → verdict; a running process deletes some, which are not shown."""
+    rows = {}
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
     for best, folder in ((False, checkpointing.NEWEST), (True, checkpointing.BEST)):
         for step in checkpoints.steps(best):
@@ -204,8 +193,8 @@ def _checkpoints(workdir: Path, running: bool) -> tuple[list[_Row], bool]:
                 verdict = f"{'DAMAGED' if damaged else 'NOT READ'}: {error}"
             if step in checkpoints.steps(best):
                 about = _about(workdir / folder / str(step))
-                rows.append((f"{folder}/{step}", f"{about}  {verdict}"))
-    return rows, all(text.endswith("  intact") for _, text in rows)
+                rows[f"{folder}/{step}"] = f"{about}  {verdict}"
+    return rows
 
 
 def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:

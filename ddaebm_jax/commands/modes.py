@@ -20,7 +20,7 @@ from ddaebm_jax import experiment as experiments
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures, plots
+from ddaebm_jax.evaluation import image_quality, inference, metrics, plots
 from ddaebm_jax.files import (
     write_json_atomically,
     write_text_atomically,
@@ -218,7 +218,7 @@ def sample(
     stem = "images" if run.experiment.source.holds_images else "samples"
     companions = (".png", "") if run.experiment.source.holds_images else (".png",)
     path = _output_path(output, run.workdir / f"{stem}.npz", (".npz",), companions)
-    drawn = figures.draw_samples(run.experiment, run.variables, num_samples, seed)
+    drawn = inference.draw_samples(run.experiment, run.variables, num_samples, seed)
     if run.experiment.source.holds_images:
         pixels = np.asarray(images.to_uint8(drawn))
         return _save_images(run, pixels, path, seed)
@@ -238,7 +238,7 @@ def sample(
             table.train,
             drawn,
             {
-                name: figures.energies(run.experiment, run.variables, rows)
+                name: inference.energies(run.experiment, run.variables, rows)
                 for name, rows in (
                     ("held-out inliers", test_rows(table, tabular.INLIER)),
                     ("samples", drawn),
@@ -307,7 +307,7 @@ def score(
         columns = None if source.table is None else source.table.columns
         rows = tabular.read_rows(rows_path, dim, _standardizer(run), columns)
     path = _output_path(output, run.workdir / "scores.csv", (".csv", ".npz"))
-    energies = figures.energies(run.experiment, run.variables, rows)
+    energies = inference.energies(run.experiment, run.variables, rows)
     if path.suffix == ".npz":
         named = {} if names is None else {"image": np.asarray(names)}
         with written_atomically(path) as file:
@@ -361,8 +361,8 @@ def evaluate(
     _check_evaluation(run, input_path, changed)
     report: dict[str, Any] = {}
     if input_path is None:
-        meter = figures.open_meter(run.experiment)
-        found = figures.evaluate(run.experiment, run.variables, meter)
+        meter = image_quality.open_meter(run.experiment)
+        found = metrics.evaluate(run.experiment, run.variables, meter)
         report |= {"step": run.step, "checkpoint": checkpoint}
     else:
         found = _measure_images(run, input_path, skip_corrupt)
@@ -379,7 +379,7 @@ def evaluate(
 
 def circumstances(experiment: experiments.Experiment, started: float) -> dict[str, Any]:
     """Returns what every report says of how it came about, as plain JSON values."""
-    mesh = figures.evaluation_mesh(experiment)
+    mesh = inference.evaluation_mesh(experiment)
     return {
         "seconds": time.monotonic() - started,
         "device": f"{mesh.size} × {jax.devices()[0].device_kind}",
@@ -427,7 +427,7 @@ def _measure_images(
     # be alike.
     order = np.random.default_rng(0).permutation(len(pixels))
     config.evaluation.inception = True
-    meter = figures.open_meter(run.experiment)
+    meter = image_quality.open_meter(run.experiment)
     size = config.evaluation.batch_size
     return meter.measure(
         pixels[order[start : start + size]] for start in range(0, len(pixels), size)

@@ -2,27 +2,29 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
 
-from ddaebm_jax import sharding as parallel
 from ddaebm_jax.commands import modes
-from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures, ood, outlier_sets, plots, scores
+from ddaebm_jax.evaluation import outliers as outlier_detection
+from ddaebm_jax.evaluation import plots
+from ddaebm_jax.evaluation.outlier_sets import (
+    BUILT_IN,
+    DERIVED,
+    HELD_OUT,
+    HELD_OUT_CLASSES,
+)
 from ddaebm_jax.files import (
     write_json_atomically,
     write_text_atomically,
     written_atomically,
 )
-
-# The run's own held-out images, and the images of the classes it never saw.
-HELD_OUT, HELD_OUT_CLASSES = "test", "held_out_classes"
 
 
 def detect(
@@ -38,10 +40,10 @@ def detect(
 ) -> Path:
     """Measures how well scores of a run tell inliers from outliers.
 
-    Scores: `scores.ood_scores`; figures: `ood.detection`. Writes a folder `ood` (a
-    free name) into the run directory: `report.json`, `report.txt` (the table),
-    `scores.npz` (of every set, `in/<score>` and `out/<set>/<score>`), and for each set
-    of outliers `<set>_roc.png` and `<set>_energy.png`.
+    Scores: `inference.outlier_scores`; metrics: `outliers.detection`. Writes a folder
+    `ood` (a free name) into the run directory: `report.json`, `report.txt` (the
+    table), `scores.npz` (of every set, `in/<score>` and `out/<set>/<score>`), and for
+    each set of outliers `<set>_roc.png` and `<set>_energy.png`.
 
     Args:
       workdir: the run directory, of images.
@@ -79,38 +81,39 @@ def detect(
             "images are --in=test"
         )
     config.data.skip_corrupt = skip_corrupt
-    # Everything is opened before anything is computed.
-    known = _open(run, inliers, None, seed, limit)
-    sets = {name: _open(run, name, known, seed, limit) for name in outliers}
-    scorer = _scorer(run, seed, num_draws, baselines)
-    of_inliers = scorer(known)
-    of_outliers = {name: scorer(pixels) for name, pixels in sets.items()}
-    detections = {
-        name: {
-            score: ood.detection(of_inliers[score], values, seed)
-            for score, values in found.items()
-        }
-        for name, found in of_outliers.items()
-    }
+    measured = outlier_detection.measure(
+        run.experiment,
+        run.variables,
+        inliers,
+        outliers,
+        seed,
+        num_draws,
+        limit,
+        baselines,
+    )
+    num_inliers = len(measured.inlier_scores["energy"])
     report = {
         "step": run.step,
         "checkpoint": checkpoint,
-        "inliers": {"name": inliers, "num_images": len(known)},
-        "outliers": {name: len(pixels) for name, pixels in sets.items()},
+        "inliers": {"name": inliers, "num_images": num_inliers},
+        "outliers": {
+            name: len(scores["energy"])
+            for name, scores in measured.outlier_scores.items()
+        },
         "num_draws": num_draws,
         "seed": seed,
         "interval": "95%, percentile bootstrap of the test images",
-        "figures": _plain(detections),
+        "figures": _plain(measured.detections),
         **modes.circumstances(run.experiment, started),
     }
     folder = modes.free_path(run.workdir / "ood")
-    if not parallel.is_first_process():
+    if jax.process_index() != 0:
         return folder
     folder.mkdir()
     write_json_atomically(folder / "report.json", report)
-    table = ood.format_detections(detections)
+    table = outlier_detection.format_detections(measured.detections)
     write_text_atomically(folder / "report.txt", table + "\n")
-    _save(folder, inliers, of_inliers, of_outliers, f"step {run.step}")
+    _save(folder, inliers, measured, f"step {run.step}")
     logging.info("wrote %s", folder)
     return folder
 
@@ -123,7 +126,7 @@ def _check(outliers: Sequence[str], inliers: str, num_draws: int, limit: int) ->
     if not outliers:
         raise InputError(
             "--out is empty; name sets of outliers, for example --out=inverted,noise; "
-            f"built in: {', '.join((*outlier_sets.BUILT_IN, HELD_OUT_CLASSES))}"
+            f"built in: {', '.join((*BUILT_IN, HELD_OUT_CLASSES))}"
         )
     names = (inliers, *outliers)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -133,13 +136,15 @@ def _check(outliers: Sequence[str], inliers: str, num_draws: int, limit: int) ->
         raise InputError(
             f"--out has {HELD_OUT}, the run's own held-out images; it is for --in"
         )
-    if inliers in ("inverted", "shuffled"):
+    if inliers in DERIVED:
         raise InputError(
             f"--in={inliers} is made from inliers, and so it can only be in --out"
         )
 
 
-def _plain(detections: dict[str, dict[str, ood.Detection]]) -> dict[str, Any]:
+def _plain(
+    detections: dict[str, dict[str, outlier_detection.Detection]],
+) -> dict[str, Any]:
     """Figures as JSON values: set → score → figure → value, low and high."""
     return {
         name: {
@@ -150,81 +155,23 @@ def _plain(detections: dict[str, dict[str, ood.Detection]]) -> dict[str, Any]:
     }
 
 
-def _open(
-    run: modes.Run,
-    name: str,
-    inliers: UInt8[np.ndarray, "n height width channels"] | None,
-    seed: int,
-    limit: int,
-) -> UInt8[np.ndarray, "m height width channels"]:
-    """Opens one set; of the inliers' own, `inliers` is None."""
-    source, data = run.experiment.source, run.experiment.config.data
-    if name in (HELD_OUT, HELD_OUT_CLASSES):
-        records = source.image_set.test
-        if name == HELD_OUT_CLASSES:
-            records = source.image_set.left_out
-        if records is None:
-            raise InputError(
-                f"{HELD_OUT_CLASSES}: this run left no class out; train one with "
-                "--config.data.held_out_classes='(9,)'"
-            )
-        chosen = outlier_sets.some(len(records), limit, seed)
-        subset = images.Subset(records, chosen)
-        return images.stack(subset, None, name, data.timeout)
-    if inliers is None:  # Only their number is read.
-        inliers = np.zeros((limit or 10_000, *source.event_shape), np.uint8)
-    return outlier_sets.open_outliers(
-        name, inliers, source.event_shape, data, seed, limit
-    )
-
-
-def _scorer(
-    run: modes.Run, seed: int, num_draws: int, baselines: bool
-) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Returns images → scores by name."""
-    experiment = run.experiment
-    others = {}
-    if baselines:
-        logging.info("fitting the baselines to the training images")
-        pixels = images.stack(
-            experiment.source.image_set.train,
-            timeout=experiment.config.data.timeout,
-        )
-        others = ood.fit_baselines(pixels, seed)
-
-    def score(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        ours = scores.ood_scores(
-            experiment.networks,
-            experiment.schedule,
-            run.variables.energy,
-            pixels,
-            seed,
-            num_draws,
-            experiment.config.evaluation.batch_size,
-            figures.evaluation_mesh(experiment),
-        )
-        return ours | {name: function(pixels) for name, function in others.items()}
-
-    return score
-
-
 def _save(
     folder: Path,
     inliers: str,
-    of_inliers: dict[str, np.ndarray],
-    of_outliers: dict[str, dict[str, np.ndarray]],
+    measured: outlier_detection.Measured,
     title: str,
 ) -> None:
     """Writes all scores, and two pictures for each set of outliers."""
+    of_inliers = measured.inlier_scores
     arrays = {f"in/{_slug(score)}": values for score, values in of_inliers.items()}
     taken: set[str] = set()
-    for number, (name, found) in enumerate(of_outliers.items()):
+    for number, (name, found) in enumerate(measured.outlier_scores.items()):
         slug = _slug(name)
         slug = slug if slug not in taken else f"{slug}_{number}"
         taken.add(slug)
         arrays |= {f"out/{slug}/{_slug(score)}": v for score, v in found.items()}
         curves = {
-            score: ood.roc_curve(of_inliers[score], values)
+            score: outlier_detection.roc_curve(of_inliers[score], values)
             for score, values in found.items()
         }
         plots.plot_roc(folder / f"{slug}_roc.png", curves, f"{name}, {title}")

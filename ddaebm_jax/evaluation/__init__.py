@@ -1,1 +1,1 @@
-"""How good a trained model is; `figures` brings it together."""
+"""How good a trained model is: `metrics` and `pictures` by kind of data."""

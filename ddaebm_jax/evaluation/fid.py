@@ -1,26 +1,23 @@
-"""How far samples are from data in the features of a network: FID and its kin.
+"""FID and its kin: distances between sets of features.
 
-Pure functions of features and logits; where those come from is of no concern here.
-Statistics are of float64. Squared distances between features are of float32.
+Pure functions of features and logits, whatever network they come from; float64.
 """
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float
 
-# Rows of a table of distances that are computed at once.
-_DISTANCE_ROWS = 512
+# Memory of the distances that are held at once.
+_DISTANCES_MIB = 128
 
 
 class Moments(NamedTuple):
-    """Mean and scatter of points; grows by `add`.
+    """Mean and scatter of points.
 
     Attributes:
-      count: of points.
-      mean: of them, float64.
+      count: number of points.
+      mean: their mean, float64.
       scatter: Σ (x − mean)(x − mean)ᵀ, float64.
     """
 
@@ -35,7 +32,7 @@ class Moments(NamedTuple):
 
 
 def moments(points: Float[np.ndarray, "n d"]) -> Moments:
-    """Returns the moments of points, at least one."""
+    """Returns the moments of at least one point."""
     points = np.asarray(points, np.float64)
     mean = points.mean(axis=0)
     centred = points - mean
@@ -45,8 +42,7 @@ def moments(points: Float[np.ndarray, "n d"]) -> Moments:
 def add(first: Moments | None, second: Moments) -> Moments:
     """Returns the moments of two sets together (Chan et al. 1979); None: no points.
 
-    Nothing large is ever subtracted, so the order of the sets changes the result by
-    rounding only.
+    Free of cancellation: the order of the sets changes the result by rounding only.
     """
     if first is None:
         return second
@@ -66,9 +62,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     |μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2}), the squared 2-Wasserstein
     distance of N(μ_a, Σ_a) and N(μ_b, Σ_b) (Dowson and Landau 1982); in Inception's
     features the FID (Heusel et al. 2017). Biased upwards, more for fewer points: FIDs
-    compare between equal numbers of samples only.
-
-    Exact for singular covariances too: no product of them is ever rooted.
+    compare between equal numbers of samples only. Singular covariances are allowed.
 
     Raises:
       ValueError: for fewer than two points in either, or moments that are not finite.
@@ -86,69 +80,19 @@ def frechet_distance(first: Moments, second: Moments) -> float:
                 "were computed from"
             )
         values, vectors = np.linalg.eigh(one.covariance)
-        # Rounding leaves a singular covariance's least eigenvalues around nothing.
+        # Rounding can make eigenvalues of a singular covariance negative.
         factors.append(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T)
-    return _distance(first.mean, factors[0], second.mean, factors[1])
-
-
-def frechet_distance_of_points(
-    first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "m d"]
-) -> float:
-    """Returns `frechet_distance` of two sets of points that are held whole.
-
-    Any number of points from two on will do, also fewer than d: the trace of the root
-    comes from the points' triangular factors, no root of a covariance is taken.
-
-    Args:
-      first: points, one a row.
-      second: points of the same width.
-
-    Raises:
-      ValueError: for fewer than two points in either, or one that is not finite.
-    """
-    means, factors = [], []
-    for name, points in (("first", first), ("second", second)):
-        if len(points) < 2:
-            raise ValueError(
-                f"the {name} set has {len(points)} points; a covariance needs at "
-                "least 2: give more"
-            )
-        bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"{len(bad)} of {len(points)} points of the {name} set are not finite, "
-                f"the first at {bad[0]}; check what they were computed from"
-            )
-        points = np.asarray(points, np.float64)
-        means.append(points.mean(axis=0))
-        centred = (points - means[-1]) / np.sqrt(len(points) - 1)
-        factors.append(np.linalg.qr(centred, mode="r"))
-    return _distance(means[0], factors[0], means[1], factors[1])
-
-
-def _distance(
-    first_mean: np.ndarray,
-    first: np.ndarray,
-    second_mean: np.ndarray,
-    second: np.ndarray,
-) -> float:
-    """Fréchet distance from means and factors, Σ_a = AᵀA and Σ_b = BᵀB."""
-    # The eigenvalues of Σ_a Σ_b are those of (A Bᵀ)(A Bᵀ)ᵀ, and so their roots are
-    # the singular values of A Bᵀ.
-    root_trace = np.linalg.svd(first @ second.T, compute_uv=False).sum()
-    traces = (first**2).sum() + (second**2).sum()
-    distance = ((first_mean - second_mean) ** 2).sum() + traces - 2.0 * root_trace
-    # Rounding can leave a little less than nothing.
+    # With Σ_a = AᵀA and Σ_b = BᵀB the eigenvalues of Σ_a Σ_b are the squared singular
+    # values of A Bᵀ. Unlike scipy.linalg.sqrtm this never roots a singular product.
+    a, b = factors
+    root_trace = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    traces = (a**2).sum() + (b**2).sum()
+    distance = ((first.mean - second.mean) ** 2).sum() + traces - 2.0 * root_trace
     return max(float(distance), 0.0)
 
 
 class Score(NamedTuple):
-    """An Inception score.
-
-    Attributes:
-      mean: over the splits.
-      std: over the splits.
-    """
+    """An Inception score: mean and standard deviation over the splits."""
 
     mean: float
     std: float
@@ -157,33 +101,28 @@ class Score(NamedTuple):
 def inception_score(
     logits: Float[np.ndarray, "n classes"], num_splits: int = 10
 ) -> Score:
-    """Returns exp E KL(p(y|x) ‖ p(y)) over splits: mean and standard deviation.
-
-    Salimans et al. 2016, eq. 1; consecutive splits as there, the standard deviation
-    dividing by their number.
+    """Returns exp E KL(p(y|x) ‖ p(y)) over splits (Salimans et al. 2016, eq. 1).
 
     Args:
       logits: of a classifier, on samples in random order.
-      num_splits: of the samples, of equal size but for one.
+      num_splits: consecutive parts of the samples, equal but for one sample.
 
     Raises:
       ValueError: for fewer samples than splits.
     """
+    from scipy.special import log_softmax, logsumexp
+
     if len(logits) < num_splits:
         raise ValueError(
             f"there are {len(logits)} samples for {num_splits} splits of the Inception "
             "score; draw more samples"
         )
     scores = []
-    for part in np.array_split(np.asarray(logits), num_splits):
-        part = part.astype(np.float64)
-        log_p = part - part.max(axis=1, keepdims=True)
-        log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
-        p = np.exp(log_p)
-        marginal = p.mean(axis=0, keepdims=True)
-        # Where p is 0, p log p is too; there log_p is finite, so no care is needed.
-        log_marginal = np.log(np.maximum(marginal, np.finfo(np.float64).tiny))
-        scores.append(np.exp((p * (log_p - log_marginal)).sum(axis=1).mean()))
+    for part in np.array_split(np.asarray(logits, np.float64), num_splits):
+        log_p = log_softmax(part, axis=1)
+        log_marginal = logsumexp(log_p, axis=0) - np.log(len(part))
+        divergences = (np.exp(log_p) * (log_p - log_marginal)).sum(axis=1)
+        scores.append(np.exp(divergences.mean()))
     return Score(float(np.mean(scores)), float(np.std(scores)))
 
 
@@ -192,7 +131,7 @@ class KernelDistance(NamedTuple):
 
     Attributes:
       value: the mean over subsets.
-      error: its standard error; None where there is one subset only.
+      error: its standard error; None for a single subset.
     """
 
     value: float
@@ -203,20 +142,20 @@ def kernel_distance(
     real: Float[np.ndarray, "n d"],
     fake: Float[np.ndarray, "m d"],
     subset_size: int = 1_000,
-    most_subsets: int = 100,
+    max_subsets: int = 100,
     seed: int = 0,
 ) -> KernelDistance:
     """Returns the kernel Inception distance and its standard error.
 
     The unbiased squared maximum mean discrepancy with k(a, b) = (a·b/d + 1)³ (Bińkowski
-    et al. 2018), the mean over subsets. It can be negative. Subsets are disjoint, so
-    that they are independent and their scatter tells the mean's error.
+    et al. 2018), averaged over subsets; it can be negative. Subsets are disjoint and
+    so independent: their scatter gives the mean's error.
 
     Args:
       real: features of data.
       fake: features of samples.
-      subset_size: points a subset; less where there are fewer.
-      most_subsets: of either set; less where the points do not suffice.
+      subset_size: points a subset; fewer where there are fewer.
+      max_subsets: of either set; fewer where there are fewer points.
       seed: of the subsets.
 
     Raises:
@@ -232,7 +171,7 @@ def kernel_distance(
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(points)) for points in (real, fake)]
     distances = []
-    for start in range(0, size * min(most_subsets, least // size), size):
+    for start in range(0, size * min(max_subsets, least // size), size):
         a, b = (
             points[order[start : start + size]].astype(np.float64)
             for points, order in zip((real, fake), orders, strict=True)
@@ -256,12 +195,11 @@ def _unbiased_mmd(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Neighbours(NamedTuple):
-    """Figures of two sets' supports, each told by its points' neighbours.
+    """Overlap of the supports of two sets, estimated from nearest neighbours.
 
     Attributes:
-      precision: share of the samples that lie within the data's support.
-      recall: share of the data that lie within the samples' support (Kynkäänniemi et
-        al. 2019).
+      precision: share of the samples within the data's support.
+      recall: share of the data within the samples' support (Kynkäänniemi et al. 2019).
       density: number of the data's balls around a sample, over k; 1 on average for
         equal distributions.
       coverage: share of the data's balls that hold a sample (Naeem et al. 2020).
@@ -292,72 +230,51 @@ def neighbours(
 
     Raises:
       ValueError: for at most k points in either set.
+      ModuleNotFoundError: without scikit-learn.
     """
+    from sklearn.metrics import pairwise_distances_chunked
+
     least = max(k, k_coverage) + 1
     if min(len(real), len(fake)) < least:
         raise ValueError(
             f"there are {len(real)} real and {len(fake)} generated features; at least "
             f"{least} of each are needed for their {least - 1} nearest neighbours"
         )
-    # Distances do not depend on the origin, and near it they are rounded least.
-    origin = np.asarray(real, np.float64).mean(axis=0)
-    a, b = (jnp.asarray(np.asarray(x) - origin, jnp.float32) for x in (real, fake))
-    real_radii = _radii(a, (k, k_coverage))
-    fake_radii = _radii(b, (k,))
-    in_real, density, covered = [], [], np.zeros(len(real), bool)
-    for rows in _chunks(b):
-        near = _squared_distances(rows, a)
-        in_real.append(np.asarray((near <= real_radii[0]).any(axis=1)))
-        inside = near <= real_radii[1]
-        density.append(np.asarray(inside.sum(axis=1)))
-        covered |= np.asarray(inside.any(axis=0))
-    in_fake = [
-        np.asarray((_squared_distances(rows, b) <= fake_radii[0]).any(axis=1))
-        for rows in _chunks(a)
-    ]
+    # Squared distances are differences of squares: near the origin they round least.
+    origin = np.mean(real, axis=0, dtype=np.float64)
+    real, fake = real - origin, fake - origin
+    radius, coverage_radius = _radii(real, (k, k_coverage))
+    (fake_radius,) = _radii(fake, (k,))
+    precise, recalled = np.zeros(len(fake), bool), np.zeros(len(real), bool)
+    covered, num_inside, start = np.zeros(len(real), bool), 0, 0
+    for distances in pairwise_distances_chunked(
+        real, fake, working_memory=_DISTANCES_MIB
+    ):
+        rows = slice(start, start + len(distances))
+        precise |= (distances <= radius[rows, None]).any(axis=0)
+        recalled[rows] = (distances <= fake_radius).any(axis=1)
+        inside = distances <= coverage_radius[rows, None]
+        covered[rows] = inside.any(axis=1)
+        num_inside += inside.sum()
+        start = rows.stop
     return Neighbours(
-        precision=_mean(in_real),
-        recall=_mean(in_fake),
-        density=_mean(density) / k_coverage,
+        precision=float(precise.mean()),
+        recall=float(recalled.mean()),
+        density=float(num_inside / (k_coverage * len(fake))),
         coverage=float(covered.mean()),
     )
 
 
-def _mean(parts: list[np.ndarray]) -> float:
-    return float(np.concatenate(parts).mean(dtype=np.float64))
+def _radii(
+    points: Float[np.ndarray, "n d"], ks: tuple[int, ...]
+) -> Float[np.ndarray, "radii n"]:
+    """Returns each point's distance to its k-th nearest other point, for each k."""
+    from sklearn.metrics import pairwise_distances_chunked
 
-
-def _chunks(points: Array) -> list[Array]:
-    return [
-        points[start : start + _DISTANCE_ROWS]
-        for start in range(0, len(points), _DISTANCE_ROWS)
-    ]
-
-
-@jax.jit
-def _squared_distances(
-    a: Float[Array, "n d"], b: Float[Array, "m d"]
-) -> Float[Array, "n m"]:
-    inner = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-    return (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None, :] - 2.0 * inner
-
-
-def _radii(points: Float[Array, "n d"], ks: tuple[int, ...]) -> list[Array]:
-    """Squared distances to the k-th nearest other point, each [1, n]."""
-    found, start = [], 0
-    for rows in _chunks(points):
-        own = jnp.arange(start, start + len(rows))
-        distances = _without_self(_squared_distances(rows, points), own)
-        found.append(-jax.lax.top_k(-distances, max(ks))[0])
-        start += len(rows)
-    nearest = jnp.concatenate(found)
-    return [nearest[None, :, k - 1] for k in ks]
-
-
-@jax.jit
-def _without_self(
-    distances: Float[Array, "n m"], own: Int[Array, " n"]
-) -> Float[Array, "n m"]:
-    return jnp.where(
-        own[:, None] == jnp.arange(distances.shape[1])[None, :], jnp.inf, distances
+    # Place 0 is the point itself, at a distance of exactly 0.
+    chunks = pairwise_distances_chunked(
+        points,
+        reduce_func=lambda table, _: np.partition(table, ks, axis=1)[:, ks],
+        working_memory=_DISTANCES_MIB,
     )
+    return np.concatenate(list(chunks)).T

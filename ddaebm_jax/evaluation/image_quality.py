@@ -1,27 +1,28 @@
-"""Figures of generated images by Inception's features, against a reference set.
+"""Metrics of generated images by Inception's features, compared with a reference set.
 
-What goes in, who computes the features, what they are held against: all of it is
-written into every report, since a FID means nothing without.
+Every report tells the preprocessing, the network and the reference, without which a
+FID means nothing.
 """
 
+import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jaxtyping import Float, UInt8
 
-from ddaebm_jax import sharding as parallel
-from ddaebm_jax.data.images import ImageSet, Subset, stack
-from ddaebm_jax.data.npz_files import NpzFile
-from ddaebm_jax.data.records import digest, one_line
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.data.records import Records, Subset, stack
+from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation import fid, inception, inception_weights
-from ddaebm_jax.files import cache_directory
+from ddaebm_jax.evaluation.inference import evaluation_mesh
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.files import cache_directory, read_npz, written_atomically
 
 REFERENCES = ("train", "test")
 
@@ -35,12 +36,12 @@ Extract = Callable[[np.ndarray], inception.Features]
 
 
 class Collected(NamedTuple):
-    """What is kept of many images.
+    """Statistics of many images.
 
     Attributes:
       moments: of all their features.
       features: of some of the images, float32.
-      logits: of all images, float32; None: not wanted.
+      logits: of all images, float32; None: not asked for.
     """
 
     moments: fid.Moments
@@ -54,29 +55,31 @@ def collect(
     keep: np.ndarray,
     keep_logits: bool,
 ) -> Collected:
-    """Goes once through images; only features, and only some, stay in memory.
+    """Returns statistics of images, of which one chunk at a time is in memory.
 
     Args:
       extract: images → their features and logits.
-      chunks: the images.
+      chunks: the images; the first chunk is the largest.
       keep: ascending numbers of the images whose features are kept.
-      keep_logits: whether the logits of all images are.
+      keep_logits: whether the logits of all images are kept.
 
     Raises:
       InputError: if there is no image.
     """
     total: fid.Moments | None = None
-    kept, logits, start, full = [], [], 0, 0
+    kept, logits, start, size = [], [], 0, 0
     for images in chunks:
-        full = max(full, len(images))
-        found = _extract_padded(extract, images, full)
-        total = fid.add(total, fid.moments(found.pool))
-        stop = start + len(images)
-        here = keep[(keep >= start) & (keep < stop)] - start
-        kept.append(found.pool[here])
+        count = len(images)
+        size = max(size, count)
+        # A smaller last chunk is filled up, so that one program serves all.
+        filling = np.repeat(images[:1], size - count, axis=0)
+        features = extract(np.concatenate([images, filling]))
+        pool = features.pool[:count]
+        total = fid.add(total, fid.moments(pool))
+        kept.append(pool[keep[(keep >= start) & (keep < start + count)] - start])
         if keep_logits:
-            logits.append(found.logits)
-        start = stop
+            logits.append(features.logits[:count])
+        start += count
     if total is None:
         raise InputError("there is no image to measure; give at least two")
     return Collected(
@@ -84,25 +87,13 @@ def collect(
     )
 
 
-def _extract_padded(
-    extract: Extract, images: np.ndarray, size: int
-) -> inception.Features:
-    """Fills the last, smaller batch up, so that one program serves all."""
-    count = len(images)
-    missing = size - count
-    if missing:
-        images = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
-    found = extract(images)
-    return inception.Features(found.pool[:count], found.logits[:count])
-
-
 class Reference(NamedTuple):
-    """What generated images are held against.
+    """Statistics of the images that generated ones are compared with.
 
     Attributes:
       moments: of the features of all reference images.
       features: of some of them.
-      fingerprint: what tells the images, the network and the preprocessing.
+      fingerprint: identifies the images, the network and the preprocessing.
     """
 
     moments: fid.Moments
@@ -110,30 +101,19 @@ class Reference(NamedTuple):
     fingerprint: dict[str, Any]
 
 
-def _chunks_of(records: Any, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(records), size):
-        part = np.arange(start, min(start + size, len(records)))
-        yield stack(Subset(records, part))
-
-
 def save_reference(path: Path, reference: Reference) -> None:
-    """Writes a reference; never half of one, never over a file that is there."""
-    handle, name = tempfile.mkstemp(".partial", path.name + ".", path.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                count=reference.moments.count,
-                mean=reference.moments.mean,
-                scatter=reference.moments.scatter,
-                features=reference.features,
-                fingerprint=json.dumps(reference.fingerprint, sort_keys=True),
-            )
-        if not path.exists():  # Else another run has been faster.
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a reference atomically, from several processes or runs at once too."""
+    own = path.with_name(f"{path.stem}.{jax.process_index()}.{os.getpid()}.npz")
+    with written_atomically(own) as file:
+        np.savez(
+            file,
+            count=reference.moments.count,
+            mean=reference.moments.mean,
+            scatter=reference.moments.scatter,
+            features=reference.features,
+            fingerprint=json.dumps(reference.fingerprint, sort_keys=True),
+        )
+    own.replace(path)
 
 
 def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
@@ -143,35 +123,29 @@ def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
       InputError: if the file is not one, or is of other images, another network or
         another preprocessing than asked for.
     """
-    advice = "remove it, and it is computed anew"
+    remedy = "remove it, and it is computed again"
     names = ("count", "mean", "scatter", "features", "fingerprint")
-    with NpzFile(path, _MAX_REFERENCE_BYTES, advice) as file:
-        if set(file.arrays) != set(names):
-            raise InputError(
-                f"{path} holds {', '.join(sorted(file.arrays)) or 'nothing'}; "
-                f"reference statistics hold {', '.join(names)}; {advice}"
-            )
-        values = {name: file.read(file.arrays[name]) for name in names}
+    try:
+        values = read_npz(path, _MAX_REFERENCE_BYTES, names)
+    except InputError as error:
+        raise InputError(f"{error}; or {remedy}") from error
     try:
         found = json.loads(str(values["fingerprint"]))
         moments = fid.Moments(int(values["count"]), values["mean"], values["scatter"])
+        numbers = (moments.mean, moments.scatter, values["features"])
         (width,) = moments.mean.shape
-        features = values["features"]
-        fits = moments.scatter.shape == (width, width) and moments.count > 1
-        fits &= features.shape[1:] == (width,) and isinstance(found, dict)
-        numbers = (*moments[1:], features)
-        sound = all(x.dtype.kind == "f" and np.isfinite(x).all() for x in numbers)
-    # JSON may be nested, and numbers infinite.
+        if not isinstance(found, dict) or moments.count < 2:
+            raise ValueError("no fingerprint, or fewer than 2 images")
+        if moments.scatter.shape != (width, width) or numbers[2].shape[1:] != (width,):
+            raise ValueError("shapes that do not fit")
+        if not all(x.dtype.kind == "f" and np.isfinite(x).all() for x in numbers):
+            raise ValueError("numbers that are not finite")
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error)}); {advice}") from error
-    if not fits:
-        raise InputError(f"{path} is damaged (its shapes do not fit); {advice}")
-    if not sound:
-        raise InputError(f"{path} is damaged (not all numbers are finite); {advice}")
+        raise InputError(f"{path}: damaged ({one_line(error)}); {remedy}") from error
     differing = [
-        f"{name} is {found.get(name)!r}, wanted {wanted!r}"
-        for name, wanted in fingerprint.items()
-        if found.get(name) != wanted
+        f"{name} is {found.get(name)!r}, expected {expected!r}"
+        for name, expected in fingerprint.items()
+        if found.get(name) != expected
     ]
     if differing:
         raise InputError(
@@ -182,11 +156,11 @@ def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
 
 
 class Meter(NamedTuple):
-    """Measures generated images against one reference.
+    """Measures generated images by one reference.
 
     Attributes:
       extract: images → their features and logits.
-      reference: what they are held against.
+      reference: what they are compared with.
       about: how it measures, as plain JSON values, for reports.
       num_kept: most samples whose neighbours are looked for.
     """
@@ -199,149 +173,140 @@ class Meter(NamedTuple):
     def measure(
         self, chunks: Iterable[UInt8[np.ndarray, "n height width channels"]]
     ) -> dict[str, Any]:
-        """Returns the figures of generated images, as plain JSON values.
+        """Returns the metrics of generated images, as plain JSON values.
 
         - `fid`: Fréchet Inception distance of all images to the whole reference.
         - `inception_score`, `inception_score_std`: over 10 splits; left out for fewer
           than 10 images.
         - `kid`, `kid_error`: kernel Inception distance and its standard error over
-          subsets of 1,000; left out for fewer than 2,000 images.
+          subsets of 1,000; the error is left out for fewer than 2,000 images.
         - `precision`, `recall` (k = 3), `density`, `coverage` (k = 5), left out for
           fewer than 6 images.
         - `num_images`, `num_reference`; `num_compared`, of images and of the reference
-          each, at most `num_kept`: of these are `kid` and `precision` to `coverage`,
-          all of which change with it.
-        - what `about` holds.
+          each, at most `num_kept`: `kid` and `precision` to `coverage` are of these,
+          and all of them change with it.
+        - `about`.
 
         Raises:
           InputError: for fewer than two images.
         """
         found = collect(self.extract, chunks, np.arange(self.num_kept), True)
-        count, width = found.moments.count, len(found.moments.mean)
+        count = found.moments.count
         if count < 2:
             raise InputError(
                 f"there is {count} image; a covariance needs at least 2: give more"
             )
-        for what, number in (
-            ("images", count),
-            ("reference images", self.reference.moments.count),
-        ):
-            if number <= width:
-                logging.warning(
-                    "%d %s are too few for %d features: the covariance is singular, "
-                    "the FID too large; it compares with FIDs of as many images only",
-                    number,
-                    what,
-                    width,
-                )
-        real, fake = _as_many(self.reference.features, found.features)
+        _warn_of_few("images", found.moments)
+        _warn_of_few("reference images", self.reference.moments)
+        # As many of either set, at random: they may be in some order.
+        num = min(len(self.reference.features), len(found.features))
+        rng = np.random.default_rng(_SEED)
+        real, fake = (
+            points[np.sort(rng.permutation(len(points))[:num])]
+            for points in (self.reference.features, found.features)
+        )
         kernel = fid.kernel_distance(real, fake, seed=_SEED)
-        figures: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "fid": fid.frechet_distance(self.reference.moments, found.moments),
             "kid": kernel.value,
         }
         if kernel.error is not None:
-            figures["kid_error"] = kernel.error
+            metrics["kid_error"] = kernel.error
         if count >= 10:
             score = fid.inception_score(found.logits)
-            figures["inception_score"] = score.mean
-            figures["inception_score_std"] = score.std
-        if len(real) > 5:
-            figures |= fid.neighbours(real, fake)._asdict()
-        return figures | {
+            metrics["inception_score"] = score.mean
+            metrics["inception_score_std"] = score.std
+        if num > 5:
+            metrics |= fid.neighbours(real, fake)._asdict()
+        return metrics | {
             "num_images": count,
             "num_reference": self.reference.moments.count,
-            "num_compared": len(real),
+            "num_compared": num,
             **self.about,
         }
 
 
-def _as_many(real: np.ndarray, fake: np.ndarray) -> list[np.ndarray]:
-    """Chooses as many features of either set, at random: they may be in some order."""
-    num, rng = min(len(real), len(fake)), np.random.default_rng(_SEED)
-    return [
-        points[np.sort(rng.permutation(len(points))[:num])] for points in (real, fake)
-    ]
+def _warn_of_few(what: str, moments: fid.Moments) -> None:
+    if moments.count <= len(moments.mean):
+        logging.warning(
+            "%d %s are too few for %d features: the covariance is singular and the "
+            "FID too large; it compares with FIDs of as many images only",
+            moments.count,
+            what,
+            len(moments.mean),
+        )
 
 
-def open_meter(evaluation: Any, image_set: ImageSet, mesh: Any) -> Meter:
+def open_meter(experiment: Experiment) -> Meter | None:
     """Loads the network, and loads or computes the reference statistics.
 
-    Args:
-      evaluation: the config's section.
-      image_set: whose images are the reference: what the networks are trained on or
-        what is held out, cropped and resized, not flipped.
-      mesh: devices over which images are split.
+    The reference images are those that the networks are trained on, or the held-out
+    ones, cropped and resized, not flipped.
+
+    Returns:
+      The meter; None unless config.evaluation.inception.
 
     Raises:
-      InputError: without weights, or for ones or statistics that do not fit.
+      InputError: without weights, or for weights or statistics that do not fit.
     """
-    network = inception_weights.load_network(evaluation.inception_weights)
+    settings, image_set = experiment.config.evaluation, experiment.source.image_set
+    if not settings.inception:
+        return None
+    network = inception_weights.load_network(settings.inception_weights)
     if not network.published:
         logging.warning(
             "the Inception weights are not the published file (content %s…): their "
-            "figures compare with no one else's, unless you converted that very file",
+            "metrics compare with no one else's, unless you converted that very file",
             network.fingerprint[:16],
         )
-    extract = inception.make_extractor(network, mesh, evaluation.preprocessing)
-    records = getattr(image_set, evaluation.reference)
+    extract = inception.make_extractor(
+        network, evaluation_mesh(experiment), settings.preprocessing
+    )
+    records = getattr(image_set, settings.reference)
     fingerprint = {
         "format": _FORMAT_VERSION,
         "images": image_set.fingerprint(),
-        "split": evaluation.reference,
+        "split": settings.reference,
         "num_images": len(records),
         "network": network.fingerprint,
-        "preprocessing": evaluation.preprocessing,
-        "num_features_kept": min(evaluation.num_kept_features, len(records)),
+        "preprocessing": settings.preprocessing,
+        "num_features_kept": min(settings.num_kept_features, len(records)),
     }
-    return Meter(
-        extract,
-        _open_reference(evaluation, records, extract, fingerprint),
-        {
-            "preprocessing": evaluation.preprocessing,
-            "reference": evaluation.reference,
-            "reference_images": image_set.fingerprint(),
-            "inception_weights": network.fingerprint,
-            "inception_weights_published": network.published,
-            "num_features": network.num_features,
-            "num_kept_features": evaluation.num_kept_features,
-        },
-        evaluation.num_kept_features,
-    )
+    about = {
+        "preprocessing": settings.preprocessing,
+        "reference": settings.reference,
+        "reference_images": image_set.fingerprint(),
+        "inception_weights": network.fingerprint,
+        "inception_weights_published": network.published,
+        "num_features": network.num_features,
+        "num_kept_features": settings.num_kept_features,
+    }
+    reference = _open_reference(settings, records, extract, fingerprint)
+    return Meter(extract, reference, about, settings.num_kept_features)
 
 
 def _open_reference(
-    evaluation: Any, records: Any, extract: Extract, fingerprint: dict[str, Any]
+    settings: Any, records: Records, extract: Extract, fingerprint: dict[str, Any]
 ) -> Reference:
-    if evaluation.reference_path:
-        path = Path(evaluation.reference_path).expanduser()
-        if path.suffix != ".npz":
-            raise InputError(
-                f"evaluation.reference_path is {path}; a name that ends in .npz is "
-                "needed"
-            )
-    else:
-        name = digest(json.dumps(fingerprint, sort_keys=True).encode())[:32]
-        path = cache_directory("reference") / f"{name}.npz"
-    kept = fault = None
+    """Loads the reference statistics, or computes and saves them.
+
+    A file that the user names must fit and be writable; one of the cache need not.
+    """
+    named = bool(settings.reference_path)
+    path = _reference_path(settings.reference_path, fingerprint)
+    reference = None
     if path.exists():
         try:
-            kept = load_reference(path, fingerprint)
+            reference = load_reference(path, fingerprint)
         except InputError as error:
-            fault = error
-    # Together: what follows is computed on the devices of all processes.
-    if parallel.all_agree(kept is not None):
-        return kept
-    faultless = parallel.all_agree(fault is None)
-    if evaluation.reference_path and not faultless:
-        raise fault or InputError(
-            f"evaluation.reference_path is {path}, which another process cannot read; "
-            "look at its message"
-        )
-    if fault is not None:
-        _put_aside(path, fault)
+            if named:
+                raise
+            logging.warning("%s: it is computed again", error)
+    # Together: the devices of all processes compute what one of them lacks.
+    if multihost_utils.process_allgather(np.array(reference is not None)).all():
+        return reference
     writable = _is_writable(path.parent)
-    if evaluation.reference_path and not writable:
+    if named and not writable:
         raise InputError(
             f"evaluation.reference_path is {path}, where no file can be written; name "
             "another, or leave it empty"
@@ -350,28 +315,27 @@ def _open_reference(
     logging.info("computing the reference statistics of %d images once", num)
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
-    found = collect(
-        extract, _chunks_of(records, evaluation.batch_size), keep, keep_logits=False
-    )
+    chunks = _chunks_of(records, settings.batch_size)
+    found = collect(extract, chunks, keep, keep_logits=False)
     reference = Reference(found.moments, found.features, fingerprint)
     try:
-        if not writable:
-            raise OSError(f"{path.parent} cannot be written to")
         save_reference(path, reference)
-        logging.info("kept them in %s", path)
-    except OSError as error:  # They are needed all the same.
-        logging.warning("they are not kept for the next time: %s", error)
+        logging.info("saved the reference statistics in %s", path)
+    except OSError as error:
+        logging.warning("the reference statistics cannot be saved: %s", error)
     return reference
 
 
-def _put_aside(path: Path, fault: InputError) -> None:
-    """Gives a damaged file of the cache another name, so that it is computed anew."""
-    aside = path.with_name(path.name + ".damaged")
-    logging.warning("%s: it is computed anew; the old one is kept as %s", fault, aside)
-    try:
-        path.replace(aside)
-    except OSError as error:  # Another process was faster, or nothing can be written.
-        logging.warning("%s cannot be renamed: %s", path, error)
+def _reference_path(given: str, fingerprint: dict[str, Any]) -> Path:
+    if not given:
+        key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
+        return cache_directory("reference") / f"{key.hexdigest()[:32]}.npz"
+    path = Path(given).expanduser()
+    if path.suffix != ".npz":
+        raise InputError(
+            f"evaluation.reference_path is {path}; a name that ends in .npz is needed"
+        )
+    return path
 
 
 def _is_writable(directory: Path) -> bool:
@@ -380,3 +344,9 @@ def _is_writable(directory: Path) -> bool:
     except OSError:
         return False
     return os.access(directory, os.W_OK)
+
+
+def _chunks_of(records: Records, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(records), size):
+        part = np.arange(start, min(start + size, len(records)))
+        yield stack(Subset(records, part))

@@ -1,4 +1,4 @@
-"""Images that a model was not trained on: altered, made, read from files or TFDS."""
+"""Sets of images for outlier detection: derived, generated, read from files or TFDS."""
 
 import difflib
 import re
@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from ddaebm_jax.data import image_files, image_sets, tfds_images
+from ddaebm_jax.data import Source, image_files, image_sets, tfds_images
 from ddaebm_jax.data.records import Subset, stack
 from ddaebm_jax.errors import InputError
 
-BUILT_IN = ("inverted", "shuffled", "noise", "photos", "digits")
+# The run's own held-out images, and the images of the classes it never saw.
+HELD_OUT, HELD_OUT_CLASSES = "test", "held_out_classes"
+# Made from the inliers.
+DERIVED = ("inverted", "shuffled")
+BUILT_IN = (*DERIVED, "noise", "photos", "digits")
 
-# A half leaves patches of the photographs the most room.
-_HALF = 0.5
+# Of made images, where nothing else tells how many.
+_DEFAULT_NUM = 10_000
+# Patches of the photographs have the most room with a half.
+_TEST_FRACTION = 0.5
 # ITU-R BT.601's weights of red, green and blue in grey, as Pillow's.
 _LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -26,16 +32,18 @@ _SPLIT = "test"
 Images = UInt8[np.ndarray, "n height width channels"]
 
 
-def open_outliers(
+def open_set(
     name: str,
-    inliers: UInt8[np.ndarray, "n height width channels"],
-    event_shape: tuple[int, int, int],
+    source: Source,
     data: Any,
+    inliers: UInt8[np.ndarray, "n height width channels"] | None,
     seed: int,
     limit: int,
 ) -> UInt8[np.ndarray, "m height width channels"]:
     """Returns the images that a name stands for, of the model's shape.
 
+    - `test`: the run's own held-out images. `held_out_classes`: those of the classes
+      that were left out of it.
     - `inverted`: 255 − x of each inlier.
     - `shuffled`: each inlier's pixels in a random order of its own, by (seed, i); the
       channels of a pixel stay together.
@@ -52,40 +60,60 @@ def open_outliers(
       at the centre. Grey images are repeated for a model of colours.
 
     Args:
-      name: one of `BUILT_IN`, a path or a TFDS set, looked for in this order.
-      inliers: what the model is tested on.
-      event_shape: the model's height, width and channels.
-      data: the config's `data` section; read are `crop`, `skip_corrupt`, `tfds` and
-        `tfds_dir`.
-      seed: of what is drawn.
-      limit: so many images at most; of files and TFDS sets chosen by the seed, since
-        they may come in the order of their kinds; 0: all.
+      name: as above; one of `BUILT_IN`, a path or a TFDS set, in this order.
+      source: of the run; its images are read for `test` and `held_out_classes` only.
+      data: the config's `data` section; read are `crop`, `skip_corrupt`, `tfds`,
+        `tfds_dir` and `timeout`.
+      inliers: what the model is tested on; None: what is opened are the inliers, which
+        cannot be one of `DERIVED`.
+      seed: of what is drawn or chosen.
+      limit: most images; of images that are read, which may come in the order of
+        their kinds, they are chosen by the seed; 0: all.
 
     Raises:
       FileNotFoundError: if a path is not there.
       InputError: if nothing has this name, or what has it cannot be used.
       ModuleNotFoundError: for `photos` and `digits` without scikit-learn.
     """
+    if name in (HELD_OUT, HELD_OUT_CLASSES):
+        records = source.image_set.test
+        if name == HELD_OUT_CLASSES:
+            records = source.image_set.left_out
+        if records is None:
+            raise InputError(
+                f"{HELD_OUT_CLASSES}: this run left no class out; train one with "
+                "--config.data.held_out_classes='(9,)'"
+            )
+        chosen = Subset(records, choose(len(records), limit, seed))
+        return stack(chosen, None, name, data.timeout)
     if name in BUILT_IN:
-        images = _built_in(name, inliers, event_shape, seed)
+        num = limit or _DEFAULT_NUM if inliers is None else len(inliers)
+        images = _built_in(name, inliers, num, source.event_shape, seed)
         return images[: limit or len(images)]
     if _is_path(name):
-        path, crop = Path(name).expanduser(), _crop(data)
         images, _ = image_files.read_images(
-            path, event_shape, data.skip_corrupt, crop, timeout=data.timeout
+            Path(name).expanduser(),
+            source.event_shape,
+            data.skip_corrupt,
+            _crop(data),
+            timeout=data.timeout,
         )
-        return images[some(len(images), limit, seed)]
-    return _read_tfds(name, event_shape, data, seed, limit)
+        return images[choose(len(images), limit, seed)]
+    return _read_tfds(name, source.event_shape, data, seed, limit)
 
 
-def some(num: int, limit: int, seed: int) -> Integer[np.ndarray, " n"]:
+def choose(num: int, limit: int, seed: int) -> Integer[np.ndarray, " n"]:
     """Returns which of `num` images are taken, ascending; limit 0: all."""
     order = np.random.default_rng(seed).permutation(num)
     return np.sort(order[: limit or num])
 
 
 def _built_in(
-    name: str, inliers: np.ndarray, event_shape: tuple[int, int, int], seed: int
+    name: str,
+    inliers: np.ndarray | None,
+    num: int,
+    event_shape: tuple[int, int, int],
+    seed: int,
 ) -> Images:
     if name == "inverted":
         return 255 - inliers
@@ -93,27 +121,26 @@ def _built_in(
         return _shuffled(inliers, seed)
     if name == "noise":
         rng = np.random.default_rng(seed)
-        return rng.integers(0, 256, (len(inliers), *event_shape), np.uint8)
+        return rng.integers(0, 256, (num, *event_shape), np.uint8)
     if name == "photos":
-        return _photos(len(inliers), event_shape, seed)
+        return _photos(num, event_shape, seed)
     return _digits(event_shape)
 
 
 def _shuffled(images: Images, seed: int) -> Images:
     number, height, width, channels = images.shape
     pixels = images.reshape(number, height * width, channels)
-    orders = (
-        np.random.default_rng((seed, i)).permutation(height * width)
-        for i in range(number)
-    )
-    moved = [image[order] for image, order in zip(pixels, orders, strict=True)]
+    moved = [
+        np.random.default_rng((seed, i)).permutation(image)
+        for i, image in enumerate(pixels)
+    ]
     return np.stack(moved).reshape(images.shape)
 
 
 def _photos(num: int, event_shape: tuple[int, int, int], seed: int) -> Images:
     size, _, channels = event_shape
-    # A split needs one patch in either part.
-    photos = image_sets.load_photos(size, 3, max(num, 2), _HALF, seed)
+    # A split needs at least one patch in either part.
+    photos = image_sets.load_photos(size, 3, max(num, 2), _TEST_FRACTION, seed)
     patches = np.concatenate([stack(photos.train), stack(photos.test)])[:num]
     if channels == 1:
         return np.round(patches @ _LUMA).astype(np.uint8)[..., None]
@@ -168,13 +195,12 @@ def _read_tfds(
             + (f" (close: {', '.join(close)})" if close else "")
             + f"; taken for a set of TFDS: {error}"
         ) from error
-    num = min(limit or len(records), len(records))
-    num_bytes = num * size * size * channels
+    chosen = choose(len(records), limit, seed)
+    num_bytes = len(chosen) * size * size * channels
     if num_bytes > image_files.MAX_BYTES:
         raise InputError(
-            f"'{name}': {num} images take {num_bytes} bytes; at most "
+            f"'{name}': {len(chosen)} images take {num_bytes} bytes; at most "
             f"{image_files.MAX_BYTES} are allowed; take a part, for example "
             f"{found}:{split.partition('[')[0]}[:10000]"
         )
-    chosen = Subset(records, some(len(records), limit, seed))
-    return stack(chosen, None, name, data.timeout)
+    return stack(Subset(records, chosen), None, name, data.timeout)

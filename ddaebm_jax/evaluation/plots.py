@@ -1,5 +1,6 @@
-"""Pictures: drawn by matplotlib's Agg canvas, without touching the user's backend."""
+"""Plots by matplotlib's Agg canvas, which leave the user's backend alone."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,23 @@ import numpy as np
 
 from ddaebm_jax.files import written_atomically
 
+# Approximate longer side of a grid of images.
+_GRID_PIXELS = 640
 
-def _figure(columns: int, rows: int = 1, side: float = 3.2):
+
+def _figure(columns: int, side: float = 3.2) -> tuple[Any, list]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(side * columns, side * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(side * columns, side + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.ravel())
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Saves a picture whole or not at all."""
+def _save(figure: Any, path: Path, title: str = "") -> None:
+    """Writes a figure as a PNG, atomically."""
+    if title:
+        figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as file:
         figure.savefig(file, dpi=110, format="png")
@@ -67,8 +72,7 @@ def plot_plane(
         cmap="magma",
     )
     axes[2].set(title="density  exp f(·, 0)", xticks=[], yticks=[])
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _save(figure, path, title)
 
 
 def plot_levels(path: Path, levels: np.ndarray, extent: float, title: str) -> None:
@@ -84,8 +88,7 @@ def plot_levels(path: Path, levels: np.ndarray, extent: float, title: str) -> No
     last = len(levels) - 1
     for place, (axis, points) in enumerate(zip(axes, levels, strict=True)):
         _scatter(axis, points, f"$x_{{{last - place}}}$", extent)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _save(figure, path, title)
 
 
 def plot_table(
@@ -114,12 +117,11 @@ def plot_table(
     left.set(title="on the data's principal axes", xticks=[], yticks=[])
     left.legend()
     _histograms(right, energies)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _save(figure, path, title)
 
 
 def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
-    # Outliers reach far down; the bulk of all sets is what a reader compares.
+    # Outliers reach far down: cut there, so that the bulk of all sets compares.
     low = min(np.quantile(values, 0.05) for values in energies.values())
     high = max(values.max() for values in energies.values())
     bins = np.linspace(low, max(high, low + 1e-6), 40)
@@ -133,8 +135,7 @@ def plot_histograms(path: Path, energies: Mapping[str, np.ndarray], title: str) 
     """Draws the distributions of several sets' energies over each other."""
     figure, (axis,) = _figure(1, side=4.5)
     _histograms(axis, energies)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _save(figure, path, title)
 
 
 def plot_roc(
@@ -145,7 +146,7 @@ def plot_roc(
     Args:
       path: of the PNG.
       curves: name of a curve → (false positive rate, true positive rate), as of
-        `ood.roc_curve`.
+        `outliers.roc_curve`.
       title: of the whole picture.
     """
     figure, (axis,) = _figure(1, side=4.5)
@@ -160,12 +161,7 @@ def plot_roc(
         aspect="equal",
     )
     axis.legend(loc="lower right")
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-
-
-# Sides of a grid of images are brought to about so many pixels.
-_GRID_PIXELS = 640
+    _save(figure, path, title)
 
 
 def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> None:
@@ -179,30 +175,29 @@ def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> N
       columns: images a row; None: as many as make the grid square.
     """
     number, height, width, channels = images.shape
-    columns = columns or int(np.ceil(np.sqrt(number)))
+    columns = columns or math.ceil(math.sqrt(number))
     rows = -(-number // columns)
-    grid = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255)
-    grid = grid.astype(np.uint8)
-    for i, image in enumerate(images):
-        top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
-        grid[top : top + height, left : left + width] = image
+    cells = np.full((rows * columns, height + 1, width + 1, channels), 255, np.uint8)
+    cells[:number, 1:, 1:] = images
+    cells = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
+    grid = cells.reshape(rows * (height + 1), columns * (width + 1), channels)
+    grid = np.pad(grid, ((0, 1), (0, 1), (0, 0)), constant_values=255)
     times = max(1, round(_GRID_PIXELS / max(grid.shape[:2])))
-    grid = grid.repeat(times, axis=0).repeat(times, axis=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(path, grid)
+    save_image(path, grid.repeat(times, axis=0).repeat(times, axis=1))
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
     """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
     from PIL import Image
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
     with written_atomically(path) as file:
         Image.fromarray(pixels).save(file, "PNG")
 
 
 def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:
-    """Draws points of the plane."""
+    """Draws points [n, 2] in [−extent, extent]²."""
     figure, (axis,) = _figure(1, side=4.5)
     _scatter(axis, samples, title, extent)
     _save(figure, path)

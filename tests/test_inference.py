@@ -1,14 +1,15 @@
-"""Scores of single points, against closed forms of a quadratic energy."""
+"""Scores of points by a quadratic energy, in closed form; samples in chunks."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SCHEDULE, STEPS
+from helpers import SCHEDULE, STEPS, smooth_networks
+from stubs import experiment
 
-from ddaebm_jax import models
+from ddaebm_jax import models, sampling
 from ddaebm_jax.data import images
-from ddaebm_jax.evaluation import scores
+from ddaebm_jax.evaluation import inference
 
 # f(x, t) = −½ p_t ‖x − m‖² + c_t.
 PRECISION = np.array([2.0, 1.0, 0.5, 0.25])
@@ -23,10 +24,12 @@ def quadratic(variables, x, t, rngs=None):
 
 
 NETWORKS = models.Networks(*[quadratic] * 6, event_shape=(3, 2, 1), nz=1)
+PLAYERS = models.Players(VARIABLES, None, None)
 
 
-def scored(x, seed=0, num_draws=2, chunk=4):
-    return scores.ood_scores(NETWORKS, SCHEDULE, VARIABLES, x, seed, num_draws, chunk)
+def scored(x, seed=0, num_draws=2, num_devices=1, chunk=4):
+    made = experiment((3, 2, 1), NETWORKS, num_devices=num_devices, batch_size=chunk)
+    return inference.outlier_scores(made, PLAYERS, x, seed, num_draws)
 
 
 def points(rows=7, seed=0):
@@ -82,32 +85,40 @@ def test_noise_is_that_of_the_point_the_draw_and_the_time():
     assert (other != found).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 50])
-def test_chunks_change_nothing(chunk):
+@pytest.mark.parametrize("how", [{"chunk": 1}, {"chunk": 50}, {"num_devices": 3}])
+def test_chunks_and_devices_change_nothing(how):
     x = points()
-    for name, values in scored(x, chunk=chunk).items():
-        np.testing.assert_allclose(values, scored(x, chunk=4)[name], rtol=1e-5)
-
-
-def test_a_point_keeps_its_noise_whatever_follows():
-    x = points()
-    for name, values in scored(x[:5]).items():
-        np.testing.assert_allclose(values, scored(x)[name][:5], rtol=1e-5)
+    expected = scored(x)
+    for name, values in scored(x, **how).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5)
+    for name, values in scored(x[:5], **how).items():
+        np.testing.assert_allclose(values, expected[name][:5], rtol=1e-5)
 
 
 def test_bytes_are_scored_as_the_images_that_they_are():
     x = np.random.default_rng(0).integers(0, 256, (5, 3, 2, 1), np.uint8)
+    expected = scored(np.asarray(images.to_float(x)))
     for name, values in scored(x).items():
-        expected = scored(np.asarray(images.to_float(x)))[name]
-        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5)
 
 
-@pytest.mark.parametrize("numbers", [{"num_draws": 0}, {"chunk": 0}])
-def test_numbers_of_no_use_are_refused(numbers):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        scored(points(), **numbers)
-
-
-def test_no_point_is_refused():
+def test_no_point_cannot_be_scored():
     with pytest.raises(ValueError, match="no rows"):
         scored(points(0))
+
+
+def test_samples_do_not_depend_on_chunks_and_devices():
+    """Sample i is a function of (seed, i), also as the end of its trajectory."""
+    networks = smooth_networks()
+    variables = networks.init(jax.random.key(0))
+    made = experiment((3, 2, 1), networks, num_devices=3, batch_size=4)
+    found = inference.draw_samples(made, variables, 7, seed=3)
+    sample = jax.jit(sampling.sample, static_argnums=(1, 4))
+    expected = sample(SCHEDULE, networks, variables.generator, jax.random.key(3), 7)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    trajectories = inference.draw_trajectories(made, variables, 5, seed=3)
+    assert trajectories.shape == (5, STEPS + 1, 2)
+    np.testing.assert_allclose(trajectories[:, -1], found[:5], rtol=1e-4, atol=1e-5)
+    chunks = list(inference.draw_images(made, variables, 7, seed=3))
+    assert [len(chunk) for chunk in chunks] == [6, 1]
+    np.testing.assert_array_equal(np.concatenate(chunks), images.to_uint8(found))

@@ -1,0 +1,185 @@
+"""Standard outlier detectors, the baselines of the energy.
+
+None of them sees an outlier before it scores one.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+# Of the detectors of pixels. The held-out part chooses hyperparameters.
+_MAX_TRAINING_IMAGES = 10_000
+_HELD_OUT_OF = 10
+_BANDWIDTHS = np.geomspace(0.01, 1.0, 25)
+_COMPONENTS = (1, 5, 10, 20)
+_MAX_FULL_DIMS = 256
+# The square of one of 255 levels: what an 8-bit pixel cannot resolve.
+_PIXEL_VARIANCE = 1.0 / 255.0**2
+_PCA_VARIANCE = 0.95
+# Memory of the distances that are held at once.
+_DISTANCES_MIB = 64
+
+_Scorer = Callable[[np.ndarray], np.ndarray]
+
+
+def table_scores(
+    train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"], seed: int
+) -> dict[str, Float[np.ndarray, " m"]]:
+    """Returns the scores of four scikit-learn detectors of rows, by name.
+
+    Isolation forest, one-class SVM and local outlier factor keep scikit-learn's
+    default hyperparameters. The Gaussian kernel density takes Scott's bandwidth,
+    n^(−1/(d+4)), which suits columns of standard deviation 1.
+
+    Args:
+      train: inliers, standardised.
+      test: rows to score, standardised alike.
+      seed: of the isolation forest, the only random one.
+
+    Returns:
+      For each name the scores; larger means more likely an inlier.
+
+    Raises:
+      ModuleNotFoundError: without scikit-learn.
+    """
+    from sklearn.ensemble import IsolationForest
+    from sklearn.neighbors import KernelDensity, LocalOutlierFactor
+    from sklearn.svm import OneClassSVM
+
+    detectors = {
+        "isolation forest": IsolationForest(random_state=seed),
+        "one-class SVM": OneClassSVM(),
+        "local outlier factor": LocalOutlierFactor(novelty=True),
+        "kernel density": KernelDensity(bandwidth="scott"),
+    }
+    return {
+        name: np.asarray(detector.fit(train).score_samples(test), np.float64)
+        for name, detector in detectors.items()
+    }
+
+
+def fit_pixel_detectors(
+    train_pixels: UInt8[np.ndarray, "n h w c"], seed: int
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Fits four standard detectors to pixels, scaled to [0, 1] and flattened.
+
+    - `kernel density`: the log density of Gaussian kernels of one bandwidth.
+    - `Gaussian mixture`: its log density; scikit-learn's, with 1, 5, 10 or 20
+      components, of full covariance up to 256 numbers an image, else diagonal.
+      (1/255)² is added to the variances: where training pixels never change, a grey
+      level is what an 8-bit pixel cannot resolve.
+    - `PCA reconstruction error`: minus the squared distance to the hyperplane of the
+      principal components that keep 95% of the variance.
+    - `isolation forest`: scikit-learn's, with its default hyperparameters.
+
+    The bandwidth (of 25 from 0.01 to 1) and the number of components are those with
+    the largest likelihood of a random tenth of the images, fitted to the others; then
+    all of them are fitted. At most 10,000 images are used, chosen at random.
+
+    Args:
+      train_pixels: inliers, at least 20.
+      seed: of the choice of images, the mixtures' start and the forest.
+
+    Returns:
+      For each name a function of uint8 images [m, h, w, c] that returns their scores,
+      float64 [m]; larger means more likely an inlier.
+
+    Raises:
+      ValueError: for fewer images.
+      ModuleNotFoundError: without scikit-learn.
+    """
+    if len(train_pixels) < 2 * _HELD_OUT_OF:
+        raise ValueError(
+            f"there are {len(train_pixels)} training images; at least "
+            f"{2 * _HELD_OUT_OF} are needed, a tenth of which is held out: give more"
+        )
+    from sklearn.ensemble import IsolationForest
+
+    chosen = np.random.default_rng(seed).permutation(len(train_pixels))
+    rows = _unit_rows(train_pixels[chosen[:_MAX_TRAINING_IMAGES]])
+    num_held_out = len(rows) // _HELD_OUT_OF
+    held_out, fitted = rows[:num_held_out], rows[num_held_out:]
+    scorers = {
+        "kernel density": _fit_kernel_density(rows, fitted, held_out),
+        "Gaussian mixture": _fit_mixture(rows, fitted, held_out, seed),
+        "PCA reconstruction error": _fit_pca(rows),
+        "isolation forest": IsolationForest(random_state=seed).fit(rows).score_samples,
+    }
+    return {name: partial(_score_images, scorer) for name, scorer in scorers.items()}
+
+
+def _score_images(
+    scorer: _Scorer, images: UInt8[np.ndarray, "n h w c"]
+) -> Float[np.ndarray, " n"]:
+    return scorer(_unit_rows(images))
+
+
+def _unit_rows(images: np.ndarray) -> np.ndarray:
+    width = math.prod(images.shape[1:])
+    return images.reshape(len(images), width).astype(np.float64) / 255.0
+
+
+def _fit_kernel_density(
+    rows: np.ndarray, fitted: np.ndarray, held_out: np.ndarray
+) -> _Scorer:
+    likelihoods = _log_kernel_densities(held_out, fitted, _BANDWIDTHS).mean(axis=0)
+    best = _BANDWIDTHS[[likelihoods.argmax()]]
+    return lambda points: _log_kernel_densities(points, rows, best)[:, 0]
+
+
+def _log_kernel_densities(
+    points: np.ndarray, centres: np.ndarray, bandwidths: np.ndarray
+) -> Float[np.ndarray, "points bandwidths"]:
+    """Returns log 1/n Σ_i N(x; x_i, h²I) for each point x and bandwidth h.
+
+    From all distances: scikit-learn's trees are far slower where, as for pixels, they
+    cannot leave any centre out.
+    """
+    from scipy.special import logsumexp
+    from sklearn.metrics import pairwise_distances_chunked
+
+    def log_sums(distances: np.ndarray, _: int) -> np.ndarray:
+        exponents = ((distances / h) ** 2 / -2.0 for h in bandwidths)
+        return np.stack([logsumexp(x, axis=1) for x in exponents], axis=1)
+
+    sums = pairwise_distances_chunked(
+        points, centres, reduce_func=log_sums, working_memory=_DISTANCES_MIB
+    )
+    normaliser = centres.shape[1] * np.log(np.sqrt(2.0 * np.pi) * bandwidths)
+    return np.concatenate(list(sums)) - np.log(len(centres)) - normaliser
+
+
+def _fit_mixture(
+    rows: np.ndarray, fitted: np.ndarray, held_out: np.ndarray, seed: int
+) -> _Scorer:
+    from sklearn.mixture import GaussianMixture
+
+    def fit(num: int, points: np.ndarray) -> GaussianMixture:
+        full = points.shape[1] <= _MAX_FULL_DIMS
+        mixture = GaussianMixture(
+            num,
+            covariance_type="full" if full else "diag",
+            reg_covar=_PIXEL_VARIANCE,
+            random_state=seed,
+        )
+        return mixture.fit(points)
+
+    numbers = [num for num in _COMPONENTS if num <= len(fitted)]
+    likelihoods = [fit(num, fitted).score(held_out) for num in numbers]
+    return fit(numbers[int(np.argmax(likelihoods))], rows).score_samples
+
+
+def _fit_pca(rows: np.ndarray) -> _Scorer:
+    from sklearn.decomposition import PCA
+
+    solver = "covariance_eigh" if rows.shape[1] <= len(rows) else "full"
+    pca = PCA(_PCA_VARIANCE, svd_solver=solver).fit(rows)
+
+    def score(points: np.ndarray) -> np.ndarray:
+        residuals = points - pca.inverse_transform(pca.transform(points))
+        return -(residuals**2).sum(axis=1)
+
+    return score

@@ -1,0 +1,152 @@
+"""Metrics of a trained model, by kind of data."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddaebm_jax import density
+from ddaebm_jax.data import images, tabular, test_rows
+from ddaebm_jax.evaluation import detectors, digits, outliers, plane
+from ddaebm_jax.evaluation.image_quality import Meter
+from ddaebm_jax.evaluation.inference import (
+    HELD_OUT_SEED,
+    draw_images,
+    draw_samples,
+    energies,
+)
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.models import Players
+
+_PROJECTION_SEED = 1_003
+
+
+def evaluate(
+    experiment: Experiment,
+    variables: Players,
+    meter: Meter | None = None,
+    num_samples: int | None = None,
+) -> dict[str, Any]:
+    """Returns a trained model's metrics, as plain JSON values.
+
+    Of a synthetic distribution: modes found and share of high-quality samples (where
+    it is a mixture), sliced 2-Wasserstein distance to held-out data (beside that of
+    two real sets), Jensen-Shannon divergence of the densities on a grid. Of a table
+    with outliers: AUROC of f(x, 0), and of four baselines on the same split. Of
+    images: energies of held-out images and samples, and the AUROC between the two;
+    of labelled ones those of `digits.evaluate_digits`; with a meter those of
+    `Meter.measure`.
+
+    Args:
+      experiment: what the config describes.
+      variables: of the networks, usually the averages.
+      meter: of images; see `image_quality.open_meter`.
+      num_samples: how many are drawn; None: evaluation.num_samples.
+    """
+    num = num_samples or experiment.config.evaluation.num_samples
+    if experiment.source.distribution is not None:
+        return _evaluate_plane(experiment, variables, num)
+    if experiment.source.holds_images:
+        return _evaluate_images(experiment, variables, num, meter)
+    return _evaluate_table(experiment, variables)
+
+
+def _evaluate_plane(
+    experiment: Experiment, variables: Players, num: int
+) -> dict[str, Any]:
+    source, truth = experiment.source, experiment.source.distribution
+    samples = draw_samples(experiment, variables, num)
+    held_out, others = (source.held_out(num, HELD_OUT_SEED + i) for i in (0, 1))
+    metrics: dict[str, Any] = {}
+    if truth.modes is not None:
+        coverage = plane.mode_coverage(samples, truth.modes, truth.mode_std)
+        metrics["modes_found"] = coverage.modes_found
+        metrics["modes"] = len(truth.modes)
+        metrics["high_quality"] = coverage.high_quality
+    projections = (
+        jax.random.key(_PROJECTION_SEED),
+        experiment.config.evaluation.num_projections,
+    )
+    points = density.grid_points(truth.extent, truth.cells)
+    log_truth = density.evaluate_in_chunks(jax.jit(truth.log_density), points)
+    return metrics | {
+        "sliced_wasserstein": plane.sliced_wasserstein(samples, held_out, *projections),
+        "sliced_wasserstein_of_data": plane.sliced_wasserstein(
+            others, held_out, *projections
+        ),
+        "jensen_shannon": plane.jensen_shannon(
+            log_truth, energies(experiment, variables, points)
+        ),
+    }
+
+
+def _evaluate_table(experiment: Experiment, variables: Players) -> dict[str, Any]:
+    table = experiment.source.table
+    inlier_energies = energies(experiment, variables, test_rows(table, tabular.INLIER))
+    metrics = {
+        "train_energy_mean": float(energies(experiment, variables, table.train).mean()),
+        "test_energy_mean": float(inlier_energies.mean()),
+    }
+    outlier_rows = test_rows(table, tabular.OUTLIER)
+    if len(outlier_rows):
+        outlier_energies = energies(experiment, variables, outlier_rows)
+        metrics["auroc"] = outliers.auroc(inlier_energies, outlier_energies)
+        baselines = detectors.table_scores(
+            table.train, table.test, experiment.config.seed
+        )
+        is_outlier = table.test_labels == tabular.OUTLIER
+        for name, scores in baselines.items():
+            metrics[f"auroc_{name}"] = outliers.auroc(
+                scores[~is_outlier], scores[is_outlier]
+            )
+    return metrics
+
+
+def _evaluate_images(
+    experiment: Experiment, variables: Players, num: int, meter: Meter | None
+) -> dict[str, Any]:
+    image_set = experiment.source.image_set
+    labelled = image_set.train_labels is not None
+    held_out = experiment.source.held_out(num, HELD_OUT_SEED)
+    # Without labels only energies are compared, with as many held-out images.
+    num_kept = num if labelled else len(held_out)
+    kept: list[np.ndarray] = []
+    stream = _keeping(
+        draw_images(experiment, variables, num_kept if meter is None else num),
+        kept,
+        num_kept,
+    )
+    metrics: dict[str, Any] = {} if meter is None else meter.measure(stream)
+    for _ in stream:
+        pass
+    samples = np.concatenate(kept)
+    real = energies(experiment, variables, held_out)
+    fake = energies(experiment, variables, samples[: len(real)])
+    metrics |= {
+        "held_out_energy_mean": float(real.mean()),
+        "samples_energy_mean": float(fake.mean()),
+        # 0.5: the energy cannot tell them apart.
+        "auroc_held_out_against_samples": outliers.auroc(real, fake),
+    }
+    if labelled:
+        timeout = experiment.config.data.timeout
+        metrics |= digits.evaluate_digits(
+            samples,
+            images.stack(image_set.train, timeout=timeout),
+            image_set.train_labels,
+            images.stack(image_set.test, timeout=timeout),
+            image_set.test_labels,
+            experiment.config.seed,
+        )
+    return metrics
+
+
+def _keeping(
+    chunks: Iterator[np.ndarray], kept: list[np.ndarray], num: int
+) -> Iterator[np.ndarray]:
+    """Yields chunks of images, and appends the first `num` images to `kept`."""
+    for chunk in chunks:
+        kept.append(chunk[: max(num, 0)])
+        num -= len(chunk)
+        yield chunk

@@ -1,0 +1,328 @@
+"""Outlier detection: its metrics, and how well a trained run's scores do.
+
+A score is larger for a point that is more likely an inlier, as the energy f(x, 0) is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float
+
+from ddaebm_jax.data import images
+from ddaebm_jax.evaluation import detectors, outlier_sets
+from ddaebm_jax.evaluation.inference import outlier_scores
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.models import Players
+
+# FPR95: the share of the inliers that is kept, in whole numbers, and so exact.
+_KEPT_OF = (19, 20)
+
+_NUM_BOOTSTRAP, _CONFIDENCE = 1_000, 0.95
+
+
+class Estimate(NamedTuple):
+    """A figure with its confidence interval.
+
+    Attributes:
+      value: of the scores as they are.
+      low: the interval's lower end.
+      high: its upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+class Detection(NamedTuple):
+    """How well a score tells inliers from outliers.
+
+    Attributes:
+      auroc: area under the ROC curve (`auroc`).
+      aupr_in: average precision with inliers as the positives,
+        Σ_k (recall_k − recall_{k−1})·precision_k over the distinct scores.
+      aupr_out: the same with outliers as the positives, of the negated scores.
+      fpr95: share of the outliers that score at or above the largest threshold that
+        keeps at least 95% of the inliers.
+    """
+
+    auroc: Estimate
+    aupr_in: Estimate
+    aupr_out: Estimate
+    fpr95: Estimate
+
+
+def auroc(
+    inlier_scores: Float[np.ndarray, " n"], outlier_scores: Float[np.ndarray, " m"]
+) -> float:
+    """Returns the area under the ROC curve.
+
+    The probability that a random inlier scores above a random outlier, a tie counted
+    as one half: 1 for a perfect detector, 0.5 for chance. Infinite scores are ordered
+    like others.
+
+    Args:
+      inlier_scores: larger means more likely an inlier; any unit.
+      outlier_scores: in the same unit.
+
+    Raises:
+      ValueError: if either is empty or holds a NaN.
+    """
+    return _area(*_tally(*_ranks(inlier_scores, outlier_scores)))
+
+
+def roc_curve(
+    inlier_scores: Float[np.ndarray, " n"], outlier_scores: Float[np.ndarray, " m"]
+) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+    """Returns (false positive rate, true positive rate); inliers are the positives.
+
+    From (0, 0) to (1, 1), a point for each distinct score as the threshold; straight
+    lines between them enclose `auroc`.
+
+    Raises:
+      ValueError: as `auroc`.
+    """
+    passed, passed_outliers = map(
+        _cumulative, _tally(*_ranks(inlier_scores, outlier_scores))
+    )
+    return passed_outliers / passed_outliers[-1], passed / passed[-1]
+
+
+def detection(
+    inlier_scores: Float[np.ndarray, " n"],
+    outlier_scores: Float[np.ndarray, " m"],
+    seed: int = 0,
+    num_bootstrap: int = _NUM_BOOTSTRAP,
+    confidence: float = _CONFIDENCE,
+) -> Detection:
+    """Returns the detection metrics with percentile bootstrap intervals.
+
+    Each resample draws n of the inliers and m of the outliers, with replacement. The
+    intervals reflect the finite test sets, not the randomness of training.
+
+    Args:
+      inlier_scores: larger means more likely an inlier; infinite ones are allowed.
+      outlier_scores: in the same unit.
+      seed: of the resamples; its two spawned streams draw the inliers, the outliers.
+      num_bootstrap: resamples, at least 1.
+      confidence: of the intervals, in (0, 1).
+
+    Raises:
+      ValueError: as `auroc`.
+    """
+    inliers, outliers, num = _ranks(inlier_scores, outlier_scores)
+    streams = [
+        np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2)
+    ]
+    # Sorted once: a resample only changes the number of scores at each rank, which
+    # is why this takes milliseconds where scikit-learn's metrics take minutes.
+    resamples = [
+        _figures(
+            *_tally(
+                *(
+                    ranks[rng.integers(len(ranks), size=len(ranks))]
+                    for rng, ranks in zip(streams, (inliers, outliers), strict=True)
+                ),
+                num,
+            )
+        )
+        for _ in range(num_bootstrap)
+    ]
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(resamples, (tail, 1.0 - tail), axis=0)
+    values = _figures(*_tally(inliers, outliers, num))
+    return Detection(
+        *map(Estimate, values, low.tolist(), high.tolist()),
+    )
+
+
+def _ranks(
+    inlier_scores: np.ndarray, outlier_scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns ranks among the distinct scores, the largest first, and their number.
+
+    All metrics depend on these only.
+    """
+    for name, scores in (("inlier", inlier_scores), ("outlier", outlier_scores)):
+        if not len(scores):
+            raise ValueError(
+                f"there are no {name} scores; AUROC needs at least one of each kind: "
+                "give a test set with inliers and outliers"
+            )
+        missing = np.flatnonzero(np.isnan(scores))
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} of {len(scores)} {name} scores are NaN, the first "
+                f"at {missing[0]}; check the model's training"
+            )
+    both = np.concatenate([inlier_scores, outlier_scores]).astype(np.float64)
+    distinct, ascending = np.unique(both, return_inverse=True)
+    ranks = len(distinct) - 1 - ascending
+    num_inliers = len(inlier_scores)
+    return ranks[:num_inliers], ranks[num_inliers:], len(distinct)
+
+
+def _tally(
+    inlier_ranks: np.ndarray, outlier_ranks: np.ndarray, num: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the number of inliers, and of outliers, at each rank."""
+    return (
+        np.bincount(inlier_ranks, minlength=num),
+        np.bincount(outlier_ranks, minlength=num),
+    )
+
+
+def _cumulative(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _area(inliers: np.ndarray, outliers: np.ndarray) -> float:
+    passed, passed_outliers = _cumulative(inliers), _cumulative(outliers)
+    area = np.trapezoid(passed, passed_outliers)
+    return float(area / (passed[-1] * passed_outliers[-1]))
+
+
+def _average_precision(positives: np.ndarray, negatives: np.ndarray) -> float:
+    found = np.cumsum(positives)
+    # A resample may leave the first ranks empty.
+    precision = found / np.maximum(found + np.cumsum(negatives), 1)
+    return float(positives @ precision / found[-1])
+
+
+def _fpr95(inliers: np.ndarray, outliers: np.ndarray) -> float:
+    part, whole = _KEPT_OF
+    kept = np.cumsum(inliers)
+    threshold = np.searchsorted(whole * kept, part * kept[-1])
+    return float(outliers[: threshold + 1].sum() / outliers.sum())
+
+
+def _figures(inliers: np.ndarray, outliers: np.ndarray) -> tuple[float, ...]:
+    """Returns the fields of `Detection` from the numbers at each rank."""
+    return (
+        _area(inliers, outliers),
+        _average_precision(inliers, outliers),
+        _average_precision(outliers[::-1], inliers[::-1]),
+        _fpr95(inliers, outliers),
+    )
+
+
+# Tables.
+
+
+def format_detections(detections: Mapping[str, Mapping[str, Detection]]) -> str:
+    """Returns a plain-text table: a line for each score on each set of outliers.
+
+    Args:
+      detections: name of a set of outliers → name of a score → its metrics.
+    """
+    rows = [
+        ("outliers", "score", "AUROC", "AUPR-in", "AUPR-out", "FPR95"),
+        *(
+            (outliers, score, *map(_formatted, estimates))
+            for outliers, scores in detections.items()
+            for score, estimates in scores.items()
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _formatted(estimate: Estimate) -> str:
+    return f"{estimate.value:.4f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def format_aurocs(aurocs: Mapping[str, Sequence[float]]) -> str:
+    """Returns a plain-text table: one line a method, mean ± std over seeds.
+
+    The standard deviation is the sample's (it divides by n − 1); with one seed it is
+    left out.
+
+    Args:
+      aurocs: for each method, one AUROC a seed; as many for each.
+    """
+    seeds = len(next(iter(aurocs.values())))
+    width = max(map(len, ("method", *aurocs)))
+    heading = "AUROC" if seeds == 1 else f"AUROC, mean ± std over {seeds} seeds"
+    lines = [f"{'method':<{width}}  {heading}"]
+    for name, values in aurocs.items():
+        spread = f" ± {np.std(values, ddof=1):.4f}" if seeds > 1 else ""
+        lines.append(f"{name:<{width}}  {np.mean(values):.4f}{spread}")
+    return "\n".join(lines)
+
+
+# A trained run.
+
+
+class Measured(NamedTuple):
+    """Scores of one set of inliers and several of outliers, and their metrics.
+
+    Attributes:
+      inlier_scores: name of a score → one number an image.
+      outlier_scores: name of a set → the same of its images.
+      detections: name of a set → name of a score → its metrics.
+    """
+
+    inlier_scores: dict[str, np.ndarray]
+    outlier_scores: dict[str, dict[str, np.ndarray]]
+    detections: dict[str, dict[str, Detection]]
+
+
+def measure(
+    experiment: Experiment,
+    variables: Players,
+    inliers: str,
+    outliers: Sequence[str],
+    seed: int,
+    num_draws: int,
+    limit: int,
+    baselines: bool,
+) -> Measured:
+    """Measures how well scores of a run of images tell inliers from outliers.
+
+    The scores are those of `inference.outlier_scores`.
+
+    Args:
+      experiment: what the config describes.
+      variables: of the networks, usually the averages.
+      inliers: name of a set; see `outlier_sets.open_set`.
+      outliers: names of sets.
+      seed: of the noise of the scores, of what is drawn, of the choice where a set has
+        more than `limit` images, of the bootstrap and of the baselines.
+      num_draws: noise draws a level of the score over t.
+      limit: most images of a set; 0: all.
+      baselines: add the scores of `detectors.fit_pixel_detectors`, fitted to the
+        training images.
+
+    Raises:
+      FileNotFoundError: if a path is not there.
+      InputError: if a set cannot be opened.
+    """
+    source, data = experiment.source, experiment.config.data
+    # Everything is opened before anything is computed.
+    known = outlier_sets.open_set(inliers, source, data, None, seed, limit)
+    others = {
+        name: outlier_sets.open_set(name, source, data, known, seed, limit)
+        for name in outliers
+    }
+    fitted = {}
+    if baselines:
+        logging.info("fitting the baselines to the training images")
+        train = images.stack(source.image_set.train, timeout=data.timeout)
+        fitted = detectors.fit_pixel_detectors(train, seed)
+
+    def scores(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        ours = outlier_scores(experiment, variables, pixels, seed, num_draws)
+        return ours | {name: detector(pixels) for name, detector in fitted.items()}
+
+    of_inliers = scores(known)
+    of_outliers = {name: scores(pixels) for name, pixels in others.items()}
+    detections = {
+        name: {
+            score: detection(of_inliers[score], values, seed)
+            for score, values in of_set.items()
+        }
+        for name, of_set in of_outliers.items()
+    }
+    return Measured(of_inliers, of_outliers, detections)

@@ -1,0 +1,124 @@
+"""Pictures of a trained model, by kind of data."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ddaebm_jax import density
+from ddaebm_jax.data import images, tabular, test_rows
+from ddaebm_jax.evaluation import plots
+from ddaebm_jax.evaluation.inference import (
+    HELD_OUT_SEED,
+    draw_samples,
+    draw_trajectories,
+    energies,
+)
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.models import Players
+
+_PLANE_POINTS = 5_000
+_PLANE_CELLS = 400
+_GRID_IMAGES, _TRAJECTORY_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
+
+
+class Pictures(NamedTuple):
+    """Pictures of a model.
+
+    Attributes:
+      files: name → PNG file.
+      histograms: name → numbers whose distribution is of interest.
+    """
+
+    files: dict[str, Path]
+    histograms: dict[str, np.ndarray]
+
+
+def draw_pictures(
+    experiment: Experiment, variables: Players, directory: Path, step: int
+) -> Pictures:
+    """Draws a model's pictures into a directory, with the same noise each time.
+
+    In the plane: data, samples and the density side by side, and a strip of the
+    denoising steps. Of a table: rows and samples on the data's principal axes, and
+    energies of held-out rows. Of images: a grid of samples, the denoising steps, and
+    the energies of held-out images and samples.
+
+    Args:
+      experiment: what the config describes.
+      variables: of the networks, usually the averages.
+      directory: where the PNG files go.
+      step: of training, for titles and file names.
+    """
+    source = experiment.source
+    if source.holds_images:
+        draw, names = _draw_images, ("samples", "steps", "energies")
+    elif source.distribution is None:
+        draw, names = _draw_table, ("table",)
+    else:
+        draw, names = _draw_plane, ("plane", "steps")
+    files = {name: directory / f"{name}_{step:08d}.png" for name in names}
+    title = f"{source.name}, step {step}"
+    return Pictures(files, draw(experiment, variables, title, *files.values()))
+
+
+def _draw_plane(
+    experiment: Experiment, variables: Players, title: str, plane: Path, steps: Path
+) -> dict[str, np.ndarray]:
+    source = experiment.source
+    data = source.held_out(_PLANE_POINTS, HELD_OUT_SEED)
+    # Where the data are, not the whole square on which densities are compared.
+    shown = min(source.distribution.extent, 1.25 * float(np.abs(data).max()))
+    trajectories = draw_trajectories(experiment, variables, _PLANE_POINTS)
+    levels = np.swapaxes(trajectories, 0, 1)
+    grid = density.grid_points(shown, _PLANE_CELLS)
+    log_density = energies(experiment, variables, grid)
+    log_density = log_density.reshape(_PLANE_CELLS, _PLANE_CELLS)
+    plots.plot_plane(plane, data, levels[-1], log_density, shown, title)
+    plots.plot_levels(steps, levels, max(shown, 3.0), title)
+    return {}
+
+
+def _draw_images(
+    experiment: Experiment,
+    variables: Players,
+    title: str,
+    grid: Path,
+    steps: Path,
+    histograms: Path,
+) -> dict[str, np.ndarray]:
+    samples = draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
+    plots.plot_images(grid, np.asarray(images.to_uint8(samples[:_GRID_IMAGES])))
+    # A row for each sample, from noise to image.
+    rows = draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
+    pixels = np.asarray(images.to_uint8(rows.reshape(-1, *rows.shape[2:])))
+    plots.plot_images(steps, pixels, columns=rows.shape[1])
+    held_out = experiment.source.held_out(_HISTOGRAM_IMAGES, HELD_OUT_SEED)
+    values = {
+        "held-out images": energies(experiment, variables, held_out),
+        "samples": energies(experiment, variables, samples),
+    }
+    plots.plot_histograms(histograms, values, title)
+    return {f"energy/{name}": v for name, v in values.items()}
+
+
+def _draw_table(
+    experiment: Experiment, variables: Players, title: str, path: Path
+) -> dict[str, np.ndarray]:
+    table = experiment.source.table
+    sets = {
+        "held-out inliers": test_rows(table, tabular.INLIER),
+        "outliers": test_rows(table, tabular.OUTLIER),
+    }
+    plots.plot_table(
+        path,
+        table.train,
+        draw_samples(experiment, variables, len(table.train)),
+        {
+            name: energies(experiment, variables, rows)
+            for name, rows in sets.items()
+            if len(rows)
+        },
+        title,
+    )
+    return {}

@@ -1,0 +1,198 @@
+"""Detection metrics by scikit-learn's, their intervals, and a run's detection."""
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics
+from stubs import experiment
+
+from ddaebm_jax import models
+from ddaebm_jax.data import images
+from ddaebm_jax.evaluation.outliers import (
+    Detection,
+    Estimate,
+    auroc,
+    detection,
+    format_aurocs,
+    format_detections,
+    measure,
+    roc_curve,
+)
+
+FEW = settings(max_examples=50)
+# Few distinct values, so that ties are the rule; the extremes too.
+tied = st.sampled_from([-np.inf, -1e30, -1.0, 0.0, 0.5, 1.0, 7.0, np.inf])
+
+
+def scores(elements):
+    return hnp.arrays(np.float64, st.integers(1, 30), elements=elements)
+
+
+@FEW
+@given(scores(tied), scores(tied))
+def test_auroc_counts_pairs_and_ties_as_half(inliers, outliers):
+    above = inliers[:, None] > outliers[None, :]
+    equal = inliers[:, None] == outliers[None, :]
+    expected = (above + 0.5 * equal).mean()
+    assert auroc(inliers, outliers) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("function", [auroc, detection, roc_curve])
+def test_scores_of_no_use_are_refused(function):
+    with pytest.raises(ValueError, match="no inlier scores"):
+        function(np.ones(0), np.ones(2))
+    with pytest.raises(ValueError, match="no outlier scores"):
+        function(np.ones(2), np.ones(0))
+    with pytest.raises(ValueError, match=r"1 of 3 outlier scores are NaN.*at 2"):
+        function(np.ones(2), np.array([0.0, 1.0, np.nan]))
+
+
+# The other metrics.
+
+
+def ranked(inliers, outliers):
+    """Labels, and finite scores in the same order and with the same ties."""
+    labels = np.repeat([1, 0], [len(inliers), len(outliers)])
+    both = np.concatenate([inliers, outliers])
+    return labels, np.unique(both, return_inverse=True)[1]
+
+
+def plain_fpr95(inliers, outliers):
+    """The largest threshold that keeps 95% of the inliers, tried one by one."""
+    for threshold in sorted(inliers, reverse=True):
+        if 20 * (inliers >= threshold).sum() >= 19 * len(inliers):
+            return (outliers >= threshold).mean()
+    raise AssertionError
+
+
+def plain_figures(inliers, outliers):
+    labels, places = ranked(inliers, outliers)
+    return np.array(
+        [
+            metrics.roc_auc_score(labels, places),
+            metrics.average_precision_score(labels, places),
+            metrics.average_precision_score(1 - labels, -places),
+            plain_fpr95(inliers, outliers),
+        ]
+    )
+
+
+@FEW
+@given(st.sampled_from([tied, st.floats(-5, 5)]), st.data())
+def test_metrics_are_scikit_learns_ties_and_infinities_too(elements, data):
+    inliers, outliers = (data.draw(scores(elements)) for _ in range(2))
+    found = [each.value for each in detection(inliers, outliers, num_bootstrap=1)]
+    expected = plain_figures(inliers, outliers)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert found[0] == auroc(inliers, outliers)
+    curve = roc_curve(inliers, outliers)
+    expected = metrics.roc_curve(*ranked(inliers, outliers), drop_intermediate=False)
+    np.testing.assert_allclose(curve, expected[:2], atol=1e-12)
+    assert np.trapezoid(*curve[::-1]) == pytest.approx(found[0], abs=1e-12)
+
+
+@pytest.mark.parametrize("num", [1, 19, 20, 21, 39, 40, 100])
+def test_fpr95_keeps_no_fewer_and_no_more_than_95_percent(num):
+    inliers = np.arange(num, dtype=float)
+    outliers = np.arange(-5.0, num + 5) + 0.25
+    found = detection(inliers, outliers, num_bootstrap=1).fpr95.value
+    threshold = inliers[num - -(-19 * num // 20)]
+    assert found == (outliers >= threshold).mean() == plain_fpr95(inliers, outliers)
+
+
+def test_intervals_are_those_of_resampling_the_scores_themselves():
+    rng = np.random.default_rng(0)
+    # Ties, and fewer outliers than inliers.
+    inliers, outliers = rng.integers(0, 9, 23) / 2.0, rng.integers(-3, 6, 11) / 2.0
+    found = detection(inliers, outliers, 5, num_bootstrap=60, confidence=0.8)
+    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(5).spawn(2)]
+    resampled = [
+        plain_figures(
+            *(
+                values[stream.integers(len(values), size=len(values))]
+                for values, stream in zip((inliers, outliers), streams, strict=True)
+            )
+        )
+        for _ in range(60)
+    ]
+    low, high = np.quantile(resampled, (0.1, 0.9), axis=0)
+    np.testing.assert_allclose([e.low for e in found], low, atol=1e-12)
+    np.testing.assert_allclose([e.high for e in found], high, atol=1e-12)
+    assert detection(inliers, outliers, 5, 60, 0.8) == found
+    assert detection(inliers, outliers, 6, 60, 0.8) != found
+
+
+def two_normals(num, seed):
+    """Scores of N(1, 1) and N(0, 1)."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(1.0, size=num), rng.normal(size=num)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    """Of two normals a unit apart the AUROC is Φ(1/√2)."""
+    truth = stats.norm.cdf(1 / np.sqrt(2))
+    covered = [
+        found.low <= truth <= found.high
+        for found in (
+            detection(*two_normals(60, seed), seed, 100, 0.8).auroc
+            for seed in range(150)
+        )
+    ]
+    # The standard error is 0.033.
+    assert 0.69 < np.mean(covered) < 0.9
+
+
+# Tables.
+
+
+def test_table_of_aurocs():
+    text = format_aurocs({"energy f(x, 0)": [0.9, 1.0], "other": [0.5, 0.5]})
+    assert text == (
+        "method          AUROC, mean ± std over 2 seeds\n"
+        "energy f(x, 0)  0.9500 ± 0.0707\n"
+        "other           0.5000 ± 0.0000"
+    )
+    assert format_aurocs({"a": [0.25]}) == "method  AUROC\na       0.2500"
+
+
+def test_table_of_detections():
+    known = Detection(*[Estimate(0.91234, 0.9012, 0.9229)] * 4)
+    other = Detection(*[Estimate(0.5, 0.25, 0.75)] * 4)
+    text = format_detections({"svhn": {"energy": known}, "noise": {"e": other}})
+    assert text.splitlines() == [
+        "outliers  score   AUROC                  AUPR-in                "
+        "AUPR-out               FPR95",
+        "svhn      energy  " + "  ".join(["0.9123 [0.901, 0.923]"] * 4),
+        "noise     e       " + "  ".join(["0.5000 [0.250, 0.750]"] * 4),
+    ]
+
+
+# A run.
+
+
+def test_a_run_is_measured_on_named_sets():
+    """Of an energy that knows that images are dark."""
+
+    def energy(variables, x, t, rngs=None):
+        return -(x.reshape(len(x), -1) + 1.0).sum(axis=1)
+
+    dark = np.random.default_rng(0).integers(0, 60, (40, 4, 4, 1), np.uint8)
+    image_set = images.ImageSet("made", (4, 4, 1), dark[:25], dark[25:], "")
+    networks = models.Networks(*[energy] * 6, event_shape=(4, 4, 1), nz=1)
+    made = experiment((4, 4, 1), networks, image_set, batch_size=8)
+    players = models.Players({}, None, None)
+    names = ["inverted", "noise"]
+    found = measure(made, players, "test", names, 0, 1, 10, baselines=True)
+    assert list(found.detections) == list(found.outlier_scores) == names
+    assert found.inlier_scores["energy"].shape == (10,)
+    assert len(found.inlier_scores) == 7  # Three of the energy, four baselines.
+    for name in names:
+        of_set = found.outlier_scores[name]
+        assert of_set.keys() == found.detections[name].keys()
+        assert of_set.keys() == found.inlier_scores.keys()
+        assert found.detections[name]["energy"].auroc == (1.0, 1.0, 1.0)
+        expected = detection(found.inlier_scores["energy"], of_set["energy"], 0)
+        assert found.detections[name]["energy"] == expected
