@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import jax
 from absl import flags, logging
 
-from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.training import processes
 
 # Errors and ends.
 
@@ -214,8 +214,8 @@ def join_processes(values: flags.FlagValues) -> None:
     deadline.daemon = True
     deadline.start()
     try:
-        parallel.join(
-            parallel.Processes(
+        processes.join(
+            processes.Processes(
                 values.coordinator,
                 values.num_processes,
                 values.process_id,

@@ -8,13 +8,12 @@ import numpy as np
 from absl import flags, logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import sharding as parallel
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import image_quality, metrics
 from ddaebm_jax.files import write_json_atomically, write_text_atomically
-from ddaebm_jax.training import reports
+from ddaebm_jax.training import processes, reports
 from ddaebm_jax.training.run_directory import REPORT_FILE
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
@@ -83,7 +82,7 @@ def run(values: flags.FlagValues) -> None:
             reference_path=values.reference_path,
             **common.inception_settings(values.inception_weights),
         )
-    if parallel.is_first_process():
+    if processes.is_first_process():
         print(reports.format_report(report))
 
 
@@ -128,7 +127,7 @@ def evaluate(
         found = _measure_images(loaded, input_path, skip_corrupt)
         report["images"] = str(input_path)
     report |= {"figures": found, **common.circumstances(loaded.experiment, started)}
-    if parallel.is_first_process():
+    if processes.is_first_process():
         path = common.free_path(loaded.workdir / REPORT_FILE, ".txt")
         write_json_atomically(path, report)
         table = reports.format_report(report)

@@ -7,10 +7,9 @@ from pathlib import Path
 from absl import flags, logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import sharding as parallel
 from ddaebm_jax.commands import command_line, common
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.training import loop, preemption, reports
+from ddaebm_jax.training import loop, preemption, processes, reports
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -49,12 +48,12 @@ def run(values: flags.FlagValues) -> None:
     try:
         with common.out_of_memory_advice(advice):
             report = loop.train(config, workdir)
-    except preemption.Interrupted as stopped:
+    except preemption.Stopped as stopped:
         logging.info("%s", stopped)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         common.leave("left at once; the newest checkpoint is kept", 130)
-    if parallel.is_first_process():
+    if processes.is_first_process():
         print(f"{workdir}\n{reports.format_report(report)}")
 
 
