@@ -10,7 +10,7 @@ _CORE = (
     "models.ncsnpp models.encoder models.resample data.synthetic data.tabular "
     "data.images evaluation.plane evaluation.ood evaluation.digits evaluation.fid "
     "evaluation.inception evaluation.inception_weights evaluation.image_quality "
-    "evaluation.scores evaluation.outlier_sets torch_files interop"
+    "evaluation.scores evaluation.outlier_sets weights interop"
 ).split()
 
 _CHECK = f"""
