@@ -216,7 +216,6 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     """
     from ddaebm_jax import config as config_lib
     from ddaebm_jax import experiment as experiments
-    from ddaebm_jax import minimax
     from ddaebm_jax.training import run_directory
     from ddaebm_jax.training.checkpoints import Checkpoints
 
@@ -226,12 +225,8 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = read_variables(config, files)
     experiment = experiments.build(config, workdir, open_images=False)
-    state = minimax.init_state(
-        jax.random.key(0),
-        experiment.networks._replace(init=lambda key: variables),
-        experiment.optimizers,
-        experiment.game,
-    )
+    networks = experiment.networks._replace(init=lambda key: variables)
+    state = experiments.init_state(experiment._replace(networks=networks))
     workdir.mkdir(parents=True, exist_ok=True)
     run_directory.write_config(workdir, config)
     checkpoints = Checkpoints(workdir)
