@@ -315,7 +315,7 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     """
     from ddaebm_jax import config as config_lib
     from ddaebm_jax import experiment as experiments
-    from ddaebm_jax import minimax
+    from ddaebm_jax import game
     from ddaebm_jax.training import checkpoints as checkpointing
     from ddaebm_jax.training import run_directory
 
@@ -325,7 +325,7 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = import_variables(config, files)
     experiment = experiments.build(config, workdir, open_images=False)
-    state = minimax.init_state(
+    state = game.init_state(
         jax.random.key(0),
         experiment.networks._replace(init=lambda key: variables),
         experiment.optimizers,
