@@ -16,8 +16,9 @@ from typing import Any
 import jax
 
 from ddaebm_jax import models, torch_layout, weights
+from ddaebm_jax.config import choices
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.models import Players, encoder
+from ddaebm_jax.models import Players
 
 Paths = dict[str, tuple[str, ...]]
 """PyTorch's name of a parameter → its path in Flax's `params`."""
@@ -147,7 +148,7 @@ def parameter_paths(model: Any, side: int, params: Players) -> Players:
     """
     time = _layer("t_embed.main.0", "time", "dense_0")
     time |= _layer("t_embed.main.2", "time", "dense_1")
-    is_residual = side >= encoder.RESIDUAL_FROM
+    is_residual = side >= choices.RESIDUAL_FROM
     posterior = _residual_encoder_paths() if is_residual else _conv_encoder_paths(side)
     return Players(
         energy=_unet_paths(model.unet, side, params.energy),
@@ -248,23 +249,30 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         command_line.fail(f"what is {argv[1]!r}? Flags start with --")
     files = Players(values.energy, values.generator, values.posterior)
-    command_line.in_one_line(
-        lambda: import_run(values.config.config, files, values.workdir)
-    )
+    command_line.in_one_line(lambda: import_run(values.config, files, values.workdir))
     print(values.workdir)
 
 
-if __name__ == "__main__":
-    from absl import app, flags
+def _parse_flags(argv: list[str]) -> list[str]:
+    from absl import flags
 
-    from ddaebm_jax.commands.command_line import define_config, parse_flags
+    from ddaebm_jax.commands import command_line
+    from ddaebm_jax.config import flags as config_flags
 
-    define_config("An image recipe.")
+    config_flags.define_config_flag("An image recipe.")
     flags.DEFINE_string("generator", None, "The generator's weights, netG_*.pth.")
     flags.DEFINE_string("energy", None, "The energy's weights, netD_*.pth.")
     flags.DEFINE_string("posterior", None, "The encoder's weights, netE_*.pth.")
     flags.DEFINE_string("workdir", None, "The run directory to create.")
-    flags.mark_flags_as_required(
-        ["config", "generator", "energy", "posterior", "workdir"]
-    )
-    app.run(main, flags_parser=parse_flags)
+    names = ["config", "generator", "energy", "posterior", "workdir"]
+    flags.mark_flags_as_required(names)
+    try:
+        return config_flags.parse(argv)
+    except (flags.Error, InputError) as error:
+        command_line.fail(f"{error}; --help lists the flags")
+
+
+if __name__ == "__main__":
+    from absl import app
+
+    app.run(main, flags_parser=_parse_flags)

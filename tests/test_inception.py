@@ -42,9 +42,7 @@ def pictures() -> np.ndarray:
 def expected(weights, pictures) -> tuple[np.ndarray, np.ndarray]:
     """Pooled features and logits of the pictures, of NumPy's in float64."""
     x = np.asarray(inception.preprocess(pictures, "tf"), np.float64)
-    return tiny_inception.evaluate(
-        tiny_inception.NUMPY, weights, x.transpose(0, 3, 1, 2)
-    )
+    return tiny_inception.evaluate(weights, x.transpose(0, 3, 1, 2))
 
 
 def mesh_of(count: int) -> Mesh:
@@ -101,7 +99,7 @@ def test_blocks_are_numpys(name, block, network, weights):
     variables = {kind: tree[name] for kind, tree in network.variables.items()}
     actual = quick.jit(module.apply)(variables, x)
     wanted = tiny_inception.run_block(
-        tiny_inception.NUMPY, weights, name, x.astype(np.float64).transpose(0, 3, 1, 2)
+        weights, name, x.astype(np.float64).transpose(0, 3, 1, 2)
     )
     np.testing.assert_allclose(
         actual, wanted.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5
@@ -119,7 +117,7 @@ def test_blocks_are_numpys(name, block, network, weights):
 @pytest.mark.parametrize("sides", [(3, 3), (4, 7), (8, 8)])
 def test_pools_at_the_border(pool, kind, sides):
     x = np.random.default_rng(3).normal(size=(1, *sides, 2)).astype(np.float32) - 5.0
-    wanted = tiny_inception.NUMPY.pool(x.transpose(0, 3, 1, 2), kind)
+    wanted = tiny_inception.pool(x.transpose(0, 3, 1, 2), kind)
     actual = pool(jnp.asarray(x))
     np.testing.assert_allclose(actual, wanted.transpose(0, 2, 3, 1), rtol=1e-5)
     # A constant stays one: what lies outside does not count.

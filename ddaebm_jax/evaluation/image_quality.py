@@ -23,8 +23,6 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import fid, inception, inception_weights
 from ddaebm_jax.files import cache_directory
 
-REFERENCES = ("train", "test")
-
 _FORMAT_VERSION = 1
 # Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
 _MAX_REFERENCE_BYTES = 9 * 2**30

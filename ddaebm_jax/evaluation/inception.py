@@ -22,11 +22,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from ddaebm_jax import sharding
+from ddaebm_jax.config.choices import PREPROCESSINGS
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.torch_layout import format_shape
 
 SIDE = 299
-PREPROCESSINGS = ("tf", "pytorch_fid")
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -20,9 +20,6 @@ from ddaebm_jax.models.layers import (
     uniform_fan_in,
 )
 
-NORMS = ("none", "batch")
-ACTIVATIONS = ("prelu", "relu", "silu", "gelu", "softplus")
-
 
 class UniformDense(nn.Module):
     """Dense layer with kernel and bias initially uniform in ±1/√fan_in.

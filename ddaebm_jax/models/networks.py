@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ddaebm_jax.config import choices
 from ddaebm_jax.models import encoder, mlp, ncsnpp
-
-NETWORKS = ("mlp", "ncsnpp")
 
 
 class Players(NamedTuple):
@@ -76,7 +75,8 @@ def build(
         return _mlp_networks(model, event_shape, axis_name)
     if model.name == "ncsnpp":
         return _image_networks(model, event_shape, axis_name)
-    raise ValueError(f"model.name is '{model.name}'; allowed: {', '.join(NETWORKS)}")
+    allowed = ", ".join(choices.NETWORKS)
+    raise ValueError(f"model.name is '{model.name}'; allowed: {allowed}")
 
 
 def _mlp_networks(
@@ -155,7 +155,7 @@ def _image_networks(
     energy = ncsnpp.Energy(trunk)
     generator = ncsnpp.Generator(unet.z_emb_dim, unet.n_mlp, trunk)
     widths = (nz, model.encoder.ngf, model.encoder.t_emb_dim, model.dtype)
-    is_residual = event_shape[0] >= encoder.RESIDUAL_FROM
+    is_residual = event_shape[0] >= choices.RESIDUAL_FROM
     posterior = (
         encoder.ResidualEncoder(*widths, axis_name)
         if is_residual
@@ -191,5 +191,5 @@ def _image_networks(
         train_posterior=lambda *args: (posterior.apply(*args), {}),
         event_shape=event_shape,
         nz=nz,
-        group=encoder.STDDEV_GROUP if is_residual else 1,
+        group=choices.STDDEV_GROUP if is_residual else 1,
     )
