@@ -17,7 +17,7 @@ import pytest
 from cli import MAIN, ROOT, environment, tiny
 from helpers import assert_trees_equal, differ
 from processes import Started
-from runs import final_state, hooked, lines, small, small_images, steps, train
+from runs import final_state, hooked, lines, small, steps, train
 
 from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import metrics, pictures

@@ -48,11 +48,13 @@ def _error_line(message: str) -> str:
     return f"error: {' '.join(message.split())}"
 
 
-def run(action: Callable[[], None]) -> None:
-    """Run an action; an error of the user's ends the program with one line."""
-    logging.get_absl_handler().addFilter(_is_for_users)
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Let an error of the user's end the program with one line."""
     try:
-        action()
+        yield
+    except flags.Error as error:
+        fail(f"{error}; --help lists the flags")
     except (InputError, OSError) as error:
         logging.debug("raised here", exc_info=True)
         fail(str(error))
@@ -60,6 +62,20 @@ def run(action: Callable[[], None]) -> None:
         if not jax.distributed.is_initialized():
             raise
         leave(traceback.format_exc(), 1)
+
+
+def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
+    """Run a command with the flags of this program.
+
+    Args:
+      command: the command, which gets the flags.
+      words: the program's name, and arguments that are no flags.
+    """
+    logging.get_absl_handler().addFilter(_is_for_users)
+    with user_errors():
+        if words[1:]:
+            raise InputError(f"what is {words[1]!r}? Flags start with --")
+        command(flags.FLAGS)
 
 
 def _is_for_users(record: std_logging.LogRecord) -> bool:

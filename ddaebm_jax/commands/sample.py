@@ -91,7 +91,9 @@ def sample(
         path = common.free_path(loaded.workdir / "images.npz", ".png", "")
     else:
         path = common.free_path(loaded.workdir / "samples.npz", ".png")
-    drawn = inference.draw_samples(loaded.experiment, loaded.variables, num_samples, seed)
+    drawn = inference.draw_samples(
+        loaded.experiment, loaded.variables, num_samples, seed
+    )
     if of_images:
         samples = np.asarray(images.to_uint8(drawn))
     else:

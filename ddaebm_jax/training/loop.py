@@ -21,8 +21,8 @@ from ddaebm_jax import experiment as experiments
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.errors import InputError, LostProcessError, TrainingError
-from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.evaluation import image_quality, pictures
+from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import dispatch, processes, run_directory
 from ddaebm_jax.training.checkpoints import Checkpoints, SaveError, Saver
@@ -370,9 +370,13 @@ def _measure(run: Run, state: TrainState, preemption: Preemption) -> dict[str, A
     num, fewer = config.evaluation.num_samples, config.evaluation.num_samples_on_the_way
     try:
         with preemption.interruptible():
-            found = compared = metrics_lib.evaluate(run.experiment, state.ema, run.meter)
+            found = compared = metrics_lib.evaluate(
+                run.experiment, state.ema, run.meter
+            )
             if run.meter is not None and fewer not in (0, num):
-                compared = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
+                compared = metrics_lib.evaluate(
+                    run.experiment, state.ema, run.meter, fewer
+                )
     except StopRequested:
         raise Stopped(preemption.signal, step, step) from None
     _save_best(run, state, compared)

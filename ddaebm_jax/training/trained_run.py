@@ -69,7 +69,9 @@ def load_run(
                 f"latest, best, {', '.join(kept)}"
             )
         experiment = experiments.build(config, workdir, open_images)
-        found = _restore(checkpoints, experiments.evaluation_state(experiment), checkpoint)
+        found = _restore(
+            checkpoints, experiments.evaluation_state(experiment), checkpoint
+        )
     finally:
         checkpoints.close()
     data = experiment.source.metadata()
