@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
-import numpy as np
 from absl import logging
-from jaxtyping import Float
 
 from ddaebm_jax import experiment as experiments
 from ddaebm_jax.errors import InputError
@@ -30,11 +28,6 @@ class TrainedRun(NamedTuple):
     experiment: experiments.Experiment
     variables: Players
     step: int
-
-    def in_data_units(self, rows: Float[np.ndarray, "n dim"]) -> np.ndarray:
-        """Return rows in the data's own units; those of a table are standardised."""
-        table = self.experiment.source.table
-        return rows if table is None else table.standardizer.inverse(rows)
 
 
 def load_run(
@@ -92,17 +85,16 @@ def _distrust(config: ml_collections.ConfigDict) -> None:
     config.compilation_cache.directory = ""
     data, evaluation = config.data, config.evaluation
     tfds_set = f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"
-    for section, field, path, instead in (
-        (evaluation, "reference_path", evaluation.reference_path, "--reference_path"),
-        (data, "tfds_dir", tfds_set, "the variable TFDS_DATA_DIR"),
+    for section, field, path in (
+        (evaluation, "reference_path", evaluation.reference_path),
+        (data, "tfds_dir", tfds_set),
     ):
         if section[field] and not Path(path).expanduser().exists():
             logging.warning(
-                "%s of the run's config, %s, holds nothing yet and is not written to; "
-                "the default is used, or what %s names",
+                "%s of the run's config, %s, is ignored: nothing is there yet, and "
+                "nothing is written there; the default is used",
                 field,
                 section[field],
-                instead,
             )
             section[field] = ""
 
