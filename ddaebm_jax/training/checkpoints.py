@@ -130,14 +130,14 @@ class Checkpoints:
         """
         self.wait()
         for step in self._manager(BEST).all_steps():
-            kept = {**info, "fid": math.inf}
             with contextlib.suppress(DamagedCheckpointError):
                 kept = self.info(step, best=True)
-            comparable = kept.get("measurement") == info.get("measurement")
-            if comparable and kept["fid"] <= fid:
-                return
-            if step == int(state.step) or not comparable:
-                self._manager(BEST).delete(step)
+                if kept.get("measurement") == info.get("measurement"):
+                    if kept["fid"] <= fid:
+                        return
+                    if step != int(state.step):
+                        continue  # Orbax deletes it when the better one is written.
+            self._manager(BEST).delete(step)
         self._save(BEST, state, {**info, "fid": fid}, metrics={"fid": fid})
 
     def _save(self, folder: str, state: Any, info: dict[str, Any], **kwargs) -> None:
@@ -341,13 +341,19 @@ class Saver:
                     f"(recovery.save_patience {self._patience}): {error}. Then start "
                     "the same command again"
                 ) from error
-            logging.warning("%s; training goes on, trying for %.0f s", error, left)
+            logging.warning(
+                "a checkpoint cannot be written: %s; training goes on and tries again "
+                "for %.0f s",
+                error,
+                left,
+            )
             # The last attempt comes when patience is over, not long after.
             self._next = now + min(self._delay, left)
             self._delay = min(2 * self._delay, 60.0)
             return False
         if self._since is not None and not self._checkpoints.saving:
-            logging.warning("a checkpoint is written, after %.0f s", now - self._since)
+            waited = now - self._since
+            logging.warning("a checkpoint is written at last, after %.0f s", waited)
             self._since, self._delay = None, 1.0
         return True
 
