@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import errno
 import json
 import os
 import resource
@@ -15,8 +14,7 @@ from PIL import Image
 from runs import small, steps
 
 from ddaebm_jax import files
-from ddaebm_jax.training import reports
-from ddaebm_jax.training.reports import Reports
+from ddaebm_jax.training.reports import Reports, format_report
 
 METRICS = {
     "energy/loss": np.array(1.0),
@@ -149,22 +147,8 @@ def test_without_tensorflow_training_goes_on(
     assert caplog.text.count(expected) == 1
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0s"),
-        (59.4, "59s"),
-        (60.0, "1m 00s"),
-        (754.0, "12m 34s"),
-        (11_100.0, "3h 05m"),
-    ],
-)
-def test_durations_are_readable(seconds: float, text: str):
-    assert reports.format_seconds(seconds) == text
-
-
 def test_a_report_is_a_table():
-    text = reports.format_report({"step": 3, "figures": {"auroc": 0.98765}})
+    text = format_report({"step": 3, "figures": {"auroc": 0.98765}})
     assert text.splitlines() == ["step           3", "figures/auroc  0.9877"]
 
 
@@ -190,15 +174,6 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     files.write_text_atomically(tmp_path / "file", "text")
     file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
     assert done == [("sync", file), ("rename", file), ("sync", folder)]
-
-
-def test_a_file_that_finds_no_room_leaves_the_old_one(tmp_path: Path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with full_disk(1_000), pytest.raises(OSError) as error:
-        files.write_text_atomically(path, "new" * 1_000)
-    assert error.value.errno == errno.EFBIG
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
 def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path: Path):

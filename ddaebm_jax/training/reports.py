@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard event files, and a progress line."""
 
+import datetime
 import json
 import os
 import sys
@@ -87,9 +88,10 @@ class Reports:
         if self._images_per_step is not None:
             rates["images_per_second"] = rate * self._images_per_step
         self.write(step, {**values, **rates})
+        left = datetime.timedelta(seconds=round((self._total - step) / rate))
         line = (
             f"step {step}/{self._total} ({step / self._total:.0%})  "
-            f"{rate:.1f} steps/s  {format_seconds((self._total - step) / rate)} left  "
+            f"{rate:.1f} steps/s  {left} left  "
             f"energy {values['energy/loss']:+.3f}  "
             f"generator {values['generator/loss']:+.3f}"
         )
@@ -233,16 +235,6 @@ def _is_kept(line: bytes, step: int, evaluated: int) -> bool:
         return line.endswith(b"\n") and values["step"] <= last and "final" not in kinds
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration for people: `45s`, `12m 30s`, `3h 05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
 def format_report(report: Mapping[str, Any]) -> str:
