@@ -24,7 +24,8 @@ from runs import (
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.training import reports, run_directory
+from ddaebm_jax.evaluation import image_quality, metrics, pictures
+from ddaebm_jax.training import checkpoints, reports, run_directory
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +263,30 @@ def test_reports_come_while_the_next_steps_are_under_way(
         *("steps 4", "steps 8", "metrics 4", "steps 12", "metrics 8", "metrics 12"),
         *("steps 16", "metrics 16"),
     ]
+
+
+def test_the_state_of_the_lowest_fid_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of those that were measured on the way in the same way, and of the last one."""
+    meter = image_quality.Meter(None, None, {"preprocessing": "tf"}, 0)
+    monkeypatch.setattr(image_quality, "open_meter", lambda _: meter)
+    nothing = pictures.Pictures({}, {})
+    monkeypatch.setattr(pictures, "draw_pictures", lambda *_: nothing)
+    fids = iter([3.0, 1.0, 2.0, 0.5])
+    about = {"num_images": 10, "num_reference": 20, "preprocessing": "tf"}
+    monkeypatch.setattr(metrics, "evaluate", lambda *_: {"fid": next(fids), **about})
+
+    def best(num_steps: int) -> tuple[int, float]:
+        config = small(train__num_steps=num_steps, train__evaluate_every=8)
+        train(config, tmp_path, figures=True)
+        saved = checkpoints.Checkpoints(tmp_path, read_only=True)
+        (step,) = saved.steps(best=True)
+        fid = saved.info(step, best=True)["fid"]
+        saved.close()
+        return step, fid
+
+    assert best(24) == (16, 1.0)
+    about["preprocessing"] = meter.about["preprocessing"] = "pytorch_fid"
+    fids = iter([2.5])
+    assert best(24) == (24, 2.5)  # Measured otherwise, the others do not compare.
