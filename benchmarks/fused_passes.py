@@ -77,7 +77,7 @@ def _generator(networks: Networks) -> Forms:
 def _posterior(networks: Networks) -> Forms:
     def loss(draws, of_real, of_fake):
         latent = objective.latent_log_prob(draws["z"], *of_fake)
-        return latent + objective.latent_kl(*of_real)
+        return (latent + objective.latent_kl(*of_real)).mean()
 
     def two(draws):
         rest = draws["x_next"], draws["t"]
@@ -108,7 +108,7 @@ def _posterior(networks: Networks) -> Forms:
 def _energy(networks: Networks, gamma: float) -> Forms:
     def loss(draws, f_real, f_fake, score):
         penalty = objective.gradient_penalty(score + draws["known"])
-        return f_fake.mean() - f_real.mean() + gamma * penalty
+        return (f_fake - f_real + gamma * penalty).mean()
 
     def two(draws):
         t = draws["t"]
