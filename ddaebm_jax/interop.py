@@ -352,18 +352,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         command_line.fail(f"what is {argv[1]!r}? Flags start with --")
     files = Players(values.energy, values.generator, values.posterior)
-    command_line.in_one_line(
-        lambda: import_run(values.config.config, files, values.workdir)
-    )
+    command_line.in_one_line(lambda: import_run(values.config, files, values.workdir))
     print(values.workdir)
 
 
 if __name__ == "__main__":
     from absl import app, flags
 
-    from ddaebm_jax.commands.command_line import define_config, parse_flags
+    from ddaebm_jax.commands.command_line import parse_flags
+    from ddaebm_jax.config.flags import define_config_flag
 
-    define_config("An image recipe.")
+    define_config_flag("An image recipe.")
     flags.DEFINE_string("generator", None, "The generator's state_dict, netG_*.pth.")
     flags.DEFINE_string("energy", None, "The energy's state_dict, netD_*.pth.")
     flags.DEFINE_string("posterior", None, "The encoder's state_dict, netE_*.pth.")
