@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import ml_collections
 import pytest
-from absl import flags as absl_flags
 from cli import ROOT, environment
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import diffusion, models, objective
-from ddaebm_jax.config import checks, choices, fields, flags
+from ddaebm_jax.config import checks, choices, fields
 from ddaebm_jax.data import synthetic
 
 CONFIGS = ROOT / "configs"
@@ -56,29 +55,23 @@ def problems(name: str, changes: dict[str, Any]) -> list[str]:
     return config_lib.problems(recipe(name, changes))
 
 
-# Recipes.
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_and_survives_json(name: str):
     config = recipe(name)
     assert config_lib.problems(config) == []
-    again = config_lib.from_json(config_lib.to_json(config))
-    assert config_lib.differences(config, again) == {}
+    text = config_lib.to_json(config)
+    assert config_lib.differences(config, config_lib.from_json(text)) == {}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_ablation_is_one_switch_on_any_recipe(name: str):
-    lsun = recipe(name).diffusion.time == "lsun"
-    for changes in (
-        {"game.latent": False},
-        {"game.posterior": False},
-        {"game.divergence": "reverse_kl"},
-        {"optimizer.schedule": "constant"},
-        {"diffusion.variance": "cosine"},
-        *({"diffusion.num_steps": steps} for steps in (1, 2, 4, 8)[lsun:]),
-    ):
-        assert problems(name, changes) == []
+    switches = ["game.latent=False", "game.posterior=False", "diffusion.num_steps=2"]
+    switches += ["diffusion.num_steps=4", "diffusion.num_steps=8"]
+    switches += ["game.divergence='reverse_kl'", "diffusion.variance='cosine'"]
+    if recipe(name).diffusion.time == "uniform":
+        switches.append("diffusion.num_steps=1")
+    for switch in (*switches, "optimizer.schedule='constant'"):
+        assert problems(name, read(switch)) == []
 
 
 # What the released image recipes share, and each recipe alone.
@@ -139,9 +132,6 @@ def test_the_released_recipes_have_the_published_settings(name: str):
     assert {field: found[field] for field in expected} == expected
 
 
-# Single fields.
-
-
 @pytest.mark.parametrize("field", sorted(fields.RANGES))
 def test_every_range_is_checked_on_both_sides(field: str):
     least, greatest = fields.RANGES[field]
@@ -160,29 +150,26 @@ def test_every_choice_is_checked_with_the_nearest_name(field: str):
     allowed = choices.ALLOWED[field]
     wrong = f"{allowed[0]}x" if isinstance(allowed[0], str) else 2
     (problem,) = problems("released_gaussians25", {field: wrong})
-    assert problem.startswith(
-        f"{field} is {wrong!r}; allowed: {', '.join(map(str, allowed))}"
-    )
+    listed = ", ".join(map(str, allowed))
+    assert problem.startswith(f"{field} is {wrong!r}; allowed: {listed}")
     assert isinstance(wrong, int) or f"did you mean '{allowed[0]}'?" in problem
 
 
-def test_numbers_fit_the_integers_of_devices():
-    for field, value in BASE.items():
-        if type(value) is int:
-            assert fields.RANGES.get(field, (0, 3))[1] < 2**31
-        if isinstance(value, tuple) or field == "data.crop":
-            (problem, *_) = problems("cifar10", {field: (2**31,)})
-            assert problem.startswith(f"{field} is ({2**31},)")
+@pytest.mark.parametrize("field", BASE)
+def test_numbers_fit_the_integers_of_devices(field: str):
+    if type(BASE[field]) is int:
+        assert problems("digits", {field: 2**31})[0].startswith(f"{field} is {2**31};")
+    if isinstance(BASE[field], tuple):
+        assert problems("digits", {field: (2**31,)})[0].startswith(f"{field} is (")
 
 
-def test_the_fields_that_may_be_none_are_those_that_flags_can_set():
-    """Only a reference keeps its type while it holds None."""
-    references = set()
-    for section, content in config_lib.base().items():
-        if isinstance(content, ml_collections.ConfigDict):
-            for name, value in content.items(preserve_field_references=True):
-                if isinstance(value, ml_collections.FieldReference):
-                    references.add(f"{section}.{name}")
+def test_the_fields_that_may_be_none_keep_their_type():
+    """By references: a plain field forgets it while it holds None."""
+    base, references = config_lib.base(), set()
+    for section in filter(lambda name: name != "seed", base):
+        for name, value in base[section].items(preserve_field_references=True):
+            if isinstance(value, ml_collections.FieldReference):
+                references.add(f"{section}.{name}")
     assert references == set(fields.OPTIONAL)
 
 
@@ -198,9 +185,6 @@ def test_any_value_of_any_field_is_accepted_or_named(field: str, value: object):
         assert field in problem
 
 
-# Names of fields.
-
-
 def test_unknown_and_missing_fields_are_told_with_the_nearest_name():
     config = ml_collections.ConfigDict(config_lib.base().to_dict())
     with config.ignore_type():
@@ -209,7 +193,8 @@ def test_unknown_and_missing_fields_are_told_with_the_nearest_name():
         config.gaem = {"lambda_z": 1.0}
         config.optimizer.learning_rte = 1e-3
         del config.data["flip"]
-    assert [problem.split(";")[0] for problem in config_lib.problems(config)] == [
+    found = config_lib.problems(config)
+    assert [problem.split(";")[0] for problem in found] == [
         "data.flip is missing",
         "gaem.lambda_z is not a field of the config",
         "game.gamma is missing",
@@ -217,13 +202,8 @@ def test_unknown_and_missing_fields_are_told_with_the_nearest_name():
         "optimizer.learning_rte is not a field of the config",
         "recovery is a section of the config",
     ]
-    with pytest.raises(config_lib.ConfigError) as error:
-        config_lib.validate(config)
-    assert "did you mean game.lambda_z?" in str(error.value)
-    assert "did you mean optimizer.learning_rate?" in str(error.value)
-
-
-# What goes together.
+    assert found[1].endswith("did you mean game.lambda_z?")
+    assert found[4].endswith("did you mean optimizer.learning_rate?")
 
 
 _BETA = "diffusion.beta_max=20.0 diffusion.variance="
@@ -279,13 +259,7 @@ def test_what_does_not_go_together(name: str, changes: str, expected: str):
 
 
 # Recipe, the circumstances, and fields that nothing reads under them.
-UNREAD = [
-    ("pinwheel", "game.gamma=0.0", "game.lazy_reg=4"),
-    ("pinwheel", "game.recon='mse'", "game.recon_floor=0.5"),
-    (
-        "gaussians25",
-        "",
-        """
+_IN_IMAGES = """
 data.path='a' data.label_column='y' data.tfds='b' data.tfds_dir='c' data.limit=5
 data.split='d' data.test_split='e' data.crop=(0,0,8,8) data.image_size=64
 data.channels=1 data.num_threads=4 data.prefetch=2 data.num_workers=1 data.timeout=5
@@ -293,8 +267,11 @@ data.test_fraction=0.5 data.flip=True data.on_device=True data.skip_corrupt=True
 evaluation.batch_size=10 evaluation.inception=True evaluation.num_kept_features=100
 evaluation.preprocessing='pytorch_fid' evaluation.reference='test'
 model.remat='blocks' model.dtype='bfloat16' model.unet.nf=32 model.encoder.ngf=32
-""",
-    ),
+"""
+UNREAD = [
+    ("pinwheel", "game.gamma=0.0", "game.lazy_reg=4"),
+    ("pinwheel", "game.recon='mse'", "game.recon_floor=0.5"),
+    ("gaussians25", "", _IN_IMAGES),
     ("breast_cancer", "", "data.image_size=64 data.num_patches=5"),
     ("digits", "", "model.mlp.hidden=(8,) evaluation.num_projections=10 data.limit=9"),
     ("digits", "", "evaluation.inception_weights='weights.pth'"),
@@ -306,9 +283,7 @@ model.remat='blocks' model.dtype='bfloat16' model.unet.nf=32 model.encoder.ngf=3
 
 
 @pytest.mark.parametrize(("name", "circumstances", "unread"), UNREAD)
-def test_fields_that_nothing_would_read_are_refused(
-    name: str, circumstances: str, unread: str
-):
+def test_fields_that_nothing_would_read_are_refused(name, circumstances, unread):
     circumstances, unread = read(circumstances), read(unread)
     assert problems(name, circumstances) == []
     config = recipe(name, circumstances | unread)
@@ -332,9 +307,6 @@ def test_a_problem_that_follows_from_another_is_not_told():
     ]
 
 
-# Agreement with what the config describes, which it does not import.
-
-
 def test_the_allowed_names_are_those_of_the_code():
     assert choices.ALLOWED["diffusion.variance"] == diffusion.VARIANCES
     assert choices.ALLOWED["diffusion.time"] == diffusion.TIMES
@@ -347,24 +319,23 @@ def test_the_allowed_names_are_those_of_the_code():
     assert config_lib.FREE_ON_RESUME <= set(BASE)
 
 
-@given(
-    st.fixed_dictionaries(
-        {
-            "diffusion.num_steps": st.integers(1, 128),
-            "diffusion.variance": st.sampled_from(diffusion.VARIANCES),
-            "diffusion.time": st.sampled_from(diffusion.TIMES),
-            "diffusion.beta_min": st.floats(1e-6, 2.0),
-            "diffusion.beta_max": st.floats(1e-6, 70.0),
-            "diffusion.time_eps": st.sampled_from((0.0, 1e-6, 1e-3, 0.5)),
-            "diffusion.max_beta": st.sampled_from((1e-6, 0.5, 0.999, 0.999999)),
-            "diffusion.min_posterior_var": st.sampled_from((None, 1e-30, 1e-4)),
-        }
-    )
-)
+_PROCESSES = {
+    "diffusion.num_steps": st.integers(1, 128),
+    "diffusion.variance": st.sampled_from(diffusion.VARIANCES),
+    "diffusion.time": st.sampled_from(diffusion.TIMES),
+    "diffusion.beta_min": st.floats(1e-6, 2.0),
+    "diffusion.beta_max": st.floats(1e-6, 70.0),
+    "diffusion.time_eps": st.sampled_from((0.0, 1e-6, 1e-3, 0.5)),
+    "diffusion.max_beta": st.sampled_from((1e-6, 0.5, 0.999, 0.999999)),
+    "diffusion.min_posterior_var": st.sampled_from((None, 1e-30, 1e-4)),
+}
+
+
+@settings(max_examples=200)
+@given(st.fixed_dictionaries(_PROCESSES))
 def test_a_schedule_can_be_made_if_the_config_is_valid(process: dict[str, Any]):
-    unread = {"diffusion.time_eps": 1e-3} if process["diffusion.time"] == "lsun" else {}
-    config = recipe("swissroll", process | unread)
-    if config_lib.problems(config) == []:
+    config = recipe("swissroll", process)
+    if config_lib.problems(config, saved=True) == []:
         diffusion.schedule_values(**config.diffusion)
 
 
@@ -399,33 +370,31 @@ def test_configs_and_recipes_load_nothing_that_they_describe():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-# Files.
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data.crop": (0, 1, 65, 66), "model.unet.attn_resolutions": ()},
-        {"model.unet.attn_resolutions": (32, 8), "game.recon_floor": None},
-        {"diffusion.min_posterior_var": None, "diffusion.time_eps": 0.25},
+        "data.crop=(0,1,65,66) model.unet.attn_resolutions=() game.recon_floor=None",
+        "model.unet.attn_resolutions=(32,8) diffusion.min_posterior_var=None",
     ],
 )
-def test_tuples_and_none_survive_json(changes: dict[str, Any]):
-    config = recipe("celeba64", changes)
+def test_tuples_and_none_survive_json(changes: str):
+    config = recipe("celeba64", read(changes))
     found = dict(fields.leaves(config_lib.from_json(config_lib.to_json(config))))
-    for field, value in changes.items():
+    for field, value in read(changes).items():
         assert found[field] == value and type(found[field]) is type(value)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "NaN", '{"seed": 1}'])
-def test_a_damaged_config_file_is_a_config_error(text: str):
-    with pytest.raises(config_lib.ConfigError):
-        config_lib.from_json(text)
-
-
-def test_a_config_file_without_a_field_is_an_error_that_names_it():
-    text = config_lib.to_json(config_lib.base()).replace('"max_rollbacks": 3,', "")
-    with pytest.raises(config_lib.ConfigError, match="max_rollbacks is missing"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "no"),
+        ("NaN", "no"),
+        ('{"seed": 1}', "gamma is missing"),
+    ],
+)
+def test_a_damaged_config_file_is_a_config_error(text: str, told: str):
+    with pytest.raises(config_lib.ConfigError, match=told):
         config_lib.from_json(text)
 
 
@@ -438,65 +407,3 @@ def test_differences_and_what_a_resumed_run_may_change():
     assert "evaluation.num_samples" in config_lib.FREE_ON_RESUME
     assert config_lib.decays(old) and config_lib.decays(recipe("gaussians25"))
     assert not config_lib.decays(recipe("released_gaussians25"))
-
-
-# The command line.
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """Parses a command; returns its config and what is left over."""
-    values = absl_flags.FlagValues()
-    monkeypatch.setattr(absl_flags, "FLAGS", values)
-    holder = flags.define_config_flag(values=values)
-    absl_flags.DEFINE_integer("seed", 0, "Another flag.", flag_values=values)
-
-    def parsed(*argv: str) -> tuple[Any, list[str]]:
-        remaining = flags.parse(["main.py", *argv])
-        return holder.value, remaining[1:]
-
-    return parsed
-
-
-def test_fields_are_changed_in_every_way_of_writing_a_flag(parse, tmp_path: Path):
-    (tmp_path / "flags").write_text("--config.data.held_out_classes=(1,2)\n")
-    config, rest = parse(
-        f"--config={CONFIGS / 'celeba64.py'}",
-        *("--config.game.gamma", "1", "-config.data.name=moons", "--seed=3", "left"),
-        *("--noconfig.train.tensorboard", "--config.data.on_device"),
-        *("--config.game.recon_floor=1e-3", "--config.game.gamma_final=1e-3"),
-        *("--config.recovery.max_gap=none", "--config.data.crop=None"),
-        *("--config.model.unet.ch_mult=(3,4)", "--config.model.mlp.hidden=16"),
-        *("--config.data.path=none", f"--flagfile={tmp_path / 'flags'}"),
-    )
-    changed = config_lib.differences(recipe("celeba64"), config)
-    assert {field: new for field, (_, new) in changed.items()} == {
-        "game.gamma": 1.0,
-        "data.name": "moons",
-        "train.tensorboard": False,
-        "data.on_device": True,
-        "game.recon_floor": 1e-3,
-        "game.gamma_final": 1e-3,
-        "recovery.max_gap": None,
-        "data.crop": None,
-        "model.unet.ch_mult": (3, 4),
-        "model.mlp.hidden": (16,),
-        "data.path": "none",
-        "data.held_out_classes": (1, 2),
-    }
-    assert (rest, flags.recipe_name()) == (["left"], "celeba64")
-
-
-def test_a_recipe_may_take_an_argument_and_a_command_go_without_one(parse, tmp_path):
-    (tmp_path / "recipe.py").write_text(
-        "from ddaebm_jax import config\n\n\ndef get_config(name='moons'):\n"
-        "    c = config.base()\n    c.data.name = name\n    return c\n"
-    )
-    assert parse()[0] is None
-    with pytest.raises(
-        config_lib.ConfigError, match="seed=1 changes a field of a recipe"
-    ):
-        parse("--config.seed=1")
-    with pytest.raises(absl_flags.Error, match="nosuch"):
-        parse("--nosuch=1")
-    assert parse(f"--config={tmp_path / 'recipe.py'}:rings")[0].data.name == "rings"
