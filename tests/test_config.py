@@ -65,12 +65,12 @@ def test_every_recipe_is_valid_and_survives_json(name: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_ablation_is_one_switch_on_any_recipe(name: str):
-    switches = ["game.latent=False", "game.posterior=False", "diffusion.num_steps=2"]
-    switches += ["diffusion.num_steps=4", "diffusion.num_steps=8"]
-    switches += ["game.divergence='reverse_kl'", "diffusion.variance='cosine'"]
-    if recipe(name).diffusion.time == "uniform":
-        switches.append("diffusion.num_steps=1")
-    for switch in (*switches, "optimizer.schedule='constant'"):
+    steps = (2, 4, 8) if recipe(name).diffusion.time == "lsun" else (1, 2, 4, 8)
+    for switch in (
+        *("game.latent=False", "game.posterior=False", "game.divergence='reverse_kl'"),
+        *("optimizer.schedule='constant'", "diffusion.variance='cosine'"),
+        *(f"diffusion.num_steps={number}" for number in steps),
+    ):
         assert problems(name, read(switch)) == []
 
 
@@ -273,8 +273,8 @@ UNREAD = [
     ("pinwheel", "game.recon='mse'", "game.recon_floor=0.5"),
     ("gaussians25", "", _IN_IMAGES),
     ("breast_cancer", "", "data.image_size=64 data.num_patches=5"),
-    ("digits", "", "model.mlp.hidden=(8,) evaluation.num_projections=10 data.limit=9"),
-    ("digits", "", "evaluation.inception_weights='weights.pth'"),
+    ("digits", "", "model.mlp.hidden=(8,) evaluation.num_projections=10"),
+    ("digits", "", "evaluation.inception_weights='weights.pth' data.limit=9"),
     ("folder", "", "data.tfds='cifar10' data.held_out_classes=(1,)"),
     ("cifar10", "", "data.test_fraction=0.5 data.path='images'"),
     ("lsun_church128", "", "diffusion.time_eps=0.1"),
@@ -370,31 +370,18 @@ def test_configs_and_recipes_load_nothing_that_they_describe():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        "data.crop=(0,1,65,66) model.unet.attn_resolutions=() game.recon_floor=None",
-        "model.unet.attn_resolutions=(32,8) diffusion.min_posterior_var=None",
-    ],
-)
-def test_tuples_and_none_survive_json(changes: str):
-    config = recipe("celeba64", read(changes))
+def test_tuples_and_none_survive_json():
+    changes = read("data.crop=(0,1,65,66) model.unet.attn_resolutions=()")
+    changes |= read("diffusion.min_posterior_var=None game.recon_floor=0.5")
+    config = recipe("celeba64", changes | {"game.recon": "nll"})
     found = dict(fields.leaves(config_lib.from_json(config_lib.to_json(config))))
-    for field, value in read(changes).items():
+    for field, value in changes.items():
         assert found[field] == value and type(found[field]) is type(value)
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("{", "not JSON"),
-        ("[1]", "no"),
-        ("NaN", "no"),
-        ('{"seed": 1}', "gamma is missing"),
-    ],
-)
-def test_a_damaged_config_file_is_a_config_error(text: str, told: str):
-    with pytest.raises(config_lib.ConfigError, match=told):
+@pytest.mark.parametrize("text", ["{", "[1]", "NaN", '{"seed": 1}'])
+def test_a_damaged_config_file_is_a_config_error(text: str):
+    with pytest.raises(config_lib.ConfigError, match=r"is not|gamma is missing"):
         config_lib.from_json(text)
 
 
