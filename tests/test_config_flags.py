@@ -78,7 +78,7 @@ def test_every_problem_of_a_command_is_told_at_once(problem):
         "--config.game.gama is not a field of the config; did you mean game.gamma?; "
         "--config.gaem.lambda_z is not a field of the config; did you mean "
         "game.lambda_z?; seed is 'x'; a whole number is needed; "
-        "--config.recovery is a section of the config; set its fields, such as recovery."
+        "--config.recovery is a section of the config; set its fields: recovery."
     )
     assert "data.flip is 'maybe'; True or False is needed" in told
     assert "model.mlp.hidden is '(8,'; a tuple of one or more whole numbers" in told

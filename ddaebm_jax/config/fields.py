@@ -85,9 +85,7 @@ def unknown(field: str, default: dict[str, Any]) -> str:
     """Return the message for a field that `default` lacks, with the nearest name."""
     inside = [name for name in default if name.startswith(f"{field}.")]
     if inside:
-        return (
-            f"{field} is a section of the config; set its fields, such as {inside[0]}"
-        )
+        return f"{field} is a section of the config; set its fields: {inside[0]}, …"
     near = difflib.get_close_matches(field, default, n=1)
     hint = f"did you mean {near[0]}?" if near else "see ddaebm_jax/config/base.py"
     return f"{field} is not a field of the config; {hint}"
