@@ -339,8 +339,8 @@ def test_a_schedule_can_be_made_if_the_config_is_valid(process: dict[str, Any]):
         diffusion.schedule_values(**config.diffusion)
 
 
-@pytest.mark.parametrize("ch_mult", [(1,), (1, 2), (3, 1, 2)])
-@pytest.mark.parametrize("nf", [4, 12, 30, 34, 64, 132, 160])
+@pytest.mark.parametrize("ch_mult", [(1,), (3, 1, 2)])
+@pytest.mark.parametrize("nf", [12, 30, 34, 132])
 def test_networks_can_be_built_if_their_widths_are_valid(nf: int, ch_mult: tuple):
     changes = {"model.unet.nf": nf, "model.unet.ch_mult": ch_mult}
     config = recipe("digits", changes | {"model.unet.attn_resolutions": ()})
