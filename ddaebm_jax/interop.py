@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddaebm_jax import torch_files
+from ddaebm_jax.config.choices import RESIDUAL_FROM
 from ddaebm_jax.data.npz_files import NpzFile
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.models import Players, encoder
+from ddaebm_jax.models import Players
 
 FlaxPath = tuple[str, ...]
 
@@ -159,7 +160,7 @@ def posterior_names(side: int) -> Names:
     names: Names = {}
     for i in range(2):
         names |= _dense(f"t_embed.main.{2 * i}", ("time", f"dense_{i}"))
-    if side >= encoder.RESIDUAL_FROM:
+    if side >= RESIDUAL_FROM:
         names |= _conv("start_conv", ("conv_in",))
         for i in range(6):
             prefix, path = f"conv{i + 1}", (f"block_{i}",)
