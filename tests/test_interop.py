@@ -316,12 +316,6 @@ def test_wrong_weights(small: Released, change, parts: tuple[str, ...]):
     refused(lambda: small.to_params("energy", weights), "x.pth", *parts)
 
 
-def test_half_precision_is_read(small: Released):
-    halves = {k: v.astype(np.float16) for k, v in small.state_dicts.energy.items()}
-    for leaf in jax.tree.leaves(small.to_params("energy", halves)):
-        assert leaf.dtype == np.float32
-
-
 def test_files_at_each_other_s_flags(small: Released, tmp_path: Path):
     files, workdir = small.save(tmp_path / "files"), tmp_path / "run"
     swapped = files._replace(energy=files.generator, generator=files.energy)

@@ -220,15 +220,6 @@ def test_time_embedding():
             layers.sinusoidal_embedding(jnp.array([0]), width)
 
 
-def test_prelu_has_one_learned_slope():
-    module, x = layers.PReLU(), jnp.array([-2.0, 0.0, 3.0])
-    variables = module.init(jax.random.key(0), x)
-    assert jax.tree.leaves(variables) == [0.25]
-    np.testing.assert_allclose(module.apply(variables, x), [-0.5, 0.0, 3.0])
-    slope = jax.grad(lambda v: module.apply(v, x).sum())(variables)
-    assert float(slope["params"]["slope"]) == -2.0
-
-
 def test_batch_norm():
     """Training uses the batch, evaluation what training has averaged."""
     module = layers.BatchNorm()
