@@ -19,7 +19,6 @@ from jaxtyping import Array, Int, Shaped
 from ddaebm_jax.errors import InputError
 
 DATA_AXIS = "data"
-MODES = ("jit", "pmap")
 # Smaller leaves are not sharded: 64 KiB of float32.
 MIN_SHARDED_SIZE = 2**14
 

@@ -106,7 +106,7 @@ def test_released_initial_ranges():
 
 
 @pytest.mark.parametrize("dim", [1, 7])
-@pytest.mark.parametrize("norm", choices.NORMS)
+@pytest.mark.parametrize("norm", choices.ALLOWED["model.mlp.norm"])
 def test_any_width(dim: int, norm: str):
     networks = models.build(mlp_config(norm=norm), (dim,))
 
@@ -194,7 +194,7 @@ def test_fourier_features():
 
 
 def test_every_activation_builds():
-    for name in choices.ACTIVATIONS:
+    for name in choices.ALLOWED["model.mlp.activation"]:
         networks = models.build(mlp_config(activation=name), (2,))
         variables = jax.eval_shape(networks.init, jax.random.key(0))
         slopes = parameters(variables.energy["params"], "slope")

@@ -460,7 +460,7 @@ def test_what_lies_between_layers_keeps_bfloat16(function: Any):
 def test_recomputing_blocks_changes_nothing():
     (x, _, t), _ = inputs(channels=1)
     found = {}
-    for remat in choices.REMATS:
+    for remat in choices.ALLOWED["model.remat"]:
         networks = small_networks(remat=remat)
 
         def energy(variables, x, networks=networks):

@@ -226,7 +226,7 @@ def test_batch_norm_sees_the_whole_batch(mode: str):
     [
         ({"parallel__mode": "pmapp"}, r"allowed: jit, pmap \(did you mean 'pmap'"),
         ({"parallel__mode": "pmap", "parallel__fsdp": True}, "fsdp is True"),
-        ({"optimizer__accumulate": 3}, "does not divide data.batch_size 16"),
+        ({"optimizer__accumulate": 3}, "batch_size is 16; the first must divide"),
         ({"optimizer__accumulate": 2, "model__mlp__norm": "batch"}, "whole batch"),
     ],
 )
@@ -238,7 +238,7 @@ def test_what_does_not_go_together(fields: dict, message: str):
 def test_parts_of_the_largest_images_are_whole_groups():
     config = load_recipe(ROOT / "configs" / "lsun_church128.py")
     config.data.batch_size, config.optimizer.accumulate = 8, 4
-    with pytest.raises(config_lib.ConfigError, match="groups of 4; each part must be"):
+    with pytest.raises(config_lib.ConfigError, match="part must be a multiple of 4"):
         config_lib.validate(config)
 
 

@@ -2,13 +2,7 @@
 
 from ddaebm_jax.config.base import base
 from ddaebm_jax.config.checks import ConfigError, problems, validate
-from ddaebm_jax.config.io import (
-    FREE_ON_RESUME,
-    decays,
-    differences,
-    from_json,
-    to_json,
-)
+from ddaebm_jax.config.io import FREE_ON_RESUME, decays, differences, from_json, to_json
 
 __all__ = [
     "FREE_ON_RESUME",

@@ -15,7 +15,6 @@ def base() -> "ConfigDict":
     from ml_collections import ConfigDict, FieldReference
 
     def optional(kind: type, value: float | None = None) -> FieldReference:
-        """Return a field that may also be None."""
         return FieldReference(value, field_type=kind)
 
     config = ConfigDict()
@@ -26,8 +25,8 @@ def base() -> "ConfigDict":
     # Images: `digits`, `photos`, `folder` (with `path`), `tfds` (with `tfds`).
     data.name = "gaussians25"
     data.path = ""  # CSV or NPZ file of `table`; directory of PNG and JPEG files.
-    # Column (CSV) or array (NPZ) of a table with 1 for outliers and 0 for inliers, which
-    # alone are trained on. Empty: none in a CSV, `labels` in an NPZ.
+    # Column (CSV) or array (NPZ) of a table that is 1 for outliers, 0 for inliers. Only
+    # inliers are trained on. Empty: none in a CSV, `labels` in an NPZ.
     data.label_column = ""
     data.test_fraction = 0.3  # Fraction of a table's rows, or of images, held out.
     data.batch_size = 200  # Global, over all devices.
@@ -43,8 +42,8 @@ def base() -> "ConfigDict":
     data.crop = optional(tuple)
     data.flip = False  # Flip images left to right at random.
     data.on_device = False  # Keep the training images in device memory.
-    # Skip unusable images (damaged, too small, wrong channels): of a folder at the start;
-    # others are replaced by the next when they are read (at most 1%).
+    # Skip unusable images (damaged, too small, of other channels): of a folder at the
+    # start; others are replaced by the next when they are read (at most 1%).
     data.skip_corrupt = False
     data.held_out_classes = ()  # Of `digits`: left out, to serve as outliers.
     data.num_patches = 20_000  # Cut from the two photographs of `photos`.
@@ -66,11 +65,9 @@ def base() -> "ConfigDict":
     config.model = model = ConfigDict()
     model.name = "mlp"  # `mlp` (points, tables) or `ncsnpp` (images).
     model.nz = 2  # Width of the latent z.
-    # Of `ncsnpp`: `float32`, or `bfloat16` but for parameters, norms, softmax and the
-    # energy's sum.
+    # Of `ncsnpp`; `bfloat16` leaves parameters, norms, softmax, the energy's sum alone.
     model.dtype = "float32"
-    # Of `ncsnpp`: `blocks` recomputes blocks in the backward pass, for less memory.
-    model.remat = "none"
+    model.remat = "none"  # Of `ncsnpp`; `blocks`: recomputed backwards, to save memory.
     model.unet = ConfigDict()
     model.unet.nf = 128  # Base width, even.
     # Width of each level in units of nf; every level but the last halves the image.
@@ -93,9 +90,8 @@ def base() -> "ConfigDict":
     model.mlp.posterior_features = 16  # Width before the posterior's two heads.
     model.mlp.activation = "prelu"  # `prelu`, `relu`, `silu`, `gelu` or `softplus`.
     model.mlp.norm = "none"  # Of generator and posterior: `batch` or `none`.
-    # Octaves of Fourier features of the point; 0: none.
-    model.mlp.fourier_octaves = 0  # In generator and posterior.
-    model.mlp.energy_fourier_octaves = 0  # In the energy.
+    model.mlp.fourier_octaves = 0  # Fourier features of the point, of G and q; 0: none.
+    model.mlp.energy_fourier_octaves = 0  # The same of the energy.
 
     config.game = game = ConfigDict()
     game.gamma = 0.02  # γ, weight of the gradient penalty; 0: no penalty.
@@ -112,8 +108,7 @@ def base() -> "ConfigDict":
     game.recon_latent = "posterior"  # Its z; `prior` saves a pass of the generator.
     game.recon_floor = optional(float, 1e-2)  # Least variance of the nll; None: s_1².
     game.latent = True  # Ablation: False sets z ≡ 0 and drops the posterior.
-    # Ablation: False drops the posterior's terms and reconstructs from the prior z.
-    game.posterior = True
+    game.posterior = True  # Ablation: False drops its terms; recon_latent is `prior`.
     game.divergence = "jeffreys"  # Ablation: `reverse_kl` drops the forward divergence.
 
     config.optimizer = optimizer = ConfigDict()
@@ -125,8 +120,7 @@ def base() -> "ConfigDict":
     optimizer.beta2 = 0.9
     optimizer.max_grad_norm = optional(float)  # Clip each player's gradient; None: not.
     optimizer.ema_decay = 0.0  # Of the networks' moving averages; 0: no averages.
-    # Parts in which a batch is processed, one after the other, and their gradients
-    # averaged: the same step with less memory.
+    # Parts of a batch, processed one after the other: the same step with less memory.
     optimizer.accumulate = 1
 
     config.train = train = ConfigDict()
@@ -154,24 +148,20 @@ def base() -> "ConfigDict":
     config.parallel = parallel = ConfigDict()
     parallel.num_devices = 0  # Devices that share the batch; 0: all, of all processes.
     parallel.mode = "jit"  # One program for a mesh of devices; `pmap`: one per device.
-    # Of `jit`: fully sharded data parallelism, every device keeps a part of the state.
-    parallel.fsdp = False
+    parallel.fsdp = False  # Of `jit`: every device keeps a part of the state only.
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.num_samples = 10_000  # Samples drawn for the figures.
     evaluation.num_samples_on_the_way = 0  # With train.evaluate_every; 0: as many.
     evaluation.batch_size = 250  # Images per network call in evaluation and sampling.
     evaluation.inception = False  # Measure images by FID, Inception score, KID, ….
-    # Inception's weights (.pth, .npz, .safetensors); empty: the published, downloaded.
-    evaluation.inception_weights = ""
+    evaluation.inception_weights = ""  # .pth, .npz or .safetensors; empty: downloaded.
     # Inception's input: `tf` (TensorFlow 1's resize, as the original FID and
     # torch-fidelity) or `pytorch_fid` (half-pixel resize); their FIDs differ.
     evaluation.preprocessing = "tf"
     evaluation.reference = "train"  # Images compared with samples: `train` or `test`.
-    # File of the reference's statistics, made if missing; empty: in the user's cache.
-    evaluation.reference_path = ""
-    # Most images whose features are compared one by one (all but FID and the score).
-    evaluation.num_kept_features = 10_000
+    evaluation.reference_path = ""  # File of its statistics; empty: the user's cache.
+    evaluation.num_kept_features = 10_000  # Most images compared by KID, recall, ….
     evaluation.num_projections = 500  # Directions of the sliced Wasserstein distance.
 
     config.compilation_cache = cache = ConfigDict()

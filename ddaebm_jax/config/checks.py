@@ -23,11 +23,9 @@ READ_WHEN = {
     "data.name folder tfds": "data.crop data.skip_corrupt",
     "data.name photos": "data.num_patches",
     "data.name digits": "data.held_out_classes",
-    " ".join(
-        ("data.name", *choices.IMAGES)
-    ): "data.flip data.on_device data.image_size "
-    "data.channels data.num_threads data.prefetch data.num_workers data.timeout",
-    " ".join(("data.name", *choices.TABLES, *choices.IMAGES)): "data.test_fraction",
+    f"data.name {' '.join(choices.IMAGES)}": "data.flip data.on_device data.channels "
+    "data.image_size data.num_threads data.num_workers data.prefetch data.timeout",
+    f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction",
     "diffusion.time uniform": "diffusion.time_eps",
     "model.name mlp": "model.mlp evaluation.num_projections",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
@@ -46,14 +44,19 @@ class ConfigError(InputError):
 def _check_reading(config: Any) -> Needs:
     """Yield fields that differ from the base though nothing reads them."""
     given, default = (dict(fields.leaves(c)) for c in (config, base()))
-    changed = [f for f in given if given[f] not in (default[f], None)]
+    changed = {f for f in given if given[f] not in (default[f], None)}
     for condition, names in READ_WHEN.items():
         switch, *values = condition.split()
-        for field in changed if str(given[switch]) not in values else ():
-            if {field, field.rpartition(".")[0]} & set(names.split()):
-                use = f"it is for {switch} {' or '.join(values)}"
-                needed = f"nothing would read the first; {use}: leave it at "
-                yield f"{field} {switch}", f"{needed}{default[field]!r}"
+        for field in sorted(changed) if str(given[switch]) not in values else ():
+            if {field, field.rpartition(".")[0]} & {*names.split()}:
+                needed = f"nothing would read the first, without {' or '.join(values)}"
+                yield f"{field} {switch}", f"{needed}: leave it at {default[field]!r}"
+    has_test_split = config.data.name == "tfds" and config.data.test_split
+    if "data.test_fraction" in changed and has_test_split:
+        needed = "nothing would read the first: leave it, or empty the second"
+        yield "data.test_fraction data.test_split data.name", needed
+    if "game.lazy_reg" in changed and config.game.gamma == 0:
+        yield "game.lazy_reg game.gamma", "nothing would read the first: leave it at 1"
 
 
 def _check_diffusion(config: Any) -> Needs:
@@ -68,44 +71,34 @@ def _check_diffusion(config: Any) -> Needs:
     if process.time == "lsun" and process.num_steps < 2:
         yield "diffusion.num_steps diffusion.time", "these times need at least 2 steps"
     noisy = process.time == "uniform" and process.time_eps >= 1e-6
-    if not noisy and process.variance != "geometric":
-        if process.min_posterior_var is None:
-            reads = "min_posterior_var diffusion.time diffusion.time_eps"
-            needed = "without noise at level 0 a number is needed, for example 1e-4"
-            yield f"diffusion.{reads} diffusion.variance", needed
+    noisy |= process.variance == "geometric"
+    if process.min_posterior_var is None and not noisy:
+        reads = "diffusion.min_posterior_var diffusion.variance diffusion.time"
+        needed = "level 0 has no noise, so a number is needed, for example 1e-4"
+        yield f"{reads} diffusion.time_eps", needed
 
 
 def _check_game(config: Any) -> Needs:
-    game, steps = config.game, config.diffusion.num_steps
+    game, mse = config.game, config.game.recon == "mse"
     if game.gamma_final is not None and game.gamma == 0:
         needed = "γ decays from a positive number: set gamma, or gamma_final to None"
         yield "game.gamma game.gamma_final", needed
-    if game.lazy_reg > 1 and game.gamma == 0:
-        yield (
-            "game.lazy_reg game.gamma",
-            "without a penalty nothing would read the first",
-        )
-    reads_floor = (
-        game.divergence == "jeffreys" and game.lambda_f and game.recon != "mse"
-    )
-    if reads_floor and game.recon_floor is None and steps == 1:
-        reads = "game.recon_floor diffusion.num_steps game.divergence game.lambda_f"
-        needed = (
-            "None stands for s_1², which one step lacks: give a number, such as 1e-2"
-        )
-        yield f"{reads} game.recon", needed
+    reads_floor = game.divergence == "jeffreys" and game.lambda_f > 0 and not mse
+    if reads_floor and game.recon_floor is None and config.diffusion.num_steps == 1:
+        reads = "game.recon_floor diffusion.num_steps game.recon game.divergence"
+        needed = "None is s_1², which one step lacks: give a number, for example 1e-2"
+        yield f"{reads} game.lambda_f", needed
 
 
 def _check_training(config: Any) -> Needs:
-    optimizer, parallel = config.optimizer, config.parallel
-    final, schedule = optimizer.final_learning_rate, "optimizer.schedule"
+    optimizer, final = config.optimizer, config.optimizer.final_learning_rate
     if optimizer.schedule == "exponential" and final == 0:
         needed = "an exponential decay needs a positive final rate, for example 1e-5"
-        yield f"optimizer.final_learning_rate {schedule}", needed
+        yield "optimizer.final_learning_rate optimizer.schedule", needed
     for name in ("learning_rate", "energy_learning_rate"):
         rate = optimizer[name]
         if optimizer.schedule != "constant" and rate is not None and final > rate:
-            reads = f"optimizer.final_learning_rate optimizer.{name} {schedule}"
+            reads = f"optimizer.final_learning_rate optimizer.{name} optimizer.schedule"
             yield reads, "the rate decays, so the first must not be above the second"
     parts, batch = optimizer.accumulate, config.data.batch_size
     if batch % parts:
@@ -117,7 +110,7 @@ def _check_training(config: Any) -> Needs:
     if parts > 1 and config.data.image_size >= least and batch % (parts * group):
         reads = "optimizer.accumulate data.batch_size data.image_size"
         yield reads, f"from {least} pixels on each part must be a multiple of {group}"
-    if parallel.fsdp and parallel.mode != "jit":
+    if config.parallel.fsdp and config.parallel.mode != "jit":
         yield "parallel.fsdp parallel.mode", "fsdp needs mode 'jit'"
 
 
@@ -127,27 +120,19 @@ def _check_data(config: Any) -> Needs:
         yield "data.path data.name", "a path is needed"
     if data.name == "tfds" and not data.tfds:
         yield "data.tfds data.name", "a name in TensorFlow Datasets is needed"
-    if data.name == "tfds" and data.test_split:
-        if data.test_fraction != (default := base().data.test_fraction):
-            needed = f"nothing would read the first: leave it at {default}"
-            yield "data.test_fraction data.name data.test_split", needed
     if (data.name in choices.IMAGES) != (config.model.name == "ncsnpp"):
-        needed = "images need model.name='ncsnpp', points and tables need 'mlp'"
+        needed = "images need model.name='ncsnpp', points and tables 'mlp'"
         yield "data.name model.name", needed
 
 
 def _check_unet(config: Any) -> Needs:
-    unet, sides = config.model.unet, [config.data.image_size]
-    for level, _ in enumerate(unet.ch_mult[1:], 2):
-        if sides[-1] % 2:
-            needed = (
-                f"level {level} would halve images of side {sides[-1]}: drop levels"
-            )
-            yield "data.image_size model.unet.ch_mult", needed
-            break
-        sides.append(sides[-1] // 2)
-    if not set(unet.attn_resolutions) <= set(sides):
-        needed = f"attention needs sides of levels ({sides}), or ()"
+    unet, side = config.model.unet, config.data.image_size
+    sides = [side >> level for level, _ in enumerate(unet.ch_mult)]
+    if side % 2 ** (len(sides) - 1):
+        needed = f"{len(sides)} levels halve the side {len(sides) - 1} times"
+        yield "data.image_size model.unet.ch_mult", needed
+    if not {*unet.attn_resolutions} <= {*sides}:
+        needed = f"attention is possible at sides of levels, {sides}, or (): nowhere"
         yield "model.unet.attn_resolutions data.image_size model.unet.ch_mult", needed
     if unet.progressive_input == "residual" and not unet.fir:
         needed = "use fir=True, or progressive_input='none'"
@@ -160,20 +145,17 @@ def _check_unet(config: Any) -> Needs:
             use = f"use multiples of 4 up to 128, then of 32 up to {fields.WIDEST}"
             yield (
                 "model.unet.nf model.unet.ch_mult",
-                f"a layer has width {width}; {use}",
+                f"a layer is {width} wide; {use}",
             )
-            break
+            return
 
 
 def problems(config: Any, saved: bool = False) -> list[str]:
-    """Return everything that is wrong with a config, a line each; [] if nothing.
+    """Return all problems of a config, or of nested dicts, a line each; [] if none.
 
     Cross-field checks look at a config in which the base's values stand for unusable
-    ones; what they yield counts where all fields that they read are usable.
-
-    Args:
-      config: a config, or the nested dicts of one.
-      saved: it is what a run was trained with; fields that went unread do not matter.
+    ones; what they yield counts where all fields that they read are usable. `saved` is
+    for what a run was trained with: fields that went unread do not matter then.
     """
     given, default = (dict(fields.leaves(c)) for c in (config, base()))
     unknown = {f: fields.unknown(f, default) for f in given.keys() - default.keys()}
@@ -183,15 +165,14 @@ def problems(config: Any, saved: bool = False) -> list[str]:
     for field in default.keys() & given.keys():
         if wrong := fields.problem(field, given[field], default[field]):
             found[field] = wrong
-    usable = {f: v for f, v in given.items() if f not in found}
-    checked = base()
+    usable = {f: value for f, value in given.items() if f not in found}
+    checked, together = base(), []
     checked.update_from_flattened_dict(usable)
-    together = []
-    checks = (_check_diffusion, _check_game, _check_training, _check_data, _check_unet)
-    for check in checks if saved else (*checks, _check_reading):
+    checks = [_check_diffusion, _check_game, _check_training, _check_data, _check_unet]
+    for check in checks if saved else [*checks, _check_reading]:
         for names, needed in check(checked):
-            if usable.keys() >= set(reads := names.split()):
-                told = " and ".join(f"{field} is {usable[field]!r}" for field in reads)
+            if usable.keys() >= {*names.split()}:
+                told = " and ".join(f"{f} is {usable[f]!r}" for f in names.split())
                 together.append(f"{told}; {needed}")
     return sorted(found.values()) + together
 

@@ -7,29 +7,25 @@ SYNTHETIC = (
 TABLES = ("breast_cancer", "table")
 IMAGES = ("digits", "photos", "folder", "tfds")
 NETWORKS = ("mlp", "ncsnpp")
-REMATS = ("none", "blocks")
-ACTIVATIONS = ("prelu", "relu", "silu", "gelu", "softplus")
-NORMS = ("none", "batch")
-PARALLEL_MODES = ("jit", "pmap")
 PREPROCESSINGS = ("tf", "pytorch_fid")
 REFERENCES = ("train", "test")
 
-BY_FIELD = {
+ALLOWED = {
     "data.name": (*SYNTHETIC, *TABLES, *IMAGES),
     "data.channels": (1, 3),
     "diffusion.variance": ("vp", "geometric", "cosine"),
     "diffusion.time": ("uniform", "lsun"),
     "model.name": NETWORKS,
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": REMATS,
+    "model.remat": ("none", "blocks"),
     "model.unet.progressive_input": ("none", "residual"),
-    "model.mlp.activation": ACTIVATIONS,
-    "model.mlp.norm": NORMS,
+    "model.mlp.activation": ("prelu", "relu", "silu", "gelu", "softplus"),
+    "model.mlp.norm": ("none", "batch"),
     "game.recon": ("nll", "weighted_nll", "mse"),
     "game.recon_latent": ("posterior", "prior"),
     "game.divergence": ("jeffreys", "reverse_kl"),
     "optimizer.schedule": ("constant", "cosine", "exponential"),
-    "parallel.mode": PARALLEL_MODES,
+    "parallel.mode": ("jit", "pmap"),
     "evaluation.preprocessing": PREPROCESSINGS,
     "evaluation.reference": REFERENCES,
 }

@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path, tuple_parser
@@ -29,8 +28,7 @@ class _OrNone(flags.ArgumentParser):
         self._parser = parser
 
     def parse(self, argument: Any) -> Any:
-        is_none = isinstance(argument, str) and argument.lower() == "none"
-        return None if is_none else self._parser.parse(argument)
+        return None if str(argument).lower() == "none" else self._parser.parse(argument)
 
 
 _PARSERS = {
@@ -44,12 +42,14 @@ _PARSERS = {
 _arguments: list[str] = []
 
 
-def define_config_flag(help_text: str = "The recipe.") -> flags.FlagHolder:
+def define_config_flag(
+    help_text: str = "The recipe.", values: flags.FlagValues = flags.FLAGS
+) -> flags.FlagHolder:
     """Define --config, whose value is the changed config of a recipe, or None."""
     for kind in (float, tuple):
         config_flags.register_flag_parser_for_type(kind, _PARSERS[kind])
     return config_flags.DEFINE_config_file(
-        "config", None, help_text, sys_argv=_arguments
+        "config", None, help_text, values, sys_argv=_arguments
     )
 
 
@@ -60,32 +60,31 @@ def recipe_name() -> str:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parse the flags of a command; return the arguments that are none.
+    """Parse a command as `flags.FLAGS(argv)` does; return the arguments left over.
 
     Raises:
-      ConfigError: for a recipe that makes no config, or changes that it cannot take;
-        then the message tells what else is wrong with the config, too.
+      ConfigError: for a recipe that makes no config or a change that it cannot take.
       absl.flags.Error: for other flags.
     """
-    arguments = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-    wrong = {a: told for a in arguments if (told := _change_problem(a))}
-    _arguments[:] = [a for a in arguments if a not in wrong]
-    following = zip(arguments, [*arguments[1:], ""], strict=True)
-    named = [a.partition("=")[2] or b for a, b in following if _RECIPE.match(a)]
-    change = next(filter(_CHANGE.fullmatch, arguments), None)
-    if change and not named:
-        example = "for example --config=configs/gaussians25.py"
-        raise ConfigError(f"{change} changes a recipe; name that, too, {example}")
+    if "config" not in flags.FLAGS:
+        return flags.FLAGS(argv)
+    given = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+    wrong = {a: told for a in given if (told := _change_problem(a))}
+    _arguments[:] = [argv[0], *(a for a in given if a not in wrong)]
+    following = zip(given, [*given[1:], ""], strict=False)
+    recipe = [a.partition("=")[2] or b for a, b in following if _RECIPE.match(a)]
+    change = next(filter(_CHANGE.fullmatch, given), None)
+    if change and not recipe:
+        raise ConfigError(f"{change} changes a field of a recipe: name that, too")
     try:
         remaining = flags.FLAGS(_arguments)
-        config = flags.FLAGS["config"].value if named else base()
-        getattr(config, "lock", None)  # Raises what config_flags has put off raising.
-        if not isinstance(config, ml_collections.ConfigDict):
+        config = flags.FLAGS["config"].value if recipe else base()
+        if not hasattr(config, "to_dict"):  # Or what config_flags put off is raised.
             raise TypeError("get_config() must return a config, as configs/digits.py")
     except Exception as error:  # Whatever the code of a recipe may raise.
-        if told := _recipe_problem(error, named[-1] if named else ""):
-            raise ConfigError("; ".join([*wrong.values(), told])) from error
-        raise
+        if not (told := _recipe_problem(error, recipe[-1] if recipe else "")):
+            raise
+        raise ConfigError("; ".join([*wrong.values(), told])) from error
     if wrong:
         raise ConfigError("; ".join([*wrong.values(), *problems(config)]))
     return remaining
@@ -108,7 +107,9 @@ def _change_problem(argument: str) -> str | None:
 
 def _recipe_problem(error: BaseException, recipe: str) -> str | None:
     """Return where and why a recipe failed; None if the error is not the recipe's."""
-    chain, lines, path = [error], [], recipe.partition(":")[0]
+    chain, path = [error], recipe.partition(":")[0]
+    if not Path(path).is_file():
+        return recipe and f"--config={recipe}: there is no such file; configs/ has some"
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     for raised in chain:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ddaebm_jax.config.base import base
-from ddaebm_jax.config.checks import ConfigError, problems
+from ddaebm_jax.config.checks import ConfigError, validate
 from ddaebm_jax.config.fields import leaves
 
 # Fields that may differ when a run is resumed: they change how long, where and how
@@ -51,8 +51,7 @@ def from_json(text: str) -> Any:
         raise ConfigError(f"the config is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the config is not a JSON object")
-    if found := problems(values, saved=True):
-        raise ConfigError("; ".join(found))
+    validate(values, saved=True)
     config = base()
     config.update_from_flattened_dict(dict(leaves(values)))
     return config

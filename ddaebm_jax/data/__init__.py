@@ -155,7 +155,7 @@ def open_source(
             data.path, seed, data.test_fraction, data.label_column or None
         )
     else:
-        known = ", ".join(choices.BY_FIELD["data.name"])
+        known = ", ".join(choices.ALLOWED["data.name"])
         raise InputError(f"data.name is '{data.name}'; allowed: {known}")
     return Source(
         name=data.name,
