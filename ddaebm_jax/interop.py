@@ -239,24 +239,23 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
         checkpoints.close()
 
 
-def main(argv: list[str]) -> None:
+def main(words: list[str]) -> None:
     """Import what the flags name."""
-    from absl import flags
+    from ddaebm_jax.commands import common
 
-    from ddaebm_jax.commands import command_line
+    common.run(_run, words)
 
-    values = flags.FLAGS
-    if len(argv) > 1:
-        command_line.fail(f"what is {argv[1]!r}? Flags start with --")
+
+def _run(values: Any) -> None:
     files = Players(values.energy, values.generator, values.posterior)
-    command_line.in_one_line(lambda: import_run(values.config, files, values.workdir))
+    import_run(values.config, files, values.workdir)
     print(values.workdir)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse(argv: list[str]) -> list[str]:
     from absl import flags
 
-    from ddaebm_jax.commands import command_line
+    from ddaebm_jax.commands import common
     from ddaebm_jax.config import flags as config_flags
 
     config_flags.define_config_flag("An image recipe.")
@@ -266,13 +265,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_string("workdir", None, "The run directory to create.")
     names = ["config", "generator", "energy", "posterior", "workdir"]
     flags.mark_flags_as_required(names)
-    try:
+    with common.user_errors():
         return config_flags.parse(argv)
-    except (flags.Error, InputError) as error:
-        command_line.fail(f"{error}; --help lists the flags")
 
 
 if __name__ == "__main__":
     from absl import app
 
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=_parse)
