@@ -35,6 +35,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=11.0",
+        "safetensors>=0.8",
         "scikit-learn>=1.9",
         "scipy>=1.15",
         "tensorboard>=2.21",

@@ -57,12 +57,11 @@ def read_weights(path: str | Path) -> Arrays:
 
 
 def _read_safetensors(path: Path) -> Arrays:
-    import safetensors
+    import safetensors.numpy
 
     files.open_regular(path, MAX_BYTES).close()
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return file.get_tensors()
+        return safetensors.numpy.load_file(path)
     except Exception as error:  # The library's own and, for unknown types, others.
         raise InputError(
             f"{path}: cannot be read as safetensors ({one_line(error)}); fetch it "
@@ -105,14 +104,14 @@ class _Tensor(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Build dicts of `_Tensor`; a method, which nothing can alter, makes these."""
+    """Build dicts of `_Tensor`, and refuse every name that these do not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         match module, name:
             case "collections", "OrderedDict":
                 return collections.OrderedDict
             case "torch._utils", "_rebuild_tensor_v2":
-                return self._tensor
+                return self._tensor  # A method: pickles can set no attribute of it.
             case "torch", storage if storage in _DTYPES:
                 return _DTYPES[storage]
         raise pickle.UnpicklingError(f"it asks for {shown(f'{module}.{name}')}")

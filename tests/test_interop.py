@@ -13,14 +13,15 @@ import ml_collections
 import numpy as np
 import pytest
 from cli import ROOT, environment
+from ddaebm_jax.training.trained_run import load_run
 from helpers import assert_trees_equal
 from released import posterior_shapes, recipe, unet_shapes
 from test_weights import write_npz, write_safetensors, write_zip
 from untrusted import refused
 
-from ddaebm_jax import interop, models
-from ddaebm_jax.commands import modes
+from ddaebm_jax import experiment, interop, models
 from ddaebm_jax.models import Players
+from ddaebm_jax.training.checkpoints import Checkpoints
 
 RECIPES = ("cifar10", "celeba64", "lsun_church128")
 
@@ -269,10 +270,17 @@ def test_a_run_holds_the_imported_weights(imported: Path, small: Released, monke
     zeros = jax.tree.map(jnp.zeros_like, small.variables)
     networks = small.networks._replace(init=lambda key: zeros)
     monkeypatch.setattr(models, "build", lambda *args: networks)
-    run = modes.load_run(imported)
+    run = load_run(imported)
     assert run.step == 0
     assert run.experiment.config.to_dict() == small.config.to_dict()
     assert_trees_equal(run.variables, small.variables)
+    # What training continues from.
+    like = experiment.evaluation_state(run.experiment)
+    state = Checkpoints(imported, read_only=True).restore(like).state
+    assert_trees_equal(state.variables, small.variables)
+    assert_trees_equal(state.ema, small.variables)
+    for moment in jax.tree.leaves((state.opt_energy, state.opt_generator)):
+        assert not np.asarray(moment).any()
 
 
 def test_the_command_line_reports_one_line(small: Released, tmp_path: Path):
@@ -314,12 +322,6 @@ NAME = "all_modules.2.weight"
 def test_wrong_weights(small: Released, change, parts: tuple[str, ...]):
     weights = change(small.state_dicts.energy)
     refused(lambda: small.to_params("energy", weights), "x.pth", *parts)
-
-
-def test_half_precision_is_read(small: Released):
-    halves = {k: v.astype(np.float16) for k, v in small.state_dicts.energy.items()}
-    for leaf in jax.tree.leaves(small.to_params("energy", halves)):
-        assert leaf.dtype == np.float32
 
 
 def test_files_at_each_other_s_flags(small: Released, tmp_path: Path):

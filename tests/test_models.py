@@ -106,7 +106,7 @@ def test_released_initial_ranges():
 
 
 @pytest.mark.parametrize("dim", [1, 7])
-@pytest.mark.parametrize("norm", choices.NORMS)
+@pytest.mark.parametrize("norm", choices.ALLOWED["model.mlp.norm"])
 def test_any_width(dim: int, norm: str):
     networks = models.build(mlp_config(norm=norm), (dim,))
 
@@ -194,7 +194,7 @@ def test_fourier_features():
 
 
 def test_every_activation_builds():
-    for name in choices.ACTIVATIONS:
+    for name in choices.ALLOWED["model.mlp.activation"]:
         networks = models.build(mlp_config(activation=name), (2,))
         variables = jax.eval_shape(networks.init, jax.random.key(0))
         slopes = parameters(variables.energy["params"], "slope")
@@ -218,15 +218,6 @@ def test_time_embedding():
     for width in (5, 2):
         with pytest.raises(ValueError, match=f"width is {width}"):
             layers.sinusoidal_embedding(jnp.array([0]), width)
-
-
-def test_prelu_has_one_learned_slope():
-    module, x = layers.PReLU(), jnp.array([-2.0, 0.0, 3.0])
-    variables = module.init(jax.random.key(0), x)
-    assert jax.tree.leaves(variables) == [0.25]
-    np.testing.assert_allclose(module.apply(variables, x), [-0.5, 0.0, 3.0])
-    slope = jax.grad(lambda v: module.apply(v, x).sum())(variables)
-    assert float(slope["params"]["slope"]) == -2.0
 
 
 def test_batch_norm():

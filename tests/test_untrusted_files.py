@@ -4,12 +4,10 @@ import io
 import os
 import pickle
 import struct
-import tempfile
 import tracemalloc
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from PIL import Image
-from test_torch_files import pickled, safetensors, tensor, write_legacy, write_zip
 
-from ddaebm_jax import files, interop, torch_files
+from ddaebm_jax import files
 from ddaebm_jax.data import decoding, image_files, npz_files, table_files, tabular
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import fid, image_quality, inception_weights
+from ddaebm_jax.evaluation import fid, image_quality
 
 MEGABYTE = 2**20
 FUZZ = hypothesis.settings(
@@ -78,11 +75,6 @@ def image(kind, mode="RGB"):
     return buffer.getvalue()
 
 
-def torch_bytes(write):
-    with tempfile.TemporaryDirectory() as folder:
-        return write(Path(folder) / "file.pth", ARRAYS).read_bytes()
-
-
 def saved_reference():
     features = RNG.normal(size=(6, 3))
     moments = fid.moments(features)
@@ -106,11 +98,6 @@ def saved_table():
     )
 
 
-TENSORS = {
-    "first": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-    "second": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [8, 12]},
-}
-
 # Kind → (suffix, a whole file, its reader).
 KINDS: dict[str, tuple[str, bytes, Any]] = {
     "csv": (".csv", b"a,b\n1,2\n3.5,-4e2\n", table_files.read_table_file),
@@ -125,14 +112,6 @@ KINDS: dict[str, tuple[str, bytes, Any]] = {
         ".npz",
         saved_reference(),
         lambda path: image_quality.load_reference(path, {"a": 1}),
-    ),
-    "weights": (".npz", npz(**ARRAYS), interop.read_state_dict),
-    "pth": (".pth", torch_bytes(write_zip), interop.read_state_dict),
-    "old pth": (".pth", torch_bytes(write_legacy), interop.read_state_dict),
-    "safetensors": (
-        ".safetensors",
-        safetensors(TENSORS, bytes(12)),
-        torch_files.read_safetensors,
     ),
     "png": (
         ".png",
@@ -260,7 +239,6 @@ def test_decompression_bombs_are_refused(tmp_path):
     path = zeros(tmp_path / "bomb.npz", size, header((size,)))
     assert path.stat().st_size < MEGABYTE
     refused(lambda: read_npz(path), "decompression bomb", "numpy.savez")
-    refused(lambda: interop.read_state_dict(path), "decompression bomb")
     refused(
         lambda: image_files.read_images(path, (4, 4, 3)), str(path), "decompression"
     )
@@ -303,6 +281,26 @@ def test_headers_that_promise_other_than_they_hold(tmp_path, shape, dtype, part)
     refused(lambda: read_npz(path), part)
 
 
+class Trap:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+    @classmethod
+    def set(cls, folder):
+        """Returns the path that would come to be, and the pickle."""
+        trap = folder / "sprung"
+        payload = pickle.dumps(cls(trap))
+        pickle.loads(payload)
+        assert trap.is_dir()  # It works.
+        trap.rmdir()
+        return trap, payload
+
+
 def test_no_pickle_in_an_npz_is_run(tmp_path):
     trap, payload = Trap.set(tmp_path)
     for dtype, part in (("'|O'", "Python objects"), ("'|u1'", "needs 1 bytes")):
@@ -311,7 +309,7 @@ def test_no_pickle_in_an_npz_is_run(tmp_path):
         refused(lambda path=path: read_npz(path), part)
     plain = tmp_path / "b.npz"
     plain.write_bytes(payload)
-    for read in (read_npz, interop.read_state_dict, table_files.read_table_file):
+    for read in (read_npz, table_files.read_table_file):
         refused(lambda read=read: read(plain), "not an NPZ file")
     assert not trap.exists()
 
@@ -351,9 +349,6 @@ def test_archive_that_is_nothing_but_a_directory_is_refused(tmp_path):
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, count * len(entry), 0, 0)
     path.write_bytes(entry * count + end)
     refused(lambda: read_npz(path), "its directory has more than")
-    path = path.rename(tmp_path / "a.pth")
-    path.write_bytes(b"PK\3\4" + path.read_bytes())
-    refused(lambda: interop.read_state_dict(path), "its directory has more than")
 
 
 def test_damaged_reference_statistics(tmp_path):
@@ -487,12 +482,11 @@ def test_files_that_are_no_files_do_not_hold_anything_up(tmp_path):
         lambda: image_files.read_folder(tmp_path, 8, 3), "2 of 3 images", "pipe.png"
     )
     assert "not a regular file" in message
-    for name in ("pipe.csv", "pipe.npz", "pipe.pth"):
+    for name in ("pipe.csv", "pipe.npz"):
         os.mkfifo(tmp_path / name)
     read = table_files.read_table_file
     refused(lambda: read(tmp_path / "pipe.csv"), "not a regular file")
     refused(lambda: read(tmp_path / "pipe.npz"), "not a regular file")
-    refused(lambda: interop.read_state_dict(tmp_path / "pipe.pth"), "no such file")
     refused(lambda: read_npz(tmp_path / "pipe.npz"), "not a regular file")
     with pytest.raises(InputError, match="not a regular file"):
         files.open_regular(tmp_path, 10)
@@ -582,133 +576,3 @@ def test_images_that_are_bombs(tmp_path):
         lambda: decoding.decode_file(tmp_path / "large.png", "l.png", 8, 3, None),
         "l.png: 1099511627776 bytes",
     )
-
-
-# --- Weights --------------------------------------------------------------------
-
-
-class Trap:
-    """What makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-    @classmethod
-    def set(cls, folder):
-        """Returns the path that would come to be, and the pickle."""
-        trap = folder / "sprung"
-        payload = pickle.dumps(cls(trap))
-        pickle.loads(payload)
-        assert trap.is_dir()  # It works.
-        trap.rmdir()
-        return trap, payload
-
-
-INSTRUCTIONS = (
-    b"}])(N.0aeusRbQqrhjpg\x85\x86\x87\x94\x88\x89KMJGXUTc\x93\x80\x95|ioIFLSVP"
-)
-
-
-@FUZZ
-@hypothesis.given(
-    st.lists(
-        st.one_of(
-            st.sampled_from([bytes((code,)) for code in INSTRUCTIONS]),
-            st.sampled_from(
-                [
-                    b"cos\nsystem\n",
-                    b"X\2\0\0\0id",
-                    b"K\1",
-                    b"ccollections\nOrderedDict\n",
-                ]
-            ),
-            st.binary(max_size=4),
-        ),
-        max_size=40,
-    )
-)
-def test_random_pickles_are_read_or_refused(tmp_path, instructions):
-    path = tmp_path / "a.pth"
-    program = b"\x80\x02" + b"".join(instructions)
-    path.write_bytes(program)
-    read_or_refused(lambda: interop.read_state_dict(path))
-    archive(path, [("archive/data.pkl", program)], zipfile.ZIP_STORED)
-    read_or_refused(lambda: interop.read_state_dict(path))
-
-
-@pytest.mark.parametrize(
-    "program,part",
-    [
-        # Names that would take 2⁶⁰ characters to write.
-        (b"\x80\x04)q\0" + b"h\0h\0\x86q\0" * 60 + b"h\0h\0\x93.", "by no name"),
-        (b"\x80\x02" + b"(" * 2 * MEGABYTE + b".", "more than 20000 instructions"),
-        (b"\x80\x04" + b"}\x94" * MEGABYTE + b".", "more than 20000 instructions"),
-        (b"\x80\x02" + b"X\xff\xff\xff\x7fa.", "cannot be read"),
-        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fa.", "cannot be read"),
-        (b"\x80\x02]q\0h\0a.", "list"),
-        (b"\x80\x02}q\0U\1ah\0s.", "'a' is a dict"),
-        (b"\x80\x02" + b"(" * 9_000 + b"t" * 9_000 + b".", "tuple"),
-        (b"\x80\x02I" + b"9" * 10**6 + b"\n.", "cannot be read"),
-    ],
-)
-def test_pickles_that_are_bombs(tmp_path, program, part, monkeypatch):
-    monkeypatch.setattr(torch_files, "_MOST_INSTRUCTIONS", 20_000)
-    path = tmp_path / "a.pth"
-    archive(path, [("archive/data.pkl", program)], zipfile.ZIP_STORED)
-    refused(lambda: interop.read_state_dict(path), str(path), part)
-
-
-def test_tensors_that_share_numbers_beyond_measure_are_refused(tmp_path):
-    numbers = np.zeros(1000, np.float32)
-    for copies, allowed in ((4, True), (5, False)):
-        content = {f"weight_{i}": tensor(numbers, "0") for i in range(copies)}
-        path = write_zip(tmp_path / "a.pth", {"0": numbers}, content)
-        if allowed:
-            assert len(interop.read_state_dict(path)) == copies
-        else:
-            refused(lambda path=path: interop.read_state_dict(path), "share 1000")
-
-
-def test_no_pickle_in_weights_is_run(tmp_path):
-    trap, payload = Trap.set(tmp_path)
-    path = tmp_path / "a.pth"
-    path.write_bytes(payload)
-    refused(lambda: interop.read_state_dict(path), str(path))
-    archive(path, [("a/data.pkl", payload)], zipfile.ZIP_STORED)
-    refused(lambda: interop.read_state_dict(path), "never code")
-    path.write_bytes(pickled(0x1950A86A20F9469CFC6C) + pickled(1001) + payload)
-    refused(lambda: interop.read_state_dict(path), str(path))
-    assert not trap.exists()
-
-
-def test_files_beyond_the_bound_are_refused(tmp_path):
-    for name, read in (
-        ("a.pth", interop.read_state_dict),
-        ("a.npz", interop.read_state_dict),
-        ("a.safetensors", torch_files.read_safetensors),
-        ("b.npz", inception_weights._read_npz),
-    ):
-        with (tmp_path / name).open("wb") as file:
-            file.truncate(2**40)
-        refused(lambda name=name, read=read: read(tmp_path / name), "1099511627776")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        struct.pack("<Q", 2**63) + b"{}",
-        struct.pack("<q", -1) + b"{}",
-        safetensors("[" * 10**5),
-        safetensors({"a": TENSORS["first"] | {"data_offsets": [-8, 0]}}, bytes(8)),
-        safetensors({"a": TENSORS["first"] | {"shape": [2**62] * 32}}, bytes(8)),
-        safetensors({"a": TENSORS["first"] | {"data_offsets": [0, 2**40]}}, bytes(8)),
-        safetensors({str(i): TENSORS["first"] for i in range(3)}, bytes(8)),
-    ],
-)
-def test_safetensors_that_promise_too_much(tmp_path, content):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(content)
-    refused(lambda: torch_files.read_safetensors(path), str(path))

@@ -357,30 +357,17 @@ def test_odd_pickles_are_refused(program: bytes, tmp_path: Path, monkeypatch):
     refused(lambda: read_weights(path), str(path))
 
 
+PIECES = [
+    *(bytes((code,)) for code in b"}])(N.0aeusRbQqrhjpg\x85\x86\x87\x94\x88\x89KMJGXU"),
+    *(bytes((code,)) for code in b"Tc\x93\x80\x95|ioIFLSVP"),
+    *(b"cos\nsystem\n", b"ccollections\nOrderedDict\n", b"X\2\0\0\0id", b"K\1"),
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+]
+
+
 @FUZZ
 @hypothesis.given(
-    st.lists(
-        st.one_of(
-            st.sampled_from(
-                [
-                    bytes((code,))
-                    for code in b"}])(N.0aeusRbQqrhjpg\x85\x86\x87\x94\x88\x89KMJGXUTc"
-                    b"\x93\x80\x95|ioIFLSVP"
-                ]
-            ),
-            st.sampled_from(
-                [
-                    b"cos\nsystem\n",
-                    b"X\2\0\0\0id",
-                    b"K\1",
-                    b"ccollections\nOrderedDict\n",
-                    b"ctorch._utils\n_rebuild_tensor_v2\n",
-                ]
-            ),
-            st.binary(max_size=4),
-        ),
-        max_size=40,
-    )
+    st.lists(st.sampled_from(PIECES) | st.binary(max_size=4), max_size=40)
 )
 def test_random_pickles_are_read_or_refused(tmp_path: Path, instructions):
     program = b"\x80\x02" + b"".join(instructions)

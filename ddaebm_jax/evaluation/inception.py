@@ -66,7 +66,8 @@ class ConvNorm(nn.Module):
             precision=_HIGHEST,
             name="conv",
         )(x)
-        return nn.relu(nn.BatchNorm(True, epsilon=1e-3, name="bn")(x))
+        norm = nn.BatchNorm(use_running_average=True, epsilon=1e-3, name="bn")
+        return nn.relu(norm(x))
 
 
 def _layers(widths: Widths) -> Callable[..., Array]:
