@@ -164,15 +164,19 @@ def evaluate_digits(
       ValueError: for fewer than two images of a kind, or fewer than two classes.
       ModuleNotFoundError: without scikit-learn.
     """
+    from threadpoolctl import threadpool_limits
+
     judge = train_judge(train, train_labels, seed)
     by_sample, by_held_out = (probabilities(judge, x) for x in (samples, test))
     accuracy = (judge.classes[by_held_out.argmax(axis=1)] == test_labels).mean()
+    with threadpool_limits(1):  # As in `train_judge`.
+        frechet = _frechet_metrics(judge, samples, train, test, seed)
     return {
         "num_samples": len(samples),
         "num_train": len(train),
         "num_held_out": len(test),
         "classifier_accuracy": float(accuracy),
-        **_frechet_metrics(judge, samples, train, test, seed),
+        **frechet,
         **_class_metrics(by_sample, by_held_out),
         **_nearness_metrics(samples, train, test),
     }
