@@ -229,7 +229,7 @@ def join_processes(values: flags.FlagValues) -> None:
 # Outputs.
 
 
-def free_path(path: Path, companions: tuple[str, ...] = ()) -> Path:
+def free_path(path: Path, *companions: str) -> Path:
     """Return `path`, or with -1, -2, … before its suffix if it exists.
 
     Args:
@@ -246,29 +246,23 @@ def free_path(path: Path, companions: tuple[str, ...] = ()) -> Path:
     return candidate
 
 
-def output_path(
-    given: str | None,
-    default: Path,
-    suffixes: tuple[str, ...],
-    companions: tuple[str, ...] = (),
-) -> Path:
-    """Return where --output goes: the given path, or a free one near the default.
+def check_output(output: str | None, *suffixes: str) -> None:
+    """Check that --output, if given, names a new file.
 
     Raises:
-      InputError: if the given path exists, or has another suffix or no directory.
+      InputError: if it exists, or has another suffix or no directory.
     """
-    if not given:
-        return free_path(default, companions)
-    path = Path(given)
+    if not output:
+        return
+    path = Path(output)
     if path.suffix not in suffixes:
         raise InputError(
-            f"--output={given} ends in '{path.suffix}'; allowed: {', '.join(suffixes)}"
+            f"--output={path} ends in '{path.suffix}'; allowed: {', '.join(suffixes)}"
         )
     if path.exists():
-        raise InputError(f"--output={given} exists already; name another file")
+        raise InputError(f"--output={path} exists already; name another file")
     if not path.parent.is_dir():
-        raise InputError(f"--output={given}: {path.parent} is not a directory")
-    return path
+        raise InputError(f"--output={path}: {path.parent} is not a directory")
 
 
 def circumstances(experiment: Experiment, started: float) -> dict[str, Any]:

@@ -80,16 +80,17 @@ def sample(
     Raises:
       InputError: for a run that cannot be loaded, or a bad output path.
     """
+    common.check_output(output, ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     of_images = loaded.experiment.source.holds_images
     if num_samples is None:
         num_samples = 100 if of_images else 10_000
-    path = common.output_path(
-        output,
-        loaded.workdir / ("images.npz" if of_images else "samples.npz"),
-        (".npz",),
-        companions=(".png", "") if of_images else (".png",),
-    )
+    if output:
+        path = Path(output)
+    elif of_images:
+        path = common.free_path(loaded.workdir / "images.npz", ".png", "")
+    else:
+        path = common.free_path(loaded.workdir / "samples.npz", ".png")
     drawn = inference.draw_samples(
         loaded.experiment, loaded.variables, num_samples, seed
     )

@@ -76,10 +76,10 @@ def score(
     Raises:
       InputError: for a run that cannot be loaded, or bad rows, images or output path.
     """
+    common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     rows, names = _read(loaded, input_path, skip_corrupt)
-    default = loaded.workdir / "scores.csv"
-    path = common.output_path(output, default, (".csv", ".npz"))
+    path = Path(output) if output else common.free_path(loaded.workdir / "scores.csv")
     energies = inference.energies(loaded.experiment, loaded.variables, rows)
     with written_atomically(path) as file:
         if path.suffix == ".npz":
