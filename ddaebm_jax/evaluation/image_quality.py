@@ -1,13 +1,14 @@
 """Metrics of generated images by Inception's features, compared with a reference set.
 
-Every report tells the preprocessing, the network and the reference, without which a
+Every report names the preprocessing, the network and the reference, without which a
 FID means nothing.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -294,21 +295,25 @@ def _open_reference(
         except InputError as error:
             if named:
                 raise
-            logging.warning("%s: it is computed again", error)
+            logging.warning("cached reference statistics are unusable: %s", error)
     # Together: the devices of all processes compute what one of them lacks.
     if multihost_utils.process_allgather(np.array(reference is not None)).all():
         return reference
-    writable = _is_writable(path.parent)
-    if named and not writable:
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if named and not os.access(path.parent, os.W_OK):
         raise InputError(
             f"evaluation.reference_path is {path}, where no file can be written; name "
             "another, or leave it empty"
         )
-    num = len(records)
+    num, size = len(records), settings.batch_size
     logging.info("computing the reference statistics of %d images once", num)
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
-    chunks = _chunks_of(records, settings.batch_size)
+    chunks = (
+        stack(Subset(records, np.arange(start, min(start + size, num))))
+        for start in range(0, num, size)
+    )
     found = collect(extract, chunks, keep, keep_logits=False)
     reference = Reference(found.moments, found.features, fingerprint)
     try:
@@ -329,17 +334,3 @@ def _reference_path(given: str, fingerprint: dict[str, Any]) -> Path:
             f"evaluation.reference_path is {path}; a name that ends in .npz is needed"
         )
     return path
-
-
-def _is_writable(directory: Path) -> bool:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(directory, os.W_OK)
-
-
-def _chunks_of(records: Records, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(records), size):
-        part = np.arange(start, min(start + size, len(records)))
-        yield stack(Subset(records, part))

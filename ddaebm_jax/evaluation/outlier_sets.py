@@ -18,7 +18,7 @@ HELD_OUT, HELD_OUT_CLASSES = "test", "held_out_classes"
 DERIVED = ("inverted", "shuffled")
 BUILT_IN = (*DERIVED, "noise", "photos", "digits")
 
-# Of made images, where nothing else tells how many.
+# Images that are made where there are no inliers to count.
 _DEFAULT_NUM = 10_000
 # Patches of the photographs have the most room with a half.
 _TEST_FRACTION = 0.5
