@@ -13,16 +13,9 @@ python launch/main.py --mode=inspect --workdir=…
 
 from absl import app, flags
 
-from ddaebm_jax.commands import (
-    command_line,
-    common,
-    evaluate,
-    inspect,
-    ood,
-    sample,
-    score,
-    train,
-)
+from ddaebm_jax.commands import common, evaluate, inspect, ood, sample, score, train
+from ddaebm_jax.config import flags as config_flags
+from ddaebm_jax.errors import InputError
 
 COMMANDS = {
     command.__name__.rpartition(".")[2]: command
@@ -46,32 +39,33 @@ def _mode(argv: list[str]) -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     """Define the flags of the mode that a command names, and parse them."""
-    others = set(flags.FLAGS)
-    try:
+    with common.user_errors():
+        before = set(flags.FLAGS)
         mode = _mode(argv)
         _define_mode(flags.FLAGS)
         COMMANDS[mode].define_flags(flags.FLAGS)
-        for name in set(flags.FLAGS) - others:
+        for name in set(flags.FLAGS) - before:
             flags.declare_key_flag(name)  # --help lists them.
-        return command_line.parse_flags(argv)
-    except flags.UnrecognizedFlagError as error:
-        name, modes = error.flagname, []
-        for other, command in COMMANDS.items():
-            values = flags.FlagValues()
-            command.define_flags(values)
-            modes += [f"--mode={other}"] if name in values else []
-        if modes:
-            common.fail(f"--{name} is for {' or '.join(modes)}, not for --mode={mode}")
-        common.fail(f"{error}; --mode={mode} --help lists the flags")
-    except flags.Error as error:
-        common.fail(f"{error}; --help lists the flags")
+        try:
+            return config_flags.parse(argv)
+        except flags.UnrecognizedFlagError as error:
+            modes = [f"--mode={one}" for one in COMMANDS if _has(one, error.flagname)]
+            if not modes:
+                raise
+            raise InputError(
+                f"--{error.flagname} is for {' or '.join(modes)}, not for --mode={mode}"
+            ) from error
 
 
-def main(argv: list[str]) -> None:
+def _has(mode: str, flag: str) -> bool:
+    values = flags.FlagValues()
+    COMMANDS[mode].define_flags(values)
+    return flag in values
+
+
+def main(words: list[str]) -> None:
     """Run the chosen mode."""
-    if len(argv) > 1:
-        common.fail(f"what is {argv[1]!r}? Flags start with --")
-    common.run(lambda: COMMANDS[flags.FLAGS.mode].run(flags.FLAGS))
+    common.run(COMMANDS[flags.FLAGS.mode].run, words)
 
 
 if __name__ == "__main__":

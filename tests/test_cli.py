@@ -359,7 +359,7 @@ _OF_DEVICE = "jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')"
             "MemoryError('Unable to allocate 7.28 TiB')",
             ("data.batch_size (200)", "optimizer.accumulate", "model.remat"),
         ),
-        ("--mode=sample", _OF_DEVICE, ("larger device", "evaluation.batch_size of /")),
+        ("--mode=sample", _OF_DEVICE, ("larger device", "evaluation.batch_size")),
         (f"--config={PLANE}", "jax.errors.JaxRuntimeError('INTERNAL: a bug')", ()),
     ],
 )

@@ -262,6 +262,25 @@ def test_unusable_images_are_named_and_nothing_is_written(
     assert [line.partition(",")[0] for line in lines] == ["image", "00.png", "02.png"]
 
 
+def test_a_strangers_run_chooses_no_paths_to_load_code_from_or_write_to(
+    digits_run: Path, tmp_path: Path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(digits_run, workdir)
+    config = read_config(workdir)
+    for section, field in (
+        (config.compilation_cache, "directory"),
+        (config.evaluation, "reference_path"),
+        (config.data, "tfds_dir"),
+    ):
+        section[field] = str(tmp_path / "chosen")
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    loaded = load_run(workdir).experiment.config
+    assert loaded.compilation_cache.directory == ""
+    assert loaded.evaluation.reference_path == loaded.data.tfds_dir == ""
+    assert not (tmp_path / "chosen").exists()
+
+
 def test_a_run_needs_its_directory_alone_and_notices_changed_images(
     run: CommandLine, tmp_path: Path
 ):
@@ -280,8 +299,8 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_images(
     result = run("--mode=evaluate", f"--workdir={workdir}")
     assert_error(result, "not those of its checkpoint 2")
     moved = folder.rename(tmp_path / "elsewhere")
-    for flags in (["--mode=evaluate"], flags):
-        assert_error(run(*flags, f"--workdir={workdir}"), str(folder))
+    for again in (["--mode=evaluate"], flags):
+        assert_error(run(*again, f"--workdir={workdir}"), str(folder))
     made = run.succeed("--mode=sample", "--num_samples=2", f"--workdir={workdir}")
     assert np.load(made.out.strip())["x"].shape == (2, 8, 8, 1)
     made = run.succeed("--mode=score", f"--workdir={workdir}", f"--input={moved}")

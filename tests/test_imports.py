@@ -10,7 +10,7 @@ _CORE = (
     "models.ncsnpp models.encoder models.resample data.synthetic data.tabular "
     "data.images evaluation.plane evaluation.digits evaluation.fid "
     "evaluation.detectors evaluation.outlier_sets evaluation.inception "
-    "evaluation.inception_weights torch_files interop"
+    "evaluation.inception_weights weights interop"
 ).split()
 
 _CHECK = f"""

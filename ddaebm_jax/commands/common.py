@@ -1,6 +1,7 @@
 """What several commands share: flags, error lines, joined processes, output paths."""
 
 import contextlib
+import itertools
 import logging as std_logging
 import os
 import sys
@@ -14,17 +15,18 @@ from typing import Any, NoReturn
 import jax
 from absl import flags, logging
 
-from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.training import processes
 
 # Errors and ends.
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, at_once: bool = False) -> NoReturn:
     """Print `error: …` on one line, and end the program with status 2."""
-    leave(_error_line(message), 2, at_once=jax.distributed.is_initialized())
+    at_once = at_once or jax.distributed.is_initialized()
+    leave(f"error: {' '.join(message.split())}", 2, at_once)
 
 
 def leave(line: str, status: int, at_once: bool = True) -> NoReturn:
@@ -44,15 +46,13 @@ def leave(line: str, status: int, at_once: bool = True) -> NoReturn:
     sys.exit(status)
 
 
-def _error_line(message: str) -> str:
-    return f"error: {' '.join(message.split())}"
-
-
-def run(action: Callable[[], None]) -> None:
-    """Run an action; an error of the user's ends the program with one line."""
-    logging.get_absl_handler().addFilter(_is_for_users)
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Let an error of the user's end the program with one line."""
     try:
-        action()
+        yield
+    except flags.Error as error:
+        fail(f"{error}; --help lists the flags")
     except (InputError, OSError) as error:
         logging.debug("raised here", exc_info=True)
         fail(str(error))
@@ -62,14 +62,30 @@ def run(action: Callable[[], None]) -> None:
         leave(traceback.format_exc(), 1)
 
 
+def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
+    """Run a command; `words` are the program's name and arguments that are no flags."""
+    logging.get_absl_handler().addFilter(_is_for_users)
+    with user_errors():
+        if words[1:]:
+            raise InputError(f"what is {words[1]!r}? Flags start with --")
+        command(flags.FLAGS)
+
+
 def _is_for_users(record: std_logging.LogRecord) -> bool:
     """Drop the information that libraries log: Orbax writes 50 lines a save."""
     ours = Path(record.pathname).is_relative_to(Path(__file__).parents[1])
     return ours or record.levelno > std_logging.INFO
 
 
+# For commands that use a trained run.
+_USE_LESS_MEMORY = (
+    "use a larger device or, with JAX_PLATFORMS=cpu, the host's memory; images are "
+    "processed evaluation.batch_size of the config.json in --workdir at a time"
+)
+
+
 @contextlib.contextmanager
-def out_of_memory_advice(advice: str) -> Iterator[None]:
+def out_of_memory_advice(advice: str = _USE_LESS_MEMORY) -> Iterator[None]:
     """Turn out-of-memory errors into input errors that say what to try."""
     try:
         yield
@@ -80,45 +96,38 @@ def out_of_memory_advice(advice: str) -> Iterator[None]:
         raise InputError(f"out of memory ({reason}); {advice}") from error
 
 
-@contextlib.contextmanager
-def advice_for_trained_run(workdir: str) -> Iterator[None]:
-    """Give out-of-memory advice for commands that use a trained run."""
-    with out_of_memory_advice(
-        "use a larger device or, with JAX_PLATFORMS=cpu, the host's memory; images are "
-        f"processed evaluation.batch_size of {workdir}/config.json at a time"
-    ):
-        yield
-
-
 # Flags.
+
+
+def define_trained_run(values: flags.FlagValues) -> None:
+    """Define --workdir, which must be given, and --checkpoint."""
+    define_workdir(values)
+    text = "`latest`, `best` (lowest FID), or the step of a checkpoint."
+    flags.DEFINE_string("checkpoint", "latest", text, values)
 
 
 def define_workdir(values: flags.FlagValues) -> None:
     """Define --workdir, which must be given."""
-    flags.DEFINE_string("workdir", None, "The run directory.", flag_values=values)
-    flags.register_validator(
-        "workdir",
-        bool,
-        "this mode needs --workdir, a run directory that --mode=train has made",
-        flag_values=values,
-    )
+    flags.DEFINE_string("workdir", None, "The run directory.", values)
+    require(values, "workdir", "a run directory that --mode=train has made")
 
 
-def define_checkpoint(values: flags.FlagValues) -> None:
-    """Define --checkpoint."""
-    flags.DEFINE_string(
-        "checkpoint",
-        "latest",
-        "`latest`, `best` (lowest FID), or the step of a checkpoint.",
-        flag_values=values,
-    )
+def require(values: flags.FlagValues, name: str, what: str) -> None:
+    """Make a flag required."""
+    text = f"this mode needs --{name}, {what}"
+    flags.register_validator(name, bool, text, values)
+
+
+def define_seed(values: flags.FlagValues, text: str) -> None:
+    """Define --seed."""
+    most = 2**31 - 1
+    flags.DEFINE_integer("seed", 0, text, 0, most, values)
 
 
 def define_skip_corrupt(values: flags.FlagValues) -> None:
     """Define --skip_corrupt."""
-    flags.DEFINE_bool(
-        "skip_corrupt", False, "Skip unusable images of a folder.", flag_values=values
-    )
+    text = "Skip unusable images of a folder."
+    flags.DEFINE_bool("skip_corrupt", False, text, values)
 
 
 def define_inception_weights(values: flags.FlagValues) -> None:
@@ -129,7 +138,7 @@ def define_inception_weights(values: flags.FlagValues) -> None:
         "Measure images by Inception features, with the weights of this .pth, .npz or "
         ".safetensors file; `published`: the published weights, downloaded once; "
         "`none`: skip these figures.",
-        flag_values=values,
+        values,
     )
 
 
@@ -145,83 +154,48 @@ def inception_settings(weights: str | None) -> dict[str, Any]:
 
 # Several processes.
 
-_OF_DISTRIBUTED = (
-    "coordinator",
-    "num_processes",
-    "process_id",
-    "heartbeat_timeout",
-    "join_timeout",
-)
-
 
 def define_distributed(values: flags.FlagValues) -> None:
     """Define the flags that `join_processes` reads."""
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "Run several processes, found through a cluster (TPU pod, Slurm) or the next "
-        "three flags. All get the same command, except for --process_id.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "coordinator",
-        "",
-        "host:port of process 0, where no cluster tells it.",
-        flag_values=values,
-    )
-    for name, text, default, least, most in (
-        ("num_processes", "Number of processes.", None, 1, None),
-        ("process_id", "Number of this process, from 0.", None, 0, None),
-        (
-            "heartbeat_timeout",
-            "Seconds of silence after which a process counts as dead, and the others "
-            "end.",
-            100,
-            1,
-            None,
-        ),
-        # JAX aborts after 300 s.
-        ("join_timeout", "Seconds to wait at the start for the others.", 270, 1, 290),
-    ):
-        flags.DEFINE_integer(
-            name,
-            default,
-            text,
-            lower_bound=least,
-            upper_bound=most,
-            flag_values=values,
-        )
+    text = "Run several processes, known to a cluster (TPU pod, Slurm) or through the "
+    text += "next three flags. All get the same command, except for --process_id."
+    flags.DEFINE_bool("distributed", False, text, values)
+    text = "host:port of process 0, where no cluster tells it."
+    flags.DEFINE_string("coordinator", "", text, values)
+    text = "Number of processes."
+    flags.DEFINE_integer("num_processes", None, text, 1, None, values)
+    text = "Number of this process, from 0."
+    flags.DEFINE_integer("process_id", None, text, 0, None, values)
+    text = "Seconds of silence after which a process is dead, and the others end."
+    flags.DEFINE_integer("heartbeat_timeout", 100, text, 1, None, values)
+    text = "Seconds to wait at the start for the others."
+    most = 290  # JAX aborts after 300.
+    flags.DEFINE_integer("join_timeout", 270, text, 1, most, values)
 
 
 def join_processes(values: flags.FlagValues) -> None:
     """Join the processes of a --distributed command; must precede any use of devices.
 
     Raises:
-      InputError: for flags that do not fit together.
+      InputError: for flags that do not fit together, or if they cannot be joined.
     """
+    names = "coordinator", "num_processes", "process_id", "heartbeat_timeout"
     if not values.distributed:
-        for name in _OF_DISTRIBUTED:
+        for name in (*names, "join_timeout"):
             if values[name].present:
                 raise InputError(f"--{name} is for --distributed; give that too")
         return
     # JAX itself would abort with a stack trace.
-    line = _error_line(
+    message = (
         f"--distributed: not all processes have come within {values.join_timeout} s "
         "(--join_timeout); one has failed, see its output, was not started, or was "
         "given another --coordinator or --num_processes: start all of them again"
     )
-    deadline = threading.Timer(values.join_timeout, leave, (line, 2))
+    deadline = threading.Timer(values.join_timeout, fail, (message, True))
     deadline.daemon = True
     deadline.start()
     try:
-        parallel.join(
-            parallel.Processes(
-                values.coordinator,
-                values.num_processes,
-                values.process_id,
-                values.heartbeat_timeout,
-            )
-        )
+        processes.join(processes.Processes(*(values[name].value for name in names)))
     finally:
         deadline.cancel()
 
@@ -236,14 +210,12 @@ def free_path(path: Path, *companions: str) -> Path:
       path: the preferred path.
       companions: suffixes ("" of a folder) that must be free for the same stem.
     """
-    candidate, count = path, 0
-    while any(
-        name.exists()
-        for name in (candidate, *(candidate.with_suffix(s) for s in companions))
-    ):
-        count += 1
-        candidate = path.with_name(f"{path.stem}-{count}{path.suffix}")
-    return candidate
+    for count in itertools.count():
+        number = f"-{count}" if count else ""
+        candidate = path.with_name(f"{path.stem}{number}{path.suffix}")
+        names = (candidate, *map(candidate.with_suffix, companions))
+        if not any(name.exists() for name in names):
+            return candidate
 
 
 def check_output(output: str | None, *suffixes: str) -> None:

@@ -8,55 +8,32 @@ import numpy as np
 from absl import flags, logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import sharding as parallel
 from ddaebm_jax.commands import common
+from ddaebm_jax.config import choices
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import image_quality, metrics
 from ddaebm_jax.files import write_json_atomically, write_text_atomically
-from ddaebm_jax.training import reports
+from ddaebm_jax.training import processes, reports
 from ddaebm_jax.training.run_directory import REPORT_FILE
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
-    common.define_workdir(values)
-    common.define_checkpoint(values)
-    flags.DEFINE_integer(
-        "num_samples",
-        None,
-        "Number of samples. Default: the config's.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "input",
-        None,
-        "Folder or NPZ of images to measure in place of samples.",
-        flag_values=values,
-    )
+    common.define_trained_run(values)
+    text = "Number of samples. Default: the config's."
+    flags.DEFINE_integer("num_samples", None, text, flag_values=values)
+    text = "Folder or NPZ of images to measure in place of samples."
+    flags.DEFINE_string("input", None, text, values)
     common.define_skip_corrupt(values)
     common.define_inception_weights(values)
-    flags.DEFINE_enum(
-        "preprocessing",
-        None,
-        ["tf", "pytorch_fid"],
-        "How images enter Inception. Default: the config's.",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "reference",
-        None,
-        ["train", "test"],
-        "Images that samples are compared with. Default: the config's.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "reference_path",
-        None,
-        "File of the reference's statistics, made if it does not exist.",
-        flag_values=values,
-    )
+    text = "How images enter Inception. Default: the config's."
+    flags.DEFINE_enum("preprocessing", None, choices.PREPROCESSINGS, text, values)
+    text = "Images that samples are compared with. Default: the config's."
+    flags.DEFINE_enum("reference", None, choices.REFERENCES, text, values)
+    text = "File of the reference's statistics, made if it does not exist."
+    flags.DEFINE_string("reference_path", None, text, values)
     common.define_distributed(values)
 
 
@@ -71,19 +48,13 @@ def run(values: flags.FlagValues) -> None:
                 "--input: leave it out"
             )
     common.join_processes(values)
-    with common.advice_for_trained_run(values.workdir):
-        report = evaluate(
-            values.workdir,
-            values.checkpoint,
-            values.input,
-            values.skip_corrupt,
-            num_samples=values.num_samples,
-            preprocessing=values.preprocessing,
-            reference=values.reference,
-            reference_path=values.reference_path,
-            **common.inception_settings(values.inception_weights),
-        )
-    if parallel.is_first_process():
+    settings = common.inception_settings(values.inception_weights)
+    for name in ("num_samples", "preprocessing", "reference", "reference_path"):
+        settings[name] = values[name].value
+    given = values.checkpoint, values.input, values.skip_corrupt
+    with common.out_of_memory_advice():
+        report = evaluate(values.workdir, *given, **settings)
+    if processes.is_first_process():
         print(reports.format_report(report))
 
 
@@ -128,7 +99,7 @@ def evaluate(
         found = _measure_images(loaded, input_path, skip_corrupt)
         report["images"] = str(input_path)
     report |= {"figures": found, **common.circumstances(loaded.experiment, started)}
-    if parallel.is_first_process():
+    if processes.is_first_process():
         path = common.free_path(loaded.workdir / REPORT_FILE, ".txt")
         write_json_atomically(path, report)
         table = reports.format_report(report)

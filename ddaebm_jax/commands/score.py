@@ -16,40 +16,20 @@ from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
-    common.define_workdir(values)
-    common.define_checkpoint(values)
-    flags.DEFINE_string(
-        "input",
-        None,
-        "CSV or NPZ of rows; folder or NPZ of images.",
-        flag_values=values,
-    )
-    flags.register_validator(
-        "input",
-        bool,
-        "this mode needs --input: a CSV or NPZ of rows, or a folder or NPZ of images",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "output",
-        None,
-        "CSV or NPZ to write. Default: a new one in --workdir.",
-        flag_values=values,
-    )
+    common.define_trained_run(values)
+    text = "CSV or NPZ of rows; folder or NPZ of images."
+    flags.DEFINE_string("input", None, text, values)
+    common.require(values, "input", "a CSV or NPZ of rows, or images")
+    text = "CSV or NPZ to write. Default: a new CSV in --workdir."
+    flags.DEFINE_string("output", None, text, values)
     common.define_skip_corrupt(values)
 
 
 def run(values: flags.FlagValues) -> None:
     """Score, and print the path of the scores."""
-    with common.advice_for_trained_run(values.workdir):
-        path = score(
-            values.workdir,
-            values.input,
-            values.output,
-            values.skip_corrupt,
-            values.checkpoint,
-        )
-    print(path)
+    settings = values.input, values.output, values.skip_corrupt, values.checkpoint
+    with common.out_of_memory_advice():
+        print(score(values.workdir, *settings))
 
 
 def score(
@@ -65,13 +45,13 @@ def score(
       workdir: the run directory.
       input_path: CSV or NPZ of rows, in the data's own units; or a folder of PNG and
         JPEG files, cropped and resized like the training images, or an NPZ of uint8.
-      output: CSV (`energy`, one line per row; `image,energy` of images) or NPZ
-        (`energy`, of images also `image`); None: a new CSV in the run directory.
+      output: CSV or NPZ; None: a new CSV in the run directory.
       skip_corrupt: skip unusable images of a folder.
       checkpoint: as in `load_run`.
 
     Returns:
-      The path of the scores.
+      The path of the scores: CSV (`energy`, or `image,energy`) or NPZ (`energy`, of
+      images also `image`).
 
     Raises:
       InputError: for a run that cannot be loaded, or bad rows, images or output path.

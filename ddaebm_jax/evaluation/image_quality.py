@@ -25,8 +25,6 @@ from ddaebm_jax.evaluation.inference import evaluation_mesh
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.files import cache_directory, read_npz, written_atomically
 
-REFERENCES = ("train", "test")
-
 _FORMAT_VERSION = 1
 # Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
 _MAX_REFERENCE_BYTES = 9 * 2**30

@@ -1,16 +1,20 @@
-"""Checkpoints of a run, by Orbax: asynchronous, the newest few kept, and verified.
+"""Checkpoints of a run, by Orbax: asynchronous, the newest few and the best by FID.
 
-A step's data and noise are functions of (seed, step), so that the state alone fixes
-how a run goes on: a resumed run is bit-identical to an unbroken one. What lies on disk
-is in `checkpoint_files`.
+A checkpoint holds the state and `info`: JSON values, a checksum of every array and one
+of itself, for the damage that Orbax does not notice (docs/checkpoints.md). Several
+processes make the same calls; an error ends the process that meets it.
 """
 
 import contextlib
-import os
+import glob
+import hashlib
+import json
+import math
 import shutil
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,40 +25,31 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ddaebm_jax import sharding as parallel
-from ddaebm_jax.errors import LostProcessError, OutOfStepError
-from ddaebm_jax.game import TrainState
-from ddaebm_jax.training import checkpoint_files, checksums, meetings
-from ddaebm_jax.training.checkpoint_files import (
-    CheckpointError,
-    CheckpointReadError,
-    CheckpointWriteError,
-    DamagedCheckpointError,
-    reason_of,
-)
+from ddaebm_jax import files
+from ddaebm_jax.errors import InputError, TrainingError
+from ddaebm_jax.training import checksums
 
-# Errors that one failed save can leave behind; it writes a handful of small files.
-_MOST_ERRORS = 20
-# Steps that processes tell each other; a run keeps a handful.
-_MOST_STEPS = 256
-# What Orbax calls the thread that waits for those that write, and keeps their error.
-_COLLECTOR = "async_save"
-# One in the other.
-_MORE_FOLDERS_THAN_A_SAVE_MAKES = ("trial",) * 8
-# Where what cannot be used is put, in case somebody wants to look at it.
-DAMAGED = "damaged"
-# Where the best goes whose step a rollback has taken back.
-ABANDONED = "abandoned"
+NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
+_LARGEST_INFO = 64 * 2**20
+# Arrays may declare so many times the bytes of their files, since zeros are compressed;
+# below the allowance a false size does no harm.
+_MOST_COMPRESSION, _ALLOWANCE = 200, 256 * 2**20
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is missing, cannot be read, or does not fit the config."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that does not hold what was saved."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; those before it are intact."""
 
 
 class Restored(NamedTuple):
-    """A verified checkpoint.
-
-    Attributes:
-      step: its step.
-      state: its state.
-      info: the JSON values that travelled along.
-    """
+    """A verified checkpoint: its step, its state, and the JSON values saved with it."""
 
     step: int
     state: Any
@@ -62,603 +57,412 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory.
+    """The checkpoints of one run directory; one save at a time."""
 
-    With several processes all of them make the same calls.
+    def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
+        """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
+        self._workdir = _LiteralPath(Path(workdir).resolve())
+        self._keep, self._read_only = keep, read_only
+        self._managers: dict[str, ocp.CheckpointManager] = {}
+        self._thread = futures.ThreadPoolExecutor(1)
+        self._pending: tuple[str, int, futures.Future] | None = None
+        if not read_only:
+            self._manager(NEWEST)
 
-    Attributes:
-      directory: `<workdir>/checkpoints`, or `<workdir>/best`.
-    """
+    def path(self, step: int, best: bool = False) -> epath.Path:
+        """Returns the folder of a checkpoint."""
+        return self._workdir / (BEST if best else NEWEST) / str(step)
 
-    def __init__(
-        self,
-        workdir: str | Path,
-        keep: int = 3,
-        read_only: bool = False,
-        folder: str = checkpoint_files.NEWEST,
-    ) -> None:
-        """Opens the checkpoints of a run.
-
-        What a killed process has left unfinished is moved to
-        `<workdir>/damaged/unfinished-<folder>-<step>`. Only the newest such remains is
-        kept, there too: older ones are deleted, or a run that is killed again and
-        again would fill the disk.
-
-        Args:
-          workdir: the run directory.
-          keep: newest checkpoints kept.
-          read_only: for modes that only restore; nothing is created, moved or cleaned.
-          folder: checkpoint_files.NEWEST or checkpoint_files.BEST.
-
-        Raises:
-          CheckpointError: with `read_only`, if there is no checkpoint directory.
-          CheckpointWriteError: if the directory cannot be made.
-        """
-        self._workdir = Path(workdir).resolve()
-        self._folder = folder
-        self.directory = self._workdir / folder
-        self._pending: int | None = None  # The step that is being saved.
-        self._manager: ocp.CheckpointManager | None = None
-        self._meetings: meetings.Meetings | None = None
-        if read_only:
-            if not self.directory.is_dir():
-                raise CheckpointError(
-                    checkpoint_files.no_best_checkpoint(workdir)
-                    if folder == checkpoint_files.BEST
-                    else checkpoint_files.no_checkpoint(workdir)
-                )
-            return
-
-        def prepare() -> None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._set_unfinished_aside()
-
-        _by_the_first(
-            prepare,
-            f"{self.directory} cannot be made ({{}}); make room, or name another "
-            "--workdir",
-        )
-        self._meetings, together = meetings.options(folder)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=True,
-            enable_async_checkpointing=True,
-            # What else it reads of old checkpoints may be damaged.
-            lightweight_initialize=True,
-            **together,
-        )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=(checkpoint_files.STATE, checkpoint_files.INFO),
-            options=options,
-        )
-
-    # Looking.
+    def steps(self, best: bool = False) -> list[int]:
+        """Returns the steps of all checkpoints, damaged ones too, ascending."""
+        folder = self.path(0, best).parent
+        names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+        steps = [int(name) for name in names if name.isdecimal() and len(name) < 19]
+        return sorted(step for step in steps if self.path(step, best).is_dir())
 
     def latest_step(self) -> int | None:
-        """Returns the newest checkpoint's step, or None; see `steps`."""
+        """Returns the step of the newest checkpoint, or None; see `steps`."""
         return max(self.steps(), default=None)
 
-    def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, damaged ones too, ascending."""
-        return checkpoint_files.folders_in(self.directory)
-
-    def info(self, step: int) -> dict[str, Any]:
-        """Returns the JSON values saved at `step`.
-
-        Raises:
-          DamagedCheckpointError: if they are not what was saved.
-          CheckpointError: if they are of another format.
-        """
-        try:
-            return checkpoint_files.read_info(self.directory / str(step))
-        except DamagedCheckpointError as error:
-            raise _named_as_damaged(self.directory / str(step), error) from error
-
-    # Writing.
-
-    def save(self, state: TrainState, info: dict[str, Any]) -> None:
-        """Starts saving; device buffers may be reused as soon as this returns.
-
-        A step that is there already is left alone; one that lacks a part is moved to
-        `<workdir>/damaged` first. An older checkpoint is deleted only
-        after this one is complete.
-
-        Args:
-          state: to be saved under its own step.
-          info: JSON values that travel along.
-
-        Raises:
-          CheckpointWriteError: if it could not be written; or if an earlier one could
-            not, and then this one has not been started. What was left of the failed
-            one is removed, and saving may be tried again. All processes raise it, if
-            one does.
-          OutOfStepError: with several processes, if this one could not even begin;
-            LostProcessError, if because another one is gone.
-        """
-        if self._manager is None:
-            raise ValueError("these checkpoints were opened to be read only")
-        step = int(state.step)
-        self._in_all(self.check)
-        path = self.directory / str(step)
-        if self._first_finds(
-            lambda: step == self._pending or checkpoint_files.is_complete(path)
-        ):
-            return
-        self._in_all(self.wait)
-        if self._first_finds(lambda: os.path.lexists(path)):
-            self.set_aside([step])
+    def _manager(self, folder: str) -> ocp.CheckpointManager:
+        """Returns the manager of a folder, opened on first use."""
+        if folder in self._managers:
+            return self._managers[folder]
+        options: dict[str, Any] = {"max_to_keep": self._keep}
+        if folder == BEST:
+            options = {"max_to_keep": 1, "keep_checkpoints_without_metrics": False}
+            options |= {"best_fn": lambda found: found["fid"], "best_mode": "min"}
         if jax.process_count() > 1:
-            _by_the_first(
-                lambda: self._make_ready(step),
-                f"{path} could not be written ({{}}); the checkpoints before it are "
-                f"intact ({self._listed()}): make room, or see to the rights of the "
-                "directory",
-            )
-        if jax.default_backend() == "cpu":
-            # There NumPy sees device memory itself, which the next step reuses.
-            state = jax.tree.map(jnp.copy, state)
-        values = checkpoint_files.sealed(
-            {
-                "format": checkpoint_files.FORMAT_VERSION,
-                **info,
-                checkpoint_files.CHECKSUMS: checksums.of_tree(state),
-            }
+            options["async_options"] = ocp.AsyncOptions(barrier_sync_fn=_barrier)
+        # Lightweight: what else it would read of old checkpoints may be damaged.
+        options |= {"cleanup_tmp_directories": True, "lightweight_initialize": True}
+        self._managers[folder] = ocp.CheckpointManager(
+            self._workdir / folder, options=ocp.CheckpointManagerOptions(**options)
         )
-        if self._meetings is not None:
-            self._meetings.begin()
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        checkpoint_files.STATE: ocp.args.StandardSave(state),
-                        checkpoint_files.INFO: ocp.args.JsonSave(values),
-                    }
-                ),
-                force=True,
-            )
-        except Exception as error:  # The system's, TensorStore's, Orbax's own.
-            if parallel.comes_of_others(error):
-                raise LostProcessError(error) from error
-            if jax.process_count() > 1:
-                # The others wait within Orbax, where they cannot be told. What writes
-                # files comes later; so this is a fault of memory, or of the program.
-                raise OutOfStepError(
-                    f"{path}: this process could not begin to save "
-                    f"({reason_of(error)}); the checkpoints before it are intact "
-                    f"({self._listed()}): see to its memory, or to what another "
-                    "process says, and start all of them again with the same command"
-                ) from error
-            raise self._failed(step, error) from error
-        self._pending = step
+        return self._managers[folder]
 
-    def check(self) -> None:
-        """Tells of a save that has failed since; waits for none that is under way.
+    def _close_manager(self, folder: str) -> None:
+        manager = self._managers.pop(folder, None)
+        # A failed save raises once more, and would keep the rest from closing.
+        for end in ("wait_until_finished", "close") if manager else ():
+            with contextlib.suppress(Exception):
+                getattr(manager, end)()
 
-        Of several processes all call it, and all look at what they have come to when
-        all of them have ended.
+    @property
+    def saving(self) -> bool:
+        """Whether a save has been started whose end `poll` or `wait` has not seen."""
+        return self._pending is not None
+
+    def save(self, state: Any, info: dict[str, Any]) -> None:
+        """Starts saving under `state.step`, unless that step is there already.
+
+        Waits for the save before. Device buffers may be reused after the return.
 
         Raises:
-          CheckpointWriteError: if one has failed.
+          SaveError: if it cannot be written, or the one before could not.
         """
-        if self._pending is None:
-            return
-        if parallel.all_agree(not self._manager.is_saving_in_progress()):
+        self._save(NEWEST, state, info)
+
+    def save_best(self, state: Any, info: dict[str, Any], fid: float) -> None:
+        """Starts saving if the FID is the lowest so far; raises as `save`.
+
+        One kept whose info has another `measurement` does not compare: it is replaced.
+        """
+        self.wait()
+        for step in self._manager(BEST).all_steps():
+            with contextlib.suppress(DamagedCheckpointError):
+                kept = self.info(step, best=True)
+                if kept.get("measurement") == info.get("measurement"):
+                    if kept["fid"] <= fid:
+                        return
+                    if step != int(state.step):
+                        continue  # Orbax deletes it when the better one is written.
+            self._manager(BEST).delete(step)
+        self._save(BEST, state, {**info, "fid": fid}, metrics={"fid": fid})
+
+    def _save(self, folder: str, state: Any, info: dict[str, Any], **kwargs) -> None:
+        self.wait()
+        step = int(state.step)
+        try:
+            manager = self._manager(folder)
+            if step in manager.all_steps():
+                return
+            if jax.default_backend() == "cpu":
+                # There a save reads device memory itself, which the next step reuses.
+                state = jax.tree.map(jnp.copy, state)
+            info = {**info, "arrays": checksums.described(state)}
+            info = _sealed({**info, "checksums": checksums.of_tree(state)})
+            saved = {
+                "state": ocp.args.StandardSave(state),
+                "info": ocp.args.JsonSave(info),
+            }
+            manager.save(step, args=ocp.args.Composite(**saved), force=True, **kwargs)
+        except Exception as error:  # The system's, TensorStore's, Orbax's own.
+            raise self._failed(folder, step, error) from error
+        self._pending = folder, step, self._thread.submit(self._settle, folder, step)
+
+    def _settle(self, folder: str, step: int) -> None:
+        """Waits for a save, and finds it on disk: its files describe what was saved.
+
+        To read the arrays too would cost as much as a resume. Only the first process
+        looks: a network file system may show a new folder to the others late.
+        """
+        self._managers[folder].wait_until_finished()
+        if jax.process_index() == 0:
+            self.info(step, folder == BEST)
+
+    def poll(self) -> None:
+        """Checks on a save that has ended; never blocks, raises as `wait`."""
+        if self._pending is not None and self._pending[2].done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until every started save is complete on disk.
+        """Waits until what is being saved is whole on disk.
 
         Raises:
-          CheckpointWriteError: if one has failed.
+          SaveError: if it is not.
         """
-        if self._manager is None:
-            return
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            step, self._pending = self._pending, None
-            raise self._failed(step, error) from error
-        self._pending = None  # Not before: an interruption may end the waiting.
+        if self._pending is not None:
+            folder, step, settled = self._pending
+            futures.wait([settled])  # A signal may end this; then it stays pending.
+            self._pending = None
+            if error := settled.exception():
+                raise self._failed(folder, step, error) from error
+
+    def _failed(self, folder: str, step: int, error: BaseException) -> SaveError:
+        """Returns the error to raise, and prepares for the next save.
+
+        Orbax's manager counts a failed step as saved, and blames the next save for it;
+        a new one also deletes what is unfinished.
+        """
+        self._close_manager(folder)
+        kept = [str(one) for one in self.steps(folder == BEST) if one != step]
+        return SaveError(
+            f"{self.path(step, folder == BEST)} could not be written "
+            f"({_reason(error)}); the checkpoints before it are intact "
+            f"({', '.join(kept) or 'there are none yet'}): make room, or check the "
+            "permissions of the directory"
+        )
 
     def close(self) -> None:
-        """Waits for saves and releases the directory; what fails is only logged.
+        """Waits for the save and releases the directory; a failure is only logged."""
+        self._wait_or_warn()
+        for folder in list(self._managers):
+            self._close_manager(folder)
+        self._thread.shutdown()
 
-        Other errors may be on their way here. `wait` tells whether all was saved.
-        """
-        if self._manager is None:
-            return
+    def _wait_or_warn(self) -> None:
         try:
             self.wait()
-        except CheckpointWriteError as error:
-            logging.error("%s", error)
-        self._forget_errors()
-        try:
-            self._manager.close()
-        except Exception as error:
-            logging.error("closing %s: %s", self.directory, reason_of(error))
+        except SaveError as error:
+            logging.warning("%s", error)
 
-    def _in_all(self, action: Callable[[], None]) -> None:
-        """Looks for failed saves in all processes; all raise if one of them finds one.
-
-        Raises:
-          CheckpointWriteError: as said.
-        """
-        problem = None
-        try:
-            action()
-        except CheckpointWriteError as error:
-            problem = error
-        if not parallel.all_agree(problem is None):
-            raise problem or CheckpointWriteError(
-                f"a checkpoint in {self.directory} could not be written by another "
-                "process; see what that one says"
-            )
-
-    def _first_finds(self, question: Callable[[], bool]) -> bool:
-        """Returns what process 0 finds; another's view of the disk may be out of date.
-
-        Raises:
-          CheckpointWriteError: in all processes, if it cannot look.
-        """
-        answers: list[bool] = []
-        _by_the_first(
-            lambda: answers.append(question()),
-            f"{self.directory} cannot be read ({{}}); see to the disk and its rights",
-        )
-        return parallel.all_agree(all(answers))
-
-    @staticmethod
-    def _first_says(value: bool) -> bool:
-        """Returns process 0's value; another's view of the disk may be out of date."""
-        return parallel.all_agree(value or not parallel.is_first_process())
-
-    def _failed(self, step: int | None, error: Exception) -> CheckpointWriteError:
-        """Removes what is left of a save that failed; returns the error to raise."""
-        ended = _join_writers()
-        if ended and parallel.is_first_process():
-            self._remove_unfinished()
-        self._forget_errors()
-        try:
-            # Orbax has counted it in, and those out that would have been deleted after.
-            self._manager.reload()
-        except OSError as problem:  # The save's own error is the one to be told.
-            logging.warning(
-                "%s cannot be read (%s)",
-                self.directory,
-                reason_of(problem),
-            )
-        return CheckpointWriteError(
-            f"{self.directory}/{step} could not be written ({reason_of(error)}); the "
-            f"checkpoints before it are intact ({self._listed()}): make room, or see "
-            "to the rights of the directory"
-        )
-
-    def _forget_errors(self) -> None:
-        """Takes what a failed save has left in Orbax's queues.
-
-        It gives one error at a time, and would blame the next save for the others.
-        """
-        for _ in range(_MOST_ERRORS):
-            try:
-                self._manager.check_for_errors()
-                return
-            except Exception as error:
-                logging.debug("of the same failed save: %s", reason_of(error))
-
-    def _make_ready(self, step: int) -> None:
-        """Makes sure that folders can be made; process 0 makes those of all.
-
-        Where it cannot, the others would wait for them within Orbax, for minutes.
-        """
-        # When an earlier save had failed here, others may have been writing still.
-        self._remove_unfinished()
-        trial = self.directory / f"{step}{checkpoint_files.UNFINISHED}"
-        trial.joinpath(*_MORE_FOLDERS_THAN_A_SAVE_MAKES).mkdir(parents=True)
-        _remove(trial)
-
-    def _remove_unfinished(self) -> None:
-        for path in self.directory.glob(f"*{checkpoint_files.UNFINISHED}*"):
-            _remove(path)
-
-    def _listed(self) -> str:
-        try:
-            return ", ".join(map(str, self.steps())) or "there are none yet"
-        except OSError as error:
-            return f"they cannot be listed: {reason_of(error)}"
-
-    # Restoring.
-
-    def restore(self, like: Any, step: int | None = None) -> Any:
-        """Restores and verifies a state; see `restore_one`.
+    def restore(self, like: Any, step: int | None = None, best: bool = False):
+        """Returns the Restored of a step; by default of the newest, or of the best.
 
         Args:
-          like: a state of the same shapes, with the shardings wanted.
-          step: which; None: the newest.
+          like: a state, or its shapes with the shardings of the result.
+          step: which.
+          best: whether it is the best one.
 
         Raises:
           DamagedCheckpointError: if it is not what was saved.
-          CheckpointError: if there is none, or its arrays differ from `like`'s.
+          CheckpointError: if there is none, it cannot be read, or differs from `like`.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(checkpoint_files.no_checkpoint(self.directory.parent))
-        return self.restore_one(like, step).state
-
-    def restore_one(self, like: Any, step: int) -> Restored:
-        """Restores and verifies the checkpoint of a step.
-
-        Args:
-          like: a state of the same shapes, with the shardings wanted.
-          step: of the checkpoint.
-
-        Raises:
-          DamagedCheckpointError: if it is not what was saved.
-          CheckpointError: if its arrays differ from `like`'s.
-        """
-        self.wait()
-        try:
-            return self._load(like, step)
-        except DamagedCheckpointError as error:
-            raise _named_as_damaged(self.directory / str(step), error) from error
+        self._wait_or_warn()
+        steps = self.steps(best) if step is None else [step]
+        if not steps:
+            raise CheckpointError(
+                f"{self._workdir} keeps no best checkpoint; training keeps one by FID "
+                "where the config has evaluation.inception=True and a "
+                "train.evaluate_every; use --checkpoint=latest"
+                if best
+                else f"{self._workdir} holds no checkpoint; train first, with "
+                f"--mode=train --workdir={self._workdir}"
+            )
+        return _load(self.path(steps[-1], best), like)
 
     def restore_newest(self, like: Any) -> Restored | None:
-        """Restores the newest checkpoint that is intact.
+        """Restores the newest intact checkpoint; None where there is none at all.
 
-        Every one that is not is logged with the reason. Where an older one is intact,
-        the damaged ones are then moved to `<workdir>/damaged/<folder>-<step>`, so that
-        their steps can be saved again; with `read_only` they stay.
-
-        Args:
-          like: a state of the same shapes, with the shardings wanted.
-
-        Returns:
-          The checkpoint; None if there is none at all.
-
-        Raises:
-          CheckpointError: if there are some but none is intact, or an intact one does
-            not fit `like`, or one cannot be read for now. Nothing has been moved then.
+        Damaged ones are warned of, and once an intact one is found, moved to
+        `<workdir>/damaged/`. Raises as `restore`, also if none is intact.
         """
-        self.wait()
+        self._wait_or_warn()
         damaged: dict[int, str] = {}
-        for step in reversed(self.same_steps()):
+        for step in reversed(self.steps()):
             try:
-                found = self._load(like, step)
+                found = _load(self.path(step), like)
             except DamagedCheckpointError as error:
+                logging.warning("skipping a checkpoint: %s", error)
                 damaged[step] = str(error)
-                logging.warning("a checkpoint is of no use: %s", error)
                 continue
-            if damaged and self._manager is not None:
-                self.set_aside(sorted(damaged))
+            if damaged and not self._read_only:
+                self._set_aside(list(damaged))
             return found
-        if not damaged:
-            return None
-        raise CheckpointError(
-            f"no checkpoint in {self.directory} is intact: "
-            f"{'; '.join(damaged.values())}. Nothing was changed: bring a copy of one "
-            "back, or name a new --workdir"
-        )
-
-    def same_steps(self) -> list[int]:
-        """Returns process 0's steps in all processes; see `steps`.
-
-        Raises:
-          CheckpointReadError: if the directory cannot be read.
-        """
-        steps, problem = [], None
-        try:
-            steps = self.steps()[-_MOST_STEPS:]
-        except OSError as error:
-            problem = reason_of(error)
-        if not self._first_says(problem is None):
-            raise CheckpointReadError(
-                f"{self.directory} could not be read ({problem or 'by process 0'}); "
-                "see to the disk and its rights, and try again"
-            )
-        if jax.process_count() == 1:
-            return steps
-        from jax.experimental import multihost_utils
-
-        told = np.full((_MOST_STEPS, 2), -1, np.int32)  # JAX has no int64 here.
-        told[: len(steps)] = np.reshape([divmod(one, 2**31) for one in steps], (-1, 2))
-        found = np.asarray(multihost_utils.broadcast_one_to_all(told))
-        return [int(high) * 2**31 + int(low) for high, low in found if low >= 0]
-
-    def _load(self, like: Any, step: int) -> Restored:
-        """Restores and verifies one checkpoint; all processes come to one verdict."""
-        path = self.directory / str(step)
-        with agreed(path):
-            info = checkpoint_files.read_info(path)
-            self._check_fits(path, info, like)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        # Without Orbax's manager, which makes processes wait for one that has failed.
-        with (
-            agreed(path),
-            contextlib.closing(ocp.StandardCheckpointHandler()) as handler,
-        ):
-            state = handler.restore(
-                epath.Path(path / checkpoint_files.STATE),
-                args=ocp.args.StandardRestore(abstract),
-            )
-        with agreed(path):
-            if checkpoint_files.CHECKSUMS in info:
-                checkpoint_files.check_sums(
-                    path, info[checkpoint_files.CHECKSUMS], state
-                )
-            else:
-                logging.warning(
-                    "%s was saved without checksums, by an older version: it cannot be "
-                    "verified",
-                    path,
-                )
-            if int(state.step) != step:
-                raise DamagedCheckpointError(
-                    f"{path} holds the state of step {int(state.step)}"
-                )
-        logging.info("restored step %d from %s", step, self.directory)
-        return Restored(step, state, info)
-
-    def _check_fits(self, path: Path, info: dict[str, Any], like: Any) -> None:
-        """Compares the arrays with those wanted, before anything of them is read.
-
-        What was saved decides whether it fits; only where that is not known, what
-        the files declare.
-        """
-        wanted = checksums.described(like)
-        if checkpoint_files.CHECKSUMS in info:
-            saved = {
-                n: v.partition(" ")[0]
-                for n, v in info[checkpoint_files.CHECKSUMS].items()
-            }
-        else:
-            saved = checksums.described(checkpoint_files.declared(path))
-        found = checksums.difference(wanted, saved)
-        if found is not None:
+        if damaged:
             raise CheckpointError(
-                f"{path} does not hold the state that this run's config describes "
-                f"({found}); use the config that made it, or another --workdir"
+                f"no checkpoint of {self._workdir} is intact: "
+                f"{'; '.join(damaged.values())}. Nothing was changed: bring a copy of "
+                "one back, or name a new --workdir"
             )
-        if checkpoint_files.CHECKSUMS in info:
-            checkpoint_files.check_described(
-                path, info[checkpoint_files.CHECKSUMS], checkpoint_files.declared(path)
-            )
+        return None
 
-    # Setting aside.
-
-    def set_aside(self, steps: list[int], to: str = DAMAGED) -> None:
-        """Moves checkpoints to another folder; their steps can be saved again.
-
-        Args:
-          steps: of the checkpoints.
-          to: that folder of the run directory.
-
-        Raises:
-          CheckpointWriteError: in all processes, if they cannot be moved.
-        """
-
-        def move() -> None:
-            for step in steps:
-                self._move(
-                    self.directory / str(step),
-                    self._workdir / to / f"{self._folder}-{step}",
-                )
-
-        _by_the_first(
-            move,
-            f"what is of no use in {self.directory} cannot be moved to "
-            f"{self._workdir / to} ({{}}); see to the room and the rights there",
-        )
-        self._manager.reload()
-
-    def _set_unfinished_aside(self) -> None:
-        """Moves the newest unfinished checkpoint away, and deletes older ones."""
-        found = checkpoint_files.unfinished_in(self.directory)
-        if not found:
-            return
-        found.sort(key=lambda path: path.lstat().st_mtime)
+    def _set_aside(self, steps: list[int]) -> None:
         target = self._workdir / DAMAGED
-        prefix = f"unfinished-{self._folder}-"
-        older = [*target.glob(f"{prefix}*"), *found[:-1]]
-        for path in older:
-            logging.info("deleting what was left of an unfinished save: %s", path)
-            _remove(path)
-        newest = found[-1]
-        step = newest.name.partition(checkpoint_files.UNFINISHED)[0]
+        for step in steps if jax.process_index() == 0 else ():
+            target.mkdir(exist_ok=True)
+            others = len(list(target.glob(f"{NEWEST}-{step}*")))
+            moved = target / (f"{NEWEST}-{step}" + f"-{others}" * bool(others))
+            shutil.move(self.path(step), moved)
+            logging.warning("moved a damaged checkpoint to %s", moved)
+        # The next one, for which all processes wait, sees what is left.
+        self._close_manager(NEWEST)
+
+    def verify(self, step: int, best: bool = False) -> None:
+        """Reads a checkpoint into host memory and verifies it; raises as `restore`."""
+        _load(self.path(step, best))
+
+    def info(self, step: int, best: bool = False) -> dict[str, Any]:
+        """Returns a checkpoint's JSON values; raises as `restore`."""
+        return _load(self.path(step, best), read_arrays=False).info
+
+
+class Saver:
+    """Saves that a run of one process retries for a while, training on.
+
+    With several processes a failed save raises at once.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, patience: int | float):
+        """Wraps a run's checkpoints; patience: seconds from the first failure."""
+        self._checkpoints, self._patience = checkpoints, patience
+        self._since: float | None = None  # The first failure.
+        self._next, self._delay = 0.0, 1.0
+
+    def save(self, state: Any, info: dict[str, Any]) -> None:
+        """Starts saving; raises TrainingError when patience is over."""
+        self._attempt(self._checkpoints.save, state, info)
+
+    def poll(self) -> None:
+        """Checks on a save that has ended; never blocks, raises as `save`."""
+        if self._checkpoints.saving:
+            self._attempt(self._checkpoints.poll)
+
+    def retry_due(self) -> bool:
+        """Whether it is time to save again, after a failure."""
+        waiting = self._since is not None and not self._checkpoints.saving
+        return waiting and time.monotonic() >= self._next
+
+    def finish(self, state: Any, info: dict[str, Any]) -> None:
+        """Saves, waits, and reads it back, until that succeeds; raises as `save`."""
+
+        def complete() -> None:
+            self._checkpoints.save(state, info)
+            self._checkpoints.wait()
+            if jax.process_index() == 0:
+                self._checkpoints.verify(int(state.step))
+
+        while not self._attempt(complete):
+            time.sleep(max(0.0, self._next - time.monotonic()))
+
+    def _attempt(self, action: Callable[..., None], *args: Any) -> bool:
+        now = time.monotonic()
         try:
-            self._move(newest, target / f"{prefix}{step}")
-        except OSError as error:  # On a full disk it would only be in the way.
-            logging.warning("deleting %s (%s)", newest, reason_of(error))
-            _remove(newest)
+            action(*args)
+        except CheckpointError as error:
+            if jax.process_count() > 1:
+                raise
+            self._since = now if self._since is None else self._since
+            left = self._patience - (now - self._since)
+            if left <= 0:
+                raise TrainingError(
+                    f"no checkpoint could be written for {now - self._since:.0f} s "
+                    f"(recovery.save_patience {self._patience}): {error}. Then start "
+                    "the same command again"
+                ) from error
+            logging.warning(
+                "a checkpoint cannot be written: %s; training goes on and tries again "
+                "for %.0f s",
+                error,
+                left,
+            )
+            # The last attempt comes when patience is over, not long after.
+            self._next = now + min(self._delay, left)
+            self._delay = min(2 * self._delay, 60.0)
+            return False
+        if self._since is not None and not self._checkpoints.saving:
+            waited = now - self._since
+            logging.warning("a checkpoint is written at last, after %.0f s", waited)
+            self._since, self._delay = None, 1.0
+        return True
 
-    def _move(self, path: Path, target: Path) -> None:
-        target.parent.mkdir(exist_ok=True)
-        free, count = target, 0
-        while free.exists() or free.is_symlink():
-            count += 1
-            free = target.with_name(f"{target.name}-{count}")
-        shutil.move(path, free)  # The folder may lie on another disk.
-        logging.warning("moved %s to %s", path, free)
 
+class _LiteralPath(type(epath.Path())):
+    """A path whose own names are no patterns.
 
-def _join_writers(seconds: float = 60.0) -> bool:
-    """Waits for Orbax's threads that go on when one of them has failed.
-
-    They would disturb the next try, which writes into a directory of the same name,
-    and would have it blamed for what they come to.
-
-    Returns:
-      Whether all have ended; what one still writes must not be removed.
+    Orbax 0.12 lists the files of its processes by `glob` below the run directory, and
+    would find none in `runs/seed[0]`: the checkpoint would lack its index.
     """
-    end, ended = time.monotonic() + seconds, True
-    for thread in threading.enumerate():
-        orbax = type(thread).__module__.startswith("orbax.")
-        if (orbax or thread.name == _COLLECTOR) and not thread.daemon:
-            with contextlib.suppress(Exception):  # Its own, known already.
-                thread.join(max(0.1, end - time.monotonic()))
-            ended = ended and not thread.is_alive()
-    return ended
+
+    def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
+        return iter([self / name for name in glob.glob(pattern, root_dir=self)])
 
 
-def _remove(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        for _ in range(3):  # Something may still be written into it.
-            shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
-                return
-            time.sleep(0.05)
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, where a process does not wait whose save has just failed.
 
-
-def _by_the_first(action: Callable[[], None], message: str) -> None:
-    """Lets process 0 do something with the disk, while the others wait.
-
-    Args:
-      action: what to do.
-      message: of the error, with a place for the reason.
-
-    Raises:
-      CheckpointWriteError: in all processes, if the system does not let it.
+    The others are not coming: they wait for its files until it ends, and they with it.
     """
-    problem = None
-    if parallel.is_first_process():
-        try:
-            action()
-        except OSError as error:
-            problem = error
-    if not parallel.all_agree(problem is None):
-        reason = "in process 0" if problem is None else reason_of(problem)
-        raise CheckpointWriteError(message.format(reason)) from problem
+    if (failure := sys.exc_info()[1]) is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-@contextlib.contextmanager
-def agreed(path: Path) -> Iterator[None]:
-    """Reads a checkpoint; if one process cannot, none of them can.
+def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Restored:
+    """Reads and verifies a checkpoint; raises as `Checkpoints.restore`.
 
-    It is damaged for all where no process has an error of another kind.
+    Orbax, TensorStore and JSON raise a dozen kinds of errors. What does not restore
+    although all its files can be read is damaged.
     """
-    problem: CheckpointError | None = None
     try:
-        with checkpoint_files.damage(path):
-            yield
-    except CheckpointError as error:
-        problem = error
-    damaged = isinstance(problem, DamagedCheckpointError)
-    good = parallel.all_agree(problem is None)
-    if not parallel.all_agree(problem is None or damaged):
-        if problem is None or damaged:
-            raise CheckpointReadError(
-                f"{path}: another process could not read it; see what that one says"
-            ) from problem
-    elif not good and problem is None:
-        problem = DamagedCheckpointError(f"{path}: another process could not read it")
-    if problem is not None:
-        raise problem
+        return _read(path, like, read_arrays)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        try:
+            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                _read_files(path)
+        except Exception as reason:
+            raise CheckpointError(
+                f"{path} cannot be read ({_reason(reason)}), which does not mean that "
+                "it is damaged: check the disk, its permissions and memory"
+            ) from error
+        raise DamagedCheckpointError(f"{path} is damaged: {_reason(error)}") from error
 
 
-def _named_as_damaged(path: Path, error: Exception) -> DamagedCheckpointError:
-    return DamagedCheckpointError(
-        f"{path} is damaged ({error}); name another --checkpoint, or move that one "
-        "away to go on from the one before"
-    )
+def _read_files(path: epath.Path) -> None:
+    for one in path.iterdir():
+        if one.is_dir():
+            _read_files(one)
+        elif one.is_file():
+            one.read_bytes()
+
+
+def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
+    info = json.loads(files.read_text(Path(path / "info" / "metadata"), _LARGEST_INFO))
+    if info != _sealed({name: info[name] for name in info if name != "sha256"}):
+        raise ValueError("its info does not match its checksum")
+    if like is not None and info["arrays"] != checksums.described(like):
+        raise CheckpointError(
+            f"{path} does not hold the state that this run's config describes "
+            f"({_difference(info['arrays'], checksums.described(like))}); use the "
+            "config that made it, or another --workdir"
+        )
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree, state = handler.metadata(path / "state").tree, None
+        _difference(info["arrays"], checksums.described(tree), raising=True)
+        sizes = [
+            math.prod(shape) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+            for shape in (leaf.shape, leaf.storage.chunk_shape)
+        ]
+        on_disk = sum(file.stat().st_size for file in Path(path).rglob("*"))
+        if sum(sizes) > _ALLOWANCE + _MOST_COMPRESSION * on_disk:
+            raise ValueError(f"{on_disk} bytes cannot hold {sum(sizes)}")
+        if like is None:  # NumPy's arrays, but without their memory.
+            like = jax.tree.map(
+                lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree
+            )
+        if read_arrays:
+            layout = ocp.checkpoint_utils.construct_restore_args(like)
+            args = ocp.args.PyTreeRestore(like, layout)
+            state = handler.restore(path / "state", args=args)
+            _difference(info["checksums"], checksums.of_tree(state), raising=True)
+    return Restored(int(path.name), state, info)
+
+
+def _difference(saved: dict, found: dict, raising: bool = False) -> str:
+    """Returns, or raises as ValueError, the first difference."""
+    for name in sorted(saved.keys() | found.keys()):
+        one, other = saved.get(name, "absent"), found.get(name, "absent")
+        if one != other and raising:
+            raise ValueError(f"{name} is {other}, not {one}")
+        if one != other:
+            return f"{name} is {other}, not {one}"
+    return ""
+
+
+def _sealed(info: dict[str, Any]) -> dict[str, Any]:
+    """Returns JSON values with a checksum of their own."""
+    text = json.dumps(info, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {**json.loads(text), "sha256": digest}
+
+
+def _reason(error: BaseException) -> str:
+    """Returns an error's first line, without TensorStore's specifications."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.partition(" [tensorstore")[0].partition(" [os_error")[0][-300:]

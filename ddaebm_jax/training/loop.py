@@ -1,64 +1,87 @@
-"""The loop: takes the steps of a run, and ends in good order whatever stops it.
+"""The training loop: dispatches of K steps, and what is due between them.
 
-It owns no mathematics. State is in plain sight, and every dispatch is a pure function
-of it. What the loop works with is opened by `runs`; what it shows, `measuring` does.
+It contains no mathematics. The state is in plain sight, and every dispatch is a pure
+function of it, so that a resumed run is bit-identical to an unbroken one.
 """
 
 import contextlib
+import dataclasses
 import signal
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from absl import logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import diagnostics, game
-from ddaebm_jax import sharding as parallel
-from ddaebm_jax.errors import InputError, LostProcessError, OutOfStepError
-from ddaebm_jax.training import dispatch, measuring, run_directory, runs
-from ddaebm_jax.training.preemption import Interrupted, Interruption, Noted
-from ddaebm_jax.training.runs import Run
+from ddaebm_jax import experiment as experiments
+from ddaebm_jax.data.batches import Batches
+from ddaebm_jax.diagnostics import Fault, Metrics
+from ddaebm_jax.errors import InputError, LostProcessError, TrainingError
+from ddaebm_jax.evaluation import image_quality, pictures
+from ddaebm_jax.evaluation import metrics as metrics_lib
+from ddaebm_jax.game import TrainState
+from ddaebm_jax.training import dispatch, processes, run_directory
+from ddaebm_jax.training.checkpoints import Checkpoints, SaveError, Saver
+from ddaebm_jax.training.preemption import Preemption, Stopped, StopRequested
+from ddaebm_jax.training.reports import Reports
 
 
-class _NotFinite(Exception):
-    """Some steps had a number that is not finite.
+@dataclasses.dataclass
+class Run:
+    """A run that trains: what it works with, and its state on the host.
 
     Attributes:
-      fault: on the host.
+      experiment: what the config describes.
+      workdir: the run directory.
+      dispatcher: takes the steps.
+      batches: the input stream; None where there is none.
+      meter: measures images by Inception's features; None: not measured.
+      checkpoints: of the newest steps, and of the lowest FID.
+      saver: saves the newest, and retries.
+      reports: metrics and the progress line.
+      trial: number of rollbacks so far, which seeds the noise.
+      evaluated: the last step that was evaluated.
     """
 
-    def __init__(self, fault: diagnostics.Fault) -> None:
-        super().__init__(fault.describe())
-        self.fault = fault
+    experiment: experiments.Experiment
+    workdir: Path
+    dispatcher: dispatch.Dispatcher
+    batches: Batches | None
+    meter: image_quality.Meter | None
+    checkpoints: Checkpoints
+    saver: Saver
+    reports: Reports
+    trial: int = 0
+    evaluated: int = 0
 
 
-class _Taken(NamedTuple):
-    """Steps that were started, and whose metrics have not been looked at.
+class Dispatched(NamedTuple):
+    """Steps that may still be under way.
 
     Attributes:
-      start: the first of them.
-      step: the one after the last.
-      metrics: their mean, on the device.
+      step: the step after the last.
+      length: number of steps.
+      metrics: their means, on the device.
       fault: the first of them that is not finite, on the device.
     """
 
-    start: int
     step: int
-    metrics: diagnostics.Metrics
-    fault: diagnostics.Fault
+    length: int
+    metrics: Metrics
+    fault: Fault
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Trains, or goes on training, in a run directory.
+    """Train, or continue training, in a run directory.
 
     Args:
       config: the recipe.
       workdir: the run directory: new, or one of the same config, whose newest
-        checkpoint is then taken up.
+        checkpoint is restored then.
 
     Returns:
       The final figures, as written to `report.json`.
@@ -68,190 +91,309 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         is in use; nothing has been written then.
       TrainingError: if a loss or gradient is not finite, again and again, or no
         checkpoint can be written.
-      Interrupted: after SIGTERM or SIGINT, when all is saved.
+      LostProcessError: if another process cannot be reached.
+      Stopped: after SIGTERM or SIGINT, when everything is saved.
     """
-    workdir = Path(workdir)
-    started = time.monotonic()
+    started, workdir = time.monotonic(), Path(workdir)
     config_lib.validate(config)
-    with contextlib.ExitStack() as stack, _leaving_at_once(stack):
-        _check_processes_agree(config)
-        run_directory.open_workdir(workdir, config)
-        parallel.wait_for_all("the run directory has been looked at")
-        run, state = runs.open_run(stack, config, workdir)
-        with Interruption() as interruption:
-            state = _loop(run, state, interruption)
-            interruption.all_saved(config.train.num_steps, config.train.num_steps)
-            report = measuring.report(run, state)
-            report["seconds"] = time.monotonic() - started
-            measuring.finish(run, state, report)
-    return report
-
-
-@contextlib.contextmanager
-def _leaving_at_once(stack: contextlib.ExitStack) -> Iterator[None]:
-    """Leaves what is open as it is where closing it would hold up who leaves.
-
-    Raises:
-      LostProcessError: for an error that comes of other processes.
-    """
     try:
-        yield
-    except (KeyboardInterrupt, OutOfStepError):
-        # At once: what is open would wait for what is being saved, or for others.
-        stack.pop_all()
+        processes.check_same_config(config)
+        with contextlib.ExitStack() as stack:
+            run = _open(config, workdir, stack)
+            state, first_step = _restore(run)
+            if processes.is_first_process():
+                run_directory.write_config(workdir, config)
+                run.experiment.source.save(workdir)
+            preemption = stack.enter_context(Preemption())
+            state = _loop(run, state, first_step, preemption)
+            report = {
+                **_measure(run, state, preemption),
+                "resumed_from_step": first_step,
+                "seconds": time.monotonic() - started,
+            }
+            if processes.is_first_process():
+                run_directory.write_report(workdir, report)
+            final = {f"final/{name}": x for name, x in report["figures"].items()}
+            run.reports.write(report["step"], final)
+            _draw(run, state, report["step"], preemption)
+            return report
+    except Exception as error:
+        if processes.is_lost_process(error):
+            raise LostProcessError(error) from error
         raise
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if not parallel.comes_of_others(error):
-            raise
-        # What is open waits for the others when it is closed, and they are gone.
-        stack.pop_all()
-        raise LostProcessError(error) from error
 
 
-def _check_processes_agree(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError, in every process, if one of them was given another config."""
-    text = config_lib.to_json(config)
-    found = parallel.differing_processes(text)
-    if found is None:
-        return
-    process, first, other = found
-    differences = config_lib.differences(
-        config_lib.from_json(first), config_lib.from_json(other)
+def _open(
+    config: ml_collections.ConfigDict, workdir: Path, stack: contextlib.ExitStack
+) -> Run:
+    """Build what a config describes and open its run directory; `stack` closes all."""
+    if processes.is_first_process():
+        run_directory.check(workdir, config)
+        stack.enter_context(run_directory.lock(workdir))
+    processes.wait_for_all("the run directory is locked")
+    dispatch.use_compilation_cache(config.compilation_cache)
+    experiment = experiments.build(config)
+    dispatcher = dispatch.Dispatcher(experiment)
+    meter = image_quality.open_meter(experiment)
+    batches = experiments.open_batches(experiment)
+    if batches is not None:
+        stack.callback(batches.close)
+    new = not (workdir / run_directory.CONFIG_FILE).exists()
+    if processes.is_first_process() and new:
+        run_directory.write_config(workdir, config)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+
+    def close(kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Closing waits for the save under way and for the other processes.
+        failed = isinstance(error, Exception) and jax.process_count() > 1
+        if not failed and not isinstance(error, KeyboardInterrupt):
+            checkpoints.close()
+
+    stack.push(close)
+    reports = Reports(workdir, config, experiment.source.holds_images)
+    stack.callback(reports.close)
+    return Run(
+        experiment=experiment,
+        workdir=workdir,
+        dispatcher=dispatcher,
+        batches=batches,
+        meter=meter,
+        checkpoints=checkpoints,
+        saver=Saver(checkpoints, config.recovery.save_patience),
+        reports=reports,
     )
-    listed = ", ".join(
-        f"{name} ({one!r} in process 0, {two!r} in process {process})"
-        for name, (one, two) in differences.items()
-    )
-    raise InputError(
-        f"the processes were given different configs: {listed}; start all of them with "
-        "the same command"
-    )
 
 
-def _loop(
-    run: Run, state: game.TrainState, interruption: Interruption
-) -> game.TrainState:
-    """Takes all steps that are left, going back to a checkpoint after a fault."""
-    first, owed = run.start.step, tuple(run.start.info.get("owed", ()))
-    while True:
-        try:
-            return _advance(run, state, first, owed, interruption)
-        except _NotFinite as error:
-            fault = error.fault
-        # Outside the handler, which would keep the bad state in memory.
-        del state
-        state, first = runs.roll_back(run, fault)
-        owed = ()
-
-
-def _advance(
-    run: Run,
-    state: game.TrainState,
-    first: int,
-    owed: tuple[str, ...],
-    interruption: Interruption,
-) -> game.TrainState:
-    """Takes all steps that are left, with reports, pictures and checkpoints.
-
-    Metrics are fetched when the next steps are already under way, so that the device
-    does not wait; before anything is kept they are looked at first.
-
-    Args:
-      run: the run.
-      state: where it is.
-      first: the step there.
-      owed: of `evaluate` and `draw`, what a signal kept from being done there.
-      interruption: notes signals.
+def _restore(run: Run) -> tuple[TrainState, int]:
+    """Return the newest intact state and its step; restore host-side state with it.
 
     Raises:
-      _NotFinite: if a loss or gradient is not finite.
-      Interrupted: for a signal, when all is saved.
+      InputError: if it lies beyond the end of the run, or belongs to other data.
     """
-    train = run.experiment.config.train
-    taken: _Taken | None = None
-    if owed:
-        saved = state
-        owed = measuring.measure(run, saved, first, owed, interruption)
-        del saved
-        if owed:
-            _stop(run, state, first, owed, interruption.noted(first, first))
-    for start, step in dispatch.dispatches(run.experiment.config, first):
-        try:
-            with interruption.at_once():
-                batch = None if run.batches is None else run.batches.next(step - start)
-        except Noted:
-            if taken is not None:
-                _look_at(run, taken)
-            _stop(run, state, start, (), interruption.noted(start, start))
-        before = run.dispatcher.compile_seconds
-        state, metrics, fault = run.dispatcher(state, step - start, batch)
-        if taken is not None:
-            _look_at(run, taken)
-        taken = _Taken(start, step, metrics, fault)
-        compiled = run.dispatcher.compile_seconds - before
-        if compiled > 0:
-            run.output.message(f"compiled {step - start} steps in {compiled:.1f} s")
-            run.output.restart_clock(start)
-        stopping = interruption.noted(start, step)
-        due = measuring.due(train, step)
-        save = step % train.checkpoint_every == 0 or step == train.num_steps
-        run.saver.look(meeting=step % train.report_every == 0)
-        again = run.saver.due()
-        if not (due or save or stopping or again):
+    found = run.checkpoints.restore_newest(run.dispatcher.like())
+    if found is None:
+        state, step, info = run.dispatcher.init(), 0, {}
+    else:
+        step, state, info = found
+    total = run.experiment.config.train.num_steps
+    if step > total:
+        raise InputError(
+            f"{run.workdir} has a checkpoint at step {step}, beyond train.num_steps "
+            f"{total}; raise it, or name a new --workdir"
+        )
+    source = run.experiment.source
+    # Imported weights come without data (None).
+    if info.get("data") not in (None, source.metadata()):
+        raise InputError(
+            f"the data '{source.name}' are not those that {run.workdir} was trained "
+            "on; bring the old files back, or name a new --workdir"
+        )
+    run.trial, run.evaluated = info.get("trial", 0), info.get("evaluated", 0)
+    run.dispatcher.reseed(run.trial)
+    if run.batches is not None:
+        beginning = {**run.batches.state(), "batches": 0}
+        run.batches.restore(info.get("input") or beginning)
+    run.reports.rewind(step, run.evaluated)
+    return state, step
+
+
+def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> TrainState:
+    """Take all steps that are left, with reports, evaluations, pictures, checkpoints.
+
+    Raises:
+      Stopped: for a signal, when everything is saved.
+    """
+    config, train = run.experiment.config, run.experiment.config.train
+    total = train.num_steps
+    previous, stop = None, None
+    if _is_due(train.evaluate_every, step, total) and run.evaluated < step:
+        stop = _evaluate(run, state, step, preemption)
+    while step < total and stop is None:
+        start, step = next(dispatch.dispatches(config, step))
+        batches = None if run.batches is None else run.batches.next(step - start)
+        compiled = run.dispatcher.compile_seconds
+        state, metrics, fault = run.dispatcher(state, step - start, batches)
+        compiled = run.dispatcher.compile_seconds - compiled
+        current = Dispatched(step, step - start, metrics, fault)
+
+        stop = preemption.poll(start, step)
+        run.saver.poll()
+        evaluate = _is_due(train.evaluate_every, step, total) and stop is None
+        draw = _is_due(train.picture_every, step, total) and stop is None
+        save = step % train.checkpoint_every == 0 or step == total or stop is not None
+        save = save or run.saver.retry_due()
+
+        # Metrics are fetched while the next steps are under way, those of a state that
+        # is used at once.
+        fault = _report(run, previous)
+        if compiled:
+            run.reports.log(f"compiled {step - start} steps in {compiled:.1f} s")
+            run.reports.restart_clock(start)
+        if fault is None and (evaluate or draw or save):
+            fault, current = _report(run, current), None
+        previous = current
+        if fault is not None:
+            previous = None
+            del state
+            state, step = _roll_back(run, fault)
             continue
-        _look_at(run, taken)
-        taken = None
-        if stopping and step < train.num_steps:
-            _stop(run, state, step, due, stopping)
-        saved = state
-        if due:
-            left = measuring.measure(run, saved, step, due, interruption)
-            if left:
-                _stop(run, state, step, left, interruption.noted(step, step))
-        # Last: a run resumed from here has missed nothing.
-        if step == train.num_steps:
-            run.saver.finish(saved, runs.checkpoint_info(run), wait=True)
-        elif again:
-            run.saver.finish(saved, runs.checkpoint_info(run), wait=False)
+
+        if evaluate:
+            stop = _evaluate(run, state, step, preemption)
+        if stop is not None or step == total:
+            run.saver.finish(state, _info(run))
         elif save:
-            run.saver.save(saved, runs.checkpoint_info(run))
-        if due:
-            run.output.restart_clock(step)
+            run.saver.save(state, _info(run))
+        if draw and stop is None:
+            _draw(run, state, step, preemption)
+        if evaluate or draw:
+            run.reports.restart_clock(step)
+    if stop is not None:
+        raise Stopped(stop, step, total)
     return state
 
 
-def _stop(
-    run: Run,
-    state: game.TrainState,
-    step: int,
-    owed: tuple[str, ...],
-    by: signal.Signals | None,
-) -> NoReturn:
-    """Saves and leaves; what is owed is done when the run goes on.
-
-    Raises:
-      Interrupted: always.
-    """
-    info = {**runs.checkpoint_info(run), "owed": list(owed)}
-    run.saver.finish(state, info, wait=True)
-    total = run.experiment.config.train.num_steps
-    raise Interrupted(by or signal.SIGTERM, step, total)
+def _is_due(every: int, step: int, total: int) -> bool:
+    """Return whether an action is due; at the end of the run come the final ones."""
+    return every > 0 and 0 < step < total and step % every == 0
 
 
-def _look_at(run: Run, taken: _Taken) -> None:
-    """Fetches the metrics of some steps, and reports where that is due.
-
-    Raises:
-      _NotFinite: if one of them is not finite.
-    """
-    train = run.experiment.config.train
-    metrics, step = jax.device_get((taken.metrics, taken.fault.step))
+def _report(run: Run, done: Dispatched | None) -> Fault | None:
+    """Fetch the metrics of some steps and report them; return their fault, if any."""
+    if done is None:
+        return None
+    metrics, step = jax.device_get((done.metrics, done.fault.step))
     if step:
-        raise _NotFinite(jax.device_get(taken.fault))
-    average = run.progress.average
-    average.add(metrics, taken.step - taken.start)
-    if taken.step % train.report_every == 0 or taken.step == train.num_steps:
-        values = average.take()
-        run.output.report(taken.step, values)
-        for warning in run.watch.warnings(values):
-            logging.warning("step %d: %s", taken.step, warning)
+        return jax.device_get(done.fault)
+    run.reports.add(done.step, done.length, metrics)
+    return None
+
+
+def _info(run: Run) -> dict[str, Any]:
+    """Return the host-side state that a checkpoint holds besides the state."""
+    return {
+        "config": run.experiment.config.to_dict(),
+        "data": run.experiment.source.metadata(),
+        "input": None if run.batches is None else run.batches.state(),
+        "trial": run.trial,
+        "evaluated": run.evaluated,
+    }
+
+
+def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
+    """Return to the newest good checkpoint, with fresh noise from there on.
+
+    Raises:
+      TrainingError: if that has been done as often as the config allows.
+    """
+    trial, most = run.trial, run.experiment.config.recovery.max_rollbacks
+    with contextlib.suppress(SaveError):
+        run.checkpoints.wait()
+    if trial >= most:
+        last = run.checkpoints.latest_step()
+        kept = "there is no checkpoint" if last is None else f"step {last} is kept"
+        raise TrainingError(
+            f"{fault.describe()}; recovery.max_rollbacks is {most}, and the run has "
+            f"gone back {trial} times; {kept}. Try a lower optimizer.learning_rate, a "
+            "higher game.gamma, or optimizer.max_grad_norm, in a new --workdir"
+        )
+    state, step = _restore(run)
+    run.trial = trial + 1
+    run.dispatcher.reseed(run.trial)
+    logging.warning(
+        "%s: back to step %d, with fresh noise (%d of at most %d times)",
+        *(fault.describe(), step, run.trial, most),
+    )
+    return state, step
+
+
+def _evaluate(
+    run: Run, state: TrainState, step: int, preemption: Preemption
+) -> signal.Signals | None:
+    """Evaluate on the way; return the signal that interrupted it, if any."""
+    fewer = run.experiment.config.evaluation.num_samples_on_the_way or None
+    try:
+        with preemption.interruptible():
+            found = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
+    except StopRequested:
+        return preemption.signal
+    run.evaluated = step
+    run.reports.write(step, {f"evaluation/{k}": v for k, v in found.items()})
+    _save_best(run, state, found)
+    return None
+
+
+def _save_best(run: Run, state: TrainState, found: dict[str, Any]) -> None:
+    """Keep the state if its FID is the lowest so far; a failure is only warned of."""
+    if run.meter is None:
+        return
+    # Only FIDs that were measured in the same way compare.
+    names = ("num_images", "num_reference", *run.meter.about)
+    measurement = {name: found[name] for name in names}
+    info = _info(run) | {"input": None, "measurement": measurement}
+    try:
+        run.checkpoints.save_best(state, info, found["fid"])
+    except SaveError as error:
+        if jax.process_count() > 1:
+            raise
+        logging.warning("the best checkpoint cannot be kept: %s", error)
+
+
+def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> None:
+    """Draw the averaged model's pictures; a failure or a signal skips them.
+
+    All processes sample together; the first one keeps the pictures.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(preemption.interruptible())
+            directory = run.workdir / "samples"
+            if not processes.is_first_process():
+                directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            drawn = pictures.draw_pictures(run.experiment, state.ema, directory, step)
+            run.reports.show(step, drawn.files, drawn.histograms)
+    except StopRequested:
+        logging.info("the pictures of step %d are skipped", step)
+    except Exception as error:
+        if processes.is_lost_process(error):
+            raise
+        logging.warning("the pictures of step %d cannot be drawn: %s", step, error)
+
+
+def _measure(run: Run, state: TrainState, preemption: Preemption) -> dict[str, Any]:
+    """Evaluate the last state; return the report.
+
+    Raises:
+      Stopped: for a signal.
+    """
+    config, step = run.experiment.config, run.experiment.config.train.num_steps
+    num, fewer = config.evaluation.num_samples, config.evaluation.num_samples_on_the_way
+    try:
+        with preemption.interruptible():
+            found = compared = metrics_lib.evaluate(
+                run.experiment, state.ema, run.meter
+            )
+            if run.meter is not None and fewer not in (0, num):
+                compared = metrics_lib.evaluate(
+                    run.experiment, state.ema, run.meter, fewer
+                )
+    except StopRequested:
+        raise Stopped(preemption.signal, step, step) from None
+    _save_best(run, state, compared)
+    return {
+        "step": step,
+        "figures": found,
+        "compile_seconds": run.dispatcher.compile_seconds,
+        "rollbacks": run.trial,
+        "device": f"{run.dispatcher.mesh.size} × {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": {"jax": jax.__version__},
+        "parameters": _count_parameters(state),
+    }
+
+
+def _count_parameters(state: TrainState) -> dict[str, int]:
+    return {
+        name: sum(leaf.size for leaf in jax.tree.leaves(value["params"]))
+        for name, value in state.variables._asdict().items()
+    }

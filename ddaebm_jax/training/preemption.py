@@ -1,149 +1,121 @@
-"""Ends a run in good order when it is asked to: preemption and Ctrl-C."""
+"""Preemption and Ctrl-C: a signal ends a run after its dispatch, with a checkpoint."""
 
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
 from absl import logging
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+class Stopped(BaseException):
+    """A run that a signal has ended, with everything saved.
 
-class Interrupted(BaseException):
-    """A run that ended because of a signal, with all that it did saved.
-
-    Like KeyboardInterrupt no Exception: who catches those must not hold it up.
+    No Exception, like KeyboardInterrupt, so that no handler of errors delays it.
 
     Attributes:
-      exit_code: 0 for SIGTERM; 130, as shells have it, for SIGINT.
+      exit_code: 0 after SIGTERM; 130, the shells' convention, after SIGINT.
     """
 
     def __init__(self, by: signal.Signals, step: int, total: int) -> None:
-        """Says by which signal, after which step of how many."""
         super().__init__(
             f"stopped by {by.name} after step {step} of {total}, which is saved; the "
-            "same command with the same --workdir goes on from there"
+            "same command with the same --workdir continues from there"
         )
         self.exit_code = 0 if by == signal.SIGTERM else 128 + by
 
 
-class Noted(BaseException):
-    """A signal that came within `Interruption.at_once`."""
+class StopRequested(BaseException):
+    """A signal that came within `Preemption.interruptible`."""
 
 
-class Interruption:
-    """Notes SIGTERM and SIGINT while it is entered, for a loop that looks.
+class Preemption:
+    """Handlers of SIGTERM and SIGINT while it is entered, for a loop that polls.
 
-    The first one is noted; a second SIGINT raises KeyboardInterrupt at once. When all
-    is saved (`all_saved`) the first one raises Interrupted itself. With
-    several processes JAX's preemption service takes SIGTERM, so that all of them
-    stop after the same step wherever it came; SIGINT is passed on as one, and nothing
-    is cut short.
+    A second SIGINT raises KeyboardInterrupt at once. With several processes JAX's
+    preemption service handles SIGTERM, so that all of them stop after the same step
+    whichever was signalled; SIGINT is passed on to it, and nothing is interruptible.
+    Outside the main thread, where Python allows no handlers, signals are left alone.
 
-    Outside the main thread, where Python allows no handlers, nothing is noted.
+    Attributes:
+      signal: the newest signal; None: none.
     """
 
     def __init__(self) -> None:
-        """Notes nothing yet."""
-        self._noted: signal.Signals | None = None
+        self.signal: signal.Signals | None = None
         self._several = jax.process_count() > 1
-        self._before: dict[signal.Signals, Any] = {}
-        self._saved: tuple[int, int] | None = None
-        self._at_once = False
+        self._previous: dict[signal.Signals, Any] = {}
+        self._interruptible = False
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            for one in _SIGNALS:
-                if one == signal.SIGTERM and self._several:
-                    continue
-                self._before[one] = signal.signal(one, self._note)
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
+            if not self._several:
+                self._previous[signal.SIGTERM] = signal.signal(
+                    signal.SIGTERM, self._handle
+                )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
-        self._before.clear()
-        # JAX turns what is raised within some of its callbacks into errors of its own.
-        if self._saved and self._noted and isinstance(error, Exception):
-            raise Interrupted(self._noted, *self._saved) from error
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if number == signal.SIGINT and self._noted == signal.SIGINT:
+        if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        self._noted = signal.Signals(number)
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif self._saved is not None:
-            raise Interrupted(self._noted, *self._saved)
+        self.signal = signal.Signals(number)
         logging.info(
             "%s: stopping after these steps, with a checkpoint%s",
-            self._noted.name,
+            self.signal.name,
             "; once more leaves at once" if number == signal.SIGINT else "",
         )
-        if self._at_once:
-            raise Noted
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self._interruptible:
+            raise StopRequested
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """What is done in here is left as soon as a signal comes, by Noted.
+    def interruptible(self) -> Iterator[None]:
+        """Leave the block as soon as a signal comes, or has come before it.
 
         Raises:
-          Noted: also where one has come before; never with several processes, which
-            would not leave together.
+          StopRequested: then; never with several processes, which would not leave it
+            together.
         """
         if self._several:
             yield
             return
-        self._at_once = True
+        self._interruptible = True
         try:
-            if self._noted is not None:
-                raise Noted
+            if self.signal is not None:
+                raise StopRequested
             yield
         except Exception as error:
-            # See __exit__.
-            if self._noted is None:
+            # JAX turns what is raised within some of its callbacks into its own errors.
+            if self.signal is None:
                 raise
-            raise Noted from error
+            raise StopRequested from error
         finally:
-            self._at_once = False
+            self._interruptible = False
 
-    def all_saved(self, step: int, total: int) -> None:
-        """Says that nothing is lost any more if the run ends: step of how many.
-
-        Raises:
-          Interrupted: if a signal has come already; not with several processes.
-        """
-        self._saved = step, total
-        if self._noted is not None and not self._several:
-            raise Interrupted(self._noted, step, total)
-
-    def noted(self, start: int, step: int) -> signal.Signals | None:
-        """Returns the signal to stop for after some steps, or None.
-
-        With several processes all of them must ask, after the same steps, and get the
-        same answer.
+    def poll(self, before: int, step: int) -> signal.Signals | None:
+        """Return the signal for which to stop now; the same in all processes.
 
         Args:
-          start: where the steps began; the last call's `step`.
-          step: where they ended.
+          before: the step that the last call named, or the first.
+          step: the current one.
         """
         if not self._several:
-            return self._noted
+            return self.signal
         from jax.experimental import multihost_utils
 
-        # JAX chooses one step to stop after, and says so for that one only.
-        for number in range(start + 1, step + 1):
+        # JAX chooses one step to stop after, and reports it for that one only.
+        for number in range(before + 1, step + 1):
             if multihost_utils.reached_preemption_sync_point(number):
-                return self._noted or signal.SIGTERM
+                return self.signal or signal.SIGTERM
         return None

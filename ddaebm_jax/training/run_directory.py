@@ -1,34 +1,80 @@
-"""The run directory: whose it is, and of which config."""
+"""The run directory: which config it belongs to, and the lock of the run in it."""
 
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import filelock
 import ml_collections
 from absl import logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.errors import InputError
-from ddaebm_jax.files import read_text, write_text_atomically
-from ddaebm_jax.training.locking import LOCK_FILE
+from ddaebm_jax.errors import InputError, TrainingError
+from ddaebm_jax.files import read_text, write_json_atomically, write_text_atomically
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
+LOCK_FILE = "lock"
 
 _LARGEST_CONFIG = 2**20
+# Errors of file systems without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that a directory is new, or a run of this very config; writes nothing.
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Hold a run directory for one run; a new one is made.
+
+    The system releases it when the process ends, however it ends. A directory that was
+    made and holds nothing but the lock at the end is removed.
+
+    Raises:
+      InputError: if another run holds it, or it cannot be written.
+    """
+    new = not workdir.exists()
+    held = filelock.FileLock(workdir / LOCK_FILE, timeout=0)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except filelock.Timeout as error:
+        raise InputError(
+            f"--workdir={workdir} is in use by another run; wait until that one has "
+            "ended, or name a new --workdir"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise InputError(
+                f"--workdir={workdir} cannot be written ({error.strerror}); make it "
+                "writable, or name another"
+            ) from error
+        logging.warning(
+            "the file system of %s has no locks: take care that no second run uses "
+            "this directory",
+            workdir,
+        )
+    try:
+        yield
+    finally:
+        if new and all(found.name == LOCK_FILE for found in workdir.iterdir()):
+            shutil.rmtree(workdir)
+        held.release()
+
+
+def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Check that a directory is new, or a run of this config; nothing is written.
 
     Raises:
       InputError: if the directory holds something else, links that lead out of it, or
         a run whose config differs in a field that changes the model or the data.
     """
-    path = workdir / CONFIG_FILE
     if not workdir.exists():
         return
     if not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is a file; name a directory")
-    if not path.exists():
+    if not (workdir / CONFIG_FILE).exists():
         if any(
             found.suffix != ".partial" and found.name != LOCK_FILE
             for found in workdir.iterdir()
@@ -53,11 +99,11 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
         or (name == "train.num_steps" and config_lib.decays(config))
     }
     if refused:
-        listed = ", ".join(
-            f"{n} (was {o!r}, is {w!r})" for n, (o, w) in refused.items()
+        fields = ", ".join(
+            f"{name} (was {old!r}, is {new!r})" for name, (old, new) in refused.items()
         )
         raise InputError(
-            f"--workdir={workdir} belongs to another config: {listed}; give these "
+            f"--workdir={workdir} belongs to another config: {fields}; give these "
             "fields their old values, or name a new --workdir"
         )
     for name, (old, new) in changed.items():
@@ -65,7 +111,7 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def read_config(workdir: Path) -> ml_collections.ConfigDict:
-    """Reads the config of a run directory.
+    """Return the config of a run directory.
 
     Raises:
       InputError: if there is none, or it is not a config of this version.
@@ -85,5 +131,21 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
 
 
 def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes the config of a run directory, which makes it one."""
+    """Write the config of a run directory, which makes it one."""
     write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
+
+
+def write_report(workdir: Path, report: dict[str, Any]) -> None:
+    """Write the final figures of a run.
+
+    Raises:
+      TrainingError: if that fails.
+    """
+    path = workdir / REPORT_FILE
+    try:
+        write_json_atomically(path, report)
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written ({error.strerror}); step {report['step']} is "
+            "saved: make room, and the same command measures again"
+        ) from error

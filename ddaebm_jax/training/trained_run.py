@@ -1,17 +1,15 @@
 """A finished run, loaded from its directory, which is only read."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
-import numpy as np
 from absl import logging
-from jaxtyping import Float
 
 from ddaebm_jax import experiment as experiments
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
-from ddaebm_jax.training import checkpoint_files, dispatch
+from ddaebm_jax.training import dispatch
 from ddaebm_jax.training.checkpoints import Checkpoints, Restored
 from ddaebm_jax.training.run_directory import read_config
 
@@ -30,11 +28,6 @@ class TrainedRun(NamedTuple):
     experiment: experiments.Experiment
     variables: Players
     step: int
-
-    def in_data_units(self, rows: Float[np.ndarray, "n dim"]) -> np.ndarray:
-        """Return rows in the data's own units; those of a table are standardised."""
-        table = self.experiment.source.table
-        return rows if table is None else table.standardizer.inverse(rows)
 
 
 def load_run(
@@ -60,16 +53,18 @@ def load_run(
     config = read_config(workdir)
     _distrust(config)
     dispatch.use_compilation_cache(config.compilation_cache)
-    folder = checkpoint_files.BEST if checkpoint == "best" else checkpoint_files.NEWEST
-    checkpoints = Checkpoints(workdir, read_only=True, folder=folder)
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        if not checkpoints.steps():
-            raise checkpoint_files.CheckpointError(
-                checkpoint_files.no_checkpoint(workdir)
+        kept = list(map(str, checkpoints.steps()))
+        if checkpoint not in ("latest", "best", *kept):
+            raise InputError(
+                f"--checkpoint={checkpoint}: no such checkpoint in {workdir}; allowed: "
+                f"latest, best, {', '.join(kept)}"
             )
-        step = _step(checkpoints, workdir, checkpoint)
         experiment = experiments.build(config, workdir, open_images)
-        found = _restore(checkpoints, experiments.evaluation_state(experiment), step)
+        found = _restore(
+            checkpoints, experiments.evaluation_state(experiment), checkpoint
+        )
     finally:
         checkpoints.close()
     data = experiment.source.metadata()
@@ -90,35 +85,24 @@ def _distrust(config: ml_collections.ConfigDict) -> None:
     config.compilation_cache.directory = ""
     data, evaluation = config.data, config.evaluation
     tfds_set = f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"
-    for section, field, path, instead in (
-        (evaluation, "reference_path", evaluation.reference_path, "--reference_path"),
-        (data, "tfds_dir", tfds_set, "the variable TFDS_DATA_DIR"),
+    for section, field, path in (
+        (evaluation, "reference_path", evaluation.reference_path),
+        (data, "tfds_dir", tfds_set),
     ):
         if section[field] and not Path(path).expanduser().exists():
             logging.warning(
-                "%s of the run's config, %s, holds nothing yet and is not written to; "
-                "the default is used, or what %s names",
+                "%s of the run's config, %s, is ignored: nothing is there yet, and "
+                "nothing is written there; the default is used",
                 field,
                 section[field],
-                instead,
             )
             section[field] = ""
 
 
-def _step(checkpoints: Checkpoints, workdir: Path, checkpoint: str) -> int | None:
-    """Return the step of a checkpoint by name; None: the newest intact one."""
-    if checkpoint in ("latest", "best"):
-        return None
-    kept = list(map(str, checkpoints.steps()))
-    if checkpoint not in kept:
-        raise InputError(
-            f"--checkpoint={checkpoint}: no such checkpoint in {workdir}; allowed: "
-            f"latest, best, {', '.join(kept)}"
-        )
-    return int(checkpoint)
-
-
-def _restore(checkpoints: Checkpoints, like: object, step: int | None) -> Restored:
-    if step is None:
-        return checkpoints.restore_newest(like)
-    return checkpoints.restore_one(like, step)
+def _restore(checkpoints: Checkpoints, like: Any, checkpoint: str) -> Restored:
+    if checkpoint == "latest":
+        found = checkpoints.restore_newest(like)
+        return found or checkpoints.restore(like)  # Raises where there is none.
+    if checkpoint == "best":
+        return checkpoints.restore(like, best=True)
+    return checkpoints.restore(like, int(checkpoint))
