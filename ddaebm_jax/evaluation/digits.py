@@ -30,12 +30,7 @@ _RANDOM_PAIRS = 20
 
 
 class Judge(NamedTuple):
-    """A trained classifier.
-
-    Attributes:
-      classifier: scikit-learn's `MLPClassifier`, of images scaled to [0, 1].
-      classes: the labels, in the order of its outputs.
-    """
+    """A trained `MLPClassifier`, and its classes in the order of its outputs."""
 
     classifier: Any
     classes: Integer[np.ndarray, " classes"]
@@ -156,7 +151,7 @@ def evaluate_digits(
       samples: the model's.
       train: the real images that the model was trained on.
       train_labels: their classes.
-      test: real images that the model was not trained on.
+      test: the held-out images.
       test_labels: their classes.
       seed: of the judge, and of the random draws and halves.
 

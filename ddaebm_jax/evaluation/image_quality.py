@@ -230,13 +230,10 @@ def _warn_of_few(what: str, moments: fid.Moments) -> None:
 
 
 def open_meter(experiment: Experiment) -> Meter | None:
-    """Loads the network, and loads or computes the reference statistics.
+    """Returns a meter, with reference statistics loaded or computed.
 
     The reference images are those that the networks are trained on, or the held-out
-    ones, cropped and resized, not flipped.
-
-    Returns:
-      The meter; None unless config.evaluation.inception.
+    ones, cropped and resized, not flipped. None unless config.evaluation.inception.
 
     Raises:
       InputError: without weights, or for weights or statistics that do not fit.
