@@ -294,9 +294,10 @@ def _open_reference(
     # Together: the devices of all processes compute what one of them lacks.
     if multihost_utils.process_allgather(np.array(reference is not None)).all():
         return reference
+    folder = path.parent
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if named and not os.access(path.parent, os.W_OK):
+        folder.mkdir(parents=True, exist_ok=True)
+    if named and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise InputError(
             f"evaluation.reference_path is {path}, where no file can be written; name "
             "another, or leave it empty"
