@@ -252,9 +252,10 @@ def open_meter(experiment: Experiment) -> Meter | None:
         network, evaluation_mesh(experiment), settings.preprocessing
     )
     records = getattr(image_set, settings.reference)
+    images = image_set.metadata()["fingerprint"]
     fingerprint = {
         "format": _FORMAT_VERSION,
-        "images": image_set.fingerprint(),
+        "images": images,
         "split": settings.reference,
         "num_images": len(records),
         "network": network.fingerprint,
@@ -265,7 +266,7 @@ def open_meter(experiment: Experiment) -> Meter | None:
     about = {
         "preprocessing": settings.preprocessing,
         "reference": settings.reference,
-        "reference_images": image_set.fingerprint(),
+        "reference_images": images,
         "inception_weights": network.fingerprint,
         "inception_weights_published": network.published,
         "num_features": network.num_features,
