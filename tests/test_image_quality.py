@@ -42,7 +42,7 @@ def in_chunks(pixels: np.ndarray, size: int):
 
 def image_set(seed: int = 0) -> images.ImageSet:
     train, test = pictures(300, seed), pictures(40, seed + 1)
-    return images.ImageSet("made", (8, 8, 1), train, test, content=f"content {seed}")
+    return images.ImageSet("made", (8, 8, 1), train, test, f"content {seed}")
 
 
 @pytest.fixture(autouse=True)
@@ -139,14 +139,6 @@ def test_a_reference_that_cannot_be_kept(
         assert opened().reference.moments.count == 300
     assert "cannot be saved" in caplog.text
 
-    def full(*_, **__):
-        raise OSError("No space left on device")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(np, "savez", full)
-    assert opened().reference.moments.count == 300
-    assert not list((tmp_path / "cache").rglob("*.*"))
-
 
 def test_the_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch):
     assert opened(inception=False) is None
@@ -233,7 +225,7 @@ def test_a_damaged_cached_reference_is_computed_again(
     path.write_bytes(whole[:-30])
     with caplog.at_level("WARNING"):
         found = opened().reference
-    assert "it is computed again" in caplog.text and str(path) in caplog.text
+    assert "unusable" in caplog.text and str(path) in caplog.text
     np.testing.assert_array_equal(found.features, expected.features)
     assert path.read_bytes() == whole
 

@@ -27,19 +27,12 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 def table_scores(
     train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"], seed: int
 ) -> dict[str, Float[np.ndarray, " m"]]:
-    """Returns the scores of four scikit-learn detectors of rows, by name.
+    """Returns the scores of test rows by four scikit-learn detectors, by name.
 
     Isolation forest, one-class SVM and local outlier factor keep scikit-learn's
     default hyperparameters. The Gaussian kernel density takes Scott's bandwidth,
-    n^(−1/(d+4)), which suits columns of standard deviation 1.
-
-    Args:
-      train: inliers, standardised.
-      test: rows to score, standardised alike.
-      seed: of the isolation forest, the only random one.
-
-    Returns:
-      For each name the scores; larger means more likely an inlier.
+    n^(−1/(d+4)), which suits columns of standard deviation 1. Training rows are
+    inliers. Larger scores mean more likely an inlier. The seed is the forest's.
 
     Raises:
       ModuleNotFoundError: without scikit-learn.
@@ -76,18 +69,15 @@ def fit_pixel_detectors(
 
     The bandwidth (of 25 from 0.01 to 1) and the number of components are those with
     the largest likelihood of a random tenth of the images, fitted to the others; then
-    all of them are fitted. At most 10,000 images are used, chosen at random.
-
-    Args:
-      train_pixels: inliers, at least 20.
-      seed: of the choice of images, the mixtures' start and the forest.
+    all of them are fitted. At most 10,000 images are used, chosen at random. The seed
+    is of both choices, the mixtures' start and the forest.
 
     Returns:
       For each name a function of uint8 images [m, h, w, c] that returns their scores,
       float64 [m]; larger means more likely an inlier.
 
     Raises:
-      ValueError: for fewer images.
+      ValueError: for fewer than 20 images.
       ModuleNotFoundError: without scikit-learn.
     """
     if len(train_pixels) < 2 * _HELD_OUT_OF:

@@ -30,12 +30,7 @@ _RANDOM_PAIRS = 20
 
 
 class Judge(NamedTuple):
-    """A trained classifier.
-
-    Attributes:
-      classifier: scikit-learn's `MLPClassifier`, of images scaled to [0, 1].
-      classes: the labels, in the order of its outputs.
-    """
+    """A trained `MLPClassifier`, and its classes in the order of its outputs."""
 
     classifier: Any
     classes: Integer[np.ndarray, " classes"]
@@ -156,7 +151,7 @@ def evaluate_digits(
       samples: the model's.
       train: the real images that the model was trained on.
       train_labels: their classes.
-      test: real images that the model was not trained on.
+      test: the held-out images.
       test_labels: their classes.
       seed: of the judge, and of the random draws and halves.
 
@@ -164,15 +159,19 @@ def evaluate_digits(
       ValueError: for fewer than two images of a kind, or fewer than two classes.
       ModuleNotFoundError: without scikit-learn.
     """
+    from threadpoolctl import threadpool_limits
+
     judge = train_judge(train, train_labels, seed)
     by_sample, by_held_out = (probabilities(judge, x) for x in (samples, test))
     accuracy = (judge.classes[by_held_out.argmax(axis=1)] == test_labels).mean()
+    with threadpool_limits(1):  # As in `train_judge`.
+        frechet = _frechet_metrics(judge, samples, train, test, seed)
     return {
         "num_samples": len(samples),
         "num_train": len(train),
         "num_held_out": len(test),
         "classifier_accuracy": float(accuracy),
-        **_frechet_metrics(judge, samples, train, test, seed),
+        **frechet,
         **_class_metrics(by_sample, by_held_out),
         **_nearness_metrics(samples, train, test),
     }

@@ -97,7 +97,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 class Score(NamedTuple):
-    """An Inception score: mean and standard deviation over the splits."""
+    """Mean and standard deviation over splits."""
 
     mean: float
     std: float
@@ -108,9 +108,7 @@ def inception_score(
 ) -> Score:
     """Returns exp E KL(p(y|x) ‖ p(y)) over splits (Salimans et al. 2016, eq. 1).
 
-    Args:
-      logits: of a classifier, on samples in random order.
-      num_splits: consecutive parts of the samples, equal but for one sample.
+    Logits are of samples in random order; splits are consecutive.
 
     Raises:
       ValueError: for fewer samples than splits.

@@ -1,13 +1,14 @@
 """Metrics of generated images by Inception's features, compared with a reference set.
 
-Every report tells the preprocessing, the network and the reference, without which a
+Every report names the preprocessing, the network and the reference, without which a
 FID means nothing.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,13 +230,10 @@ def _warn_of_few(what: str, moments: fid.Moments) -> None:
 
 
 def open_meter(experiment: Experiment) -> Meter | None:
-    """Loads the network, and loads or computes the reference statistics.
+    """Returns a meter, with reference statistics loaded or computed.
 
     The reference images are those that the networks are trained on, or the held-out
-    ones, cropped and resized, not flipped.
-
-    Returns:
-      The meter; None unless config.evaluation.inception.
+    ones, cropped and resized, not flipped. None unless config.evaluation.inception.
 
     Raises:
       InputError: without weights, or for weights or statistics that do not fit.
@@ -254,9 +252,10 @@ def open_meter(experiment: Experiment) -> Meter | None:
         network, evaluation_mesh(experiment), settings.preprocessing
     )
     records = getattr(image_set, settings.reference)
+    images = image_set.metadata()["fingerprint"]
     fingerprint = {
         "format": _FORMAT_VERSION,
-        "images": image_set.fingerprint(),
+        "images": images,
         "split": settings.reference,
         "num_images": len(records),
         "network": network.fingerprint,
@@ -267,7 +266,7 @@ def open_meter(experiment: Experiment) -> Meter | None:
     about = {
         "preprocessing": settings.preprocessing,
         "reference": settings.reference,
-        "reference_images": image_set.fingerprint(),
+        "reference_images": images,
         "inception_weights": network.fingerprint,
         "inception_weights_published": network.published,
         "num_features": network.num_features,
@@ -292,21 +291,26 @@ def _open_reference(
         except InputError as error:
             if named:
                 raise
-            logging.warning("%s: it is computed again", error)
+            logging.warning("cached reference statistics are unusable: %s", error)
     # Together: the devices of all processes compute what one of them lacks.
     if multihost_utils.process_allgather(np.array(reference is not None)).all():
         return reference
-    writable = _is_writable(path.parent)
-    if named and not writable:
+    folder = path.parent
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if named and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise InputError(
             f"evaluation.reference_path is {path}, where no file can be written; name "
             "another, or leave it empty"
         )
-    num = len(records)
+    num, size = len(records), settings.batch_size
     logging.info("computing the reference statistics of %d images once", num)
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
-    chunks = _chunks_of(records, settings.batch_size)
+    chunks = (
+        stack(Subset(records, np.arange(start, min(start + size, num))))
+        for start in range(0, num, size)
+    )
     found = collect(extract, chunks, keep, keep_logits=False)
     reference = Reference(found.moments, found.features, fingerprint)
     try:
@@ -327,17 +331,3 @@ def _reference_path(given: str, fingerprint: dict[str, Any]) -> Path:
             f"evaluation.reference_path is {path}; a name that ends in .npz is needed"
         )
     return path
-
-
-def _is_writable(directory: Path) -> bool:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(directory, os.W_OK)
-
-
-def _chunks_of(records: Records, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(records), size):
-        part = np.arange(start, min(start + size, len(records)))
-        yield stack(Subset(records, part))

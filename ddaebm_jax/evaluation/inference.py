@@ -78,14 +78,8 @@ def outlier_scores(
       a flat density around them.
     - `energy over t`: Σ_{t=0}^{T−1} E_{q(x_t|x_0)} f(x_t, t), the mean over
       `num_draws` draws of the noise. Each f(·, t) is known up to a constant: the sum
-      ranks points, it is no log density.
-
-    Args:
-      experiment: what the config describes.
-      variables: of the networks.
-      x: at least one point, or uint8 images.
-      seed: of the noise: draw j of point i at t depends on (seed, i, j, t) only.
-      num_draws: at least 1.
+      ranks points, it is no log density. Noise draw j of point i at t depends on
+      (seed, i, j, t) only.
     """
     schedule, key = experiment.schedule, jax.random.key(seed)
 

@@ -30,13 +30,7 @@ def evaluate(
     with outliers: AUROC of f(x, 0), and of four baselines on the same split. Of
     images: energies of held-out images and samples, and the AUROC between the two;
     of labelled ones those of `digits.evaluate_digits`; with a meter those of
-    `Meter.measure`.
-
-    Args:
-      experiment: what the config describes.
-      variables: of the networks, usually the averages.
-      meter: of images; see `image_quality.open_meter`.
-      num_samples: how many are drawn; None: evaluation.num_samples.
+    `Meter.measure`. As many samples as evaluation.num_samples unless told otherwise.
     """
     num = num_samples or experiment.config.evaluation.num_samples
     if experiment.source.distribution is not None:

@@ -18,7 +18,7 @@ HELD_OUT, HELD_OUT_CLASSES = "test", "held_out_classes"
 DERIVED = ("inverted", "shuffled")
 BUILT_IN = (*DERIVED, "noise", "photos", "digits")
 
-# Of made images, where nothing else tells how many.
+# Images that are made where there are no inliers to count.
 _DEFAULT_NUM = 10_000
 # Patches of the photographs have the most room with a half.
 _TEST_FRACTION = 0.5
@@ -60,12 +60,11 @@ def open_set(
       at the centre. Grey images are repeated for a model of colours.
 
     Args:
-      name: as above; one of `BUILT_IN`, a path or a TFDS set, in this order.
+      name: as above; they are looked for in this order.
       source: of the run; its images are read for `test` and `held_out_classes` only.
-      data: the config's `data` section; read are `crop`, `skip_corrupt`, `tfds`,
-        `tfds_dir` and `timeout`.
-      inliers: what the model is tested on; None: what is opened are the inliers, which
-        cannot be one of `DERIVED`.
+      data: the config's `data` section.
+      inliers: what the model is tested on; None: the set to open are the inliers,
+        which cannot be one of `DERIVED`.
       seed: of what is drawn or chosen.
       limit: most images; of images that are read, which may come in the order of
         their kinds, they are chosen by the seed; 0: all.

@@ -52,10 +52,6 @@ def auroc(
     as one half: 1 for a perfect detector, 0.5 for chance. Infinite scores are ordered
     like others.
 
-    Args:
-      inlier_scores: larger means more likely an inlier; any unit.
-      outlier_scores: in the same unit.
-
     Raises:
       ValueError: if either is empty or holds a NaN.
     """
@@ -87,15 +83,9 @@ def detection(
 ) -> Detection:
     """Returns the detection metrics with percentile bootstrap intervals.
 
-    Each resample draws n of the inliers and m of the outliers, with replacement. The
-    intervals reflect the finite test sets, not the randomness of training.
-
-    Args:
-      inlier_scores: larger means more likely an inlier; infinite ones are allowed.
-      outlier_scores: in the same unit.
-      seed: of the resamples; its two spawned streams draw the inliers, the outliers.
-      num_bootstrap: resamples, at least 1.
-      confidence: of the intervals, in (0, 1).
+    Each resample draws n of the inliers and m of the outliers, with replacement, by
+    two spawned streams of the seed. The intervals reflect the finite test sets, not
+    the randomness of training.
 
     Raises:
       ValueError: as `auroc`.
@@ -185,11 +175,7 @@ def _metrics(inliers: np.ndarray, outliers: np.ndarray) -> tuple[float, ...]:
 
 
 def format_detections(detections: Mapping[str, Mapping[str, Detection]]) -> str:
-    """Returns a plain-text table: a line for each score on each set of outliers.
-
-    Args:
-      detections: name of a set of outliers → name of a score → its metrics.
-    """
+    """Returns a plain-text table from name of a set → name of a score → metrics."""
     rows = [
         ("outliers", "score", "AUROC", "AUPR-in", "AUPR-out", "FPR95"),
         *(
@@ -235,19 +221,18 @@ def measure(
 ) -> Measured:
     """Measures how well scores of a run of images tell inliers from outliers.
 
-    The scores are those of `inference.outlier_scores`.
+    The scores are those of `inference.outlier_scores`; with `baselines` also those of
+    `detectors.fit_pixel_detectors`, fitted to the training images.
 
     Args:
       experiment: what the config describes.
       variables: of the networks, usually the averages.
       inliers: name of a set; see `outlier_sets.open_set`.
       outliers: names of sets.
-      seed: of the noise of the scores, of what is drawn, of the choice where a set has
-        more than `limit` images, of the bootstrap and of the baselines.
+      seed: of noise, choice of images, bootstrap and baselines.
       num_draws: noise draws a level of the score over t.
       limit: most images of a set; 0: all.
-      baselines: add the scores of `detectors.fit_pixel_detectors`, fitted to the
-        training images.
+      baselines: whether to fit the baselines.
 
     Raises:
       FileNotFoundError: if a path is not there.

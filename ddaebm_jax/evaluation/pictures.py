@@ -36,13 +36,8 @@ def draw_pictures(
     In the plane: data, samples and the density side by side, and a strip of the
     denoising steps. Of a table: rows and samples on the data's principal axes, and
     energies of held-out rows. Of images: a grid of samples, the denoising steps, and
-    the energies of held-out images and samples.
-
-    Args:
-      experiment: what the config describes.
-      variables: of the networks, usually the averages.
-      directory: where the PNG files go.
-      step: of training, for titles and file names.
+    the energies of held-out images and samples. The step, of training, goes into
+    titles and file names.
     """
     source = experiment.source
     if source.holds_images:

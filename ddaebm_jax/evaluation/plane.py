@@ -23,12 +23,9 @@ class ModeCoverage(NamedTuple):
 def mode_coverage(
     samples: Float[np.ndarray, "n 2"], modes: Float[np.ndarray, "m 2"], std: float
 ) -> ModeCoverage:
-    """Returns the number of modes found and the share of high-quality samples.
+    """Returns the modes found and the share of high-quality samples of a mixture.
 
-    Args:
-      samples: the model's points.
-      modes: centres of the mixture's components.
-      std: their standard deviation.
+    The mixture's components have the given centres and one standard deviation.
     """
     distances = np.linalg.norm(samples[:, None, :] - modes[None, :, :], axis=-1)
     good = distances.min(axis=1) <= 3.0 * std

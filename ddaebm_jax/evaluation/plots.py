@@ -51,16 +51,10 @@ def plot_plane(
     extent: float,
     title: str,
 ) -> None:
-    """Draws data, samples, and the model's density exp f(·, 0) side by side.
+    """Draws data, samples and the model's density exp f(·, 0) side by side.
 
-    Args:
-      path: of the PNG.
-      data: points [n, 2].
-      samples: the model's points [n, 2].
-      log_density: on a square grid over [−extent, extent]²; its first axis is that of
-        the first coordinate.
-      extent: half the side of what is shown.
-      title: of the whole picture.
+    Points are [n, 2]. The log density lies on a square grid over [−extent, extent]²,
+    whose first axis is that of the first coordinate.
     """
     figure, axes = _figure(3)
     _scatter(axes[0], data, "data", extent)
@@ -91,14 +85,9 @@ def plot_table(
     energies: Mapping[str, np.ndarray],
     title: str,
 ) -> None:
-    """Draws a table's rows and samples on the data's principal axes, and energies.
+    """Draws rows and samples, [n, d], on the data's principal axes, and energies.
 
-    Args:
-      path: of the PNG.
-      data: standardised rows [n, d].
-      samples: the model's rows [m, d].
-      energies: name of a set of rows → their f(x, 0).
-      title: of the whole picture.
+    Energies are f(x, 0) of sets of rows, by the sets' names.
     """
     centre = data.mean(axis=0)
     axes_of_data = np.linalg.svd(data - centre, full_matrices=False)[2][:2].T
