@@ -30,9 +30,9 @@ from absl import app, flags, logging
 from timing import print_rows
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.training import checkpoint_files
-from ddaebm_jax.training import loop as train
-from ddaebm_jax.training.preemption import Interrupted
+from ddaebm_jax.training import loop
+from ddaebm_jax.training.checkpoints import NEWEST, CheckpointError, Checkpoints
+from ddaebm_jax.training.preemption import Stopped
 
 _CYCLES = flags.DEFINE_integer("cycles", 200, "Signals sent.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and signals.")
@@ -89,7 +89,7 @@ def _forked(action: Callable[[], None], log: Path) -> int:
         os.dup2(file, 2)
         action()
         code = 0
-    except Interrupted as error:
+    except Stopped as error:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -101,12 +101,18 @@ def _forked(action: Callable[[], None], log: Path) -> int:
 
 
 def _saved(workdir: Path) -> dict[int, dict[str, str]]:
-    """Returns the checksums of all complete checkpoints, by step."""
-    directory = workdir / checkpoint_files.NEWEST
-    return {
-        step: checkpoint_files.read_info(directory / str(step))["checksums"]
-        for step in checkpoint_files.steps_in(directory)
-    }
+    """Returns the checksums of all checkpoints, by step.
+
+    The oldest may be partly deleted by a run that was killed.
+    """
+    checkpoints, found = Checkpoints(workdir, read_only=True), {}
+    for step in checkpoints.steps():
+        try:
+            found[step] = checkpoints.info(step)["checksums"]
+        except CheckpointError:
+            if step != min(checkpoints.steps()):
+                raise
+    return found
 
 
 def _reported(workdir: Path) -> list[dict]:
@@ -131,7 +137,7 @@ class _Soak:
         """Trains without a signal, keeping a checkpoint of every dispatch."""
         workdir = self._folder / "unbroken"
         config = _config(_PER_DISPATCH, 10**6)
-        pid = _forked(lambda: train.train(config, workdir), self._log)
+        pid = _forked(lambda: loop.train(config, workdir), self._log)
         if os.waitpid(pid, 0)[1]:
             raise RuntimeError(f"the unbroken run failed:\n{self._log.read_text()}")
         self._expected, self._lines = _saved(workdir), _reported(workdir)
@@ -145,9 +151,7 @@ class _Soak:
         """
         workdir = self._folder / str(run)
         # Steps only: nothing is read while the run may be deleting it.
-        before = max(
-            checkpoint_files.steps_in(workdir / checkpoint_files.NEWEST), default=0
-        )
+        before = Checkpoints(workdir, read_only=True).latest_step() or 0
         told = self._log.stat().st_size
         start: float | None = time.monotonic()
         pid = self._start(workdir)
@@ -186,7 +190,7 @@ class _Soak:
 
     def _start(self, workdir: Path) -> int:
         config = _config(_PER_DISPATCH, 3)
-        return _forked(lambda: train.train(config, workdir), self._log)
+        return _forked(lambda: loop.train(config, workdir), self._log)
 
     def _compare(self, workdir: Path) -> dict[int, dict[str, str]]:
         """Returns what is saved; raises RuntimeError if some of it is another."""
@@ -195,9 +199,9 @@ class _Soak:
             if sums != self._expected.get(step):
                 raise RuntimeError(f"{workdir}: the state of step {step} is another")
         self.counts["checkpoints compared"] += len(saved)
-        directory = workdir / checkpoint_files.NEWEST
-        if checkpoint_files.unfinished_in(directory):
-            self.counts["left a checkpoint unfinished"] += 1
+        names = [path.name for path in (workdir / NEWEST).glob("*")]
+        unfinished = not all(name.isdecimal() for name in names)
+        self.counts["left a checkpoint unfinished"] += unfinished
         return saved
 
     def _tail(self) -> str:

@@ -364,7 +364,7 @@ def test_what_is_not_whole_on_disk_is_not_saved(
             patch.setattr(ocp.CheckpointManager, "wait_until_finished", lose)
             checkpoints.save(_state(3), {})
             with pytest.raises(SaveError, match=r"3 could not be written .*\(1, 2\)"):
-                while checkpoints.saving:
+                while checkpoints.pending:
                     checkpoints.poll()
         shutil.rmtree(run / "checkpoints/3", ignore_errors=True)
     checkpoints.save(_state(4), {})
@@ -383,7 +383,7 @@ def test_waiting_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(checkpointing.futures, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.wait()
-    assert checkpoints.saving
+    assert checkpoints.pending
     checkpoints.close()
     assert checkpoints.steps() == [1]
 

@@ -31,9 +31,8 @@ from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
 _LARGEST_INFO = 64 * 2**20
-# Arrays may declare so many times the bytes of their files, since zeros are compressed;
-# below the allowance a false size does no harm.
-_MOST_COMPRESSION, _ALLOWANCE = 200, 256 * 2**20
+# Arrays may declare so many times the bytes of their files, since zeros are compressed.
+_ALLOWANCE, _MOST_COMPRESSION = 256 * 2**20, 200
 
 
 class CheckpointError(InputError):
@@ -57,71 +56,66 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; one save at a time."""
+    """The checkpoints of one run directory.
+
+    Attributes:
+      pending: the save under way, if any, until `poll` or `wait` has seen its end.
+    """
 
     def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
+        self.pending: tuple[int, bool, futures.Future] | None = None
         self._workdir = _LiteralPath(Path(workdir).resolve())
         self._keep, self._read_only = keep, read_only
-        self._managers: dict[str, ocp.CheckpointManager] = {}
+        self._managers: dict[bool, ocp.CheckpointManager] = {}
         self._thread = futures.ThreadPoolExecutor(1)
-        self._pending: tuple[str, int, futures.Future] | None = None
         if not read_only:
-            self._manager(NEWEST)
+            self._manager()
 
-    def path(self, step: int, best: bool = False) -> epath.Path:
+    def path(self, step: int | str, best: bool = False) -> epath.Path:
         """Returns the folder of a checkpoint."""
         return self._workdir / (BEST if best else NEWEST) / str(step)
 
     def steps(self, best: bool = False) -> list[int]:
         """Returns the steps of all checkpoints, damaged ones too, ascending."""
-        folder = self.path(0, best).parent
+        folder = self.path("", best)
         names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
-        steps = [int(name) for name in names if name.isdecimal() and len(name) < 19]
-        return sorted(step for step in steps if self.path(step, best).is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None; see `steps`."""
         return max(self.steps(), default=None)
 
-    def _manager(self, folder: str) -> ocp.CheckpointManager:
-        """Returns the manager of a folder, opened on first use."""
-        if folder in self._managers:
-            return self._managers[folder]
+    def _manager(self, best: bool = False) -> ocp.CheckpointManager:
+        """Returns Orbax's manager, opened on first use."""
         options: dict[str, Any] = {"max_to_keep": self._keep}
-        if folder == BEST:
+        if best:
             options = {"max_to_keep": 1, "keep_checkpoints_without_metrics": False}
             options |= {"best_fn": lambda found: found["fid"], "best_mode": "min"}
         if jax.process_count() > 1:
             options["async_options"] = ocp.AsyncOptions(barrier_sync_fn=_barrier)
         # Lightweight: what else it would read of old checkpoints may be damaged.
         options |= {"cleanup_tmp_directories": True, "lightweight_initialize": True}
-        self._managers[folder] = ocp.CheckpointManager(
-            self._workdir / folder, options=ocp.CheckpointManagerOptions(**options)
-        )
-        return self._managers[folder]
+        if best not in self._managers:
+            self._managers[best] = ocp.CheckpointManager(
+                self.path("", best), options=ocp.CheckpointManagerOptions(**options)
+            )
+        return self._managers[best]
 
-    def _close_manager(self, folder: str) -> None:
-        manager = self._managers.pop(folder, None)
-        # A failed save raises once more, and would keep the rest from closing.
-        for end in ("wait_until_finished", "close") if manager else ():
-            with contextlib.suppress(Exception):
-                getattr(manager, end)()
-
-    @property
-    def saving(self) -> bool:
-        """Whether a save has been started whose end `poll` or `wait` has not seen."""
-        return self._pending is not None
+    def _close_manager(self, best: bool = False) -> None:
+        if manager := self._managers.pop(best, None):
+            # A failed save raises once more, and would keep the rest from closing.
+            for end in (manager.wait_until_finished, manager.close):
+                with contextlib.suppress(Exception):
+                    end()
 
     def save(self, state: Any, info: dict[str, Any]) -> None:
         """Starts saving under `state.step`, unless that step is there already.
 
-        Waits for the save before. Device buffers may be reused after the return.
-
-        Raises:
-          SaveError: if it cannot be written, or the one before could not.
+        Waits for the save before; device buffers may be reused after the return. Raises
+        SaveError if it cannot be written, or the one before could not.
         """
-        self._save(NEWEST, state, info)
+        self._save(state, info)
 
     def save_best(self, state: Any, info: dict[str, Any], fid: float) -> None:
         """Starts saving if the FID is the lowest so far; raises as `save`.
@@ -129,7 +123,7 @@ class Checkpoints:
         One kept whose info has another `measurement` does not compare: it is replaced.
         """
         self.wait()
-        for step in self._manager(BEST).all_steps():
+        for step in self._manager(best=True).all_steps():
             with contextlib.suppress(DamagedCheckpointError):
                 kept = self.info(step, best=True)
                 if kept.get("measurement") == info.get("measurement"):
@@ -137,14 +131,14 @@ class Checkpoints:
                         return
                     if step != int(state.step):
                         continue  # Orbax deletes it when the better one is written.
-            self._manager(BEST).delete(step)
-        self._save(BEST, state, {**info, "fid": fid}, metrics={"fid": fid})
+            self._manager(best=True).delete(step)
+        self._save(state, {**info, "fid": fid}, best=True, metrics={"fid": fid})
 
-    def _save(self, folder: str, state: Any, info: dict[str, Any], **kwargs) -> None:
+    def _save(self, state: Any, info: dict, best: bool = False, **kwargs: Any) -> None:
         self.wait()
         step = int(state.step)
         try:
-            manager = self._manager(folder)
+            manager = self._manager(best)
             if step in manager.all_steps():
                 return
             if jax.default_backend() == "cpu":
@@ -152,63 +146,56 @@ class Checkpoints:
                 state = jax.tree.map(jnp.copy, state)
             info = {**info, "arrays": checksums.described(state)}
             info = _sealed({**info, "checksums": checksums.of_tree(state)})
-            saved = {
-                "state": ocp.args.StandardSave(state),
-                "info": ocp.args.JsonSave(info),
-            }
-            manager.save(step, args=ocp.args.Composite(**saved), force=True, **kwargs)
+            state, info = ocp.args.StandardSave(state), ocp.args.JsonSave(info)
+            items = ocp.args.Composite(state=state, info=info)
+            manager.save(step, args=items, force=True, **kwargs)
         except Exception as error:  # The system's, TensorStore's, Orbax's own.
-            raise self._failed(folder, step, error) from error
-        self._pending = folder, step, self._thread.submit(self._settle, folder, step)
+            raise self._failed(step, best, error) from error
+        self.pending = step, best, self._thread.submit(self._settle, step, best)
 
-    def _settle(self, folder: str, step: int) -> None:
+    def _settle(self, step: int, best: bool) -> None:
         """Waits for a save, and finds it on disk: its files describe what was saved.
 
         To read the arrays too would cost as much as a resume. Only the first process
         looks: a network file system may show a new folder to the others late.
         """
-        self._managers[folder].wait_until_finished()
+        self._managers[best].wait_until_finished()
         if jax.process_index() == 0:
-            self.info(step, folder == BEST)
+            self.info(step, best)
 
     def poll(self) -> None:
         """Checks on a save that has ended; never blocks, raises as `wait`."""
-        if self._pending is not None and self._pending[2].done():
+        if self.pending is not None and self.pending[2].done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what is being saved is whole on disk.
-
-        Raises:
-          SaveError: if it is not.
-        """
-        if self._pending is not None:
-            folder, step, settled = self._pending
+        """Waits until what is being saved is whole on disk; SaveError if it is not."""
+        if self.pending is not None:
+            step, best, settled = self.pending
             futures.wait([settled])  # A signal may end this; then it stays pending.
-            self._pending = None
+            self.pending = None
             if error := settled.exception():
-                raise self._failed(folder, step, error) from error
+                raise self._failed(step, best, error) from error
 
-    def _failed(self, folder: str, step: int, error: BaseException) -> SaveError:
+    def _failed(self, step: int, best: bool, error: BaseException) -> SaveError:
         """Returns the error to raise, and prepares for the next save.
 
         Orbax's manager counts a failed step as saved, and blames the next save for it;
         a new one also deletes what is unfinished.
         """
-        self._close_manager(folder)
-        kept = [str(one) for one in self.steps(folder == BEST) if one != step]
+        self._close_manager(best)
+        kept = ", ".join(str(one) for one in self.steps(best) if one != step)
         return SaveError(
-            f"{self.path(step, folder == BEST)} could not be written "
-            f"({_reason(error)}); the checkpoints before it are intact "
-            f"({', '.join(kept) or 'there are none yet'}): make room, or check the "
-            "permissions of the directory"
+            f"{self.path(step, best)} could not be written ({_reason(error)}); the "
+            f"checkpoints before it are intact ({kept or 'there are none yet'}): make "
+            "room, or check the permissions of the directory"
         )
 
     def close(self) -> None:
         """Waits for the save and releases the directory; a failure is only logged."""
         self._wait_or_warn()
-        for folder in list(self._managers):
-            self._close_manager(folder)
+        for best in list(self._managers):
+            self._close_manager(best)
         self._thread.shutdown()
 
     def _wait_or_warn(self) -> None:
@@ -218,12 +205,12 @@ class Checkpoints:
             logging.warning("%s", error)
 
     def restore(self, like: Any, step: int | None = None, best: bool = False):
-        """Returns the Restored of a step; by default of the newest, or of the best.
+        """Returns the `Restored` of a step; by default of the newest, or of the best.
 
         Args:
           like: a state, or its shapes with the shardings of the result.
-          step: which.
-          best: whether it is the best one.
+          step: which one.
+          best: whether of the best.
 
         Raises:
           DamagedCheckpointError: if it is not what was saved.
@@ -232,14 +219,11 @@ class Checkpoints:
         self._wait_or_warn()
         steps = self.steps(best) if step is None else [step]
         if not steps:
-            raise CheckpointError(
-                f"{self._workdir} keeps no best checkpoint; training keeps one by FID "
-                "where the config has evaluation.inception=True and a "
-                "train.evaluate_every; use --checkpoint=latest"
-                if best
-                else f"{self._workdir} holds no checkpoint; train first, with "
-                f"--mode=train --workdir={self._workdir}"
-            )
+            hint = "holds no checkpoint; train first, with --mode=train"
+            if best:
+                hint = "keeps no best checkpoint; training keeps one by FID with "
+                hint += "evaluation.inception=True and train.evaluate_every"
+            raise CheckpointError(f"{self._workdir} {hint}")
         return _load(self.path(steps[-1], best), like)
 
     def restore_newest(self, like: Any) -> Restored | None:
@@ -276,8 +260,7 @@ class Checkpoints:
             moved = target / (f"{NEWEST}-{step}" + f"-{others}" * bool(others))
             shutil.move(self.path(step), moved)
             logging.warning("moved a damaged checkpoint to %s", moved)
-        # The next one, for which all processes wait, sees what is left.
-        self._close_manager(NEWEST)
+        self._close_manager()  # The next one, for which all wait, sees what is left.
 
     def verify(self, step: int, best: bool = False) -> None:
         """Reads a checkpoint into host memory and verifies it; raises as `restore`."""
@@ -302,16 +285,16 @@ class Saver:
 
     def save(self, state: Any, info: dict[str, Any]) -> None:
         """Starts saving; raises TrainingError when patience is over."""
-        self._attempt(self._checkpoints.save, state, info)
+        self._attempt(lambda: self._checkpoints.save(state, info))
 
     def poll(self) -> None:
         """Checks on a save that has ended; never blocks, raises as `save`."""
-        if self._checkpoints.saving:
+        if self._checkpoints.pending:
             self._attempt(self._checkpoints.poll)
 
     def retry_due(self) -> bool:
         """Whether it is time to save again, after a failure."""
-        waiting = self._since is not None and not self._checkpoints.saving
+        waiting = self._since is not None and not self._checkpoints.pending
         return waiting and time.monotonic() >= self._next
 
     def finish(self, state: Any, info: dict[str, Any]) -> None:
@@ -326,33 +309,29 @@ class Saver:
         while not self._attempt(complete):
             time.sleep(max(0.0, self._next - time.monotonic()))
 
-    def _attempt(self, action: Callable[..., None], *args: Any) -> bool:
+    def _attempt(self, action: Callable[[], None]) -> bool:
         now = time.monotonic()
+        waited = 0.0 if self._since is None else now - self._since
         try:
-            action(*args)
+            action()
         except CheckpointError as error:
             if jax.process_count() > 1:
                 raise
-            self._since = now if self._since is None else self._since
-            left = self._patience - (now - self._since)
-            if left <= 0:
+            if waited >= self._patience:
                 raise TrainingError(
-                    f"no checkpoint could be written for {now - self._since:.0f} s "
+                    f"no checkpoint could be written for {waited:.0f} s "
                     f"(recovery.save_patience {self._patience}): {error}. Then start "
                     "the same command again"
                 ) from error
-            logging.warning(
-                "a checkpoint cannot be written: %s; training goes on and tries again "
-                "for %.0f s",
-                error,
-                left,
+            said = (
+                "a checkpoint cannot be written: %s; training goes on and tries again"
             )
+            logging.warning(said, error)
             # The last attempt comes when patience is over, not long after.
-            self._next = now + min(self._delay, left)
-            self._delay = min(2 * self._delay, 60.0)
+            self._next = now + min(self._delay, self._patience - waited)
+            self._since, self._delay = now - waited, min(2 * self._delay, 60.0)
             return False
-        if self._since is not None and not self._checkpoints.saving:
-            waited = now - self._since
+        if self._since is not None and not self._checkpoints.pending:
             logging.warning("a checkpoint is written at last, after %.0f s", waited)
             self._since, self._delay = None, 1.0
         return True
@@ -374,7 +353,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
     The others are not coming: they wait for its files until it ends, and they with it.
     """
-    if (failure := sys.exc_info()[1]) is not None:
+    if failure := sys.exc_info()[1]:
         raise failure
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
@@ -415,44 +394,38 @@ def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
     info = json.loads(files.read_text(Path(path / "info" / "metadata"), _LARGEST_INFO))
     if info != _sealed({name: info[name] for name in info if name != "sha256"}):
         raise ValueError("its info does not match its checksum")
-    if like is not None and info["arrays"] != checksums.described(like):
-        raise CheckpointError(
-            f"{path} does not hold the state that this run's config describes "
-            f"({_difference(info['arrays'], checksums.described(like))}); use the "
-            "config that made it, or another --workdir"
-        )
+    state = None
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree, state = handler.metadata(path / "state").tree, None
-        _difference(info["arrays"], checksums.described(tree), raising=True)
-        sizes = [
-            math.prod(shape) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-            for shape in (leaf.shape, leaf.storage.chunk_shape)
-        ]
-        on_disk = sum(file.stat().st_size for file in Path(path).rglob("*"))
-        if sum(sizes) > _ALLOWANCE + _MOST_COMPRESSION * on_disk:
-            raise ValueError(f"{on_disk} bytes cannot hold {sum(sizes)}")
+        tree = handler.metadata(path / "state").tree
+        _compare(info["arrays"], checksums.described(tree))
+        sizes = (math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        size, on_disk = sum(sizes), sum(x.stat().st_size for x in Path(path).rglob("*"))
+        if size > _ALLOWANCE + _MOST_COMPRESSION * on_disk:
+            raise ValueError(f"{on_disk} bytes cannot hold {size}")
         if like is None:  # NumPy's arrays, but without their memory.
             like = jax.tree.map(
-                lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree
+                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree
             )
+        try:
+            _compare(info["arrays"], checksums.described(like))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} does not hold the state that this run's config describes "
+                f"({error}); use the config that made it, or another --workdir"
+            ) from error
         if read_arrays:
             layout = ocp.checkpoint_utils.construct_restore_args(like)
             args = ocp.args.PyTreeRestore(like, layout)
             state = handler.restore(path / "state", args=args)
-            _difference(info["checksums"], checksums.of_tree(state), raising=True)
+            _compare(info["checksums"], checksums.of_tree(state))
     return Restored(int(path.name), state, info)
 
 
-def _difference(saved: dict, found: dict, raising: bool = False) -> str:
-    """Returns, or raises as ValueError, the first difference."""
+def _compare(saved: dict[str, str], found: dict[str, str]) -> None:
     for name in sorted(saved.keys() | found.keys()):
         one, other = saved.get(name, "absent"), found.get(name, "absent")
-        if one != other and raising:
-            raise ValueError(f"{name} is {other}, not {one}")
         if one != other:
-            return f"{name} is {other}, not {one}"
-    return ""
+            raise ValueError(f"{name} is {other}, not {one}")
 
 
 def _sealed(info: dict[str, Any]) -> dict[str, Any]:
