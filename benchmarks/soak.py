@@ -31,7 +31,7 @@ from timing import print_rows
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.training import loop
-from ddaebm_jax.training.checkpoints import NEWEST, CheckpointError, Checkpoints
+from ddaebm_jax.training.checkpoints import NEWEST, Checkpoints
 from ddaebm_jax.training.preemption import Stopped
 
 _CYCLES = flags.DEFINE_integer("cycles", 200, "Signals sent.", lower_bound=1)
@@ -103,15 +103,15 @@ def _forked(action: Callable[[], None], log: Path) -> int:
 def _saved(workdir: Path) -> dict[int, dict[str, str]]:
     """Returns the checksums of all checkpoints, by step.
 
-    The oldest may be partly deleted by a run that was killed.
+    They are read here without JAX, whose threads a process that forks must not have;
+    runs verify them when they resume. A run that was killed may have begun to delete
+    the oldest.
     """
-    checkpoints, found = Checkpoints(workdir, read_only=True), {}
-    for step in checkpoints.steps():
-        try:
-            found[step] = checkpoints.info(step)["checksums"]
-        except CheckpointError:
-            if step != min(checkpoints.steps()):
-                raise
+    found = {}
+    for step in Checkpoints(workdir, read_only=True).steps():
+        path = workdir / NEWEST / str(step) / "info" / "metadata"
+        if path.exists() or found:
+            found[step] = json.loads(path.read_text())["checksums"]
     return found
 
 
