@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -56,14 +57,11 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory.
-
-    Attributes:
-      pending: the save under way, if any, until `poll` or `wait` has seen its end.
-    """
+    """The checkpoints of one run directory."""
 
     def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
+        # The save under way, until `poll` or `wait` has seen its end.
         self.pending: tuple[int, bool, futures.Future] | None = None
         self._workdir = _LiteralPath(Path(workdir).resolve())
         self._keep, self._read_only = keep, read_only
@@ -122,16 +120,6 @@ class Checkpoints:
 
         One kept whose info has another `measurement` does not compare: it is replaced.
         """
-        self.wait()
-        for step in self._manager(best=True).all_steps():
-            with contextlib.suppress(DamagedCheckpointError):
-                kept = self.info(step, best=True)
-                if kept.get("measurement") == info.get("measurement"):
-                    if kept["fid"] <= fid:
-                        return
-                    if step != int(state.step):
-                        continue  # Orbax deletes it when the better one is written.
-            self._manager(best=True).delete(step)
         self._save(state, {**info, "fid": fid}, best=True, metrics={"fid": fid})
 
     def _save(self, state: Any, info: dict, best: bool = False, **kwargs: Any) -> None:
@@ -139,7 +127,7 @@ class Checkpoints:
         step = int(state.step)
         try:
             manager = self._manager(best)
-            if step in manager.all_steps():
+            if (best and not self._is_best(step, info)) or step in manager.all_steps():
                 return
             if jax.default_backend() == "cpu":
                 # There a save reads device memory itself, which the next step reuses.
@@ -153,11 +141,24 @@ class Checkpoints:
             raise self._failed(step, best, error) from error
         self.pending = step, best, self._thread.submit(self._settle, step, best)
 
+    def _is_best(self, step: int, info: dict[str, Any]) -> bool:
+        """Compares with the one kept, which is deleted if it is in the way."""
+        for kept in self._manager(best=True).all_steps():
+            with contextlib.suppress(DamagedCheckpointError):
+                found = self.info(kept, best=True)
+                if found.get("measurement") == info.get("measurement"):
+                    if found["fid"] <= info["fid"]:
+                        return False
+                    if kept != step:
+                        continue  # Orbax deletes it when the better one is written.
+            self._manager(best=True).delete(kept)
+        return True
+
     def _settle(self, step: int, best: bool) -> None:
         """Waits for a save, and finds it on disk: its files describe what was saved.
 
-        To read the arrays too would cost as much as a resume. Only the first process
-        looks: a network file system may show a new folder to the others late.
+        To read the arrays too would cost as much as a resume. Others than the first
+        process may see a new folder late on a network file system.
         """
         self._managers[best].wait_until_finished()
         if jax.process_index() == 0:
@@ -178,11 +179,8 @@ class Checkpoints:
                 raise self._failed(step, best, error) from error
 
     def _failed(self, step: int, best: bool, error: BaseException) -> SaveError:
-        """Returns the error to raise, and prepares for the next save.
-
-        Orbax's manager counts a failed step as saved, and blames the next save for it;
-        a new one also deletes what is unfinished.
-        """
+        """Returns the error to raise, and prepares for the next save."""
+        # This one counts the step as saved, and would blame the next save for it.
         self._close_manager(best)
         kept = ", ".join(str(one) for one in self.steps(best) if one != step)
         return SaveError(
@@ -207,22 +205,16 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None, best: bool = False):
         """Returns the `Restored` of a step; by default of the newest, or of the best.
 
-        Args:
-          like: a state, or its shapes with the shardings of the result.
-          step: which one.
-          best: whether of the best.
-
-        Raises:
-          DamagedCheckpointError: if it is not what was saved.
-          CheckpointError: if there is none, it cannot be read, or differs from `like`.
+        `like` is a state, or its shapes with the shardings of the result. Raises
+        DamagedCheckpointError if it is not what was saved, another CheckpointError if
+        there is none, it cannot be read, or its arrays differ from those of `like`.
         """
         self._wait_or_warn()
         steps = self.steps(best) if step is None else [step]
         if not steps:
             hint = "holds no checkpoint; train first, with --mode=train"
             if best:
-                hint = "keeps no best checkpoint; training keeps one by FID with "
-                hint += "evaluation.inception=True and train.evaluate_every"
+                hint = "keeps no best checkpoint, which evaluation.inception=True makes"
             raise CheckpointError(f"{self._workdir} {hint}")
         return _load(self.path(steps[-1], best), like)
 
@@ -299,14 +291,12 @@ class Saver:
 
     def finish(self, state: Any, info: dict[str, Any]) -> None:
         """Saves, waits, and reads it back, until that succeeds; raises as `save`."""
-
-        def complete() -> None:
-            self._checkpoints.save(state, info)
-            self._checkpoints.wait()
-            if jax.process_index() == 0:
-                self._checkpoints.verify(int(state.step))
-
-        while not self._attempt(complete):
+        step, first = int(state.step), jax.process_index() == 0
+        while not (
+            self._attempt(lambda: self._checkpoints.save(state, info))
+            and self._attempt(self._checkpoints.wait)
+            and self._attempt(lambda: first and self._checkpoints.verify(step))
+        ):
             time.sleep(max(0.0, self._next - time.monotonic()))
 
     def _attempt(self, action: Callable[[], None]) -> bool:
@@ -338,10 +328,9 @@ class Saver:
 
 
 class _LiteralPath(type(epath.Path())):
-    """A path whose own names are no patterns.
+    """A path in which `glob` takes only its argument for a pattern.
 
-    Orbax 0.12 lists the files of its processes by `glob` below the run directory, and
-    would find none in `runs/seed[0]`: the checkpoint would lack its index.
+    In `runs/seed[0]` Orbax 0.12 finds no files otherwise, and writes no index of them.
     """
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
@@ -372,22 +361,14 @@ def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Resto
         try:
             if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                _read_files(path)
+            for one in Path(path).rglob("*"):
+                one.read_bytes() if one.is_file() else os.scandir(one).close()
         except Exception as reason:
             raise CheckpointError(
                 f"{path} cannot be read ({_reason(reason)}), which does not mean that "
                 "it is damaged: check the disk, its permissions and memory"
             ) from error
         raise DamagedCheckpointError(f"{path} is damaged: {_reason(error)}") from error
-
-
-def _read_files(path: epath.Path) -> None:
-    for one in path.iterdir():
-        if one.is_dir():
-            _read_files(one)
-        elif one.is_file():
-            one.read_bytes()
 
 
 def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
