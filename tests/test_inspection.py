@@ -46,7 +46,7 @@ def test_a_run_is_told(trained: Path):
     assert re.search(r"recipe +released_gaussians25, by the folder's name", text)
     assert re.search(r"data\.batch_size +\d+ → 8\n", text)
     assert re.search(r"steps +16 of 16\n", text)
-    assert re.search(r"checkpoints/8 +[\d.]+ KiB  20\d\d-.*intact\n", text)
+    assert re.search(r"checkpoints/8 +[\d.]+ MiB  20\d\d-.*intact\n", text)
     assert re.search(r"checkpoints/16 .* intact\n", text)
     assert re.search(r"\nlast metrics\n  step +16\n", text)
     assert "\nreport.json\n" in text and re.search(r"samples +\d+, the last", text)
