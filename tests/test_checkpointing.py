@@ -404,6 +404,7 @@ def test_the_lowest_fid_is_kept(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
     assert not (tmp_path / "best").exists()
     assert offer(5, 3.0) == (5, 3.0)
+    assert offer(6, float("nan")) == (5, 3.0)
     assert offer(6, 4.0) == (5, 3.0)
     assert offer(7, 2.0) == (7, 2.0)
     assert offer(7, 2.5) == (7, 2.0)  # The same step again, after a rollback.

@@ -108,10 +108,9 @@ class Checkpoints:
                     end()
 
     def save(self, state: Any, info: dict[str, Any]) -> None:
-        """Starts saving under `state.step`, unless that step is there already.
+        """Starts saving under `state.step`, unless it is there; buffers may be reused.
 
-        Waits for the save before; device buffers may be reused after the return. Raises
-        SaveError if it cannot be written, or the one before could not.
+        Waits for the save before. Raises SaveError if it, or this one, has failed.
         """
         self._save(state, info)
 
@@ -120,7 +119,8 @@ class Checkpoints:
 
         One kept whose info has another `measurement` does not compare: it is replaced.
         """
-        self._save(state, {**info, "fid": fid}, best=True, metrics={"fid": fid})
+        if fid < math.inf:
+            self._save(state, {**info, "fid": fid}, best=True, metrics={"fid": fid})
 
     def _save(self, state: Any, info: dict, best: bool = False, **kwargs: Any) -> None:
         self.wait()
@@ -142,7 +142,7 @@ class Checkpoints:
         self.pending = step, best, self._thread.submit(self._settle, step, best)
 
     def _is_best(self, step: int, info: dict[str, Any]) -> bool:
-        """Compares with the one kept, which is deleted if it is in the way."""
+        """Compares with the one kept, which is deleted where it is in the way."""
         for kept in self._manager(best=True).all_steps():
             with contextlib.suppress(DamagedCheckpointError):
                 found = self.info(kept, best=True)
@@ -155,11 +155,9 @@ class Checkpoints:
         return True
 
     def _settle(self, step: int, best: bool) -> None:
-        """Waits for a save, and finds it on disk: its files describe what was saved.
-
-        To read the arrays too would cost as much as a resume. Others than the first
-        process may see a new folder late on a network file system.
-        """
+        """Waits for a save and finds it on disk: its files describe what was saved."""
+        # To read the arrays would cost as much as a resume. Only the first process looks:
+        # on a network file system others may see a new folder late.
         self._managers[best].wait_until_finished()
         if jax.process_index() == 0:
             self.info(step, best)
@@ -214,15 +212,16 @@ class Checkpoints:
         if not steps:
             hint = "holds no checkpoint; train first, with --mode=train"
             if best:
-                hint = "keeps no best checkpoint, which evaluation.inception=True makes"
+                hint = (
+                    "keeps no best checkpoint; evaluation.inception=True does, by FID"
+                )
             raise CheckpointError(f"{self._workdir} {hint}")
         return _load(self.path(steps[-1], best), like)
 
     def restore_newest(self, like: Any) -> Restored | None:
-        """Restores the newest intact checkpoint; None where there is none at all.
+        """Restores the newest intact checkpoint; None if there is none at all.
 
-        Damaged ones are warned of, and once an intact one is found, moved to
-        `<workdir>/damaged/`. Raises as `restore`, also if none is intact.
+        Damaged ones before it are moved to `<workdir>/damaged/`. Raises as `restore`.
         """
         self._wait_or_warn()
         damaged: dict[int, str] = {}
@@ -264,10 +263,7 @@ class Checkpoints:
 
 
 class Saver:
-    """Saves that a run of one process retries for a while, training on.
-
-    With several processes a failed save raises at once.
-    """
+    """Saves that a run of one process retries for a while; with several they raise."""
 
     def __init__(self, checkpoints: Checkpoints, patience: int | float):
         """Wraps a run's checkpoints; patience: seconds from the first failure."""
@@ -313,10 +309,9 @@ class Saver:
                     f"(recovery.save_patience {self._patience}): {error}. Then start "
                     "the same command again"
                 ) from error
-            said = (
-                "a checkpoint cannot be written: %s; training goes on and tries again"
+            logging.warning(
+                "a checkpoint cannot be written: %s; training goes on", error
             )
-            logging.warning(said, error)
             # The last attempt comes when patience is over, not long after.
             self._next = now + min(self._delay, self._patience - waited)
             self._since, self._delay = now - waited, min(2 * self._delay, 60.0)
@@ -338,9 +333,9 @@ class _LiteralPath(type(epath.Path())):
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier, where a process does not wait whose save has just failed.
+    """Orbax's barrier, for a process whose save has not just failed.
 
-    The others are not coming: they wait for its files until it ends, and they with it.
+    To one that failed the others do not come: they wait for its files until it ends.
     """
     if failure := sys.exc_info()[1]:
         raise failure
@@ -350,8 +345,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Restored:
     """Reads and verifies a checkpoint; raises as `Checkpoints.restore`.
 
-    Orbax, TensorStore and JSON raise a dozen kinds of errors. What does not restore
-    although all its files can be read is damaged.
+    Of a dozen kinds of errors: damage is what does not restore from readable files.
     """
     try:
         return _read(path, like, read_arrays)
@@ -373,7 +367,8 @@ def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Resto
 
 def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
     info = json.loads(files.read_text(Path(path / "info" / "metadata"), _LARGEST_INFO))
-    if info != _sealed({name: info[name] for name in info if name != "sha256"}):
+    rest = {name: value for name, value in info.items() if name != "sha256"}
+    if info["sha256"] != _sealed(rest)["sha256"]:
         raise ValueError("its info does not match its checksum")
     state = None
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:

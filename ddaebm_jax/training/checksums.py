@@ -50,10 +50,7 @@ def of_array(array: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
 
 
 def described(tree: Any) -> dict[str, str]:
-    """Returns name → type of every array or shape: `params/w` → `float32[2,3]`.
-
-    Dicts, tuples and dataclasses give the same names.
-    """
+    """Returns name → type of every leaf, in any kind of node: w/0 → float32[2,3]."""
     named = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {
         named(path): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
