@@ -156,8 +156,8 @@ class Checkpoints:
 
     def _settle(self, step: int, best: bool) -> None:
         """Waits for a save and finds it on disk: its files describe what was saved."""
-        # To read the arrays would cost as much as a resume. Only the first process looks:
-        # on a network file system others may see a new folder late.
+        # To read the arrays would cost as much as a resume. Only the first process does:
+        # others may see a new folder late on a network file system.
         self._managers[best].wait_until_finished()
         if jax.process_index() == 0:
             self.info(step, best)
@@ -212,9 +212,7 @@ class Checkpoints:
         if not steps:
             hint = "holds no checkpoint; train first, with --mode=train"
             if best:
-                hint = (
-                    "keeps no best checkpoint; evaluation.inception=True does, by FID"
-                )
+                hint = "keeps no best checkpoint; evaluation.inception=True makes it"
             raise CheckpointError(f"{self._workdir} {hint}")
         return _load(self.path(steps[-1], best), like)
 
