@@ -156,9 +156,9 @@ class Checkpoints:
 
     def _settle(self, step: int, best: bool) -> None:
         """Waits for a save and finds it on disk: its files describe what was saved."""
-        # To read the arrays would cost as much as a resume. Only the first process does:
-        # others may see a new folder late on a network file system.
         self._managers[best].wait_until_finished()
+        # Others may see the folder late on a network file system. To read the arrays,
+        # too, would cost as much as a resume.
         if jax.process_index() == 0:
             self.info(step, best)
 
@@ -366,7 +366,7 @@ def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Resto
 def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
     info = json.loads(files.read_text(Path(path / "info" / "metadata"), _LARGEST_INFO))
     rest = {name: value for name, value in info.items() if name != "sha256"}
-    if info["sha256"] != _sealed(rest)["sha256"]:
+    if info.get("sha256") != _sealed(rest)["sha256"]:
         raise ValueError("its info does not match its checksum")
     state = None
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
