@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
+        "filelock>=4.3",
         "flax>=0.12.8",
         "grain>=0.2.18",
         # TFDS needs it to prepare its own sets, and does not say so.

@@ -9,10 +9,10 @@ taken up, not repeated.
 import json
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from ddaebm_jax.evaluation import outliers
 from ddaebm_jax.training import loop as train
 from ddaebm_jax.training import run_directory
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         config.train.picture_every = 0
         config.train.tensorboard = False
         workdir = Path(_WORKDIR.value) / seed
-        run_directory.open_workdir(workdir, config)  # Refuses a run of another config.
+        run_directory.check(workdir, config)  # Refuses a run of another config.
         if (workdir / run_directory.REPORT_FILE).exists():
             report = json.loads((workdir / run_directory.REPORT_FILE).read_text())
         else:
@@ -42,7 +42,17 @@ def main(argv: list[str]) -> None:
             if name == "auroc" or name.startswith("auroc_"):
                 method = name.removeprefix("auroc").removeprefix("_") or "DDAEBM"
                 aurocs.setdefault(method, []).append(value)
-    print(outliers.format_aurocs(aurocs))
+    print(_table(aurocs))
+
+
+def _table(aurocs: dict[str, list[float]]) -> str:
+    """Returns a line a method: mean ± the sample's standard deviation over seeds."""
+    width = max(map(len, ("method", *aurocs)))
+    lines = [f"{'method':<{width}}  AUROC, mean ± std over {len(_SEEDS.value)} seeds"]
+    for name, values in aurocs.items():
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        lines.append(f"{name:<{width}}  {np.mean(values):.4f}{spread}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         config.train.picture_every = 0
         config.train.tensorboard = False
         workdir = Path(_WORKDIR.value) / gamma
-        run_directory.open_workdir(workdir, config)  # Refuses a run of another config.
+        run_directory.check(workdir, config)  # Refuses a run of another config.
         if (workdir / run_directory.REPORT_FILE).exists():
             report = json.loads((workdir / run_directory.REPORT_FILE).read_text())
         else:

@@ -1,114 +1,76 @@
-"""Brings the authors' PyTorch checkpoints of the image model into a run directory.
+"""Import of the authors' PyTorch checkpoints of the image model as a run directory.
 
   python -m ddaebm_jax.interop --generator=netG.pth --energy=netD.pth \
       --posterior=netE.pth --config=configs/cifar10.py --workdir=runs/imported
 
-`--mode=sample` and `--mode=score` then work from that directory, and `--mode=train`
-goes on from the imported weights. Files are PyTorch state_dicts (`.pth`, `.pt`; read
-without torch, and no pickle in them is executed) or NPZ files with the same names. A
-leading `module.` of data-parallel training is dropped.
+`--mode=sample` and `--mode=score` read that directory, and `--mode=train` continues
+from the imported weights. The files are state_dicts, or NPZ or safetensors files with
+the same names (see `weights.read_weights`). A leading `module.` of data-parallel
+training is dropped.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from ddaebm_jax import torch_files
-from ddaebm_jax.data.npz_files import NpzFile
+from ddaebm_jax import models, torch_layout, weights
+from ddaebm_jax.config import choices
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.models import Players, encoder
+from ddaebm_jax.models import Players
 
-FlaxPath = tuple[str, ...]
+Paths = dict[str, tuple[str, ...]]
+"""PyTorch's name of a parameter → its path in Flax's `params`."""
 
-
-def _as_is(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-def _transposed(array: np.ndarray) -> np.ndarray:
-    return array.T
+_REMEDY = "give the config of these weights, and each file to its own flag"
 
 
-def _channels_last(array: np.ndarray) -> np.ndarray:
-    """OIHW → HWIO."""
-    return array.transpose(2, 3, 1, 0)
+# PyTorch's names.
 
 
-class Target(NamedTuple):
-    """Where a PyTorch parameter goes.
-
-    Attributes:
-      path: of the parameter in Flax's tree, under `params`.
-      convert: from PyTorch's layout to Flax's.
-      ndim: axes of the PyTorch array, which `convert` relies on.
-    """
-
-    path: FlaxPath
-    convert: Callable[[np.ndarray], np.ndarray]
-    ndim: int
-
-
-Names = dict[str, Target]
-
-
-def _dense(prefix: str, path: FlaxPath) -> Names:
-    return {
-        f"{prefix}.weight": Target((*path, "kernel"), _transposed, 2),
-        f"{prefix}.bias": Target((*path, "bias"), _as_is, 1),
-    }
-
-
-def _conv(prefix: str, path: FlaxPath, bias: bool = True) -> Names:
-    names = {f"{prefix}.weight": Target((*path, "kernel"), _channels_last, 4)}
+def _layer(name: str, *path: str, weight: str = "kernel", bias: bool = True) -> Paths:
+    paths = {f"{name}.weight": (*path, weight)}
     if bias:
-        names[f"{prefix}.bias"] = Target((*path, "bias"), _as_is, 1)
-    return names
+        paths[f"{name}.bias"] = (*path, "bias")
+    return paths
 
 
-def _norm(prefix: str, path: FlaxPath) -> Names:
-    return {
-        f"{prefix}.weight": Target((*path, "scale"), _as_is, 1),
-        f"{prefix}.bias": Target((*path, "bias"), _as_is, 1),
-    }
+def _norm(name: str, *path: str) -> Paths:
+    return _layer(name, *path, weight="scale")
 
 
-def _block(prefix: str, path: FlaxPath, skip: bool, adaptive: bool) -> Names:
-    names: Names = {}
+def _residual_block(name: str, *path: str, has_skip: bool, is_adaptive: bool) -> Paths:
+    paths = _layer(f"{name}.Dense_0", *path, "time")
     for i in range(2):
-        norm = (*path, f"norm_{i}")
-        if adaptive:
-            names |= _dense(f"{prefix}.GroupNorm_{i}.style", (*norm, "style"))
+        paths |= _layer(f"{name}.Conv_{i}", *path, f"conv_{i}")
+        if is_adaptive:
+            norm = f"{name}.GroupNorm_{i}.style"
+            paths |= _layer(norm, *path, f"norm_{i}", "style")
         else:
-            names |= _norm(f"{prefix}.GroupNorm_{i}", norm)
-        names |= _conv(f"{prefix}.Conv_{i}", (*path, f"conv_{i}"))
-    names |= _dense(f"{prefix}.Dense_0", (*path, "time"))
-    if skip:
-        names |= _conv(f"{prefix}.Conv_2", (*path, "skip"))
-    return names
+            paths |= _norm(f"{name}.GroupNorm_{i}", *path, f"norm_{i}")
+    if has_skip:
+        paths |= _layer(f"{name}.Conv_2", *path, "skip")
+    return paths
 
 
-def _attention(prefix: str, path: FlaxPath) -> Names:
-    names = _norm(f"{prefix}.GroupNorm_0", (*path, "norm"))
+def _attention(name: str, *path: str) -> Paths:
+    paths = _norm(f"{name}.GroupNorm_0", *path, "norm")
     for i, part in enumerate(("query", "key", "value", "out")):
-        # These are kept as [in, out] in PyTorch too.
-        names[f"{prefix}.NIN_{i}.W"] = Target((*path, part, "kernel"), _as_is, 2)
-        names[f"{prefix}.NIN_{i}.b"] = Target((*path, part, "bias"), _as_is, 1)
-    return names
+        paths[f"{name}.NIN_{i}.W"] = (*path, part, "kernel")
+        paths[f"{name}.NIN_{i}.b"] = (*path, part, "bias")
+    return paths
 
 
-def _unet_layers(unet: Any, side: int) -> Iterator[tuple[str, str]]:
-    """Yields (kind, name) of the U-Net's layers, in the order of PyTorch's list."""
+def _unet_modules(unet: Any, side: int) -> Iterator[tuple[str, str]]:
+    """Yield (kind, Flax's name) of the U-Net's modules as `all_modules` lists them."""
     last = len(unet.ch_mult) - 1
-    yield from (("dense", "time_0"), ("dense", "time_1"), ("conv", "conv_in"))
+    yield from (("layer", "time_0"), ("layer", "time_1"), ("layer", "conv_in"))
     for level in range(last + 1):
-        attended = (side >> level) in unet.attn_resolutions
+        has_attention = (side >> level) in unet.attn_resolutions
         for i in range(unet.num_res_blocks):
             yield "block", f"down_{level}_block_{i}"
-            if attended:
+            if has_attention:
                 yield "attention", f"down_{level}_attention_{i}"
         if level < last:
             yield "block", f"down_{level}_resample"
@@ -124,166 +86,109 @@ def _unet_layers(unet: Any, side: int) -> Iterator[tuple[str, str]]:
             yield "attention", f"up_{level}_attention"
         if level > 0:
             yield "block", f"up_{level}_resample"
-    yield from (("norm", "norm_out"), ("conv", "conv_out"))
+    yield from (("norm", "norm_out"), ("layer", "conv_out"))
 
 
-def unet_names(model: Any, side: int, params: Any, adaptive: bool) -> Names:
-    """Returns where every parameter of the energy or the generator goes.
+def _unet_paths(unet: Any, side: int, params: Any) -> Paths:
+    """Return the paths of the energy's or, if it embeds a latent, generator's U-Net."""
+    is_adaptive = "latent_0" in params
+    paths: Paths = {}
+    for i, (kind, module) in enumerate(_unet_modules(unet, side)):
+        name, path = f"all_modules.{i}", ("trunk", module)
+        match kind:
+            case "layer":
+                paths |= _layer(name, *path)
+            case "pyramid":
+                paths |= _layer(f"{name}.Conv2d_0", *path)
+            case "norm":
+                paths |= _norm(name, *path)
+            case "attention":
+                paths |= _attention(name, *path)
+            case "block":
+                has_skip = "skip" in params["trunk"][module]
+                paths |= _residual_block(
+                    name, *path, has_skip=has_skip, is_adaptive=is_adaptive
+                )
+    if is_adaptive:
+        for i in range(unet.n_mlp + 1):
+            paths |= _layer(f"z_transform.{2 * i + 1}", f"latent_{i}")
+    return paths
+
+
+def _conv_encoder_paths(side: int) -> Paths:
+    depth = side.bit_length() - 2
+    paths: Paths = {}
+    for i in range(depth):
+        paths |= _layer(f"conv{i + 1}", f"conv_{i}", bias=False)
+        paths |= _layer(f"dense_t{i + 1}", f"time_{i}")
+    paths |= _layer(f"conv{depth + 1}1", "mu")
+    return paths | _layer(f"conv{depth + 1}2", "logvar")
+
+
+def _residual_encoder_paths() -> Paths:
+    paths = _layer("start_conv.conv", "conv_in")
+    for i in range(6):
+        name, block = f"conv{i + 1}", f"block_{i}"
+        paths |= _layer(f"{name}.conv1.0.conv", block, "conv_0")
+        paths |= _layer(f"{name}.conv2.0.conv", block, "conv_1")
+        paths |= _layer(f"{name}.dense_t1", block, "time")
+        paths |= _layer(f"{name}.skip.0.conv", block, "skip", bias=False)
+    paths |= _layer("final_conv.conv", "conv_out")
+    paths |= _layer("end_linear_mean", "mu")
+    return paths | _layer("end_linear_logvar", "logvar")
+
+
+def parameter_paths(model: Any, side: int, params: Players) -> Players:
+    """Return each network's PyTorch names with their paths in Flax's parameters.
 
     Args:
       model: the config's `model` section.
       side: of the images.
-      params: the network's parameters, or their shapes.
-      adaptive: whether this is the generator.
+      params: the networks' parameters, or their shapes.
     """
-    names: Names = {}
-    for i, (kind, name) in enumerate(_unet_layers(model.unet, side)):
-        prefix, path = f"all_modules.{i}", ("trunk", name)
-        if kind == "block":
-            names |= _block(prefix, path, "skip" in params["trunk"][name], adaptive)
-        elif kind == "attention":
-            names |= _attention(prefix, path)
-        elif kind == "pyramid":
-            names |= _conv(f"{prefix}.Conv2d_0", path)
-        else:
-            make = {"dense": _dense, "conv": _conv, "norm": _norm}[kind]
-            names |= make(prefix, path)
-    if adaptive:
-        for i in range(model.unet.n_mlp + 1):
-            names |= _dense(f"z_transform.{2 * i + 1}", (f"latent_{i}",))
-    return names
-
-
-def posterior_names(side: int) -> Names:
-    """Returns where every parameter of the posterior goes, by the images' side."""
-    names: Names = {}
-    for i in range(2):
-        names |= _dense(f"t_embed.main.{2 * i}", ("time", f"dense_{i}"))
-    if side >= encoder.RESIDUAL_FROM:
-        names |= _conv("start_conv", ("conv_in",))
-        for i in range(6):
-            prefix, path = f"conv{i + 1}", (f"block_{i}",)
-            for j in range(2):
-                names |= _conv(f"{prefix}.conv{j + 1}.0.conv", (*path, f"conv_{j}"))
-            names |= _dense(f"{prefix}.dense_t1", (*path, "time"))
-            names |= _conv(f"{prefix}.skip.0.conv", (*path, "skip"), bias=False)
-        names |= _conv("final_conv.conv", ("conv_out",))
-        names |= _dense("end_linear_mean", ("mu",))
-        names |= _dense("end_linear_logvar", ("logvar",))
-        return names
-    depth = side.bit_length() - 2
-    for i in range(depth):
-        names |= _conv(f"conv{i + 1}", (f"conv_{i}",), bias=False)
-        names |= _dense(f"dense_t{i + 1}", (f"time_{i}",))
-    names |= _conv(f"conv{depth + 1}1", ("mu",))
-    names |= _conv(f"conv{depth + 1}2", ("logvar",))
-    return names
-
-
-def names_of(model: Any, side: int, shapes: Players) -> Players:
-    """Returns the names of all three networks; `shapes` are of their variables."""
+    time = _layer("t_embed.main.0", "time", "dense_0")
+    time |= _layer("t_embed.main.2", "time", "dense_1")
+    is_residual = side >= choices.RESIDUAL_FROM
+    posterior = _residual_encoder_paths() if is_residual else _conv_encoder_paths(side)
     return Players(
-        energy=unet_names(model, side, shapes.energy["params"], adaptive=False),
-        generator=unet_names(model, side, shapes.generator["params"], adaptive=True),
-        posterior=posterior_names(side),
+        energy=_unet_paths(model.unet, side, params.energy),
+        generator=_unet_paths(model.unet, side, params.generator),
+        posterior=time | posterior,
     )
 
 
-def _shown(names: list[str], most: int = 5) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+# Import.
 
 
-def convert(
-    state_dict: Mapping[str, np.ndarray], names: Names, shapes: Any, origin: str
+def to_params(
+    state_dict: weights.Arrays, paths: Paths, shapes: Any, origin: str
 ) -> dict:
-    """Converts a state_dict to Flax's parameters.
+    """Return a state_dict as Flax's parameters.
 
     Args:
       state_dict: PyTorch's names → arrays.
-      names: where each goes.
-      shapes: the parameters to be, or their shapes.
-      origin: what the error messages call the file.
+      paths: PyTorch's names → paths in the parameters; see `parameter_paths`.
+      shapes: the parameters, or their shapes.
+      origin: name of the file in error messages.
 
     Raises:
-      InputError: naming parameters that are missing, unknown, of another shape, or
-        not finite.
+      InputError: naming parameters that are missing, unknown, of another shape, or not
+        finite.
     """
-    missing = [name for name in names if name not in state_dict]
-    unknown = [name for name in state_dict if name not in names]
-    if missing or unknown:
-        faults = [
-            f"{fault}: {_shown(listed)}"
-            for fault, listed in (("missing", missing), ("unknown", unknown))
-            if listed
-        ]
-        raise InputError(
-            f"{origin} does not hold the parameters that the config describes; "
-            f"{'; '.join(faults)}; give the config that these weights were trained "
-            "with, and each file to its own flag"
-        )
-    params: dict = {}
-    for name, target in names.items():
-        array = np.asarray(state_dict[name])
-        wanted: Any = shapes
-        for part in target.path:
-            wanted = wanted[part]
-        fits = array.ndim == target.ndim
-        converted = target.convert(array) if fits else array
-        if not fits or converted.shape != wanted.shape:
-            ours = "×".join(map(str, wanted.shape))
-            raise InputError(
-                f"{origin}: {name} has shape {'×'.join(map(str, array.shape))}, which "
-                f"does not fit {'/'.join(target.path)} ({ours}); give the config that "
-                "these weights were trained with"
-            )
-        converted = np.ascontiguousarray(
-            torch_files.finite_float32(name, converted, origin, "use another file")
-        )
-        node = params
-        for part in target.path[:-1]:
-            node = node.setdefault(part, {})
-        node[target.path[-1]] = converted
-    return params
+    arrays = torch_layout.select_float32(state_dict, paths, origin, _REMEDY)
+    return torch_layout.to_flax(arrays, paths, shapes, origin, _REMEDY)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    advice = "write it with numpy.savez(path, **arrays)"
-    with NpzFile(path, torch_files.MAX_BYTES, advice) as file:
-        return {name: file.read(array) for name, array in file.arrays.items()}
-
-
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a `.pth` / `.pt` or `.npz` file of named weights.
-
-    Raises:
-      InputError: if it is not there, cannot be read, or holds anything but weights.
-    """
-    path = Path(path)
-    torch = torch_files.read_state_dict
-    readers = {".pth": torch, ".pt": torch, ".npz": _read_npz}
-    if path.suffix not in readers:
-        raise InputError(
-            f"{path}: the suffix is '{path.suffix}'; allowed: {', '.join(readers)}"
-        )
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    values = readers[path.suffix](path)
-    return {name.removeprefix("module."): value for name, value in values.items()}
-
-
-def import_variables(config: Any, files: Players) -> Players:
-    """Reads three files into the variables of the networks that a config describes.
+def read_variables(config: Any, files: Players) -> Players:
+    """Return the variables of a config's networks, read from files.
 
     Args:
       config: an image recipe.
-      files: of each network, the path of its state_dict.
+      files: path of each network's state_dict.
 
     Raises:
-      InputError: for a recipe without images, or a file that does not fit.
+      InputError: if the recipe is not one of images, or a file does not fit it.
     """
-    from ddaebm_jax import models
-
     if config.model.name != "ncsnpp":
         raise InputError(
             f"model.name is '{config.model.name}'; weights are imported for image "
@@ -292,48 +197,40 @@ def import_variables(config: Any, files: Players) -> Players:
     side = config.data.image_size
     networks = models.build(config.model, (side, side, config.data.channels))
     shapes = jax.eval_shape(networks.init, jax.random.key(0))
-    names = names_of(config.model, side, shapes)
-    return Players(
-        *(
-            {
-                "params": jax.tree.map(
-                    jnp.asarray,
-                    convert(read_state_dict(path), one, shape["params"], str(path)),
-                )
-            }
-            for path, one, shape in zip(files, names, shapes, strict=True)
-        )
-    )
+    shapes = Players(*(variables["params"] for variables in shapes))
+    paths = parameter_paths(config.model, side, shapes)
+
+    def read(file: str | Path, *target: Any) -> dict:
+        arrays = weights.read_weights(file)
+        arrays = {name.removeprefix("module."): a for name, a in arrays.items()}
+        return {"params": jax.device_put(to_params(arrays, *target, str(file)))}
+
+    return Players(*map(read, files, paths, shapes))
 
 
 def import_run(config: Any, files: Players, workdir: str | Path) -> None:
-    """Makes a run directory at step 0 with imported weights.
+    """Create a run directory at step 0 with imported weights.
 
     Raises:
-      InputError: as `import_variables`, or if the directory is not empty; nothing has
+      InputError: as `read_variables`, or if the directory is not empty; nothing has
         been written then.
     """
     from ddaebm_jax import config as config_lib
     from ddaebm_jax import experiment as experiments
-    from ddaebm_jax import game
-    from ddaebm_jax.training import checkpoints as checkpointing
     from ddaebm_jax.training import run_directory
+    from ddaebm_jax.training.checkpoints import Checkpoints
 
     workdir = Path(workdir)
     config_lib.validate(config)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
-    variables = import_variables(config, files)
+    variables = read_variables(config, files)
     experiment = experiments.build(config, workdir, open_images=False)
-    state = game.init_state(
-        jax.random.key(0),
-        experiment.networks._replace(init=lambda key: variables),
-        experiment.optimizers,
-        experiment.game,
-    )
+    networks = experiment.networks._replace(init=lambda key: variables)
+    state = experiments.init_state(experiment._replace(networks=networks))
     workdir.mkdir(parents=True, exist_ok=True)
     run_directory.write_config(workdir, config)
-    checkpoints = checkpointing.Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir)
     try:
         info = {"config": config.to_dict(), "data": None, "input": None}
         checkpoints.save(state, info)
@@ -342,33 +239,37 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
         checkpoints.close()
 
 
-def main(argv: list[str]) -> None:
-    """Imports what the flags name."""
-    from absl import flags
+def main(words: list[str]) -> None:
+    """Import what the flags name."""
+    from ddaebm_jax.commands import common
 
-    from ddaebm_jax.commands import command_line
+    common.run(_run, words)
 
-    values = flags.FLAGS
-    if len(argv) > 1:
-        command_line.fail(f"what is {argv[1]!r}? Flags start with --")
+
+def _run(values: Any) -> None:
     files = Players(values.energy, values.generator, values.posterior)
-    command_line.in_one_line(
-        lambda: import_run(values.config.config, files, values.workdir)
-    )
+    import_run(values.config, files, values.workdir)
     print(values.workdir)
 
 
+def _parse(argv: list[str]) -> list[str]:
+    from absl import flags
+
+    from ddaebm_jax.commands import common
+    from ddaebm_jax.config import flags as config_flags
+
+    config_flags.define_config_flag("An image recipe.")
+    flags.DEFINE_string("generator", None, "The generator's weights, netG_*.pth.")
+    flags.DEFINE_string("energy", None, "The energy's weights, netD_*.pth.")
+    flags.DEFINE_string("posterior", None, "The encoder's weights, netE_*.pth.")
+    flags.DEFINE_string("workdir", None, "The run directory to create.")
+    names = ["config", "generator", "energy", "posterior", "workdir"]
+    flags.mark_flags_as_required(names)
+    with common.user_errors():
+        return config_flags.parse(argv)
+
+
 if __name__ == "__main__":
-    from absl import app, flags
+    from absl import app
 
-    from ddaebm_jax.commands.command_line import define_config, parse_flags
-
-    define_config("An image recipe.")
-    flags.DEFINE_string("generator", None, "The generator's state_dict, netG_*.pth.")
-    flags.DEFINE_string("energy", None, "The energy's state_dict, netD_*.pth.")
-    flags.DEFINE_string("posterior", None, "The encoder's state_dict, netE_*.pth.")
-    flags.DEFINE_string("workdir", None, "The run directory to make.")
-    flags.mark_flags_as_required(
-        ["config", "generator", "energy", "posterior", "workdir"]
-    )
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=_parse)

@@ -1,4 +1,4 @@
-"""Runs the command line, many times from one import.
+"""The command line, run many times from one import.
 
 A child that has imported everything, but has not yet started a device, forks for each
 command; so a command costs its own work and not the seconds of the imports.
@@ -19,7 +19,7 @@ MAIN = ROOT / "launch" / "main.py"
 _FORKER = """
 import json, os, runpy, sys, tempfile
 sys.path.insert(0, {root!r})
-import ddaebm_jax.commands.ood, ddaebm_jax.training.loop
+from ddaebm_jax.commands import evaluate, inspect, ood, sample, score, train
 for line in sys.stdin:
     argv = json.loads(line)
     out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
@@ -39,15 +39,25 @@ for line in sys.stdin:
 
 
 class Result(NamedTuple):
-    """What a command gave."""
+    """Exit status and output of a command."""
 
     code: int
     out: str
     err: str
 
 
+def assert_error(result: Result, *words: str) -> None:
+    """Assert that a command failed with one line that holds these words."""
+    assert result.code == 2, result.err
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.err
+    assert "Traceback" not in result.err
+    for expected in words:
+        assert expected in errors[0]
+
+
 class CommandLine:
-    """Runs `launch/main.py`; see the module."""
+    """`launch/main.py`; see the module."""
 
     def __init__(self, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
@@ -59,22 +69,35 @@ class CommandLine:
             env=environment() if env is None else env,
         )
 
-    def __call__(self, *argv: str) -> Result:
-        """Runs one command to its end."""
+    def __call__(self, *argv: object) -> Result:
+        """Run one command to its end."""
+        argv = tuple(map(str, argv))
         self._process.stdin.write(json.dumps(argv) + "\n")
         self._process.stdin.flush()
         return Result(*json.loads(self._process.stdout.readline()))
 
+    def succeed(self, *argv: object) -> Result:
+        """Run one command, which must succeed."""
+        result = self(*argv)
+        assert result.code == 0, result.err
+        return result
+
+    def __enter__(self) -> "CommandLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Ends the child."""
+        """End the child."""
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Returns the environment of a child with so many virtual devices.
+    """Return the environment of a child with so many virtual devices.
 
-    It compiles soon, and not to be fast.
+    It compiles fast, not to fast programs.
     """
     flags = [
         flag
@@ -93,7 +116,7 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 def tiny(config: str, **fields: object) -> list[str]:
-    """Returns flags of a recipe made so small that it trains in a second."""
+    """Return flags of a recipe made so small that it trains in a second."""
     small = {
         "model.mlp.hidden": "(8,8)",
         "model.mlp.x_widths": "(4,4)",

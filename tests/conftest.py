@@ -1,6 +1,6 @@
-"""Sets the stage: what must be in the environment before JAX is first imported.
+"""The environment of all tests, set before JAX is first imported.
 
-Subprocesses that tests start inherit all of it, the compilation cache included.
+Subprocesses inherit all of it, the compilation cache included.
 """
 
 import os
@@ -21,12 +21,12 @@ _DEVICES = "--xla_force_host_platform_device_count=8"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
-# One cache a run, not one a machine: a stale program must not make a test pass.
-# pytest-xdist's workers share the one that their controller made.
+# One cache per run, not per machine: a stale program must not make a test pass.
+# pytest-xdist's workers share the one of their controller.
 _OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if _OWNS_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ddaebm-jax-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 jaxtyping.install_import_hook("ddaebm_jax", "typechecking.check_functions")
 
@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes this run's compilation cache."""
+    """Remove this run's compilation cache."""
     del config
     if _OWNS_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Compiles programs that run once or twice: soon, and not to be fast.
+"""Compilation with little effort, for programs that run once or twice.
 
 XLA's optimiser takes most of a U-Net's compilation, ten times what the program then
 takes to run.
@@ -21,7 +21,7 @@ FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.it
 
 @functools.cache
 def options() -> dict[str, Any]:
-    """Returns the options, or none where another version's XLA does not know them."""
+    """Return the options, or none where another version of XLA lacks them."""
     try:
         jax.jit(lambda x: x + 1.0, compiler_options=_OPTIONS)(1.0)
     except Exception:  # Which kind depends on the version.
@@ -30,5 +30,5 @@ def options() -> dict[str, Any]:
 
 
 def jit(function: Callable, **kwargs: Any) -> Callable:
-    """Returns `jax.jit(function)`, compiled with little effort."""
+    """Return `jax.jit(function)`, compiled with little effort."""
     return jax.jit(function, compiler_options=options(), **kwargs)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import pytest
 import quick
@@ -83,7 +84,7 @@ def small_images(folder: Path, **fields: Any) -> ml_collections.ConfigDict:
 @functools.cache
 def _dispatcher(text: str) -> dispatch.Dispatcher:
     with pytest.MonkeyPatch.context() as patch:
-        options = quick._options()
+        options = quick.options()
         patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
         return _Dispatcher(experiments.build(config_lib.from_json(text)))
 
@@ -114,20 +115,38 @@ def train(
 
 @contextlib.contextmanager
 def hooked(
-    before: Callable[[TrainState], TrainState] = lambda state: state,
+    before: Callable[[TrainState, Any], TrainState] = lambda state, batches: state,
     after: Callable[[int], None] = lambda step: None,
 ) -> Iterator[None]:
     """Change states before they are stepped, or act when the steps are under way."""
     call = _Dispatcher.__call__
 
     def dispatched(self, state, length, batches=None):
-        result = call(self, before(state), length, batches)
+        result = call(self, before(state, batches), length, batches)
         after(int(result[0].step))
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Dispatcher, "__call__", dispatched)
         yield
+
+
+def poisoned(*at: int, seen: Callable[[int, Any], None] = lambda *_: None):
+    """Put a NaN into the energy's weights before these steps, once each.
+
+    `seen` gets the step and the batches of each dispatch.
+    """
+    left = list(at)
+
+    def before(state: TrainState, batches: Any) -> TrainState:
+        seen(int(state.step), batches)
+        if left and int(state.step) == left[0]:
+            left.pop(0)
+            energy = jax.tree.map(lambda x: x * jnp.nan, state.variables.energy)
+            state = state.replace(variables=state.variables._replace(energy=energy))
+        return state
+
+    return hooked(before=before)
 
 
 def final_state(workdir: Path, step: int | None = None) -> TrainState:

@@ -170,14 +170,3 @@ def test_a_class_is_present_from_a_tenth_of_an_equal_share(split, judge, evaluat
         assert found["class_histogram"][8] == 1 / (num + 1)
         assert found["class_share_least"] == 0.0
         assert found["frechet_samples"] > 10 * found["frechet_train_drawn"]
-
-
-@pytest.mark.parametrize("kind", ["samples", "training images", "held-out images"])
-def test_too_few_images_are_refused(split, kind):
-    train, train_labels, test, test_labels = split
-    counts = {"samples": 5, "training images": 5, "held-out images": 5, kind: 1}
-    n, m, k = counts.values()
-    with pytest.raises(ValueError, match=f"there are 1 {kind}"):
-        digits.evaluate_digits(
-            train[:n], train[:m], train_labels[:m], test[:k], test_labels[:k], SEED
-        )

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_train import _config
+from runs import small as _config
 
 from ddaebm_jax import experiment as experiments
 

@@ -147,13 +147,13 @@ def test_kernel_distance_is_unbiased():
     """Of equal distributions it is nothing on average, for small sets too."""
     found = [
         fid.kernel_distance(normals(2 * i, 20, 4), normals(2 * i + 1, 20, 4)).value
-        for i in range(2_000)
+        for i in range(1_000)
     ]
     error = np.std(found) / np.sqrt(len(found))
     assert abs(np.mean(found)) < 4 * error
     # The biased estimate, with the pairs of a point and itself, would be seen.
     self_pairs = np.mean([((x @ x) / 4 + 1) ** 3 for x in normals(0, 500, 4)])
-    assert error < 0.05 * self_pairs * 2 / 20
+    assert error < 0.07 * self_pairs * 2 / 20
 
 
 def test_kernel_distance_knows_its_error():
@@ -162,11 +162,11 @@ def test_kernel_distance_knows_its_error():
         fid.kernel_distance(
             normals(2 * i, 400, 4), normals(2 * i + 1, 400, 4) + 0.3, 40
         )
-        for i in range(200)
+        for i in range(100)
     ]
     scatter = np.std([one.value for one in found])
     reported = np.sqrt(np.mean([one.error**2 for one in found]))
-    assert reported == pytest.approx(scatter, rel=0.25)
+    assert reported == pytest.approx(scatter, rel=0.3)
 
 
 def test_neighbours_of_one_cloud_and_of_two():

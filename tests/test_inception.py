@@ -1,11 +1,6 @@
 """The FID's Inception-v3 against plain NumPy and PyTorch; its files; its features."""
 
-import json
 import math
-import re
-import struct
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +10,11 @@ import numpy as np
 import pytest
 import quick
 import tiny_inception
-from cli import ROOT, environment
 from helpers import assert_trees_equal
 from jax.sharding import Mesh
-from test_torch_files import write_legacy
+from test_weights import write_legacy, write_safetensors, write_zip
+from untrusted import refused
 
-from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inception, inception_weights
 
 
@@ -48,22 +42,11 @@ def pictures() -> np.ndarray:
 def expected(weights, pictures) -> tuple[np.ndarray, np.ndarray]:
     """Pooled features and logits of the pictures, of NumPy's in float64."""
     x = np.asarray(inception.preprocess(pictures, "tf"), np.float64)
-    return tiny_inception.evaluate(
-        tiny_inception.NUMPY, weights, x.transpose(0, 3, 1, 2)
-    )
+    return tiny_inception.evaluate(weights, x.transpose(0, 3, 1, 2))
 
 
 def mesh_of(count: int) -> Mesh:
     return Mesh(np.asarray(jax.devices()[:count]), ("data",))
-
-
-def assert_refused(action, *parts: str):
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
 
 
 # The network.
@@ -84,8 +67,7 @@ def test_the_published_size():
 
 def test_names_and_shapes_are_the_published_ones():
     table = tiny_inception.shapes()
-    names = inception_weights._published_names()
-    assert sorted(names) == sorted(table)
+    assert sorted(inception_weights._paths()) == sorted(table)
     kernels = sum(math.prod(s) for name, s in table.items() if "running" not in name)
     assert kernels == 23_850_960
 
@@ -117,7 +99,7 @@ def test_blocks_are_numpys(name, block, network, weights):
     variables = {kind: tree[name] for kind, tree in network.variables.items()}
     actual = quick.jit(module.apply)(variables, x)
     wanted = tiny_inception.run_block(
-        tiny_inception.NUMPY, weights, name, x.astype(np.float64).transpose(0, 3, 1, 2)
+        weights, name, x.astype(np.float64).transpose(0, 3, 1, 2)
     )
     np.testing.assert_allclose(
         actual, wanted.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5
@@ -135,7 +117,7 @@ def test_blocks_are_numpys(name, block, network, weights):
 @pytest.mark.parametrize("sides", [(3, 3), (4, 7), (8, 8)])
 def test_pools_at_the_border(pool, kind, sides):
     x = np.random.default_rng(3).normal(size=(1, *sides, 2)).astype(np.float32) - 5.0
-    wanted = tiny_inception.NUMPY.pool(x.transpose(0, 3, 1, 2), kind)
+    wanted = tiny_inception.pool(x.transpose(0, 3, 1, 2), kind)
     actual = pool(jnp.asarray(x))
     np.testing.assert_allclose(actual, wanted.transpose(0, 2, 3, 1), rtol=1e-5)
     # A constant stays one: what lies outside does not count.
@@ -231,21 +213,19 @@ def test_images_that_are_refused(network):
         (np.zeros((1, 0, 8, 3), np.uint8), ("1×0×8×3",)),
         (np.zeros((), np.uint8), ("a scalar",)),
     ):
-        assert_refused(lambda images=images: extract(images), *parts)
-        assert_refused(lambda images=images: inception.preprocess(images, "tf"), *parts)
+        refused(lambda images=images: extract(images), *parts)
+        refused(lambda images=images: inception.preprocess(images, "tf"), *parts)
     for make in (
         lambda: inception.preprocess(noise(1, 8, 8, 3), "lanczos"),
         lambda: inception.make_extractor(network, mesh_of(1), "lanczos"),
     ):
-        assert_refused(make, "'lanczos'", "tf, pytorch_fid")
+        refused(make, "'lanczos'", "tf, pytorch_fid")
 
 
 # Features.
 
 
-@pytest.mark.parametrize(
-    ("devices", "batch"), [(1, 5), (1, 1), (2, 5), (8, 5), (8, 1), (2, 4)]
-)
+@pytest.mark.parametrize(("devices", "batch"), [(1, 5), (2, 4), (2, 5), (8, 5), (8, 1)])
 def test_features_do_not_depend_on_devices_or_batches(
     devices, batch, network, pictures, expected
 ):
@@ -263,44 +243,7 @@ def test_no_images_have_no_features(network):
     assert features.pool.shape == (0, 128) and features.logits.shape == (0, 63)
 
 
-def test_weights_are_no_part_of_the_program(network, monkeypatch):
-    programs = []
-    real = jax.jit
-
-    def recording(*args, **kwargs):
-        programs.append(real(*args, **kwargs))
-        return programs[-1]
-
-    monkeypatch.setattr(jax, "jit", recording)
-    inception.make_extractor(network, mesh_of(1), "tf")
-    monkeypatch.undo()
-    (program,) = programs
-    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), network.variables
-    )
-    text = program.lower(shapes, images).as_text()
-    # Constants are written as hexadecimal: the two resizing matrices, at most.
-    constants = sum(map(len, re.findall(r'dense<"0x([0-9A-F]*)"', text)))
-    assert constants <= 2 * (299 * 8 * 4 * 2)
-
-
 # Files.
-
-
-def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> Path:
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, array in arrays.items():
-        content = array.astype(array.dtype.newbyteorder("<")).tobytes()
-        header[name] = {
-            "dtype": {"f": "F", "i": "I"}[array.dtype.kind] + str(8 * array.itemsize),
-            "shape": list(array.shape),
-            "data_offsets": [len(data), len(data) + len(content)],
-        }
-        data += content
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
 
 
 def test_all_formats_give_one_network(network, weights, tmp_path: Path):
@@ -310,15 +253,19 @@ def test_all_formats_give_one_network(network, weights, tmp_path: Path):
         "AuxLogits.fc.weight": np.zeros((2, 3), np.float32),
     }
     wide = {name: array.astype(np.float64) for name, array in weights.items()}
-    np.savez_compressed(tmp_path / "more.npz", **more)
-    np.savez(tmp_path / "wide.npz", **wide)
-    files = [
-        tmp_path / "more.npz",
-        tmp_path / "wide.npz",
-        write_safetensors(tmp_path / "more.safetensors", more),
-    ]
-    for file in files:
-        loaded = inception_weights.load_network(str(file))
+    for name, write, arrays in (
+        ("more.npz", np.savez_compressed, more),
+        ("wide.npz", np.savez, wide),
+        ("more.pth", write_zip, more),
+        ("wide.pt", write_legacy, wide),
+        ("more.safetensors", write_safetensors, more),
+    ):
+        path = tmp_path / name
+        if path.suffix == ".npz":
+            write(path, **arrays)
+        else:
+            write(path, arrays)
+        loaded = inception_weights.load_network(str(path))
         assert loaded.fingerprint == network.fingerprint
         assert not loaded.published
         assert_trees_equal(loaded.variables, network.variables)
@@ -335,21 +282,6 @@ def test_the_fingerprint_tells_weights_apart(network, weights, tmp_path: Path):
     )
 
 
-def test_a_network_is_saved_and_read_again(network, tmp_path: Path):
-    path = tmp_path / "saved.npz"
-    inception_weights.save_npz(network, path)
-    again = inception_weights.load_network(str(path))
-    assert_trees_equal(again.variables, network.variables)
-    assert again._replace(variables=None) == network._replace(variables=None)
-    assert_refused(
-        lambda: inception_weights.save_npz(network, path), f"{path} exists already"
-    )
-    assert_refused(
-        lambda: inception_weights.save_npz(network, tmp_path / "a.pth"), "'.pth'"
-    )
-    assert [file.name for file in tmp_path.iterdir()] == ["saved.npz"]
-
-
 def without(arrays: dict, *names: str) -> dict:
     return {key: value for key, value in arrays.items() if key not in names}
 
@@ -360,19 +292,22 @@ FIRST, NORM = "Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch1x1.bn.running_var"
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda w: without(w, FIRST), (f"missing: '{FIRST}';", "pytorch-fid")),
-        (lambda w: {**w, "extra": w[FIRST]}, ("unknown: 'extra';",)),
-        (lambda w: {}, ("missing: ", "and 469 more")),
+        (lambda w: without(w, FIRST), (f"missing: {FIRST};", "pytorch-fid")),
+        (lambda w: {**w, "extra": w[FIRST]}, ("unknown: extra;",)),
+        (lambda w: {}, ("missing: ", "and 467 more")),
         (
             lambda w: {**w, FIRST: np.zeros((2, 3, 5, 5), "f")},
             (FIRST, "2×3×5×5", "2×3×3×3"),
         ),
         (
             lambda w: {**w, FIRST: np.zeros((3, 3, 3, 3), "f")},
-            ("Conv2d_1a_3x3.bn", "is 2, but 3 is needed"),
+            ("Conv2d_1a_3x3.bn", "has shape 2; 3 is needed"),
         ),
         (lambda w: {**w, FIRST: np.zeros((2, 27), "f")}, ("2×27", "4 axes")),
-        (lambda w: {**w, FIRST: np.zeros((0, 3, 3, 3), "f")}, ("0×3×3×3", "length 0")),
+        (
+            lambda w: {**w, FIRST: np.zeros((0, 3, 3, 3), "f")},
+            ("0×3×3×3", "length 1"),
+        ),
         (
             lambda w: {**w, "fc.weight": np.zeros((9, 100), "f")},
             ("fc.", "is needed"),
@@ -387,25 +322,7 @@ FIRST, NORM = "Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch1x1.bn.running_var"
 def test_weights_of_another_network(weights, tmp_path: Path, change, parts):
     path = tmp_path / "w.npz"
     np.savez(path, **change(weights))
-    assert_refused(lambda: inception_weights.load_network(str(path)), str(path), *parts)
-
-
-def test_files_that_cannot_be_read(tmp_path: Path):
-    for name, parts in (
-        ("none.pth", ("no such file",)),
-        ("none.npz", ("no such file",)),
-        ("weights.h5", ("'.h5'", ".safetensors")),
-    ):
-        path = str(tmp_path / name)
-        assert_refused(
-            lambda path=path: inception_weights.load_network(path), path, *parts
-        )
-    for suffix in (".pth", ".pt", ".npz", ".safetensors"):
-        path = tmp_path / f"weights{suffix}"
-        path.write_bytes(b"no weights at all, whatever the suffix says")
-        assert_refused(
-            lambda path=path: inception_weights.load_network(str(path)), str(path)
-        )
+    refused(lambda: inception_weights.load_network(str(path)), str(path), *parts)
 
 
 # The published file: here, small ones that stand for it.
@@ -444,7 +361,7 @@ def test_a_damaged_cache_is_not_used(release):
     content = bytearray(release.cached.read_bytes())
     content[-1] ^= 1
     release.cached.write_bytes(content)
-    assert_refused(
+    refused(
         inception_weights.load_network,
         str(release.cached),
         inception_weights._sha256(release.cached),
@@ -465,13 +382,13 @@ def test_another_file_is_not_kept(release, longer: bool):
     ]
     if not longer:
         parts.append(inception_weights._sha256(release.source))
-    assert_refused(inception_weights.load_network, *parts)
+    refused(inception_weights.load_network, *parts)
     assert list(release.cached.parent.iterdir()) == []
 
 
 def test_without_a_network(release):
     release.source.unlink()
-    assert_refused(
+    refused(
         inception_weights.load_network,
         "pt_inception.pth",
         inception_weights.PUBLISHED_URL,
@@ -484,113 +401,4 @@ def test_without_a_network(release):
 def test_without_a_place_to_keep_it(release, monkeypatch, tmp_path: Path):
     (tmp_path / "taken").write_text("a file, no directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
-    assert_refused(inception_weights.load_network, "--inception_weights=FILE")
-
-
-def test_the_real_release_is_what_the_module_names():
-    assert inception_weights.PUBLISHED_URL.endswith(
-        f"{inception_weights.PUBLISHED_SHA256[:8]}.pth"
-    )
-    assert re.fullmatch("[0-9a-f]{64}", inception_weights.PUBLISHED_SHA256)
-
-
-# The command.
-
-
-def run_convert(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "ddaebm_jax.evaluation.inception_weights", *flags],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_the_command_converts(network, weights, tmp_path: Path):
-    source = write_safetensors(tmp_path / "w.safetensors", weights)
-    output = tmp_path / "w.npz"
-    flags = (f"--weights={source}", f"--output={output}")
-    result = run_convert(*flags)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{output}\n"
-    loaded = inception_weights.load_network(str(output))
-    assert loaded.fingerprint == network.fingerprint
-    result = run_convert(*flags)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == f"error: {output} exists already; name a new file\n"
-
-
-def test_the_command_reports_one_line(tmp_path: Path):
-    result = run_convert("--colour=red", f"--output={tmp_path / 'a.npz'}")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: Unknown command line flag 'colour'")
-    assert result.stderr.count("\n") == 1
-
-
-# PyTorch, where it is installed.
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-def torch_operations(torch) -> tiny_inception.Operations:
-    functional = torch.nn.functional
-
-    def conv(x, kernel, stride, pad):
-        return functional.conv2d(x, kernel, stride=stride, padding=pad)
-
-    def norm(x, scale, shift, mean, var):
-        return functional.batch_norm(x, mean, var, scale, shift, eps=1e-3)
-
-    def pool(x, kind):
-        if kind == "avg":
-            return functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        stride, pad = {"max": (1, 1), "pool": (2, 0)}[kind]
-        return functional.max_pool2d(x, 3, stride, pad)
-
-    def join(parts):
-        return torch.cat(parts, dim=1)
-
-    return tiny_inception.Operations(conv, norm, torch.relu, pool, join)
-
-
-def test_the_network_is_pytorchs(torch, network, weights, pictures):
-    x = np.array(inception.preprocess(pictures, "pytorch_fid"))
-    operations = torch_operations(torch)
-    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-    with torch.no_grad():
-        wanted = tiny_inception.evaluate(
-            operations, tensors, torch.from_numpy(x).permute(0, 3, 1, 2)
-        )
-    extract = inception.make_extractor(network, mesh_of(1), "pytorch_fid")
-    for actual, one in zip(extract(pictures), wanted, strict=True):
-        scale = one.abs().max().item()
-        np.testing.assert_allclose(actual, one.numpy(), atol=1e-5 * scale, rtol=1e-4)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_preprocessing_is_pytorchs(torch, size):
-    images = noise(2, *size, 3)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    resized = torch.nn.functional.interpolate(
-        x, size=(299, 299), mode="bilinear", align_corners=False
-    )
-    wanted = (2 * resized - 1).permute(0, 2, 3, 1).numpy()
-    actual = inception.preprocess(images, "pytorch_fid")
-    # Where a whole place falls a hair short in float32, PyTorch blends its
-    # neighbours with a weight of about side · 2⁻²⁴.
-    np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-4)
-
-
-def test_pytorchs_file_gives_the_same_network(torch, network, weights, tmp_path: Path):
-    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
-    for new in (True, False):
-        path = tmp_path / f"{new}.pth"
-        torch.save(tensors, path, _use_new_zipfile_serialization=new)
-        loaded = inception_weights.load_network(str(path))
-        assert loaded.fingerprint == network.fingerprint
-        assert_trees_equal(loaded.variables, network.variables)
+    refused(inception_weights.load_network, "--inception_weights=FILE")

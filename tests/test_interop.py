@@ -1,8 +1,6 @@
 """The authors' checkpoints: every array at its place, and runs made of them."""
 
-import csv
 import functools
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,21 +12,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-import quick
 from cli import ROOT, environment
 from helpers import assert_trees_equal
-from released import recipe, state_dict
+from released import posterior_shapes, recipe, unet_shapes
+from test_weights import write_npz, write_safetensors, write_zip
+from untrusted import refused
 
 from ddaebm_jax import interop, models
 from ddaebm_jax.commands import modes
-from ddaebm_jax.data import images
-from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import figures
 from ddaebm_jax.models import Players
-from ddaebm_jax.training import loop as train
-from ddaebm_jax.training import measuring
 
-# Every image recipe in small: the layers are the recipe's own, but for their widths.
+RECIPES = ("cifar10", "celeba64", "lsun_church128")
+
+# Every image recipe in small: its layers, but for their widths.
 NARROW = {
     "model.nz": 5,
     "model.unet.nf": 4,
@@ -37,7 +33,6 @@ NARROW = {
     "model.encoder.ngf": 2,
     "model.encoder.t_emb_dim": 4,
 }
-
 # One level at 8 × 8 and two denoising steps: quick to compile.
 SMALL_RUN = {
     **NARROW,
@@ -57,79 +52,163 @@ def changed(name: str, fields: dict[str, Any]) -> ml_collections.ConfigDict:
     return config
 
 
-class Weights:
-    """Random weights of a recipe, as Flax holds them and as PyTorch does.
+def released_shapes(name: str, config: ml_collections.ConfigDict) -> Players:
+    """The names and shapes in the three released files."""
+    model, channels = config.model, config.data.channels
+    return Players(
+        energy=unet_shapes(name, model, channels, is_generator=False),
+        generator=unet_shapes(name, model, channels, is_generator=True),
+        posterior=posterior_shapes(name, model, channels),
+    )
 
-    Attributes:
-      config: the recipe.
-      networks: that it describes.
-      names: of each network.
-      shapes: of each network's variables.
-      params: of each network.
-      state_dicts: the same numbers with the authors' names and layout.
-    """
 
-    def __init__(self, config: ml_collections.ConfigDict) -> None:
-        self.config = config
-        side = config.data.image_size
-        event_shape = (side, side, config.data.channels)
-        self.networks = models.build(config.model, event_shape)
-        self.shapes = jax.eval_shape(self.networks.init, jax.random.key(0))
-        self.names = interop.names_of(config.model, side, self.shapes)
+class Released:
+    """A recipe with random weights under the authors' names, and our networks."""
+
+    def __init__(self, name: str, fields: dict[str, Any]) -> None:
+        self.config = changed(name, fields)
         rng = np.random.default_rng(0)
-        self.params = Players(
+        self.state_dicts = Players(
             *(
-                jax.tree.map(
-                    lambda leaf: (0.3 * rng.normal(size=leaf.shape)).astype("f"),
-                    one["params"],
-                )
-                for one in self.shapes
+                {key: rng.normal(size=shape).astype("f") for key, shape in one.items()}
+                for one in released_shapes(name, self.config)
             )
         )
-        self.state_dicts = Players(*map(state_dict, self.names, self.params))
+        self.side = self.config.data.image_size
+        event_shape = (self.side, self.side, self.config.data.channels)
+        self.networks = models.build(self.config.model, event_shape)
+        shapes = jax.eval_shape(self.networks.init, jax.random.key(0))
+        self.shapes = Players(*(one["params"] for one in shapes))
+        self.paths = interop.parameter_paths(self.config.model, self.side, self.shapes)
+
+    def to_params(self, player: str, state_dict: dict[str, np.ndarray]) -> dict:
+        paths, shapes = getattr(self.paths, player), getattr(self.shapes, player)
+        return interop.to_params(state_dict, paths, shapes, "x.pth")
+
+    @functools.cached_property
+    def variables(self) -> Players:
+        return Players(
+            *(
+                {"params": self.to_params(player, arrays)}
+                for player, arrays in self.state_dicts._asdict().items()
+            )
+        )
 
     def save(self, folder: Path, prefix: str = "") -> Players:
-        """Writes three NPZ files; returns their paths."""
+        """Writes a file for each network, each in another format."""
         folder.mkdir(exist_ok=True)
-        paths = Players(*(folder / f"{name}.npz" for name in Players._fields))
-        for path, arrays in zip(paths, self.state_dicts, strict=True):
-            named = {prefix + name: value for name, value in arrays.items()}
-            np.savez(path, **named)
-        return paths
-
-    def convert(self, player: str, arrays: dict[str, np.ndarray]) -> dict:
-        """Converts one network's state_dict."""
-        wanted = getattr(self.shapes, player)["params"]
-        return interop.convert(arrays, getattr(self.names, player), wanted, "x.pth")
+        writers = (write_zip, write_npz, write_safetensors)
+        names = ("netD.pth", "netG.npz", "netE.safetensors")
+        paths = []
+        for name, write, arrays in zip(names, writers, self.state_dicts, strict=True):
+            named = {prefix + key: array for key, array in arrays.items()}
+            paths.append(write(folder / name, named))
+        return Players(*paths)
 
 
 @functools.cache
-def weights_of(name: str) -> Weights:
-    # Blocks are told apart by number, so the one of two a level says it all.
-    blocks = {} if name == "cifar10" else {"model.unet.num_res_blocks": 1}
-    return Weights(changed(name, {**NARROW, **blocks}))
+def narrow(name: str) -> Released:
+    return Released(name, NARROW)
 
 
-RECIPES = ("cifar10", "celeba64", "lsun_church128")
+# Names.
+
+
+@pytest.mark.parametrize("player", Players._fields)
+def test_typed_names_are_those_of_the_released_cifar10_files(player, test_data: Path):
+    shapes = getattr(released_shapes("cifar10", recipe("cifar10")), player)
+    typed = {f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()}
+    released = (test_data / f"cifar10_{player}_names.txt").read_text().split("\n")
+    assert typed == {line for line in released if line}
+
+
+def test_the_first_layer_of_the_large_posterior_is_named_as_released():
+    names = narrow("lsun_church128").state_dicts.posterior
+    assert {"start_conv.conv.weight", "start_conv.conv.bias"} <= set(names)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_round_trip(name: str, prefix: str, tmp_path: Path, monkeypatch):
-    weights = weights_of(name)
-    # Networks that have been traced already.
-    monkeypatch.setattr(models, "build", lambda *args: weights.networks)
-    files = weights.save(tmp_path, prefix)
-    variables = interop.import_variables(weights.config, files)
-    expected = Players(*({"params": one} for one in weights.params))
-    assert_trees_equal(variables, expected)
+def test_every_released_array_has_its_place(name: str):
+    """All arrays arrive, transposed at most, and nothing of ours is left unset."""
+    released = narrow(name)
+    for player, params in released.variables._asdict().items():
+        shapes = getattr(released.shapes, player)
+        found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params["params"])
+        assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
+        # Transposing keeps an array's sorted numbers.
+        arrays = getattr(released.state_dicts, player).values()
+        sent = sorted(tuple(np.sort(array.ravel())) for array in arrays)
+        leaves = jax.tree.leaves(params)
+        assert sorted(tuple(np.sort(leaf.ravel())) for leaf in leaves) == sent
+
+
+PLACES = {
+    "cifar10": {
+        "energy all_modules.0.weight": "trunk time_0 kernel",
+        "energy all_modules.6.Conv2d_0.bias": "trunk down_0_pyramid bias",
+        "energy all_modules.8.NIN_0.W": "trunk down_1_attention_0 query kernel",
+        "energy all_modules.8.NIN_1.W": "trunk down_1_attention_0 key kernel",
+        "energy all_modules.8.NIN_2.b": "trunk down_1_attention_0 value bias",
+        "energy all_modules.8.NIN_3.W": "trunk down_1_attention_0 out kernel",
+        "energy all_modules.3.GroupNorm_0.weight": "trunk down_0_block_0 norm_0 scale",
+        "generator all_modules.3.GroupNorm_1.style.weight": (
+            "trunk down_0_block_0 norm_1 style kernel"
+        ),
+        "generator all_modules.5.Conv_2.weight": "trunk down_0_resample skip kernel",
+        "generator all_modules.5.Dense_0.weight": "trunk down_0_resample time kernel",
+        "generator z_transform.1.weight": "latent_0 kernel",
+        "generator z_transform.5.bias": "latent_2 bias",
+        "posterior t_embed.main.2.weight": "time dense_1 kernel",
+        "posterior conv51.weight": "mu kernel",
+        "posterior conv52.bias": "logvar bias",
+    },
+    "celeba64": {
+        "energy all_modules.24.NIN_0.W": "trunk middle_attention query kernel",
+        "energy all_modules.37.GroupNorm_0.bias": "trunk up_2_attention norm bias",
+        "energy all_modules.46.weight": "trunk norm_out scale",
+        "energy all_modules.47.weight": "trunk conv_out kernel",
+        "posterior conv5.weight": "conv_4 kernel",
+        "posterior dense_t5.bias": "time_4 bias",
+        "posterior conv61.weight": "mu kernel",
+        "posterior conv62.weight": "logvar kernel",
+    },
+    "lsun_church128": {
+        "generator all_modules.13.NIN_3.b": "trunk down_3_attention_0 out bias",
+        "generator all_modules.30.Conv_0.weight": "trunk up_3_resample conv_0 kernel",
+        "generator all_modules.43.bias": "trunk conv_out bias",
+        "posterior start_conv.conv.weight": "conv_in kernel",
+        "posterior start_conv.conv.bias": "conv_in bias",
+        "posterior conv1.conv1.0.conv.weight": "block_0 conv_0 kernel",
+        "posterior conv6.conv2.0.conv.bias": "block_5 conv_1 bias",
+        "posterior conv4.dense_t1.weight": "block_3 time kernel",
+        "posterior conv5.skip.0.conv.weight": "block_4 skip kernel",
+        "posterior final_conv.conv.weight": "conv_out kernel",
+        "posterior end_linear_mean.weight": "mu kernel",
+        "posterior end_linear_logvar.weight": "logvar kernel",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_places_of_released_arrays(name: str):
+    released = narrow(name)
+    for source, path in PLACES[name].items():
+        player, key = source.split()
+        expected = getattr(released.state_dicts, player)[key]
+        if expected.ndim == 4:
+            expected = expected.transpose(2, 3, 1, 0)
+        elif key.endswith(".weight"):
+            expected = expected.T
+        found = getattr(released.variables, player)["params"]
+        for part in path.split():
+            found = found[part]
+        np.testing.assert_array_equal(found, expected, err_msg=source)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_numbers_follow_the_order_of_the_calls(name: str):
     """PyTorch's list of modules is in the order in which the U-Net calls them."""
-    weights = weights_of(name)
-    side = weights.config.data.image_size
+    released = narrow(name)
     called = []
 
     def record(call, args, kwargs, context):
@@ -138,13 +217,14 @@ def test_numbers_follow_the_order_of_the_calls(name: str):
             called.append(path[1])
         return call(*args, **kwargs)
 
-    x, t = jnp.zeros((1, side, side, 3)), jnp.zeros((1,), jnp.int32)
+    x, t = jnp.zeros((1, released.side, released.side, 3)), jnp.zeros((1,), jnp.int32)
     with nn.intercept_methods(record):
-        jax.eval_shape(weights.networks.energy, weights.shapes.energy, x, t)
+        shapes = {"params": released.shapes.energy}
+        jax.eval_shape(released.networks.energy, shapes, x, t)
     numbers: dict[str, int] = {}
-    for torch_name, target in weights.names.energy.items():
+    for torch_name, path in released.paths.energy.items():
         number = int(torch_name.split(".")[1])
-        assert numbers.setdefault(target.path[1], number) == number
+        assert numbers.setdefault(path[1], number) == number
     assert sorted(numbers, key=numbers.get) == called
     assert sorted(numbers.values()) == list(range(len(called)))
 
@@ -153,8 +233,8 @@ def test_numbers_follow_the_order_of_the_calls(name: str):
 
 
 @pytest.fixture(scope="module")
-def small() -> Weights:
-    return Weights(changed("digits", SMALL_RUN))
+def small() -> Released:
+    return Released("digits", SMALL_RUN)
 
 
 def run_import(files: Players, workdir: Path) -> subprocess.CompletedProcess:
@@ -176,7 +256,7 @@ def run_import(files: Players, workdir: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def imported(small: Weights, tmp_path_factory) -> Path:
+def imported(small: Released, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
     result = run_import(small.save(folder / "files", "module."), folder / "run")
     assert result.returncode == 0, result.stderr
@@ -184,70 +264,18 @@ def imported(small: Weights, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture
-def undrawn(small: Weights, monkeypatch) -> None:
-    """Starts networks at zero: no need to draw weights that imported ones replace."""
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), small.shapes)
+def test_a_run_holds_the_imported_weights(imported: Path, small: Released, monkeypatch):
+    # No need to draw the weights that imported ones replace.
+    zeros = jax.tree.map(jnp.zeros_like, small.variables)
     networks = small.networks._replace(init=lambda key: zeros)
     monkeypatch.setattr(models, "build", lambda *args: networks)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_run_holds_the_imported_weights(imported: Path, small: Weights):
     run = modes.load_run(imported)
     assert run.step == 0
     assert run.experiment.config.to_dict() == small.config.to_dict()
-    assert_trees_equal(run.variables, Players(*({"params": p} for p in small.params)))
+    assert_trees_equal(run.variables, small.variables)
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_sampling_from_imported_weights(imported: Path, tmp_path: Path):
-    path = modes.sample(imported, 3, seed=0, output=str(tmp_path / "x.npz"))
-    with np.load(path) as saved:
-        assert saved["x"].shape == (3, 8, 8, 1) and saved["x"].dtype == np.uint8
-        assert len(np.unique(saved["x"])) > 10
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_scoring_with_imported_weights(imported: Path, small: Weights, tmp_path: Path):
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
-    np.savez(tmp_path / "images.npz", x=pixels)
-    written = modes.score(
-        imported, str(tmp_path / "images.npz"), str(tmp_path / "scores.csv")
-    )
-    with written.open() as file:
-        scores = [float(row["energy"]) for row in csv.DictReader(file)]
-    energy = quick.jit(small.networks.energy)
-    x, t = images.to_float(pixels), jnp.zeros((4,), jnp.int32)
-    expected = energy({"params": small.params.energy}, x, t)
-    np.testing.assert_allclose(scores, expected, rtol=1e-4)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_training_goes_on_from_imported_weights(
-    imported: Path, small: Weights, monkeypatch
-):
-    """Up to the first step, which test_train takes."""
-    started = []
-
-    def loop(run, state, *others):
-        started.append(state)
-        return state
-
-    monkeypatch.setattr(train, "_loop", loop)
-    monkeypatch.setattr(measuring, "_draw", lambda *args: None)
-    monkeypatch.setattr(figures, "evaluate", lambda *args: {})
-    report = train.train(small.config, imported)
-    assert report["resumed_from_step"] == 0
-    (state,) = started
-    expected = Players(*({"params": params} for params in small.params))
-    assert_trees_equal(state.variables, expected)
-    assert_trees_equal(state.ema, expected)
-    for moment in jax.tree.leaves((state.opt_energy, state.opt_generator)):
-        assert not np.asarray(moment).any()
-
-
-def test_the_command_line_reports_one_line(small: Weights, tmp_path: Path):
+def test_the_command_line_reports_one_line(small: Released, tmp_path: Path):
     files = small.save(tmp_path / "files")
     missing = tmp_path / "none.pth"
     result = run_import(files._replace(energy=missing), tmp_path / "run")
@@ -257,15 +285,6 @@ def test_the_command_line_reports_one_line(small: Weights, tmp_path: Path):
 
 
 # What cannot be imported. Every message is one line that names what is at fault.
-
-
-def assert_refused(action, *parts: str):
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
 
 
 def without(arrays: dict, name: str) -> dict:
@@ -282,7 +301,7 @@ NAME = "all_modules.2.weight"
         (lambda w: {**w, "extra": w[NAME]}, ("unknown: extra;",)),
         (
             lambda w: {**w, NAME: np.zeros((16, 1, 3, 3), np.float32)},
-            (NAME, "16×1×3×3", "trunk/conv_in/kernel (3×3×1×8)"),
+            (NAME, "16×1×3×3; 8×1×3×3 is needed for trunk/conv_in/kernel"),
         ),
         (lambda w: {**w, NAME: np.zeros(72, np.float32)}, (NAME, "shape 72")),
         (lambda w: {**w, NAME: w[NAME] * np.nan}, (NAME, "NaN")),
@@ -292,66 +311,21 @@ NAME = "all_modules.2.weight"
         (lambda w: {}, ("missing: all_modules.0.weight", "more")),
     ],
 )
-def test_wrong_weights(small: Weights, change, parts: tuple[str, ...]):
-    assert_refused(
-        lambda: small.convert("energy", change(small.state_dicts.energy)),
-        "x.pth",
-        *parts,
-    )
+def test_wrong_weights(small: Released, change, parts: tuple[str, ...]):
+    weights = change(small.state_dicts.energy)
+    refused(lambda: small.to_params("energy", weights), "x.pth", *parts)
 
 
-def test_half_precision_is_read(small: Weights):
+def test_half_precision_is_read(small: Released):
     halves = {k: v.astype(np.float16) for k, v in small.state_dicts.energy.items()}
-    for leaf in jax.tree.leaves(small.convert("energy", halves)):
+    for leaf in jax.tree.leaves(small.to_params("energy", halves)):
         assert leaf.dtype == np.float32
 
 
-def an_array(path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, np.zeros(3))
-
-
-def objects(path: Path) -> None:
-    np.savez(path, a=np.array([{}], object))
-
-
-def damaged(path: Path) -> None:
-    np.savez_compressed(path, a=np.arange(1000.0))
-    content = bytearray(path.read_bytes())
-    content[60:90] = bytes(30)
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_text("not an archive"),
-        lambda path: path.write_bytes(pickle.dumps({"a": 1})),
-        an_array,
-        objects,
-        damaged,
-    ],
-)
-def test_files_that_are_no_npz(write, tmp_path: Path):
-    path = tmp_path / "weights.npz"
-    write(path)
-    assert_refused(lambda: interop.read_state_dict(path), str(path), "numpy.savez")
-
-
-def test_files_of_another_kind(tmp_path: Path):
-    path = tmp_path / "weights.safetensors"
-    assert_refused(lambda: interop.read_state_dict(path), "'.safetensors'", ".pth")
-    path = tmp_path / "weights.npz"
-    assert_refused(lambda: interop.read_state_dict(path), str(path), "no such file")
-    path.mkdir()
-    assert_refused(lambda: interop.read_state_dict(path), str(path), "no such file")
-
-
-def test_files_at_each_other_s_flags(small: Weights, tmp_path: Path):
+def test_files_at_each_other_s_flags(small: Released, tmp_path: Path):
     files, workdir = small.save(tmp_path / "files"), tmp_path / "run"
     swapped = files._replace(energy=files.generator, generator=files.energy)
-    assert_refused(
+    refused(
         lambda: interop.import_run(small.config, swapped, workdir),
         str(files.generator),
         "unknown: ",
@@ -361,13 +335,13 @@ def test_files_at_each_other_s_flags(small: Weights, tmp_path: Path):
     assert not workdir.exists()
 
 
-def test_directories_in_use(small: Weights, tmp_path: Path):
+def test_directories_in_use(small: Released, tmp_path: Path):
     files = small.save(tmp_path / "files")
     (tmp_path / "used").mkdir()
     note = tmp_path / "used" / "note.txt"
     note.write_text("mine")
     for workdir in (note.parent, note):
-        assert_refused(
+        refused(
             lambda workdir=workdir: interop.import_run(small.config, files, workdir),
             f"--workdir={workdir} exists already",
         )
@@ -375,77 +349,11 @@ def test_directories_in_use(small: Weights, tmp_path: Path):
     assert note.read_text() == "mine"
 
 
-def test_recipes_without_images(small: Weights, tmp_path: Path):
+def test_recipes_without_images(small: Released, tmp_path: Path):
     files = small.save(tmp_path / "files")
-    assert_refused(
+    refused(
         lambda: interop.import_run(recipe("gaussians25"), files, tmp_path / "run"),
         "model.name is 'mlp'",
         "configs/cifar10.py",
     )
     assert not (tmp_path / "run").exists()
-
-
-# PyTorch's own files, where torch is installed.
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-def test_pytorch_files(torch, small: Weights, tmp_path: Path):
-    expected = small.state_dicts.energy
-    for number, make in enumerate(
-        (
-            torch.from_numpy,
-            lambda array: torch.nn.Parameter(torch.from_numpy(array)),
-            lambda array: torch.from_numpy(array).double(),
-        )
-    ):
-        path = tmp_path / f"{number}.pth"
-        tensors = {
-            f"module.{name}": make(np.ascontiguousarray(value))
-            for name, value in expected.items()
-        }
-        torch.save(tensors, path)
-        found = interop.read_state_dict(path)
-        single = {name: np.float32(value) for name, value in found.items()}
-        assert_trees_equal(single, dict(expected))
-    coarse = {
-        name: torch.from_numpy(np.ascontiguousarray(value)).bfloat16()
-        for name, value in expected.items()
-    }
-    torch.save(coarse, tmp_path / "coarse.pt")
-    for name, value in interop.read_state_dict(tmp_path / "coarse.pt").items():
-        np.testing.assert_allclose(value, expected[name], rtol=0.01)
-
-
-class Code:
-    """What a hostile file would run."""
-
-    def __reduce__(self):
-        return print, ("this file's code ran",)
-
-
-def test_pytorch_files_that_are_refused(torch, tmp_path: Path, capsys):
-    path = tmp_path / "weights.pth"
-    integers = {"a": torch.zeros(2, dtype=torch.int32)}
-    torch.save(integers, path)
-    assert interop.read_state_dict(path)["a"].dtype == np.int32
-    for content, part in (
-        ({"a": torch.zeros(2), "epoch": 3}, "'epoch' is a int, not a tensor"),
-        ({"model": {"a": torch.zeros(2)}}, "'model' is a dict, not a tensor"),
-        (torch.zeros(2), "holds a Tensor; a state_dict"),
-        (torch.nn.Linear(2, 2), "only plain weights are loaded, never code"),
-        ({"a": Code()}, "only plain weights are loaded, never code"),
-    ):
-        torch.save(content, path)
-        assert_refused(lambda: interop.read_state_dict(path), str(path), part)
-    for content, part in (
-        (b"", "cannot be read"),
-        (b"not a file of PyTorch's", "cannot be read"),
-        (pickle.dumps(Code()), "never code"),
-    ):
-        path.write_bytes(content)
-        assert_refused(lambda: interop.read_state_dict(path), str(path), part)
-    assert "code ran" not in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from helpers import NZ, filled_variables, mlp_config
 
 from ddaebm_jax import models
+from ddaebm_jax.config import choices
 from ddaebm_jax.models import layers, mlp
 
 BATCH = 5
@@ -105,8 +105,8 @@ def test_released_initial_ranges():
 # Tables of any width, and other switches.
 
 
-@pytest.mark.parametrize("dim", [1, 2, 7, 30])
-@pytest.mark.parametrize("norm", mlp.NORMS)
+@pytest.mark.parametrize("dim", [1, 7])
+@pytest.mark.parametrize("norm", choices.NORMS)
 def test_any_width(dim: int, norm: str):
     networks = models.build(mlp_config(norm=norm), (dim,))
 
@@ -127,7 +127,7 @@ def test_any_width(dim: int, norm: str):
     assert networks.event_shape == (dim,) and networks.nz == NZ
 
 
-def test_networks_are_the_design_s_by_hand():
+def test_networks_by_hand():
     """The energy and the posterior, layer by layer, from their parameters."""
     networks = models.build(mlp_config(), (2,))
     variables = filled_variables(networks)
@@ -168,7 +168,7 @@ def test_networks_are_the_design_s_by_hand():
     np.testing.assert_allclose(logvar, dense(params["logvar"], h), rtol=1e-4, atol=1e-5)
 
 
-def test_fourier_features_are_the_network_s_that_asks():
+def test_networks_have_fourier_features_of_their_own():
     networks = models.build(
         mlp_config(fourier_octaves=3, energy_fourier_octaves=2), (2,)
     )
@@ -193,12 +193,12 @@ def test_fourier_features():
     np.testing.assert_array_equal(mlp.FourierFeatures(0).apply({}, x), x)
 
 
-@pytest.mark.parametrize("name", mlp.ACTIVATIONS)
-def test_every_activation_builds(name: str):
-    networks = models.build(mlp_config(activation=name), (2,))
-    variables = jax.eval_shape(networks.init, jax.random.key(0))
-    slopes = parameters(variables.energy["params"], "slope")
-    assert len(slopes) == (4 if name == "prelu" else 0)
+def test_every_activation_builds():
+    for name in choices.ACTIVATIONS:
+        networks = models.build(mlp_config(activation=name), (2,))
+        variables = jax.eval_shape(networks.init, jax.random.key(0))
+        slopes = parameters(variables.energy["params"], "slope")
+        assert len(slopes) == (4 if name == "prelu" else 0)
 
 
 def test_unknown_model_is_named():
@@ -305,12 +305,3 @@ def test_without_batch_norm_training_is_evaluation():
     assert stats == {}
     for a, b in zip(moments, networks.posterior(v.posterior, x, x, TIMES), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_initial_variables_depend_on_the_key():
-    module = mlp.UniformDense(3)
-    x = jnp.zeros((1, 4))
-    first, second = (module.init(jax.random.key(k), x) for k in (0, 1))
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        assert (a != b).all()
-    assert isinstance(mlp.activation("prelu"), nn.Module)

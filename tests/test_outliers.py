@@ -16,7 +16,6 @@ from ddaebm_jax.evaluation.outliers import (
     Estimate,
     auroc,
     detection,
-    format_aurocs,
     format_detections,
     measure,
     roc_curve,
@@ -143,19 +142,6 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     ]
     # The standard error is 0.033.
     assert 0.69 < np.mean(covered) < 0.9
-
-
-# Tables.
-
-
-def test_table_of_aurocs():
-    text = format_aurocs({"energy f(x, 0)": [0.9, 1.0], "other": [0.5, 0.5]})
-    assert text == (
-        "method          AUROC, mean ± std over 2 seeds\n"
-        "energy f(x, 0)  0.9500 ± 0.0707\n"
-        "other           0.5000 ± 0.0000"
-    )
-    assert format_aurocs({"a": [0.25]}) == "method  AUROC\na       0.2500"
 
 
 def test_table_of_detections():

@@ -4,10 +4,6 @@ import functools
 import json
 import math
 import re
-import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,25 +13,19 @@ import ml_collections
 import numpy as np
 import pytest
 import quick
-from cli import MAIN, ROOT, environment, tiny
-from helpers import assert_trees_close, assert_trees_equal
-from processes import Forked, ended, results_of, started
+from cli import ROOT
+from helpers import assert_trees_close
+from processes import Forked
+from runs import final_state, train
 from stepping import CONFIGS, digits, indices, plane, trained
 from test_config import load_recipe
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment, sharding
-from ddaebm_jax.commands import modes
+from ddaebm_jax.commands import sample
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.game import TrainState
-from ddaebm_jax.training import (
-    checkpoint_files,
-    run_directory,
-)
-from ddaebm_jax.training import checkpoints as checkpointing
-from ddaebm_jax.training import (
-    loop as train,
-)
+from ddaebm_jax.training import run_directory
 from ddaebm_jax.training.dispatch import Dispatcher
 
 STEPS = 3
@@ -264,14 +254,6 @@ def test_parts_of_a_state():
     assert sharding.fully_sharded(mesh, ()).is_fully_replicated
 
 
-def test_processes_must_be_told_of_wholly():
-    for told in (("host:1", None, 0), ("", 2, None), ("", 2, 0)):
-        with pytest.raises(InputError, match="belong together"):
-            sharding.join(sharding.Processes(*told))
-    with pytest.raises(InputError, match="process_id is 2 of --num_processes=2"):
-        sharding.join(sharding.Processes("localhost:1", 2, 2))
-
-
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_checkpoint_is_taken_up_by_another_number_of_devices(
     tmp_path: Path, devices: int, monkeypatch: pytest.MonkeyPatch
@@ -290,9 +272,9 @@ def test_a_checkpoint_is_taken_up_by_another_number_of_devices(
     saved = plane(
         train__num_steps=2, parallel__num_devices=4, parallel__fsdp=True, **fields
     )
-    train.train(saved, tmp_path / "run")
+    train(saved, tmp_path / "run")
     on = plane(train__num_steps=4, parallel__num_devices=devices, **fields)
-    train.train(on, tmp_path / "run")
+    train(on, tmp_path / "run")
     whole = trained(plane(parallel__num_devices=4), steps=4)[0]
     assert_same_run(final_state(tmp_path / "run"), whole)
 
@@ -306,74 +288,18 @@ def test_a_run_is_used_where_there_are_fewer_devices(tmp_path: Path):
         "evaluation__num_samples": 16,
         "evaluation__num_projections": 4,
     }
-    train.train(plane(**fields), tmp_path / "run")
+    train(plane(**fields), tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     config["parallel"]["num_devices"] = 64
     path.write_text(json.dumps(config))
-    drawn = modes.sample(tmp_path / "run", 10, 0, str(tmp_path / "drawn.npz"))
+    drawn = sample.sample(tmp_path / "run", 10, 0, str(tmp_path / "drawn.npz"))
     assert np.load(drawn)["x"].shape == (10, 2)
     with pytest.raises(InputError, match=r"parallel\.num_devices is 64"):
-        train.train(of_run(tmp_path / "run"), tmp_path / "run")
-
-
-def final_state(workdir: Path) -> TrainState:
-    described = experiment.build(run_directory.read_config(workdir))
-    checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
-    state = checkpoints.restore(experiment.evaluation_state(described))
-    checkpoints.close()
-    return state
+        train(run_directory.read_config(tmp_path / "run"), tmp_path / "run")
 
 
 # --- Several processes ------------------------------------------------------------
-
-
-GAUSSIANS = "configs/gaussians25.py"
-# Nothing decays there, so that a run's length may change.
-RELEASED = "configs/released_gaussians25.py"
-RUN = {
-    "train__num_steps": 6,
-    "train__steps_per_dispatch": 1,
-    "train__report_every": 2,
-    "train__checkpoint_every": 2,
-    "evaluation__num_samples": 16,
-}
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes with two devices each."""
-    workdir = tmp_path_factory.mktemp("together") / "run"
-    results = results_of([*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"], [], [])
-    for code, _, err in results:
-        assert code == 0, err
-    first, second = (out for _, out, _ in results)
-    assert str(workdir) in first and "modes_found" in first
-    assert str(workdir) not in second  # One process reports.
-    return workdir
-
-
-def of_run(workdir: Path, **fields: Any) -> ml_collections.ConfigDict:
-    """The config of a run, changed."""
-    config = run_directory.read_config(workdir)
-    changes = {name.replace("__", "."): value for name, value in fields.items()}
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def test_two_processes_do_what_one_does(together: Path, tmp_path: Path):
-    train.train(of_run(together, parallel__num_devices=4), tmp_path / "run")
-    expected = final_state(tmp_path / "run")
-    assert_same_run(final_state(together), expected)
-    report = json.loads((together / "report.json").read_text())
-    assert report["processes"] == 2 and report["device"] == "4 × cpu"
-    lines = (together / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
-    assert steps == [2, 4, 6, 6]
-    assert sorted(path.name for path in (together / "samples").iterdir()) == [
-        "plane_00000006.png",
-        "steps_00000006.png",
-    ]
 
 
 STREAMED = {"plane": {}, "digits": {"data__on_device": False}}
@@ -416,112 +342,3 @@ def test_two_processes_step_as_one_does(
             leaves = [found[str(i)] for i in range(len(found.files))]
         state = jax.tree.unflatten(jax.tree.structure(expected), leaves)
         assert_same_run(state, expected)
-
-
-def test_a_process_that_cannot_write_for_a_while_changes_nothing(
-    together: Path, tmp_path: Path
-):
-    """The other one waits for it; more of this is in `test_process_faults.py`."""
-    workdir = tmp_path / "run"
-    flags = [*tiny(GAUSSIANS, **RUN), f"--workdir={workdir}"]
-    with started(flags, [], []) as processes:
-        writes = processes[1]
-        most = resource.prlimit(writes.pid, resource.RLIMIT_FSIZE)
-        writes.until((workdir / "checkpoints").exists)
-        resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, (10, most[1]))
-        writes.until(lambda: "training goes on and tries again" in writes.err)
-        assert checkpoint_files.steps_in(workdir / "checkpoints") == []
-        resource.prlimit(writes.pid, resource.RLIMIT_FSIZE, most)
-        results = ended(processes)
-    assert "File too large" in results[1].err
-    for code, _, err in results:
-        assert code == 0, err
-        assert "a checkpoint is written at last" in err
-    assert_trees_equal(final_state(workdir), final_state(together))
-
-
-def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path: Path):
-    flags = [
-        *tiny(RELEASED, **{**RUN, "train__num_steps": 10_000}),
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    checkpoints = tmp_path / "run" / "checkpoints"
-    with started([*flags, "--heartbeat_timeout=10"], [], []) as processes:
-        for process in processes:
-            process.until((checkpoints / "4").exists)
-        processes[1].send_signal(signal.SIGKILL)
-        code, _, err = processes[0].ended()
-    assert code != 0
-    # JAX's own words where it notices first, ours where a computation does.
-    noticed = ("another task died", "error: the other processes cannot be reached")
-    assert any(words in err for words in noticed), err
-    saved = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
-    total = saved + 2
-    shorter = [
-        f"--config.train.num_steps={total}" if "num_steps" in flag else flag
-        for flag in flags
-    ]
-    for code, _, err in results_of(shorter, [], []):
-        assert code == 0, err
-    assert int(final_state(tmp_path / "run").step) == total
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["resumed_from_step"] == saved
-
-
-def test_processes_with_different_configs_are_refused(tmp_path: Path):
-    flags = [*tiny(GAUSSIANS, **RUN), f"--workdir={tmp_path / 'run'}"]
-    results = results_of(flags, [], ["--config.game.gamma=0.5"], devices=1)
-    for code, _, err in results:
-        assert code == 2
-        lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, err
-        assert "game.gamma (" in lines[0] and "0.5 in process 1" in lines[0]
-    assert not (tmp_path / "run").exists()
-
-
-def test_more_processes_than_examples(tmp_path: Path):
-    flags = [
-        *tiny(GAUSSIANS, **{**RUN, "data__batch_size": 1}),
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    for code, _, err in results_of(flags, [], [], devices=1):
-        assert code == 2
-        assert "error: data.batch_size is 1, not divisible by the 2 devices" in err
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_process_stops_all(tmp_path: Path, number: signal.Signals):
-    """After one dispatch, which is saved; JAX chooses a step within it."""
-    fields = {
-        **RUN,
-        "train__num_steps": 100_000,
-        "train__checkpoint_every": 100_000,
-        "train__steps_per_dispatch": 4,
-        "train__report_every": 6,
-    }
-    flags = [*tiny(RELEASED, **fields), f"--workdir={tmp_path / 'run'}"]
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    with started(flags, [], []) as processes:
-        for process in processes:
-            process.until(lambda: metrics.exists() and metrics.read_text() != "")
-        processes[1].send_signal(number)
-        results = ended(processes)
-    codes = [code for code, _, _ in results]
-    assert codes == ([0, 0] if number == signal.SIGTERM else [0, 130]), results
-    step = int(final_state(tmp_path / "run").step)
-    assert 0 < step < 100_000
-    assert all(f"after step {step} of 100000" in err for _, _, err in results)
-
-
-def test_distributed_needs_a_directory():
-    result = subprocess.run(
-        [sys.executable, str(MAIN), f"--config={GAUSSIANS}", "--distributed"],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert "--distributed needs --workdir" in result.stderr

@@ -114,7 +114,8 @@ def run_step(networks: models.Networks, state: Any, x0: jax.Array, noise: Any):
 def ours(reference: dict[str, np.ndarray]) -> Figures:
     networks = models.build(CONFIG.model, (32, 32, 3))
     shapes = jax.eval_shape(networks.init, jax.random.key(0))
-    names = interop.names_of(CONFIG.model, 32, shapes)
+    params = Players(*(one["params"] for one in shapes))
+    names = interop.parameter_paths(CONFIG.model, 32, params)
 
     def variables(player: str) -> dict:
         prefix = f"{LETTERS[player]}/param/"
@@ -125,7 +126,7 @@ def ours(reference: dict[str, np.ndarray]) -> Figures:
         }
         wanted = getattr(shapes, player)["params"]
         own_names = getattr(names, player)
-        return {"params": interop.convert(weights, own_names, wanted, player)}
+        return {"params": interop.to_params(weights, own_names, wanted, player)}
 
     weights = Players(*map(variables, Players._fields))
     params = [one["params"] for one in weights]

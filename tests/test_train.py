@@ -11,11 +11,21 @@ from cli import tiny
 from helpers import assert_trees_equal
 from PIL import Image
 from processes import Started
-from runs import final_state, hooked, lines, small, small_images, steps, train
+from runs import (
+    final_state,
+    hooked,
+    lines,
+    poisoned,
+    small,
+    small_images,
+    steps,
+    train,
+)
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.training import reports, run_directory
+from ddaebm_jax.evaluation import image_quality, metrics, pictures
+from ddaebm_jax.training import checkpoints, reports, run_directory
 
 
 @pytest.fixture(scope="module")
@@ -109,33 +119,39 @@ def folder(tmp_path: Path) -> Path:
 def test_a_run_on_images_resumes_bit_identical(folder: Path, tmp_path: Path):
     """Killed a step after a checkpoint within an epoch, with batches read ahead.
 
-    The images lie on the device first, and are read from the host later: the input is
-    no part of what the run is. Changed images are.
+    A run that goes back gets the same images again; changed ones are refused.
     """
     fields = {
         "train__num_steps": 6,
         "train__report_every": 1,
         "train__checkpoint_every": 3,
     }
-    from_host = small_images(folder, data__on_device=False, **fields)
-    on_device = small_images(folder, data__on_device=True, **fields)
+    config = small_images(folder, data__on_device=False, **fields)
 
     def kill(step: int) -> None:
         if step == 5:
             raise RuntimeError("killed")
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(from_host, whole)
+    train(config, whole)
     with hooked(after=kill), pytest.raises(RuntimeError, match="killed"):
-        train(on_device, broken)
-    assert train(from_host, broken)["resumed_from_step"] == 3
+        train(config, broken)
+    assert train(config, broken)["resumed_from_step"] == 3
     assert_trees_equal(final_state(broken), final_state(whole))
     assert lines(broken) == lines(whole)
+
+    given: dict[int, list[np.ndarray]] = {}
+    with poisoned(4, seen=lambda step, x: given.setdefault(step, []).append(x)):
+        assert train(config, tmp_path / "back")["rollbacks"] == 1
+    repeated = {step: batches for step, batches in given.items() if len(batches) > 1}
+    assert list(repeated) == [3, 4, 5]
+    for first, second in repeated.values():
+        np.testing.assert_array_equal(first, second)
 
     before = files(broken)
     Image.fromarray(np.zeros((10, 10), np.uint8)).save(folder / "03.png")
     with pytest.raises(InputError, match=r"not those that .* was trained on"):
-        train(from_host, broken)
+        train(config, broken)
     assert files(broken) == before
 
 
@@ -247,3 +263,30 @@ def test_reports_come_while_the_next_steps_are_under_way(
         *("steps 4", "steps 8", "metrics 4", "steps 12", "metrics 8", "metrics 12"),
         *("steps 16", "metrics 16"),
     ]
+
+
+def test_the_state_of_the_lowest_fid_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of those that were measured on the way in the same way, and of the last one."""
+    meter = image_quality.Meter(None, None, {"preprocessing": "tf"}, 0)
+    monkeypatch.setattr(image_quality, "open_meter", lambda _: meter)
+    nothing = pictures.Pictures({}, {})
+    monkeypatch.setattr(pictures, "draw_pictures", lambda *_: nothing)
+    fids = iter([3.0, 1.0, 2.0, 0.5])
+    about = {"num_images": 10, "num_reference": 20, "preprocessing": "tf"}
+    monkeypatch.setattr(metrics, "evaluate", lambda *_: {"fid": next(fids), **about})
+
+    def best(num_steps: int) -> tuple[int, float]:
+        config = small(train__num_steps=num_steps, train__evaluate_every=8)
+        train(config, tmp_path, figures=True)
+        saved = checkpoints.Checkpoints(tmp_path, read_only=True)
+        (step,) = saved.steps(best=True)
+        fid = saved.info(step, best=True)["fid"]
+        saved.close()
+        return step, fid
+
+    assert best(24) == (16, 1.0)
+    about["preprocessing"] = meter.about["preprocessing"] = "pytorch_fid"
+    fids = iter([2.5])
+    assert best(24) == (24, 2.5)  # Measured otherwise, the others do not compare.

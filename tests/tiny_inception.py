@@ -1,12 +1,11 @@
 """A small Inception-v3 of the FID: its layers as a table, and random weights for them.
 
 The table is written from the published network's description and not from ours, so
-that the two check each other; `evaluate` runs it on any set of operations.
+that the two check each other; `evaluate` runs it in NumPy.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -184,66 +183,49 @@ def write(path: Path, seed: int = 0, divisor: int = 16) -> Path:
     return path
 
 
-class Operations(NamedTuple):
-    """What a network is made of, on arrays [n, channels, height, width].
-
-    Attributes:
-      conv: (x, kernel, stride, pad) → y.
-      norm: (x, scale, shift, mean, variance) → y, with ε = 1e-3.
-      relu: x → y.
-      pool: (x, "avg" | "max" | "pool") → y.
-      join: of channels.
-    """
-
-    conv: Callable[..., Any]
-    norm: Callable[..., Any]
-    relu: Callable[..., Any]
-    pool: Callable[..., Any]
-    join: Callable[..., Any]
+# The network in plain NumPy, in float64, on arrays [n, channels, height, width].
 
 
-def run_layer(ops: Operations, found: Any, name: str, layer: Conv, x: Any) -> Any:
-    """Runs one convolution; `found` are the weights, as `ops` takes them."""
-    x = ops.conv(x, found[f"{name}.conv.weight"], layer.stride, layer.pad)
-    norm = ("weight", "bias", "running_mean", "running_var")
-    return ops.relu(ops.norm(x, *(found[f"{name}.bn.{part}"] for part in norm)))
-
-
-def run_stem(ops: Operations, found: Any, x: Any) -> Any:
-    """Runs what comes before the blocks."""
+def evaluate(found: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the pooled features and the logits of images [n, 3, 299, 299]."""
     for layer in STEM:
-        if layer is None:
-            x = ops.pool(x, "pool")
-        else:
-            x = run_layer(ops, found, layer.name, layer, x)
-    return x
-
-
-def run_block(ops: Operations, found: Any, name: str, x: Any) -> Any:
-    """Runs a block of `BLOCKS`."""
-    seen = {"in": x}
-
-    def value(source: str) -> Any:
-        if source not in seen:
-            seen[source] = ops.pool(x, source)
-        return seen[source]
-
-    for layer in BLOCKS[name].layers:
-        inputs = value(layer.source)
-        seen[layer.name] = run_layer(ops, found, f"{name}.{layer.name}", layer, inputs)
-    return ops.join([value(branch) for branch in BLOCKS[name].out])
-
-
-def evaluate(ops: Operations, found: Any, x: Any) -> tuple[Any, Any]:
-    """Returns the pooled features and the logits of images [n, 3, height, width]."""
-    x = run_stem(ops, found, x)
+        x = pool(x, "pool") if layer is None else _run(found, layer.name, layer, x)
     for name in BLOCKS:
-        x = run_block(ops, found, name, x)
-    pool = x.mean((2, 3))
-    return pool, pool @ found["fc.weight"].T
+        x = run_block(found, name, x)
+    features = x.mean((2, 3))
+    return features, features @ found["fc.weight"].T
 
 
-# Plain NumPy, in float64.
+def run_block(found: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    """Returns the output of a block of `BLOCKS`."""
+    seen = {"in": x, **{kind: pool(x, kind) for kind in ("avg", "max", "pool")}}
+    for layer in BLOCKS[name].layers:
+        inputs = seen[layer.source]
+        seen[layer.name] = _run(found, f"{name}.{layer.name}", layer, inputs)
+    return np.concatenate([seen[branch] for branch in BLOCKS[name].out], axis=1)
+
+
+def _run(found: Weights, name: str, layer: Conv, x: np.ndarray) -> np.ndarray:
+    kernel = found[f"{name}.conv.weight"]
+    patches = _patches(_padded(x, layer.pad, 0.0), kernel.shape[2:], layer.stride)
+    n, _, height, width = patches.shape[:4]
+    columns = patches.transpose(0, 2, 3, 1, 4, 5).reshape(n * height * width, -1)
+    x = columns @ kernel.reshape(len(kernel), -1).T.astype(np.float64)
+    scale, shift, mean, var = (
+        found[f"{name}.bn.{part}"].astype(np.float64)
+        for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    x = np.maximum((x - mean) / np.sqrt(var + 1e-3) * scale + shift, 0.0)
+    return x.reshape(n, height, width, -1).transpose(0, 3, 1, 2)
+
+
+def pool(x: np.ndarray, kind: str) -> np.ndarray:
+    """Returns 3 × 3 pools: "avg", "max", or the halving maximum, "pool"."""
+    if kind == "pool":
+        return _patches(x, (3, 3), 2).max(axis=(4, 5))
+    if kind == "max":
+        return _patches(_padded(x, (1, 1), -np.inf), (3, 3), 1).max(axis=(4, 5))
+    return np.nanmean(_patches(_padded(x, (1, 1), np.nan), (3, 3), 1), axis=(4, 5))
 
 
 def _patches(x: np.ndarray, kernel: tuple, stride: int) -> np.ndarray:
@@ -255,36 +237,3 @@ def _patches(x: np.ndarray, kernel: tuple, stride: int) -> np.ndarray:
 def _padded(x: np.ndarray, pad: tuple, value: float) -> np.ndarray:
     border = ((0, 0), (0, 0), (pad[0], pad[0]), (pad[1], pad[1]))
     return np.pad(x, border, constant_values=value)
-
-
-def _conv(x: np.ndarray, kernel: np.ndarray, stride: int, pad: tuple) -> np.ndarray:
-    found = _patches(_padded(x, pad, 0.0), kernel.shape[2:], stride)
-    n, _, height, width = found.shape[:4]
-    columns = found.transpose(0, 2, 3, 1, 4, 5).reshape(n * height * width, -1)
-    y = columns @ kernel.reshape(len(kernel), -1).T.astype(np.float64)
-    return y.reshape(n, height, width, -1).transpose(0, 3, 1, 2)
-
-
-def _norm(x: np.ndarray, *statistics: np.ndarray) -> np.ndarray:
-    scale, shift, mean, var = (
-        one.astype(np.float64)[:, None, None] for one in statistics
-    )
-    return (x - mean) / np.sqrt(var + 1e-3) * scale + shift
-
-
-def _pool(x: np.ndarray, kind: str) -> np.ndarray:
-    if kind == "pool":
-        return _patches(x, (3, 3), 2).max(axis=(4, 5))
-    if kind == "max":
-        return _patches(_padded(x, (1, 1), -np.inf), (3, 3), 1).max(axis=(4, 5))
-    found = _patches(_padded(x, (1, 1), np.nan), (3, 3), 1)
-    return np.nanmean(found, axis=(4, 5))
-
-
-NUMPY = Operations(
-    conv=_conv,
-    norm=_norm,
-    relu=lambda x: np.maximum(x, 0.0),
-    pool=_pool,
-    join=lambda parts: np.concatenate(parts, axis=1),
-)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import runpy
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from absl import flags
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import files
+from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.training import checkpoints as checkpointing
 from ddaebm_jax.training.run_directory import CONFIG_FILE, LOCK_FILE, read_config
@@ -182,3 +185,16 @@ def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:
         for path in sorted((workdir / folder).glob("*")):
             if not path.name.isdecimal():
                 yield f"{folder}/{path.name}", f"{_about(path)}  {state}"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_workdir(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Print what a run holds; end with status 1 unless its checkpoints are intact."""
+    found = inspect(values.workdir)
+    print(found.text)
+    if not found.intact:
+        sys.exit(1)

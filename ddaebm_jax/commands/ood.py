@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
-from ddaebm_jax.commands import modes
+from ddaebm_jax import files
+from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import outliers as outlier_detection
+from ddaebm_jax.evaluation import outliers as outliers_lib
 from ddaebm_jax.evaluation import plots
 from ddaebm_jax.evaluation.outlier_sets import (
     BUILT_IN,
@@ -20,11 +20,39 @@ from ddaebm_jax.evaluation.outlier_sets import (
     HELD_OUT,
     HELD_OUT_CLASSES,
 )
-from ddaebm_jax.files import (
-    write_json_atomically,
-    write_text_atomically,
-    written_atomically,
-)
+from ddaebm_jax.training import processes
+from ddaebm_jax.training.trained_run import load_run
+
+_BUILT_IN = ", ".join((*BUILT_IN, HELD_OUT_CLASSES))
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_trained_run(values)
+    text = "Inliers: `test`, the run's held-out images, or one set as in --out."
+    flags.DEFINE_string("in", HELD_OUT, text, values)
+    text = f"Outliers, separated by commas: built-in sets ({_BUILT_IN}), folders, NPZ "
+    flags.DEFINE_list("out", [], text + "files, TFDS names.", values)
+    text = "Fit four standard detectors to the training pixels, too."
+    flags.DEFINE_bool("baselines", False, text, values)
+    text = "Noise draws per level of the energy over t."
+    flags.DEFINE_integer("num_draws", 10, text, 1, None, values)
+    text = "Maximum number of images per set; 0: all."
+    flags.DEFINE_integer("limit", 10_000, text, 0, None, values)
+    common.define_seed(values, "Seed of everything that is drawn.")
+    common.define_skip_corrupt(values)
+    common.define_distributed(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Detect, and print the report's folder and table."""
+    common.join_processes(values)
+    names = "checkpoint", "seed", "num_draws", "baselines", "limit", "skip_corrupt"
+    settings = {name: values[name].value for name in names}
+    with common.out_of_memory_advice():
+        folder = detect(values.workdir, values.out, values["in"].value, **settings)
+    if processes.is_first_process():
+        print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
 
 
 def detect(
@@ -38,37 +66,23 @@ def detect(
     limit: int = 10_000,
     skip_corrupt: bool = False,
 ) -> Path:
-    """Measures how well scores of a run tell inliers from outliers.
+    """Measure how well scores of a run of images tell inliers from outliers.
 
-    Scores: `inference.outlier_scores`; metrics: `outliers.detection`. Writes a folder
-    `ood` (a free name) into the run directory: `report.json`, `report.txt` (the
-    table), `scores.npz` (of every set, `in/<score>` and `out/<set>/<score>`), and for
-    each set of outliers `<set>_roc.png` and `<set>_energy.png`.
-
-    Args:
-      workdir: the run directory, of images.
-      outliers: names of sets: `held_out_classes`, or as in `outlier_sets`.
-      inliers: `test`, the run's own held-out images; or as in `outlier_sets`.
-      checkpoint: as in `modes.load_run`.
-      seed: of the noise of the scores, of what is drawn, of the choice where a set has
-        more than `limit` images, of the bootstrap and of the baselines.
-      num_draws: noise draws a level of the score over t.
-      baselines: fit four standard detectors to the training images' pixels, too.
-      limit: most images of a set; 0: all.
-      skip_corrupt: leave a folder's images out that are of no use.
+    The arguments are the flags of this mode; see also `outliers.measure`.
 
     Returns:
-      The folder, which the first of several processes writes.
+      A new folder `ood` in the run directory, which the first process writes:
+      `report.json`, `report.txt`, `scores.npz` (`in/<score>`, `out/<set>/<score>`), and
+      for each set `<set>_roc.png` and `<set>_energy.png`.
 
     Raises:
       InputError: for a run without images, or sets that cannot be opened.
     """
     started = time.monotonic()
-    _check(outliers, inliers, num_draws, limit)
-    needs_data = baselines or not {HELD_OUT, HELD_OUT_CLASSES}.isdisjoint(
-        (inliers, *outliers)
-    )
-    run = modes.load_run(workdir, needs_data, checkpoint)
+    _check(outliers, inliers)
+    own = {HELD_OUT, HELD_OUT_CLASSES} & {inliers, *outliers}
+    needs_data = baselines or bool(own)
+    run = load_run(workdir, needs_data, checkpoint)
     config = run.experiment.config
     if not run.experiment.source.holds_images:
         raise InputError(
@@ -81,52 +95,39 @@ def detect(
             "images are --in=test"
         )
     config.data.skip_corrupt = skip_corrupt
-    measured = outlier_detection.measure(
-        run.experiment,
-        run.variables,
-        inliers,
-        outliers,
-        seed,
-        num_draws,
-        limit,
-        baselines,
-    )
+    sets, settings = (inliers, outliers), (seed, num_draws, limit, baselines)
+    measured = outliers_lib.measure(run.experiment, run.variables, *sets, *settings)
     num_inliers = len(measured.inlier_scores["energy"])
+    sizes = {name: len(s["energy"]) for name, s in measured.outlier_scores.items()}
     report = {
         "step": run.step,
         "checkpoint": checkpoint,
         "inliers": {"name": inliers, "num_images": num_inliers},
-        "outliers": {
-            name: len(scores["energy"])
-            for name, scores in measured.outlier_scores.items()
-        },
+        "outliers": sizes,
         "num_draws": num_draws,
         "seed": seed,
         "interval": "95%, percentile bootstrap of the test images",
-        "figures": _plain(measured.detections),
-        **modes.circumstances(run.experiment, started),
+        "figures": _plain(measured),
+        **common.circumstances(run.experiment, started),
     }
-    folder = modes.free_path(run.workdir / "ood")
-    if jax.process_index() != 0:
+    folder = common.free_path(run.workdir / "ood")
+    if not processes.is_first_process():
         return folder
     folder.mkdir()
-    write_json_atomically(folder / "report.json", report)
-    table = outlier_detection.format_detections(measured.detections)
-    write_text_atomically(folder / "report.txt", table + "\n")
+    files.write_json_atomically(folder / "report.json", report)
+    table = outliers_lib.format_detections(measured.detections)
+    files.write_text_atomically(folder / "report.txt", table + "\n")
     _save(folder, inliers, measured, f"step {run.step}")
     logging.info("wrote %s", folder)
     return folder
 
 
-def _check(outliers: Sequence[str], inliers: str, num_draws: int, limit: int) -> None:
-    """Refuses what can be refused before a run is loaded."""
-    for flag, value, least in (("num_draws", num_draws, 1), ("limit", limit, 0)):
-        if value < least:
-            raise InputError(f"--{flag} is {value}; at least {least} is needed")
+def _check(outliers: Sequence[str], inliers: str) -> None:
+    """Refuse what can be refused before a run is loaded."""
     if not outliers:
         raise InputError(
             "--out is empty; name sets of outliers, for example --out=inverted,noise; "
-            f"built in: {', '.join((*BUILT_IN, HELD_OUT_CLASSES))}"
+            f"built in: {_BUILT_IN}"
         )
     names = (inliers, *outliers)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -142,26 +143,21 @@ def _check(outliers: Sequence[str], inliers: str, num_draws: int, limit: int) ->
         )
 
 
-def _plain(
-    detections: dict[str, dict[str, outlier_detection.Detection]],
-) -> dict[str, Any]:
-    """Figures as JSON values: set → score → figure → value, low and high."""
+def _plain(measured: outliers_lib.Measured) -> dict[str, Any]:
+    """Return JSON values: set → score → metric → value, low and high."""
     return {
         name: {
-            score: {figure: one._asdict() for figure, one in found._asdict().items()}
+            score: {metric: one._asdict() for metric, one in found._asdict().items()}
             for score, found in of_set.items()
         }
-        for name, of_set in detections.items()
+        for name, of_set in measured.detections.items()
     }
 
 
 def _save(
-    folder: Path,
-    inliers: str,
-    measured: outlier_detection.Measured,
-    title: str,
+    folder: Path, inliers: str, measured: outliers_lib.Measured, title: str
 ) -> None:
-    """Writes all scores, and two pictures for each set of outliers."""
+    """Write all scores, and two pictures for each set of outliers."""
     of_inliers = measured.inlier_scores
     arrays = {f"in/{_slug(score)}": values for score, values in of_inliers.items()}
     taken: set[str] = set()
@@ -171,7 +167,7 @@ def _save(
         taken.add(slug)
         arrays |= {f"out/{slug}/{_slug(score)}": v for score, v in found.items()}
         curves = {
-            score: outlier_detection.roc_curve(of_inliers[score], values)
+            score: outliers_lib.roc_curve(of_inliers[score], values)
             for score, values in found.items()
         }
         plots.plot_roc(folder / f"{slug}_roc.png", curves, f"{name}, {title}")
@@ -180,10 +176,10 @@ def _save(
             {f"in: {inliers}": of_inliers["energy"], f"out: {name}": found["energy"]},
             title,
         )
-    with written_atomically(folder / "scores.npz") as file:
+    with files.written_atomically(folder / "scores.npz") as file:
         np.savez(file, **arrays)
 
 
 def _slug(name: str) -> str:
-    """A name as part of a file's."""
+    """Return a name as part of a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "set"

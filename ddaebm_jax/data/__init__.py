@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
 from ddaebm_jax.data.records import STALL_SECONDS
 from ddaebm_jax.errors import InputError
@@ -143,7 +144,7 @@ def open_source(
     """
     if data.name in synthetic.SYNTHETIC:
         return _synthetic_source(synthetic.SYNTHETIC[data.name]())
-    if data.name in images.IMAGES:
+    if data.name in choices.IMAGES:
         return _image_source(data, seed, open_images)
     if workdir is not None:
         table = tabular.load_saved_table(workdir / TABLE_FILE)
@@ -154,9 +155,7 @@ def open_source(
             data.path, seed, data.test_fraction, data.label_column or None
         )
     else:
-        known = ", ".join(
-            (*synthetic.SYNTHETIC, "breast_cancer", "table", *images.IMAGES)
-        )
+        known = ", ".join(choices.BY_FIELD["data.name"])
         raise InputError(f"data.name is '{data.name}'; allowed: {known}")
     return Source(
         name=data.name,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
+from ddaebm_jax.config.choices import IMAGES
 from ddaebm_jax.data import image_sets, tfds_images
 from ddaebm_jax.data.batches import Batches, order
 from ddaebm_jax.data.decoding import prepare
@@ -27,7 +28,6 @@ from ddaebm_jax.data.records import (
 from ddaebm_jax.errors import InputError
 
 __all__ = [
-    "IMAGES",
     "Batches",
     "ImageSet",
     "Records",
@@ -40,8 +40,6 @@ __all__ = [
     "to_float",
     "to_uint8",
 ]
-
-IMAGES = ("digits", "photos", "folder", "tfds")
 
 
 def open_images(data: Any, seed: int) -> ImageSet:

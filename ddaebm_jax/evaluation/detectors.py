@@ -5,12 +5,11 @@ None of them sees an outlier before it scores one.
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-# Of the detectors of pixels. The held-out part chooses hyperparameters.
+# Of the detectors of pixels.
 _MAX_TRAINING_IMAGES = 10_000
 _HELD_OUT_OF = 10
 _BANDWIDTHS = np.geomspace(0.01, 1.0, 25)
@@ -22,7 +21,7 @@ _PCA_VARIANCE = 0.95
 # Memory of the distances that are held at once.
 _DISTANCES_MIB = 64
 
-_Scorer = Callable[[np.ndarray], np.ndarray]
+Scorer = Callable[[np.ndarray], np.ndarray]
 
 
 def table_scores(
@@ -63,7 +62,7 @@ def table_scores(
 
 def fit_pixel_detectors(
     train_pixels: UInt8[np.ndarray, "n h w c"], seed: int
-) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+) -> dict[str, Scorer]:
     """Fits four standard detectors to pixels, scaled to [0, 1] and flattened.
 
     - `kernel density`: the log density of Gaussian kernels of one bandwidth.
@@ -108,13 +107,10 @@ def fit_pixel_detectors(
         "PCA reconstruction error": _fit_pca(rows),
         "isolation forest": IsolationForest(random_state=seed).fit(rows).score_samples,
     }
-    return {name: partial(_score_images, scorer) for name, scorer in scorers.items()}
-
-
-def _score_images(
-    scorer: _Scorer, images: UInt8[np.ndarray, "n h w c"]
-) -> Float[np.ndarray, " n"]:
-    return scorer(_unit_rows(images))
+    return {
+        name: lambda images, scorer=scorer: scorer(_unit_rows(images))
+        for name, scorer in scorers.items()
+    }
 
 
 def _unit_rows(images: np.ndarray) -> np.ndarray:
@@ -124,7 +120,7 @@ def _unit_rows(images: np.ndarray) -> np.ndarray:
 
 def _fit_kernel_density(
     rows: np.ndarray, fitted: np.ndarray, held_out: np.ndarray
-) -> _Scorer:
+) -> Scorer:
     likelihoods = _log_kernel_densities(held_out, fitted, _BANDWIDTHS).mean(axis=0)
     best = _BANDWIDTHS[[likelihoods.argmax()]]
     return lambda points: _log_kernel_densities(points, rows, best)[:, 0]
@@ -154,7 +150,7 @@ def _log_kernel_densities(
 
 def _fit_mixture(
     rows: np.ndarray, fitted: np.ndarray, held_out: np.ndarray, seed: int
-) -> _Scorer:
+) -> Scorer:
     from sklearn.mixture import GaussianMixture
 
     def fit(num: int, points: np.ndarray) -> GaussianMixture:
@@ -172,7 +168,7 @@ def _fit_mixture(
     return fit(numbers[int(np.argmax(likelihoods))], rows).score_samples
 
 
-def _fit_pca(rows: np.ndarray) -> _Scorer:
+def _fit_pca(rows: np.ndarray) -> Scorer:
     from sklearn.decomposition import PCA
 
     solver = "covariance_eigh" if rows.shape[1] <= len(rows) else "full"

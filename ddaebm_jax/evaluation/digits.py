@@ -4,7 +4,6 @@ Made for scikit-learn's 8 × 8 digits; any small labelled set of images works. P
 are bytes; distances between images are in units in which a pixel goes from 0 to 1.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,18 +44,16 @@ class Judge(NamedTuple):
 def train_judge(
     images: UInt8[np.ndarray, "n h w c"], labels: Integer[np.ndarray, " n"], seed: int
 ) -> Judge:
-    """Trains a classifier with two hidden layers.
+    """Trains a classifier with two hidden layers on labels that are any integers.
 
-    Args:
-      images: real ones.
-      labels: any integers, one an image.
-      seed: of its initial weights and of the order of the images.
+    The seed is of its initial weights and of the order of the images.
 
     Raises:
       ValueError: for fewer than two classes.
       ModuleNotFoundError: without scikit-learn.
     """
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     classes = np.unique(labels)
     if len(classes) < 2:
@@ -71,23 +68,20 @@ def train_judge(
         max_iter=_MAX_PASSES,
         random_state=seed,
     )
-    return Judge(classifier.fit(_unit_rows(images), labels), classes)
+    with threadpool_limits(1):  # Of small matrices, which threads only slow down.
+        classifier.fit(_rows(images) / 255.0, labels)
+    return Judge(classifier, classes)
 
 
 def _rows(images: np.ndarray) -> np.ndarray:
-    width = math.prod(images.shape[1:])
-    return images.reshape(len(images), width).astype(np.float64)
-
-
-def _unit_rows(images: np.ndarray) -> np.ndarray:
-    return _rows(images) / 255.0
+    return images.reshape(len(images), -1).astype(np.float64)
 
 
 def features(
     judge: Judge, images: UInt8[np.ndarray, "n h w c"]
 ) -> Float[np.ndarray, "n d"]:
     """Returns the activations of the judge's last hidden layer; d = 64."""
-    hidden = _unit_rows(images)
+    hidden = _rows(images) / 255.0
     layers = zip(judge.classifier.coefs_, judge.classifier.intercepts_, strict=True)
     for weights, biases in list(layers)[:-1]:
         hidden = np.maximum(hidden @ weights + biases, 0.0)
@@ -98,7 +92,7 @@ def probabilities(
     judge: Judge, images: UInt8[np.ndarray, "n h w c"]
 ) -> Float[np.ndarray, "n classes"]:
     """Returns the judge's probability of each class, in the order of its `classes`."""
-    return judge.classifier.predict_proba(_unit_rows(images))
+    return judge.classifier.predict_proba(_rows(images) / 255.0)
 
 
 def nearest_distances(
@@ -161,30 +155,23 @@ def evaluate_digits(
     Args:
       samples: the model's.
       train: the real images that the model was trained on.
-      train_labels: theirs.
+      train_labels: their classes.
       test: real images that the model was not trained on.
-      test_labels: theirs.
+      test_labels: their classes.
       seed: of the judge, and of the random draws and halves.
 
     Raises:
-      ValueError: for fewer than two images of a kind, or as `train_judge`.
+      ValueError: for fewer than two images of a kind, or fewer than two classes.
       ModuleNotFoundError: without scikit-learn.
     """
-    kinds = {"samples": samples, "training images": train, "held-out images": test}
-    for name, images in kinds.items():
-        if len(images) < 2:
-            raise ValueError(
-                f"there are {len(images)} {name}; a covariance needs at least 2: "
-                "give more"
-            )
     judge = train_judge(train, train_labels, seed)
     by_sample, by_held_out = (probabilities(judge, x) for x in (samples, test))
-    right = judge.classes[by_held_out.argmax(axis=1)] == test_labels
+    accuracy = (judge.classes[by_held_out.argmax(axis=1)] == test_labels).mean()
     return {
         "num_samples": len(samples),
         "num_train": len(train),
         "num_held_out": len(test),
-        "classifier_accuracy": float(right.mean()),
+        "classifier_accuracy": float(accuracy),
         **_frechet_metrics(judge, samples, train, test, seed),
         **_class_metrics(by_sample, by_held_out),
         **_nearness_metrics(samples, train, test),
@@ -192,22 +179,20 @@ def evaluate_digits(
 
 
 def _frechet_metrics(judge, samples, train, test, seed) -> dict[str, float]:
-    seen, unseen = features(judge, train), features(judge, test)
+    sampled, seen, unseen = (features(judge, x) for x in (samples, train, test))
     real, half = np.concatenate([seen, unseen]), (len(seen) + len(unseen)) // 2
-    held_out = moments(unseen)
+
+    def distance(first: np.ndarray, second: np.ndarray = unseen) -> float:
+        return frechet_distance(moments(first), moments(second))
+
     rng = np.random.default_rng(seed)
     # The halves first: they must not depend on how many samples there are.
     shuffled = (rng.permutation(real) for _ in range(_RANDOM_PAIRS))
-    halves = [frechet_distance(moments(x[:half]), moments(x[half:])) for x in shuffled]
-    drawn = [
-        frechet_distance(moments(rng.choice(seen, len(samples))), held_out)
-        for _ in range(_RANDOM_PAIRS)
-    ]
+    halves = [distance(rows[:half], rows[half:]) for rows in shuffled]
+    drawn = [distance(rng.choice(seen, len(samples))) for _ in range(_RANDOM_PAIRS)]
     return {
-        "frechet_samples": frechet_distance(
-            moments(features(judge, samples)), held_out
-        ),
-        "frechet_train": frechet_distance(moments(seen), held_out),
+        "frechet_samples": distance(sampled),
+        "frechet_train": distance(seen),
         "frechet_train_drawn": float(np.mean(drawn)),
         "frechet_real_halves": float(np.mean(halves)),
     }
@@ -216,11 +201,12 @@ def _frechet_metrics(judge, samples, train, test, seed) -> dict[str, float]:
 def _class_metrics(by_sample: np.ndarray, by_held_out: np.ndarray) -> dict[str, Any]:
     num_samples, classes = by_sample.shape
     shares = np.bincount(by_sample.argmax(axis=1), minlength=classes) / num_samples
+    sure, sure_held_out = (
+        (x.max(axis=1) > _CONFIDENT).mean() for x in (by_sample, by_held_out)
+    )
     return {
-        "confident_share": float((by_sample.max(axis=1) > _CONFIDENT).mean()),
-        "confident_share_held_out": float(
-            (by_held_out.max(axis=1) > _CONFIDENT).mean()
-        ),
+        "confident_share": float(sure),
+        "confident_share_held_out": float(sure_held_out),
         "classes_present": int((shares >= _PRESENT / classes).sum()),
         "class_histogram": shares.tolist(),
         "class_share_least": float(shares.min()),

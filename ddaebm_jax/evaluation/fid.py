@@ -8,6 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+# Disjoint subsets of the kernel distance.
+_SUBSET_SIZE, _MAX_SUBSETS = 1_000, 100
+# Nearest neighbours: of precision and recall, as Kynkäänniemi et al. 2019; of density
+# and coverage, as Naeem et al. 2020.
+_K, _K_COVERAGE = 3, 5
 # Memory of the distances that are held at once.
 _DISTANCES_MIB = 128
 
@@ -127,12 +132,7 @@ def inception_score(
 
 
 class KernelDistance(NamedTuple):
-    """A kernel Inception distance.
-
-    Attributes:
-      value: the mean over subsets.
-      error: its standard error; None for a single subset.
-    """
+    """A kernel Inception distance, and its standard error; None for one subset."""
 
     value: float
     error: float | None
@@ -141,22 +141,14 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
     real: Float[np.ndarray, "n d"],
     fake: Float[np.ndarray, "m d"],
-    subset_size: int = 1_000,
-    max_subsets: int = 100,
+    subset_size: int = _SUBSET_SIZE,
     seed: int = 0,
 ) -> KernelDistance:
     """Returns the kernel Inception distance and its standard error.
 
     The unbiased squared maximum mean discrepancy with k(a, b) = (a·b/d + 1)³ (Bińkowski
-    et al. 2018), averaged over subsets; it can be negative. Subsets are disjoint and
-    so independent: their scatter gives the mean's error.
-
-    Args:
-      real: features of data.
-      fake: features of samples.
-      subset_size: points a subset; fewer where there are fewer.
-      max_subsets: of either set; fewer where there are fewer points.
-      seed: of the subsets.
+    et al. 2018), averaged over at most 100 random subsets; it can be negative. Subsets
+    are disjoint and so independent: their scatter gives the mean's error.
 
     Raises:
       ValueError: for fewer than two points in either set.
@@ -171,7 +163,7 @@ def kernel_distance(
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(points)) for points in (real, fake)]
     distances = []
-    for start in range(0, size * min(max_subsets, least // size), size):
+    for start in range(0, size * min(_MAX_SUBSETS, least // size), size):
         a, b = (
             points[order[start : start + size]].astype(np.float64)
             for points, order in zip((real, fake), orders, strict=True)
@@ -212,39 +204,29 @@ class Neighbours(NamedTuple):
 
 
 def neighbours(
-    real: Float[np.ndarray, "n d"],
-    fake: Float[np.ndarray, "m d"],
-    k: int = 3,
-    k_coverage: int = 5,
+    real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"]
 ) -> Neighbours:
-    """Returns precision, recall, density and coverage.
+    """Returns precision and recall (k = 3), density and coverage (k = 5).
 
     A set's support is the union of balls around its points, each reaching to the
     point's k-th nearest neighbour in the set.
 
-    Args:
-      real: features of data.
-      fake: features of samples.
-      k: of precision and recall; 3 as in Kynkäänniemi et al.
-      k_coverage: of density and coverage; 5 as in Naeem et al.
-
     Raises:
-      ValueError: for at most k points in either set.
+      ValueError: for at most 5 points in either set.
       ModuleNotFoundError: without scikit-learn.
     """
     from sklearn.metrics import pairwise_distances_chunked
 
-    least = max(k, k_coverage) + 1
-    if min(len(real), len(fake)) < least:
+    if min(len(real), len(fake)) <= _K_COVERAGE:
         raise ValueError(
             f"there are {len(real)} real and {len(fake)} generated features; at least "
-            f"{least} of each are needed for their {least - 1} nearest neighbours"
+            f"{_K_COVERAGE + 1} of each are needed for their nearest neighbours"
         )
     # Squared distances are differences of squares: near the origin they round least.
     origin = np.mean(real, axis=0, dtype=np.float64)
     real, fake = real - origin, fake - origin
-    radius, coverage_radius = _radii(real, (k, k_coverage))
-    (fake_radius,) = _radii(fake, (k,))
+    radius, coverage_radius = _radii(real, (_K, _K_COVERAGE))
+    (fake_radius,) = _radii(fake, (_K,))
     precise, recalled = np.zeros(len(fake), bool), np.zeros(len(real), bool)
     covered, num_inside, start = np.zeros(len(real), bool), 0, 0
     for distances in pairwise_distances_chunked(
@@ -260,7 +242,7 @@ def neighbours(
     return Neighbours(
         precision=float(precise.mean()),
         recall=float(recalled.mean()),
-        density=float(num_inside / (k_coverage * len(fake))),
+        density=float(num_inside / (_K_COVERAGE * len(fake))),
         coverage=float(covered.mean()),
     )
 

@@ -24,8 +24,6 @@ from ddaebm_jax.evaluation.inference import evaluation_mesh
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.files import cache_directory, read_npz, written_atomically
 
-REFERENCES = ("train", "test")
-
 _FORMAT_VERSION = 1
 # Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
 _MAX_REFERENCE_BYTES = 9 * 2**30
@@ -57,11 +55,8 @@ def collect(
 ) -> Collected:
     """Returns statistics of images, of which one chunk at a time is in memory.
 
-    Args:
-      extract: images → their features and logits.
-      chunks: the images; the first chunk is the largest.
-      keep: ascending numbers of the images whose features are kept.
-      keep_logits: whether the logits of all images are kept.
+    Kept are the features of the images of the ascending numbers `keep`. The first
+    chunk is the largest.
 
     Raises:
       InputError: if there is no image.
@@ -104,15 +99,10 @@ class Reference(NamedTuple):
 def save_reference(path: Path, reference: Reference) -> None:
     """Writes a reference atomically, from several processes or runs at once too."""
     own = path.with_name(f"{path.stem}.{jax.process_index()}.{os.getpid()}.npz")
+    fingerprint = json.dumps(reference.fingerprint, sort_keys=True)
+    arrays = {"features": reference.features, "fingerprint": fingerprint}
     with written_atomically(own) as file:
-        np.savez(
-            file,
-            count=reference.moments.count,
-            mean=reference.moments.mean,
-            scatter=reference.moments.scatter,
-            features=reference.features,
-            fingerprint=json.dumps(reference.fingerprint, sort_keys=True),
-        )
+        np.savez(file, **reference.moments._asdict(), **arrays)
     own.replace(path)
 
 
@@ -124,22 +114,23 @@ def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
         another preprocessing than asked for.
     """
     remedy = "remove it, and it is computed again"
-    names = ("count", "mean", "scatter", "features", "fingerprint")
+    names = (*fid.Moments._fields, "features", "fingerprint")
     try:
-        values = read_npz(path, _MAX_REFERENCE_BYTES, names)
+        arrays = read_npz(path, _MAX_REFERENCE_BYTES, names)
     except InputError as error:
         raise InputError(f"{error}; or {remedy}") from error
+    count, mean, scatter, features, text = (arrays[name] for name in names)
     try:
-        found = json.loads(str(values["fingerprint"]))
-        moments = fid.Moments(int(values["count"]), values["mean"], values["scatter"])
-        numbers = (moments.mean, moments.scatter, values["features"])
-        (width,) = moments.mean.shape
+        found = json.loads(str(text))
+        moments = fid.Moments(int(count), mean, scatter)
+        (width,) = mean.shape
         if not isinstance(found, dict) or moments.count < 2:
             raise ValueError("no fingerprint, or fewer than 2 images")
-        if moments.scatter.shape != (width, width) or numbers[2].shape[1:] != (width,):
+        if scatter.shape != (width, width) or features.shape[1:] != (width,):
             raise ValueError("shapes that do not fit")
-        if not all(x.dtype.kind == "f" and np.isfinite(x).all() for x in numbers):
-            raise ValueError("numbers that are not finite")
+        for array in (mean, scatter, features):
+            if array.dtype.kind != "f" or not np.isfinite(array).all():
+                raise ValueError("numbers that are not finite")
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({one_line(error)}); {remedy}") from error
     differing = [
@@ -152,7 +143,7 @@ def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
             f"{path} holds other reference statistics: {'; '.join(differing)}; name "
             "another file in evaluation.reference_path, or leave it empty"
         )
-    return Reference(moments, values["features"], found)
+    return Reference(moments, features, found)
 
 
 class Meter(NamedTuple):
@@ -272,6 +263,7 @@ def open_meter(experiment: Experiment) -> Meter | None:
         "preprocessing": settings.preprocessing,
         "num_features_kept": min(settings.num_kept_features, len(records)),
     }
+    reference = _open_reference(settings, records, extract, fingerprint)
     about = {
         "preprocessing": settings.preprocessing,
         "reference": settings.reference,
@@ -281,7 +273,6 @@ def open_meter(experiment: Experiment) -> Meter | None:
         "num_features": network.num_features,
         "num_kept_features": settings.num_kept_features,
     }
-    reference = _open_reference(settings, records, extract, fingerprint)
     return Meter(extract, reference, about, settings.num_kept_features)
 
 

@@ -1,14 +1,13 @@
 """The Inception-v3 network behind the FID and the Inception Score.
 
-Szegedy et al. 2016 (arXiv 1512.00567) describe the network; Heusel et al. 2017 (arXiv
-1706.08500) the distance. The weights are those of TensorFlow's graph of 2015-12-05,
-and the layers are that graph's, which is not torchvision's network: average pools do
-not count their padding, and the last block pools by maximum. The names of the weights
-are those of pytorch-fid (https://github.com/mseitzer/pytorch-fid) and torch-fidelity
-(https://github.com/toshas/torch-fidelity), which took the graph to PyTorch.
+Network: Szegedy et al. 2016 (arXiv 1512.00567); FID: Heusel et al. 2017 (arXiv
+1706.08500). Weights and layers are those of TensorFlow's graph of 2015-12-05, which
+differs from torchvision's network: average pools exclude their padding, and the last
+block pools by maximum. Weights are named as in the PyTorch conversions of that graph,
+pytorch-fid (https://github.com/mseitzer/pytorch-fid) and torch-fidelity
+(https://github.com/toshas/torch-fidelity).
 
-The layers' widths are those of the weights file, so that a small network with the
-same names is a network too.
+The widths of the layers are those of the weights, so a narrow network works too.
 """
 
 import functools
@@ -22,14 +21,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
-from ddaebm_jax import sharding as parallel
-from ddaebm_jax.data.npz_files import shown
+from ddaebm_jax import sharding
+from ddaebm_jax.config.choices import PREPROCESSINGS
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.torch_layout import format_shape
 
 SIDE = 299
-PREPROCESSINGS = ("tf", "pytorch_fid")
-
-_BATCH_NORM_EPSILON = 1e-3
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -38,17 +35,18 @@ Inputs = Float[Array, "n height width channels"]
 Outputs = Float[Array, "n height2 width2 features"]
 
 
-# The network. Widths in the code are the published ones; the weights file overrides.
+# The network. Attributes named `widths` are the widths of a module's layers, nested by
+# name; layers without an entry have the published width.
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, batch norm by its running statistics, ReLU.
+    """Convolution without bias, batch norm with running statistics, ReLU.
 
     Attributes:
       features: channels of the output.
-      kernel: its height and width.
+      kernel: height and width.
       stride: in both directions.
-      padded: whether a border of zeros keeps the sides (at stride 1).
+      padded: whether zero padding keeps the sides (at stride 1).
     """
 
     features: int
@@ -58,33 +56,24 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        border = [
-            (side // 2, side // 2) if self.padded else (0, 0) for side in self.kernel
-        ]
+        pads = [side // 2 if self.padded else 0 for side in self.kernel]
         x = nn.Conv(
             self.features,
             self.kernel,
             strides=self.stride,
-            padding=border,
+            padding=[(pad, pad) for pad in pads],
             use_bias=False,
             precision=_HIGHEST,
             name="conv",
         )(x)
-        x = nn.BatchNorm(
-            use_running_average=True, epsilon=_BATCH_NORM_EPSILON, name="bn"
-        )(x)
-        return nn.relu(x)
+        return nn.relu(nn.BatchNorm(True, epsilon=1e-3, name="bn")(x))
 
 
-def _maker(widths: Widths) -> Callable[..., Any]:
-    """Returns what adds a layer to the module that is being called."""
+def _layers(widths: Widths) -> Callable[..., Array]:
+    """Return a function that adds a `ConvNorm` to the module being called."""
 
     def layer(
-        x: Array,
-        name: str,
-        features: int,
-        kernel: int | tuple[int, int] = 1,
-        **kwargs: Any,
+        x: Array, name: str, features: int, kernel: int | tuple = 1, **kwargs: Any
     ) -> Array:
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
         return ConvNorm(widths.get(name, features), sides, **kwargs, name=name)(x)
@@ -93,18 +82,18 @@ def _maker(widths: Widths) -> Callable[..., Any]:
 
 
 def average_pool(x: Inputs) -> Outputs:
-    """Returns means over 3 × 3 places, of those that lie within the image."""
-    border = ((1, 1), (1, 1))
-    return nn.avg_pool(x, (3, 3), padding=border, count_include_pad=False)
+    """Return means over 3×3 windows without their padding; sides stay."""
+    pads = ((1, 1), (1, 1))
+    return nn.avg_pool(x, (3, 3), padding=pads, count_include_pad=False)
 
 
 def max_pool(x: Inputs) -> Outputs:
-    """Returns maxima over 3 × 3 places; sides stay."""
+    """Return maxima over 3×3 windows; sides stay."""
     return nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1)))
 
 
 def halving_max_pool(x: Inputs) -> Outputs:
-    """Returns maxima over 3 × 3 places, every second one; there is no border."""
+    """Return maxima over 3×3 windows with stride 2 and no padding."""
     return nn.max_pool(x, (3, 3), strides=(2, 2))
 
 
@@ -113,19 +102,14 @@ def _joined(*branches: Array) -> Array:
 
 
 class BlockA(nn.Module):
-    """Mixed_5b, 5c and 5d, at 35 × 35 (figure 5 of Szegedy et al. 2016).
-
-    Attributes:
-      widths: of its layers, by name, where they are not the published ones.
-      pool_features: published width of the layer behind the pool.
-    """
+    """Mixed_5b, 5c and 5d, at 35×35 (figure 5 of Szegedy et al. 2016)."""
 
     widths: Widths
-    pool_features: int
+    pool_features: int  # Published width of the layer after the pool.
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        layer = _maker(self.widths)
+        layer = _layers(self.widths)
         one = layer(x, "branch1x1", 64)
         five = layer(x, "branch5x5_1", 48)
         five = layer(five, "branch5x5_2", 64, 5)
@@ -137,17 +121,13 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """Mixed_6a, which takes 35 × 35 to 17 × 17.
-
-    Attributes:
-      widths: of its layers, by name, where they are not the published ones.
-    """
+    """Mixed_6a, from 35×35 to 17×17."""
 
     widths: Widths
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        layer = _maker(self.widths)
+        layer = _layers(self.widths)
         three = layer(x, "branch3x3", 384, 3, stride=2, padded=False)
         double = layer(x, "branch3x3dbl_1", 64)
         double = layer(double, "branch3x3dbl_2", 96, 3)
@@ -156,19 +136,14 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """Mixed_6b to 6e, at 17 × 17 (figure 6).
-
-    Attributes:
-      widths: of its layers, by name, where they are not the published ones.
-      inner: published width of the layers within.
-    """
+    """Mixed_6b to 6e, at 17×17 (figure 6)."""
 
     widths: Widths
-    inner: int
+    inner: int  # Published width of all layers but the last of each branch.
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        layer, inner = _maker(self.widths), self.inner
+        layer, inner = _layers(self.widths), self.inner
         one = layer(x, "branch1x1", 192)
         seven = layer(x, "branch7x7_1", inner)
         seven = layer(seven, "branch7x7_2", inner, (1, 7))
@@ -183,17 +158,13 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """Mixed_7a, which takes 17 × 17 to 8 × 8.
-
-    Attributes:
-      widths: of its layers, by name, where they are not the published ones.
-    """
+    """Mixed_7a, from 17×17 to 8×8."""
 
     widths: Widths
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        layer = _maker(self.widths)
+        layer = _layers(self.widths)
         three = layer(x, "branch3x3_1", 192)
         three = layer(three, "branch3x3_2", 320, 3, stride=2, padded=False)
         seven = layer(x, "branch7x7x3_1", 192)
@@ -204,19 +175,14 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """Mixed_7b and 7c, at 8 × 8 (figure 7).
-
-    Attributes:
-      widths: of its layers, by name, where they are not the published ones.
-      pool: of the last branch: by average in 7b, by maximum in 7c.
-    """
+    """Mixed_7b and 7c, at 8×8 (figure 7)."""
 
     widths: Widths
-    pool: Callable[[Array], Array]
+    pool: Callable[[Array], Array]  # By average in 7b, by maximum in 7c.
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
-        layer = _maker(self.widths)
+        layer = _layers(self.widths)
         one = layer(x, "branch1x1", 320)
         three = layer(x, "branch3x3_1", 384)
         three_a = layer(three, "branch3x3_2a", 384, (1, 3))
@@ -229,32 +195,8 @@ class BlockE(nn.Module):
         return _joined(one, three_a, three_b, double_a, double_b, pool)
 
 
-class Stem(NamedTuple):
-    """One layer before the blocks, at 299 × 299 to 35 × 35."""
-
-    name: str
-    features: int
-    kernel: int
-    stride: int = 1
-    padded: bool = False
-    pooled: bool = False
-
-
-_STEM = (
-    Stem("Conv2d_1a_3x3", 32, 3, stride=2),
-    Stem("Conv2d_2a_3x3", 32, 3),
-    Stem("Conv2d_2b_3x3", 64, 3, padded=True, pooled=True),
-    Stem("Conv2d_3b_1x1", 80, 1),
-    Stem("Conv2d_4a_3x3", 192, 3, pooled=True),
-)
-
-
 class Classifier(nn.Module):
-    """The last layer. Its bias is part of the weights and is not added.
-
-    Attributes:
-      num_classes: of the logits.
-    """
+    """The last layer. Its bias is one of the weights, but is not added."""
 
     num_classes: int
 
@@ -267,12 +209,7 @@ class Classifier(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """The whole network, of images that `preprocess` gives.
-
-    Attributes:
-      widths: of its layers, nested by name, where they are not the published ones.
-      num_classes: of the logits.
-    """
+    """The whole network: preprocessed images → (pooled features, logits)."""
 
     widths: Widths
     num_classes: int = 1008
@@ -281,10 +218,12 @@ class InceptionV3(nn.Module):
     def __call__(
         self, x: Float[Array, "n 299 299 3"]
     ) -> tuple[Float[Array, "n d"], Float[Array, "n classes"]]:
-        layer = _maker(self.widths)
-        for name, features, kernel, stride, padded, pooled in _STEM:
-            x = layer(x, name, features, kernel, stride=stride, padded=padded)
-            x = halving_max_pool(x) if pooled else x
+        layer = _layers(self.widths)
+        x = layer(x, "Conv2d_1a_3x3", 32, 3, stride=2, padded=False)
+        x = layer(x, "Conv2d_2a_3x3", 32, 3, padded=False)
+        x = halving_max_pool(layer(x, "Conv2d_2b_3x3", 64, 3))
+        x = layer(x, "Conv2d_3b_1x1", 80)
+        x = halving_max_pool(layer(x, "Conv2d_4a_3x3", 192, 3, padded=False))
         blocks: dict[str, tuple] = {
             "Mixed_5b": (BlockA, 32),
             "Mixed_5c": (BlockA, 64),
@@ -305,12 +244,7 @@ class InceptionV3(nn.Module):
 
 
 def variable_shapes(widths: Widths, num_classes: int = 1008) -> dict:
-    """Returns the shapes of a network's variables; nothing is computed.
-
-    Args:
-      widths: of layers that are not as published, nested by name.
-      num_classes: of the logits.
-    """
+    """Return the shapes of a network's variables; see `InceptionV3`."""
     network = InceptionV3(widths, num_classes)
     image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
     return jax.eval_shape(network.init, jax.random.key(0), image)
@@ -322,14 +256,13 @@ def variable_shapes(widths: Widths, num_classes: int = 1008) -> dict:
 def preprocess(
     images: Shaped[Array | np.ndarray, "..."], convention: str
 ) -> Float[Array, "n 299 299 3"]:
-    """Returns images as the network sees them, about −1 … 1.
+    """Return images as the network's input, with values of about −1 … 1.
 
-    `tf`, which the FID was published with (Heusel et al. 2017): TensorFlow 1's
-    bilinear `resize` (no `align_corners`, no half pixels) to 299 × 299, so output
-    pixel i lies at i·side/299, then (x − 128)/128. `pytorch_fid`: x/255, output pixel
-    i at max((i + ½)·side/299 − ½, 0) (PyTorch's `interpolate` without
-    `align_corners`), then 2x − 1. Neither widens its filter when an image shrinks.
-    Grey images become three equal channels.
+    `tf`, as the FID was published (Heusel et al. 2017): TensorFlow 1's bilinear resize
+    (neither `align_corners` nor half-pixel centres) to 299×299, so output pixel i lies
+    at i·side/299; then (x − 128)/128. `pytorch_fid`: x/255; output pixel i lies at
+    max((i + ½)·side/299 − ½, 0) (PyTorch's `interpolate` without `align_corners`); then
+    2x − 1. Neither is antialiased. Grey images become three equal channels.
 
     Args:
       images: uint8, [n, height, width, 1 or 3].
@@ -351,10 +284,9 @@ def preprocess(
 
 
 def resize_matrix(side: int, convention: str) -> Float[np.ndarray, "299 side"]:
-    """Returns the weights of bilinear interpolation along one axis; rows sum to 1."""
+    """Return the weights of bilinear interpolation along one axis; rows sum to 1."""
     out = np.arange(SIDE)
-    if convention == "tf":
-        # In whole numbers: the place in the image is an exact ratio.
+    if convention == "tf":  # Positions are exact ratios of integers.
         below, rest = np.divmod(out * side, SIDE)
     else:
         doubled = np.maximum((2 * out + 1) * side - SIDE, 0)
@@ -370,22 +302,21 @@ def resize_matrix(side: int, convention: str) -> Float[np.ndarray, "299 side"]:
 def _check_convention(convention: str) -> None:
     if convention not in PREPROCESSINGS:
         raise InputError(
-            f"the preprocessing is {shown(convention)}; allowed: "
-            f"{', '.join(PREPROCESSINGS)}"
+            f"the preprocessing is {convention!r}; allowed: {', '.join(PREPROCESSINGS)}"
         )
 
 
 def _check_images(images: Any) -> None:
-    shape = "×".join(map(str, images.shape)) or "a scalar"
+    shape = format_shape(images.shape)
     if images.dtype != np.uint8:
         raise InputError(
-            f"images are of {images.dtype} ({shape}); uint8 is needed, 0 … 255; floats "
-            "in [−1, 1] become that by ddaebm_jax.data.images.to_uint8"
+            f"images are {images.dtype} ({shape}); uint8 in 0 … 255 is needed; convert "
+            "floats in [−1, 1] with ddaebm_jax.data.images.to_uint8"
         )
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:]:
         raise InputError(
             f"images are {shape}; n×height×width×1 (grey) or n×height×width×3 (colour) "
-            "is needed; one image becomes that by images[None]"
+            "is needed; for one image, give images[None]"
         )
 
 
@@ -396,13 +327,12 @@ class Network(NamedTuple):
     """A network's weights, on the host.
 
     Attributes:
-      variables: what `InceptionV3` takes, float32.
-      fingerprint: SHA-256 of the weights' names, shapes and numbers; the same for
-        every format of file.
-      published: whether the file was, byte for byte, the published `.pth`. A file of
-        another format is never taken for it, whatever it holds.
+      variables: of `InceptionV3`, float32.
+      fingerprint: SHA-256 of the weights' names, shapes and numbers, the same for every
+        file format.
+      published: whether the file was, byte for byte, the published `.pth`.
       num_features: width of the pooled features; published: 2048.
-      num_classes: of the logits; published: 1008.
+      num_classes: width of the logits; published: 1008.
       widths: of all layers, nested by name.
     """
 
@@ -415,11 +345,11 @@ class Network(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the network says of images, on the host.
+    """The network's outputs, on the host.
 
     Attributes:
-      pool: activations averaged over space, of the FID.
-      logits: of the classes, without the bias, of the Inception Score.
+      pool: activations averaged over space, for the FID.
+      logits: of the classes, without the bias, for the Inception Score.
     """
 
     pool: Float[np.ndarray, "n d"]
@@ -429,15 +359,14 @@ class Features(NamedTuple):
 def make_extractor(
     network: Network, mesh: Mesh, preprocessing: str
 ) -> Callable[[Shaped[Array | np.ndarray, "..."]], Features]:
-    """Returns what computes the features of uint8 images [n, height, width, 1 or 3].
+    """Return a function from uint8 images [n, height, width, 1 or 3] to `Features`.
 
-    The batch is split over the mesh; any n will do, and each shape of batch is
-    compiled once. On a mesh that spans processes, all of them call it with the same
-    images, and each gets all features.
+    A batch of any size is split over the mesh; each shape is compiled once. On a mesh
+    that spans processes, all of them call it with the same images and get all features.
 
     Args:
-      network: the weights; they are put on every device of the mesh.
-      mesh: with the axis `parallel.DATA_AXIS`.
+      network: the weights, which are replicated over the mesh.
+      mesh: with the axis `sharding.DATA_AXIS`.
       preprocessing: one of `PREPROCESSINGS`.
 
     Raises:
@@ -446,11 +375,11 @@ def make_extractor(
     """
     _check_convention(preprocessing)
     module = InceptionV3(network.widths, network.num_classes)
-    whole = parallel.replicated(mesh)
-    variables = jax.device_put(network.variables, whole)
+    replicated = sharding.replicated(mesh)
+    variables = jax.device_put(network.variables, replicated)
 
     # The variables are an argument: as constants they would be part of the program.
-    @functools.partial(jax.jit, out_shardings=whole)
+    @functools.partial(jax.jit, out_shardings=replicated)
     def compute(variables: Any, images: Array) -> tuple[Array, Array]:
         return module.apply(variables, preprocess(images, preprocessing))
 
@@ -463,7 +392,7 @@ def make_extractor(
                 np.zeros((0, network.num_features), np.float32),
                 np.zeros((0, network.num_classes), np.float32),
             )
-        pool, logits = compute(variables, parallel.split_rows(mesh, images))
+        pool, logits = compute(variables, sharding.split_rows(mesh, images))
         return Features(np.asarray(pool)[:count], np.asarray(logits)[:count])
 
     return extract

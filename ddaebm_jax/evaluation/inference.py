@@ -1,10 +1,11 @@
 """Samples and scores of a trained model, computed in chunks over the mesh.
 
 Several processes call these functions together, and each gets the whole result.
+`variables` are usually the averages. Points are in the networks' units.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -30,43 +31,27 @@ def evaluation_mesh(experiment: Experiment) -> Mesh:
 
 
 def draw_samples(
-    experiment: Experiment,
-    variables: Players,
-    num_samples: int,
-    seed: int = SAMPLE_SEED,
+    experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
 ) -> Float[np.ndarray, "n *shape"]:
-    """Returns samples of the data, in the networks' units.
-
-    Args:
-      experiment: what the config describes.
-      variables: of the networks, usually the averages.
-      num_samples: how many, at least 1.
-      seed: sample i depends on (seed, i) only.
-    """
-    drawn = _draw(experiment, variables, num_samples, seed, sampling.sample)
+    """Returns samples of the data; sample i depends on (seed, i) only."""
+    drawn = _draw(experiment, variables, num, seed, sampling.sample)
     return np.concatenate(list(drawn))
 
 
 def draw_trajectories(
-    experiment: Experiment,
-    variables: Players,
-    num_samples: int,
-    seed: int = SAMPLE_SEED,
+    experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
 ) -> Float[np.ndarray, "n levels *shape"]:
-    """Returns x_T, …, x_0 of the samples that `draw_samples` returns."""
-    drawn = _draw(experiment, variables, num_samples, seed, _trajectories_by_sample)
+    """Returns x_T, …, x_0 of the samples of `draw_samples`."""
+    drawn = _draw(experiment, variables, num, seed, _trajectories_by_sample)
     return np.concatenate(list(drawn))
 
 
 def draw_images(
-    experiment: Experiment,
-    variables: Players,
-    num_samples: int,
-    seed: int = SAMPLE_SEED,
+    experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
 ) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:
-    """Yields the samples that `draw_samples` returns as images, a chunk at a time."""
-    for part in _draw(experiment, variables, num_samples, seed, sampling.sample):
-        yield np.asarray(images.to_uint8(part))
+    """Yields the samples of `draw_samples` as images, a chunk at a time."""
+    for chunk in _draw(experiment, variables, num, seed, sampling.sample):
+        yield np.asarray(images.to_uint8(chunk))
 
 
 def energies(
@@ -74,16 +59,8 @@ def energies(
     variables: Players,
     x: Shaped[Array | np.ndarray, "n *shape"],
 ) -> Float[np.ndarray, " n"]:
-    """Returns f(x, 0), the unnormalised log density of points, nats.
-
-    Args:
-      experiment: what the config describes.
-      variables: of the networks, usually the averages.
-      x: at least one point in the networks' units, or uint8 images.
-    """
-    networks = experiment.networks
-    params = _replicated(experiment, variables.energy)
-    return _score(experiment, x, lambda part, _: _energy(networks, params, part))
+    """Returns f(x, 0), the unnormalised log density of points or uint8 images, nats."""
+    return _score(experiment, variables, x, _energy)
 
 
 def outlier_scores(
@@ -105,19 +82,14 @@ def outlier_scores(
 
     Args:
       experiment: what the config describes.
-      variables: of the networks, usually the averages.
-      x: at least one point in the networks' units, or uint8 images.
+      variables: of the networks.
+      x: at least one point, or uint8 images.
       seed: of the noise: draw j of point i at t depends on (seed, i, j, t) only.
       num_draws: at least 1.
     """
-    networks, schedule = experiment.networks, experiment.schedule
-    params = _replicated(experiment, variables.energy)
-    key = jax.random.key(seed)
+    schedule, key = experiment.schedule, jax.random.key(seed)
 
-    def gradient_norm(part: Array, _: Array) -> Array:
-        return _gradient_norm(networks, params, part)
-
-    def energy_over_t(part: Array, places: Array) -> Array:
+    def energy_over_t(networks, params, part, places):
         # One program for all would hold all activations, or scan, slow on a CPU.
         diffused = (
             _diffused_energy(networks, schedule, params, part, key, places, draw, t)
@@ -128,19 +100,15 @@ def outlier_scores(
 
     return {
         "energy": energies(experiment, variables, x),
-        "gradient norm": _score(experiment, x, gradient_norm),
-        "energy over t": _score(experiment, x, energy_over_t),
+        "gradient norm": _score(experiment, variables, x, _gradient_norm),
+        "energy over t": _score(experiment, variables, x, energy_over_t),
     }
 
 
-def _replicated(experiment: Experiment, variables: dict) -> dict:
-    return jax.device_put(variables, sharding.replicated(evaluation_mesh(experiment)))
-
-
 def _in_chunks(
-    experiment: Experiment, num: int, compute: Callable[[np.ndarray], Array]
+    experiment: Experiment, num: int, compute: Callable[[Mesh, np.ndarray], Array]
 ) -> Iterator[np.ndarray]:
-    """Yields compute(row numbers) of 0 … num − 1, a chunk at a time, on the host.
+    """Yields compute(mesh, row numbers) of 0 … num − 1 in chunks, on the host.
 
     All chunks have one size, so that one program serves them: the last one's numbers
     go beyond `num`, and what is computed of those is dropped.
@@ -148,28 +116,26 @@ def _in_chunks(
     if num < 1:
         raise ValueError("there are no rows to compute; give at least one")
     mesh = evaluation_mesh(experiment)
-    most = _ROWS
+    limit = _ROWS
     if experiment.source.holds_images:
-        most = experiment.config.evaluation.batch_size
-    size = sharding.whole_rows(mesh, min(num, most))
+        limit = experiment.config.evaluation.batch_size
+    size = sharding.whole_rows(mesh, min(num, limit))
     for start in range(0, num, size):
-        places = np.arange(start, start + size, dtype=np.int32)
+        chunk = compute(mesh, np.arange(start, start + size, dtype=np.int32))
         # Whole on every device, so that every process can read it.
-        whole = jax.device_put(compute(places), sharding.replicated(mesh))
-        yield np.asarray(whole)[: num - start]
+        yield np.asarray(_replicate(mesh, chunk))[: num - start]
+
+
+def _replicate(mesh: Mesh, tree):
+    return jax.device_put(tree, sharding.replicated(mesh))
 
 
 def _draw(
-    experiment: Experiment,
-    variables: Players,
-    num: int,
-    seed: int,
-    sampler: Callable[..., Array],
+    experiment: Experiment, variables: Players, num: int, seed: int, sampler: Callable
 ) -> Iterator[np.ndarray]:
-    mesh = evaluation_mesh(experiment)
-    params = _replicated(experiment, variables.generator)
+    params = _replicate(evaluation_mesh(experiment), variables.generator)
 
-    def draw(places: np.ndarray) -> Array:
+    def draw(mesh: Mesh, places: np.ndarray) -> Array:
         return _draw_chunk(
             sampler,
             experiment.networks,
@@ -180,20 +146,22 @@ def _draw(
             sharding.split_rows(mesh, places),
         )
 
-    yield from _in_chunks(experiment, num, draw)
+    return _in_chunks(experiment, num, draw)
 
 
 def _score(
     experiment: Experiment,
+    variables: Players,
     x: Array | np.ndarray,
-    score: Callable[[Array, Array], Array],
+    score: Callable[..., Array],
 ) -> np.ndarray:
-    """Returns score(points, their numbers) of all points."""
-    mesh, x = evaluation_mesh(experiment), np.asarray(x)
+    """Returns score(networks, params, points, their numbers) of all points."""
+    params, x = _replicate(evaluation_mesh(experiment), variables.energy), np.asarray(x)
 
-    def of_places(places: np.ndarray) -> Array:
-        part = x[np.minimum(places, len(x) - 1)]
-        return score(sharding.split_rows(mesh, part), sharding.split_rows(mesh, places))
+    def of_places(mesh: Mesh, places: np.ndarray) -> Array:
+        part = sharding.split_rows(mesh, x[np.minimum(places, len(x) - 1)])
+        places = sharding.split_rows(mesh, places)
+        return score(experiment.networks, params, part, places)
 
     return np.concatenate(list(_in_chunks(experiment, len(x), of_places)))
 
@@ -209,12 +177,12 @@ def _draw_chunk(sampler, networks, latent, schedule, params, key, places):
 
 
 @partial(jax.jit, static_argnums=0)
-def _energy(networks, params, x):
+def _energy(networks, params, x, places):
     return density.energy_at_data(networks, params, _as_float(x))
 
 
 @partial(jax.jit, static_argnums=0)
-def _gradient_norm(networks, params, x):
+def _gradient_norm(networks, params, x, places):
     score = density.score_at_data(networks, params, _as_float(x))
     return -jnp.linalg.norm(score.reshape(len(score), -1), axis=1)
 
@@ -225,9 +193,8 @@ def _diffused_energy(networks, schedule, params, x, key, places, draw, t):
     x0 = _as_float(x)
 
     def noise(place: Array) -> Array:
-        own = jax.random.fold_in(key, place)
-        own = jax.random.fold_in(jax.random.fold_in(own, draw), t)
-        return jax.random.normal(own, x0.shape[1:])
+        own_key = reduce(jax.random.fold_in, (place, draw, t), key)
+        return jax.random.normal(own_key, x0.shape[1:])
 
     times = jnp.full(places.shape, t, jnp.int32)
     x_t = diffusion.diffuse(schedule, x0, times, jax.vmap(noise)(places))

@@ -8,14 +8,8 @@ import numpy as np
 
 from ddaebm_jax import density
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import detectors, digits, outliers, plane
+from ddaebm_jax.evaluation import detectors, digits, inference, outliers, plane
 from ddaebm_jax.evaluation.image_quality import Meter
-from ddaebm_jax.evaluation.inference import (
-    HELD_OUT_SEED,
-    draw_images,
-    draw_samples,
-    energies,
-)
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
@@ -56,45 +50,46 @@ def _evaluate_plane(
     experiment: Experiment, variables: Players, num: int
 ) -> dict[str, Any]:
     source, truth = experiment.source, experiment.source.distribution
-    samples = draw_samples(experiment, variables, num)
-    held_out, others = (source.held_out(num, HELD_OUT_SEED + i) for i in (0, 1))
+    samples = inference.draw_samples(experiment, variables, num)
+    seed = inference.HELD_OUT_SEED
+    held_out, others = source.held_out(num, seed), source.held_out(num, seed + 1)
     metrics: dict[str, Any] = {}
     if truth.modes is not None:
         coverage = plane.mode_coverage(samples, truth.modes, truth.mode_std)
         metrics["modes_found"] = coverage.modes_found
         metrics["modes"] = len(truth.modes)
         metrics["high_quality"] = coverage.high_quality
-    projections = (
-        jax.random.key(_PROJECTION_SEED),
-        experiment.config.evaluation.num_projections,
-    )
+
+    def distance(points: np.ndarray) -> float:
+        key = jax.random.key(_PROJECTION_SEED)
+        num_projections = experiment.config.evaluation.num_projections
+        return plane.sliced_wasserstein(points, held_out, key, num_projections)
+
     points = density.grid_points(truth.extent, truth.cells)
     log_truth = density.evaluate_in_chunks(jax.jit(truth.log_density), points)
+    log_model = inference.energies(experiment, variables, points)
     return metrics | {
-        "sliced_wasserstein": plane.sliced_wasserstein(samples, held_out, *projections),
-        "sliced_wasserstein_of_data": plane.sliced_wasserstein(
-            others, held_out, *projections
-        ),
-        "jensen_shannon": plane.jensen_shannon(
-            log_truth, energies(experiment, variables, points)
-        ),
+        "sliced_wasserstein": distance(samples),
+        "sliced_wasserstein_of_data": distance(others),
+        "jensen_shannon": plane.jensen_shannon(log_truth, log_model),
     }
 
 
 def _evaluate_table(experiment: Experiment, variables: Players) -> dict[str, Any]:
+    def energies(rows: np.ndarray) -> np.ndarray:
+        return inference.energies(experiment, variables, rows)
+
     table = experiment.source.table
-    inlier_energies = energies(experiment, variables, test_rows(table, tabular.INLIER))
+    inlier_energies = energies(test_rows(table, tabular.INLIER))
     metrics = {
-        "train_energy_mean": float(energies(experiment, variables, table.train).mean()),
+        "train_energy_mean": float(energies(table.train).mean()),
         "test_energy_mean": float(inlier_energies.mean()),
     }
     outlier_rows = test_rows(table, tabular.OUTLIER)
     if len(outlier_rows):
-        outlier_energies = energies(experiment, variables, outlier_rows)
-        metrics["auroc"] = outliers.auroc(inlier_energies, outlier_energies)
-        baselines = detectors.table_scores(
-            table.train, table.test, experiment.config.seed
-        )
+        metrics["auroc"] = outliers.auroc(inlier_energies, energies(outlier_rows))
+        seed = experiment.config.seed
+        baselines = detectors.table_scores(table.train, table.test, seed)
         is_outlier = table.test_labels == tabular.OUTLIER
         for name, scores in baselines.items():
             metrics[f"auroc_{name}"] = outliers.auroc(
@@ -108,21 +103,19 @@ def _evaluate_images(
 ) -> dict[str, Any]:
     image_set = experiment.source.image_set
     labelled = image_set.train_labels is not None
-    held_out = experiment.source.held_out(num, HELD_OUT_SEED)
+    held_out = experiment.source.held_out(num, inference.HELD_OUT_SEED)
     # Without labels only energies are compared, with as many held-out images.
     num_kept = num if labelled else len(held_out)
+    num_drawn = num_kept if meter is None else num
     kept: list[np.ndarray] = []
-    stream = _keeping(
-        draw_images(experiment, variables, num_kept if meter is None else num),
-        kept,
-        num_kept,
-    )
+    chunks = inference.draw_images(experiment, variables, num_drawn)
+    stream = _keeping(chunks, kept, num_kept)
     metrics: dict[str, Any] = {} if meter is None else meter.measure(stream)
     for _ in stream:
         pass
     samples = np.concatenate(kept)
-    real = energies(experiment, variables, held_out)
-    fake = energies(experiment, variables, samples[: len(real)])
+    real = inference.energies(experiment, variables, held_out)
+    fake = inference.energies(experiment, variables, samples[: len(real)])
     metrics |= {
         "held_out_energy_mean": float(real.mean()),
         "samples_energy_mean": float(fake.mean()),

@@ -87,8 +87,17 @@ def open_set(
         chosen = Subset(records, choose(len(records), limit, seed))
         return stack(chosen, None, name, data.timeout)
     if name in BUILT_IN:
-        num = limit or _DEFAULT_NUM if inliers is None else len(inliers)
-        images = _built_in(name, inliers, num, source.event_shape, seed)
+        num = (limit or _DEFAULT_NUM) if inliers is None else len(inliers)
+        makers = {
+            "inverted": lambda: 255 - inliers,
+            "shuffled": lambda: _shuffled(inliers, seed),
+            "noise": lambda: np.random.default_rng(seed).integers(
+                0, 256, (num, *source.event_shape), np.uint8
+            ),
+            "photos": lambda: _photos(num, source.event_shape, seed),
+            "digits": lambda: _digits(source.event_shape),
+        }
+        images = makers[name]()
         return images[: limit or len(images)]
     if _is_path(name):
         images, _ = image_files.read_images(
@@ -106,25 +115,6 @@ def choose(num: int, limit: int, seed: int) -> Integer[np.ndarray, " n"]:
     """Returns which of `num` images are taken, ascending; limit 0: all."""
     order = np.random.default_rng(seed).permutation(num)
     return np.sort(order[: limit or num])
-
-
-def _built_in(
-    name: str,
-    inliers: np.ndarray | None,
-    num: int,
-    event_shape: tuple[int, int, int],
-    seed: int,
-) -> Images:
-    if name == "inverted":
-        return 255 - inliers
-    if name == "shuffled":
-        return _shuffled(inliers, seed)
-    if name == "noise":
-        rng = np.random.default_rng(seed)
-        return rng.integers(0, 256, (num, *event_shape), np.uint8)
-    if name == "photos":
-        return _photos(num, event_shape, seed)
-    return _digits(event_shape)
 
 
 def _shuffled(images: Images, seed: int) -> Images:

@@ -7,13 +7,7 @@ import numpy as np
 
 from ddaebm_jax import density
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import plots
-from ddaebm_jax.evaluation.inference import (
-    HELD_OUT_SEED,
-    draw_samples,
-    draw_trajectories,
-    energies,
-)
+from ddaebm_jax.evaluation import inference, plots
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
@@ -66,13 +60,13 @@ def _draw_plane(
     experiment: Experiment, variables: Players, title: str, plane: Path, steps: Path
 ) -> dict[str, np.ndarray]:
     source = experiment.source
-    data = source.held_out(_PLANE_POINTS, HELD_OUT_SEED)
+    data = source.held_out(_PLANE_POINTS, inference.HELD_OUT_SEED)
     # Where the data are, not the whole square on which densities are compared.
     shown = min(source.distribution.extent, 1.25 * float(np.abs(data).max()))
-    trajectories = draw_trajectories(experiment, variables, _PLANE_POINTS)
+    trajectories = inference.draw_trajectories(experiment, variables, _PLANE_POINTS)
     levels = np.swapaxes(trajectories, 0, 1)
     grid = density.grid_points(shown, _PLANE_CELLS)
-    log_density = energies(experiment, variables, grid)
+    log_density = inference.energies(experiment, variables, grid)
     log_density = log_density.reshape(_PLANE_CELLS, _PLANE_CELLS)
     plots.plot_plane(plane, data, levels[-1], log_density, shown, title)
     plots.plot_levels(steps, levels, max(shown, 3.0), title)
@@ -87,16 +81,16 @@ def _draw_images(
     steps: Path,
     histograms: Path,
 ) -> dict[str, np.ndarray]:
-    samples = draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
+    samples = inference.draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
     plots.plot_images(grid, np.asarray(images.to_uint8(samples[:_GRID_IMAGES])))
     # A row for each sample, from noise to image.
-    rows = draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
+    rows = inference.draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
     pixels = np.asarray(images.to_uint8(rows.reshape(-1, *rows.shape[2:])))
     plots.plot_images(steps, pixels, columns=rows.shape[1])
-    held_out = experiment.source.held_out(_HISTOGRAM_IMAGES, HELD_OUT_SEED)
+    held_out = experiment.source.held_out(_HISTOGRAM_IMAGES, inference.HELD_OUT_SEED)
     values = {
-        "held-out images": energies(experiment, variables, held_out),
-        "samples": energies(experiment, variables, samples),
+        "held-out images": inference.energies(experiment, variables, held_out),
+        "samples": inference.energies(experiment, variables, samples),
     }
     plots.plot_histograms(histograms, values, title)
     return {f"energy/{name}": v for name, v in values.items()}
@@ -113,9 +107,9 @@ def _draw_table(
     plots.plot_table(
         path,
         table.train,
-        draw_samples(experiment, variables, len(table.train)),
+        inference.draw_samples(experiment, variables, len(table.train)),
         {
-            name: energies(experiment, variables, rows)
+            name: inference.energies(experiment, variables, rows)
             for name, rows in sets.items()
             if len(rows)
         },

@@ -57,8 +57,8 @@ def plot_plane(
       path: of the PNG.
       data: points [n, 2].
       samples: the model's points [n, 2].
-      log_density: on a square grid over [−extent, extent]², first axis first
-        coordinate.
+      log_density: on a square grid over [−extent, extent]²; its first axis is that of
+        the first coordinate.
       extent: half the side of what is shown.
       title: of the whole picture.
     """
@@ -76,14 +76,7 @@ def plot_plane(
 
 
 def plot_levels(path: Path, levels: np.ndarray, extent: float, title: str) -> None:
-    """Draws a strip of the denoising steps, x_T … x_0.
-
-    Args:
-      path: of the PNG.
-      levels: [T+1, n, 2], from noise to data.
-      extent: half the side of what is shown.
-      title: of the whole picture.
-    """
+    """Draws a strip of the denoising steps x_T … x_0, [T+1, n, 2]."""
     figure, axes = _figure(len(levels), side=2.6)
     last = len(levels) - 1
     for place, (axis, points) in enumerate(zip(axes, levels, strict=True)):
@@ -141,14 +134,7 @@ def plot_histograms(path: Path, energies: Mapping[str, np.ndarray], title: str) 
 def plot_roc(
     path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str
 ) -> None:
-    """Draws ROC curves over each other, with the diagonal of chance.
-
-    Args:
-      path: of the PNG.
-      curves: name of a curve → (false positive rate, true positive rate), as of
-        `outliers.roc_curve`.
-      title: of the whole picture.
-    """
+    """Draws ROC curves, by name, over each other; see `outliers.roc_curve`."""
     figure, (axis,) = _figure(1, side=4.5)
     axis.plot((0, 1), (0, 1), ":", color="0.6")
     for name, (fpr, tpr) in curves.items():
@@ -165,14 +151,10 @@ def plot_roc(
 
 
 def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> None:
-    """Writes a grid of images, row by row, as a PNG.
+    """Writes a grid of uint8 images [n, height, width, 1 or 3], row by row, as a PNG.
 
-    Small images are enlarged by repeating pixels, never smoothed.
-
-    Args:
-      path: of the PNG.
-      images: uint8 [n, height, width, channels], 1 (grey) or 3 channels.
-      columns: images a row; None: as many as make the grid square.
+    Small images are enlarged by repeating pixels, never smoothed. Without a number of
+    columns the grid is square.
     """
     number, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(number))

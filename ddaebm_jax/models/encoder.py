@@ -1,6 +1,6 @@
-"""The image model's posteriors q_ψ(z | x_t, x_{t+1}, t), one for each range of sizes.
+"""The image model's posteriors q_ψ(z | x_t, x_{t+1}, t), for small and large images.
 
-Geng et al. 2024, the released encoders; the larger is built like DDGAN's
+The released encoders of Geng et al. 2024; that of large images is built like DDGAN's
 discriminator (Xiao et al. 2022).
 """
 
@@ -11,14 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ddaebm_jax.config.choices import STDDEV_GROUP
 from ddaebm_jax.models import resample
 from ddaebm_jax.models.layers import conv, dense, sinusoidal_embedding, uniform_fan_in
-
-# From this side on the residual encoder is used.
-RESIDUAL_FROM = 128
-
-# Consecutive examples over which the minibatch deviation is taken.
-STDDEV_GROUP = 4
 
 _SQRT_HALF = 0.5**0.5
 
@@ -32,7 +27,7 @@ class TimeEmbedding(nn.Module):
     """Sinusoids → Dense → LeakyReLU → Dense → LeakyReLU.
 
     Attributes:
-      dim: width.
+      dim: width of the embedding.
       dtype: of the computation.
     """
 
@@ -47,10 +42,10 @@ class TimeEmbedding(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """For sides of 8 to 64, powers of two.
+    """Posterior for sides of 8 to 64, powers of two.
 
-    A 3×3 convolution, then log2(side) − 2 of 4×4 with stride 2 that double the
-    width, each followed by h = act(conv(h)) + Dense(time); two 4×4 heads.
+    One 3×3 convolution and log2(side) − 2 of 4×4 with stride 2, which double the width,
+    as h = act(conv(h)) + Dense(time); two 4×4 heads.
 
     Attributes:
       nz: width of the latent.
@@ -110,7 +105,7 @@ class ConvEncoder(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """The residual encoder's block, which halves the sides with the FIR filter.
+    """Residual block that halves the sides with the FIR filter.
 
     Attributes:
       features: channels of the output.
@@ -139,21 +134,21 @@ class DownBlock(nn.Module):
 def minibatch_stddev(
     h: Float[Array, "batch height width channels"], axis_name: str | None = None
 ) -> Float[Array, "batch height width channels1"]:
-    """Appends a channel with the mean standard deviation over a group of examples.
+    """Append a channel with the mean standard deviation within a group of examples.
 
-    Groups are of 4 consecutive examples, or of the largest divisor of the batch below
-    4. Karras et al. 2018 (arXiv 1710.10196).
+    A group is 4 consecutive examples, or the largest divisor of the batch below 4.
+    Karras et al. 2018 (arXiv 1710.10196).
 
     Args:
-      h: features of a batch, or of this device's share of it.
-      axis_name: the mapped axis over which a batch is split. Where groups lie across
-        devices, each device looks at the others' shares. None: h is the whole batch.
+      h: features of a batch, or of this device's shard.
+      axis_name: mapped axis over which the batch is split; shards are gathered where
+        groups span devices. None: h is the whole batch.
     """
     if axis_name is not None and h.shape[0] % STDDEV_GROUP:
-        share = h.shape[0]
+        size = h.shape[0]
         whole = minibatch_stddev(jax.lax.all_gather(h, axis_name, tiled=True))
-        first = jax.lax.axis_index(axis_name) * share
-        return jax.lax.dynamic_slice_in_dim(whole, first, share)
+        start = jax.lax.axis_index(axis_name) * size
+        return jax.lax.dynamic_slice_in_dim(whole, start, size)
     batch, height, width, channels = h.shape
     group = next(g for g in range(STDDEV_GROUP, 0, -1) if batch % g == 0)
     grouped = h.astype(jnp.float32).reshape(-1, group, height, width, channels)
@@ -164,7 +159,7 @@ def minibatch_stddev(
 
 
 class ResidualEncoder(nn.Module):
-    """For sides of 128 and more: six down blocks, then a sum over space.
+    """Posterior for sides of 128 and more: six down blocks and a sum over space.
 
     Attributes:
       nz: width of the latent.

@@ -1,4 +1,4 @@
-"""Layers that several of the networks use."""
+"""Layers shared by the networks."""
 
 import math
 from collections.abc import Sequence
@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "blocks")
-
 
 def variance_scaling(scale: float) -> nn.initializers.Initializer:
-    """Returns vs(s): variance scaling, fan_avg, uniform; s = 0 stands for 1e-10."""
+    """Return vs(s): variance scaling, fan_avg, uniform; s = 0 means 1e-10."""
     return nn.initializers.variance_scaling(max(scale, 1e-10), "fan_avg", "uniform")
 
 
 def uniform_fan_in(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
-    """Draws a kernel, whose last axis is the output, uniformly from ±1/√fan_in."""
+    """Draw a kernel (last axis: outputs) uniformly from ±1/√fan_in."""
     bound = math.prod(shape[:-1]) ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -27,12 +24,12 @@ def uniform_fan_in(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array
 def conv(
     features: int, kernel: int, scale: float = 1.0, dtype: str = "float32", **kwargs
 ) -> nn.Conv:
-    """Returns a convolution with kernel vs(scale), bias 0, that keeps sides.
+    """Return a convolution that keeps the sides, with kernel vs(scale) and bias 0.
 
     Args:
       features: channels of the output.
-      kernel: side of the kernel, odd where the sides are to be kept.
-      scale: of the kernel's start.
+      kernel: side of the kernel.
+      scale: of the kernel's initialiser.
       dtype: of the computation; parameters are float32.
       **kwargs: of `nn.Conv`: name, strides, padding, use_bias.
     """
@@ -50,27 +47,27 @@ def conv(
 def dense(
     features: int, scale: float = 1.0, dtype: str = "float32", **kwargs
 ) -> nn.Dense:
-    """Returns a Dense layer with kernel vs(scale), bias 0; see `conv`."""
+    """Return a Dense layer with kernel vs(scale) and bias 0; see `conv`."""
     return nn.Dense(
         features, kernel_init=variance_scaling(scale), dtype=dtype, **kwargs
     )
 
 
-def dropout(x: Array, rate: float, keys: Array | None, place: int) -> Array:
-    """Drops units by masks of each example's own.
+def dropout(x: Array, rate: float, keys: Array | None, index: int) -> Array:
+    """Return x with units dropped, by a mask per example.
 
     Args:
       x: [batch, …].
-      rate: share of units that are dropped; what is left is scaled by 1/(1 − rate).
-      keys: one a example; None: x is returned as it is.
-      place: which dropout layer of the network this is; each has its own masks.
+      rate: share of dropped units; the others are scaled by 1/(1 − rate).
+      keys: one per example; None: no dropout.
+      index: number of this dropout layer in its network, which selects its masks.
     """
     if keys is None or rate == 0.0:
         return x
 
     def mask(key: Array) -> Array:
         return jax.random.bernoulli(
-            jax.random.fold_in(key, place), 1.0 - rate, x.shape[1:]
+            jax.random.fold_in(key, index), 1.0 - rate, x.shape[1:]
         )
 
     return jnp.where(jax.vmap(mask)(keys), x / (1.0 - rate), jnp.zeros_like(x))
@@ -79,7 +76,7 @@ def dropout(x: Array, rate: float, keys: Array | None, place: int) -> Array:
 def sinusoidal_embedding(
     t: Int[Array, " batch"], dim: int
 ) -> Float[Array, "batch dim"]:
-    """Returns [sin(t·w), cos(t·w)], w_i = exp(−i·ln(10000)/(dim/2−1)).
+    """Return [sin(t·w), cos(t·w)], w_i = exp(−i·ln(10000)/(dim/2−1)).
 
     Raises:
       ValueError: if `dim` is odd or below 4.
@@ -93,7 +90,7 @@ def sinusoidal_embedding(
 
 
 class PReLU(nn.Module):
-    """max(x, 0) + slope·min(x, 0) with one learned slope, 0.25 at first."""
+    """max(x, 0) + slope·min(x, 0) with one learned slope, initially 0.25."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -102,15 +99,14 @@ class PReLU(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm with ε = 1e-5; the running averages keep 0.9 a call.
+    """Batch norm with ε = 1e-5 and running averages with momentum 0.9.
 
-    With `train` it normalises by this call's statistics and updates the running
-    averages, else it normalises by the running averages, so that an example does
-    not depend on its neighbours.
+    With `train`, normalise by the batch's statistics and update the running averages;
+    without, normalise by these, so that examples are independent.
 
     Attributes:
-      axis_name: the mapped axis over which a batch is split; its statistics are then
-        of the whole batch. None: each call sees the whole.
+      axis_name: mapped axis over which the batch is split; statistics are of the whole
+        batch. None: it is not split.
     """
 
     axis_name: str | None = None

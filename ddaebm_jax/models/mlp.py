@@ -1,8 +1,8 @@
-"""Multilayer perceptrons for points in the plane and for rows of tables.
+"""Multilayer perceptrons for points in the plane and rows of tables.
 
-All three networks share one shape (`Trunk`): the point and the time are encoded
-separately, concatenated, and passed through hidden layers. Widths and the data's
-dimension are free. Geng et al. 2024, the released 2-D networks.
+The three networks share one `Trunk`: point and time are encoded separately, then
+concatenated and passed through hidden layers. Widths and the data's dimension are free.
+The released 2-D networks of Geng et al. 2024.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,9 @@ from ddaebm_jax.models.layers import (
     uniform_fan_in,
 )
 
-NORMS = ("none", "batch")
-ACTIVATIONS = ("prelu", "relu", "silu", "gelu", "softplus")
-
 
 class UniformDense(nn.Module):
-    """A Dense layer whose kernel and bias both start uniform in ±1/√fan_in.
+    """Dense layer with kernel and bias initially uniform in ±1/√fan_in.
 
     Attributes:
       features: width of the output.
@@ -49,7 +46,7 @@ class UniformDense(nn.Module):
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """Returns a fresh activation; `prelu` carries one learned slope a layer."""
+    """Return a new activation; each `prelu` has one learned slope."""
     if name == "prelu":
         return PReLU()
     return {
@@ -61,13 +58,13 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class FourierFeatures(nn.Module):
-    """Appends sin and cos of the coordinates at octaves π/4·2^j to the point.
+    """Append sin and cos of the coordinates at frequencies π/4·2^j to the point.
 
-    Lets a small network draw modes much narrower than the data's range (Tancik et
-    al. 2020, arXiv 2006.10739).
+    They let a small network resolve modes much narrower than the data's range (Tancik
+    et al. 2020, arXiv 2006.10739).
 
     Attributes:
-      octaves: number of frequencies per coordinate; 0 leaves x as it is.
+      octaves: number of frequencies per coordinate; 0: x is returned.
     """
 
     octaves: int
@@ -82,13 +79,13 @@ class FourierFeatures(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Encodes a point and its time and maps both to `out` numbers.
+    """Map a point and its time to `out` numbers.
 
     Attributes:
       out: width of the output.
-      x_widths: widths of the point's encoder; the last has no activation.
+      x_widths: widths of the point's encoder, the last without activation.
       t_embed_dim: width of the sinusoidal time embedding.
-      t_widths: widths of the time's encoder; the last has no activation.
+      t_widths: widths of the time's encoder, the last without activation.
       hidden: widths of the hidden layers after concatenation.
       act: name of the activation.
       norm: `batch`: batch norm after every hidden Dense of the point's encoder and
@@ -138,7 +135,7 @@ class Trunk(nn.Module):
 
 
 class Energy(nn.Module):
-    """f(x, t), one number per example; larger is more likely.
+    """f(x, t), one number per example; larger means more likely.
 
     Attributes:
       trunk: keyword arguments of `Trunk`, without `out` and `norm`.
@@ -181,7 +178,7 @@ class Posterior(nn.Module):
 
     Attributes:
       nz: width of the latent.
-      features: width of the trunk's output, from which two Dense heads read.
+      features: width of the trunk's output, the input of two Dense heads.
       trunk: keyword arguments of `Trunk`, without `out`.
     """
 

@@ -1,11 +1,12 @@
 """The NCSN++ U-Net of the image model's energy and generator.
 
-One trunk serves both. The generator's residual blocks are normalised adaptively by the
-latent z; the energy is f = −½‖x − U(x, t)‖². Song et al. 2021 (arXiv 2011.13456,
-appendix H) for the trunk, Geng et al. 2024 for the two heads.
+One trunk for both: the latent z adapts the norms of the generator's residual blocks,
+and the energy is f = −½‖x − U(x, t)‖². Trunk: Song et al. 2021 (arXiv 2011.13456,
+appendix H); heads: Geng et al. 2024.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,20 +14,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ddaebm_jax.config.choices import MAX_GROUPS
 from ddaebm_jax.models import resample
 from ddaebm_jax.models.layers import conv, dense, dropout, sinusoidal_embedding
 
-PROGRESSIVE_INPUTS = ("none", "residual")
-
-_MAX_GROUPS = 32
 _SQRT_HALF = 0.5**0.5
 
 Image = Float[Array, "batch height width channels"]
 
 
 def num_groups(channels: int) -> int:
-    """Returns the number of groups of a group norm: min(C/4, 32)."""
-    return min(channels // 4, _MAX_GROUPS)
+    """Return the number of groups of a group norm, min(C/4, 32)."""
+    return min(channels // 4, MAX_GROUPS)
 
 
 def group_norm(
@@ -35,10 +34,10 @@ def group_norm(
     shift: Float[Array, "#batch channels"],
     dtype: str,
 ) -> Float[Array, "batch height width channels"]:
-    """Returns the group norm of x with ε = 1e-6, its statistics in float32.
+    """Return the group norm of x with ε = 1e-6 and statistics in float32.
 
-    Sums over positions come first, one a channel, and groups are made of those: the
-    large array is read along its own layout, never reshaped into groups.
+    Sums over positions come first, then those of a group's channels: the large array is
+    reduced in its own layout and never reshaped into groups.
     """
     batch, height, width, channels = x.shape
     groups = num_groups(channels)
@@ -57,11 +56,7 @@ def group_norm(
 
 
 class GroupNorm(nn.Module):
-    """Group norm with a learned scale and shift of each channel.
-
-    Attributes:
-      dtype: of the result.
-    """
+    """Group norm with a learned scale and shift per channel; `dtype`: of the result."""
 
     dtype: str
 
@@ -75,30 +70,8 @@ class GroupNorm(nn.Module):
         return group_norm(x, scale[None, :], bias[None, :], self.dtype)
 
 
-def normed_widths(nf: int, ch_mult: Sequence[int], num_res_blocks: int) -> set[int]:
-    """Returns the widths of all layers that a group norm reads."""
-    widths = [nf * multiple for multiple in ch_mult]
-    skips, h, normed = [nf], nf, {nf}
-    for level, width in enumerate(widths):
-        for _ in range(num_res_blocks):
-            normed |= {h, width}
-            h = width
-            skips.append(h)
-        if level < len(widths) - 1:
-            skips.append(h)
-    for width in reversed(widths):
-        for _ in range(num_res_blocks + 1):
-            normed |= {h + skips.pop(), width}
-            h = width
-    return normed
-
-
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale γ and shift b are an affine function of a style.
-
-    Attributes:
-      dtype: of the result.
-    """
+    """Group norm with scale γ and shift b affine in a style; `dtype`: of the result."""
 
     dtype: str
 
@@ -110,13 +83,11 @@ class AdaptiveGroupNorm(nn.Module):
     ) -> Float[Array, "batch height width channels"]:
         channels = x.shape[-1]
 
-        def starts_at_identity(key: Array, shape: Sequence[int], dtype) -> Array:
+        def identity_init(key: Array, shape: Sequence[int], dtype) -> Array:
             del key
-            return jnp.concatenate(
-                [jnp.ones(shape[0] // 2, dtype), jnp.zeros(shape[0] // 2, dtype)]
-            )
+            return jnp.repeat(jnp.array([1, 0], dtype), shape[0] // 2)
 
-        affine = dense(2 * channels, bias_init=starts_at_identity, name="style")(
+        affine = dense(2 * channels, bias_init=identity_init, name="style")(
             style.astype(jnp.float32)
         )
         scale, shift = jnp.split(affine, 2, axis=-1)
@@ -124,21 +95,21 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """BigGAN's residual block, which may resample by 2 on its way.
+    """BigGAN's residual block, optionally with resampling by 2.
 
     Attributes:
       features: channels of the output.
       dtype: of the computation.
-      rate: of the dropout.
-      place: which block this is; tells dropout masks apart.
-      resampling: what takes h and x to another size; None: nothing.
+      dropout_rate: share of dropped units.
+      index: number of this block, which selects its dropout masks.
+      resampling: function that resamples h and x; None: sides stay.
     """
 
     features: int
     dtype: str
-    rate: float
-    place: int
-    resampling: Any = None
+    dropout_rate: float
+    index: int
+    resampling: Callable[[Array], Array] | None = None
 
     def _norm(self, h: Array, style: Array | None, name: str) -> Array:
         if style is None:
@@ -159,7 +130,7 @@ class ResidualBlock(nn.Module):
         h = conv(self.features, 3, dtype=self.dtype, name="conv_0")(h)
         shift = dense(self.features, dtype=self.dtype, name="time")(time)
         h = nn.silu(self._norm(h + shift[:, None, None, :], style, "norm_1"))
-        h = dropout(h, self.rate, keys, self.place)
+        h = dropout(h, self.dropout_rate, keys, self.index)
         h = conv(self.features, 3, scale=0.0, dtype=self.dtype, name="conv_1")(h)
         if self.resampling is not None or x.shape[-1] != self.features:
             x = conv(self.features, 1, dtype=self.dtype, name="skip")(x)
@@ -167,11 +138,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions of an image.
-
-    Attributes:
-      dtype: of the computation; the softmax is in float32.
-    """
+    """Single-head self-attention over all positions; `dtype`: of the computation."""
 
     dtype: str
 
@@ -192,31 +159,32 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The trunk: an image, its time and, for the generator, a style → an image.
+    """The trunk: maps an image, its time and, in the generator, a style to an image.
 
-    Layers are named by path: `down_{level}_block_{i}`, `down_{level}_attention_{i}`,
+    Layer names: `down_{level}_block_{i}`, `down_{level}_attention_{i}`,
     `down_{level}_resample`, `down_{level}_pyramid`; `middle_…`; `up_…` likewise.
 
     Attributes:
       nf: base width.
-      ch_mult: width of each level, in units of nf; each level but the last halves.
-      num_res_blocks: residual blocks a level on the way down (one more on the way up).
-      attn_resolutions: sides of the images after which attention follows.
-      rate: of the dropout.
-      fir: resample with the filter (1, 3, 3, 1), else by repeats and means.
-      progressive_input: `residual`: a pyramid of the input is summed in at every
-        level; `none`.
+      ch_mult: width of each level in units of nf; every level but the last ends with
+        halved sides.
+      num_res_blocks: residual blocks per level of the down path; the up path has one
+        more.
+      attn_resolutions: sides at which attention follows a block.
+      dropout_rate: share of dropped units.
+      fir: True: resample with the filter (1, 3, 3, 1); False: by repeats and means.
+      progressive_input: `residual`: add a pyramid of the input at every level; `none`.
       dtype: of the computation; parameters, norms, softmax and the last convolution
         are float32.
-      remat: `blocks`: residual blocks and attention are computed again in the
-        backward pass instead of kept; `none`.
+      remat: `blocks`: recompute residual blocks and attention in the backward pass;
+        `none`.
     """
 
     nf: int
     ch_mult: Sequence[int]
     num_res_blocks: int
     attn_resolutions: Sequence[int]
-    rate: float
+    dropout_rate: float
     fir: bool
     progressive_input: str
     dtype: str
@@ -237,7 +205,7 @@ class UNet(nn.Module):
         up = resample.fir_up if self.fir else resample.repeat_up
         last = len(self.ch_mult) - 1
         widths = [self.nf * multiple for multiple in self.ch_mult]
-        places = iter(range(10**6))
+        indices = itertools.count()
 
         time = sinusoidal_embedding(t, self.nf)
         time = dense(4 * self.nf, dtype=self.dtype, name="time_0")(time)
@@ -245,22 +213,21 @@ class UNet(nn.Module):
         time = nn.silu(time)
 
         def block(h: Array, features: int, name: str, resampling=None) -> Array:
+            index = next(indices)
             return block_type(
-                features,
-                self.dtype,
-                self.rate,
-                next(places),
-                resampling,
-                name=name,
+                features, self.dtype, self.dropout_rate, index, resampling, name=name
             )(h, time, style, keys)
 
         def attention(h: Array, name: str) -> Array:
             return attention_type(self.dtype, name=name)(h)
 
+        def half_pyramid(pyramid: Array, features: int, name: str) -> Array:
+            halve = conv(features, 3, dtype=self.dtype, strides=2, padding=0, name=name)
+            return halve(resample.fir_filter(pyramid))
+
         channels = x.shape[-1]
-        x = x.astype(self.dtype)
-        pyramid = x
-        h = conv(self.nf, 3, dtype=self.dtype, name="conv_in")(x)
+        pyramid = x.astype(self.dtype)
+        h = conv(self.nf, 3, dtype=self.dtype, name="conv_in")(pyramid)
         skips = [h]
         for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
@@ -271,14 +238,7 @@ class UNet(nn.Module):
             if level < last:
                 h = block(h, width, f"down_{level}_resample", down)
                 if self.progressive_input == "residual":
-                    pyramid = conv(
-                        width,
-                        3,
-                        strides=2,
-                        padding="VALID",
-                        dtype=self.dtype,
-                        name=f"down_{level}_pyramid",
-                    )(resample.fir_filter(pyramid))
+                    pyramid = half_pyramid(pyramid, width, f"down_{level}_pyramid")
                     h = pyramid = (pyramid + h) * _SQRT_HALF
                 skips.append(h)
 
@@ -295,13 +255,13 @@ class UNet(nn.Module):
             if level > 0:
                 h = block(h, widths[level], f"up_{level}_resample", up)
 
-        # In float32: the energy is a difference of what is nearly equal.
+        # In float32: the energy is a difference of nearly equal numbers.
         h = nn.silu(GroupNorm("float32", name="norm_out")(h))
         return conv(channels, 3, scale=0.0, name="conv_out")(h)
 
 
 class Energy(nn.Module):
-    """f(x, t) = −½ Σ (x − U(x, t))², summed in float32; larger is more likely.
+    """f(x, t) = −½ Σ (x − U(x, t))², in float32; larger means more likely.
 
     Attributes:
       trunk: keyword arguments of `UNet`.
@@ -326,7 +286,7 @@ class Generator(nn.Module):
 
     Attributes:
       z_emb_dim: width of the latent's embedding.
-      n_mlp: layers of that embedding after the first.
+      n_mlp: number of its layers after the first.
       trunk: keyword arguments of `UNet`.
     """
 
@@ -345,8 +305,7 @@ class Generator(nn.Module):
         dtype = self.trunk["dtype"]
         style = z * jax.lax.rsqrt((z**2).mean(axis=1, keepdims=True) + 1e-8)
         for i in range(self.n_mlp + 1):
-            style = nn.silu(
-                dense(self.z_emb_dim, dtype=dtype, name=f"latent_{i}")(style)
-            )
+            layer = dense(self.z_emb_dim, dtype=dtype, name=f"latent_{i}")
+            style = nn.silu(layer(style))
         h = UNet(**self.trunk, name="trunk")(x_next, t, style, keys)
         return jnp.tanh(h)

@@ -1,10 +1,9 @@
 """Resampling of images by 2, with the filter (1, 3, 3, 1) or without.
 
-The filter is separable, and beside the zeros that upsampling puts in, or the samples
-that downsampling leaves out, each output needs two or four inputs per axis. So both
-are written as sums of shifted slices (their polyphase form): no convolution, and
-nothing is multiplied by zero. Shifts read zeros outside the image. Karras et al. 2020
-(arXiv 1912.04958) filter so in their networks.
+The filter is separable, and per axis each output depends on two or four inputs. So both
+directions are sums of shifted slices (the polyphase form) with zeros outside the image:
+no convolution, and no products with inserted zeros. The filter is that of Karras et al.
+2020 (arXiv 1912.04958).
 """
 
 import jax.numpy as jnp
@@ -71,24 +70,23 @@ def _filter_axis(x: Array, axis: int) -> Array:
 def fir_up(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch height2 width2 channels"]:
-    """Doubles both sides: zeros after every sample, padding (2, 1), gain 2 an axis."""
+    """Double both sides: zeros after every sample, padding (2, 1), gain 2 per axis."""
     return _up_axis(_up_axis(x, 1), 2)
 
 
 def fir_down(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch height2 width2 channels"]:
-    """Halves both sides (rounded down): padding (1, 1), filter, every second sample."""
+    """Halve both sides, rounded down: padding (1, 1), filter, every second sample."""
     return _down_axis(_down_axis(x, 1), 2)
 
 
 def fir_filter(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch height2 width2 channels"]:
-    """Filters with padding (2, 2): each side grows by one.
+    """Filter with padding (2, 2); each side grows by one.
 
-    What comes before a convolution of 3×3 with stride 2 and no padding, which then
-    halves an even side.
+    A 3×3 convolution with stride 2 and no padding then halves an even side.
     """
     return _filter_axis(_filter_axis(x, 1), 2)
 
@@ -96,14 +94,14 @@ def fir_filter(
 def repeat_up(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch height2 width2 channels"]:
-    """Doubles both sides by repeating every sample."""
+    """Double both sides by repeating every sample."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def mean_down(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch height2 width2 channels"]:
-    """Halves both (even) sides by the mean of 2×2 squares."""
+    """Halve both (even) sides by means of 2×2 squares."""
     batch, height, width, channels = x.shape
     squares = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
     return squares.mean(axis=(2, 4))

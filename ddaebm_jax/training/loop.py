@@ -10,19 +10,20 @@ import signal
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
 from absl import logging
+from clu import parameter_overview
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiments
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.errors import InputError, LostProcessError, TrainingError
-from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.evaluation import image_quality, pictures
+from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import dispatch, processes, run_directory
 from ddaebm_jax.training.checkpoints import Checkpoints, SaveError, Saver
@@ -32,47 +33,18 @@ from ddaebm_jax.training.reports import Reports
 
 @dataclasses.dataclass
 class Run:
-    """A run that trains: what it works with, and its state on the host.
-
-    Attributes:
-      experiment: what the config describes.
-      workdir: the run directory.
-      dispatcher: takes the steps.
-      batches: the input stream; None where there is none.
-      meter: measures images by Inception's features; None: not measured.
-      checkpoints: of the newest steps, and of the lowest FID.
-      saver: saves the newest, and retries.
-      reports: metrics and the progress line.
-      trial: number of rollbacks so far, which seeds the noise.
-      evaluated: the last step that was evaluated.
-    """
+    """A run that trains: what it works with, and its state on the host."""
 
     experiment: experiments.Experiment
     workdir: Path
     dispatcher: dispatch.Dispatcher
-    batches: Batches | None
-    meter: image_quality.Meter | None
+    batches: Batches | None  # The input stream, where there is one.
+    meter: image_quality.Meter | None  # Inception features, where they are wanted.
     checkpoints: Checkpoints
     saver: Saver
     reports: Reports
-    trial: int = 0
-    evaluated: int = 0
-
-
-class Dispatched(NamedTuple):
-    """Steps that may still be under way.
-
-    Attributes:
-      step: the step after the last.
-      length: number of steps.
-      metrics: their means, on the device.
-      fault: the first of them that is not finite, on the device.
-    """
-
-    step: int
-    length: int
-    metrics: Metrics
-    fault: Fault
+    trial: int = 0  # Number of rollbacks, which seeds the noise.
+    evaluated: int = 0  # The last step that was evaluated.
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -106,17 +78,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 run.experiment.source.save(workdir)
             preemption = stack.enter_context(Preemption())
             state = _loop(run, state, first_step, preemption)
-            report = {
-                **_measure(run, state, preemption),
-                "resumed_from_step": first_step,
-                "seconds": time.monotonic() - started,
-            }
-            if processes.is_first_process():
-                run_directory.write_report(workdir, report)
-            final = {f"final/{name}": x for name, x in report["figures"].items()}
-            run.reports.write(report["step"], final)
-            _draw(run, state, report["step"], preemption)
-            return report
+            return _finish(run, state, first_step, started, preemption)
     except Exception as error:
         if processes.is_lost_process(error):
             raise LostProcessError(error) from error
@@ -152,16 +114,15 @@ def _open(
     stack.push(close)
     reports = Reports(workdir, config, experiment.source.holds_images)
     stack.callback(reports.close)
-    return Run(
-        experiment=experiment,
-        workdir=workdir,
-        dispatcher=dispatcher,
-        batches=batches,
-        meter=meter,
-        checkpoints=checkpoints,
-        saver=Saver(checkpoints, config.recovery.save_patience),
-        reports=reports,
-    )
+    for name, value in experiments.state_shapes(experiment).variables._asdict().items():
+        if params := value["params"]:
+            table = parameter_overview.get_parameter_overview(
+                params, include_stats=False
+            )
+            reports.log(f"{name}\n{table}")
+    saver = Saver(checkpoints, config.recovery.save_patience)
+    tools = dispatcher, batches, meter, checkpoints, saver, reports
+    return Run(experiment, workdir, *tools)
 
 
 def _restore(run: Run) -> tuple[TrainState, int]:
@@ -204,8 +165,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
       Stopped: for a signal, when everything is saved.
     """
     config, train = run.experiment.config, run.experiment.config.train
-    total = train.num_steps
-    previous, stop = None, None
+    total, previous, stop = train.num_steps, None, None
     if _is_due(train.evaluate_every, step, total) and run.evaluated < step:
         stop = _evaluate(run, state, step, preemption)
     while step < total and stop is None:
@@ -214,7 +174,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         compiled = run.dispatcher.compile_seconds
         state, metrics, fault = run.dispatcher(state, step - start, batches)
         compiled = run.dispatcher.compile_seconds - compiled
-        current = Dispatched(step, step - start, metrics, fault)
+        current = step, step - start, metrics, fault
 
         stop = preemption.poll(start, step)
         run.saver.poll()
@@ -225,17 +185,17 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
 
         # Metrics are fetched while the next steps are under way, those of a state that
         # is used at once.
-        fault = _report(run, previous)
+        bad = _report(run, previous)
         if compiled:
             run.reports.log(f"compiled {step - start} steps in {compiled:.1f} s")
             run.reports.restart_clock(start)
-        if fault is None and (evaluate or draw or save):
-            fault, current = _report(run, current), None
+        if bad is None and (evaluate or draw or save):
+            bad, current = _report(run, current), None
         previous = current
-        if fault is not None:
+        if bad is not None:
             previous = None
             del state
-            state, step = _roll_back(run, fault)
+            state, step = _roll_back(run, bad)
             continue
 
         if evaluate:
@@ -258,14 +218,17 @@ def _is_due(every: int, step: int, total: int) -> bool:
     return every > 0 and 0 < step < total and step % every == 0
 
 
-def _report(run: Run, done: Dispatched | None) -> Fault | None:
-    """Fetch the metrics of some steps and report them; return their fault, if any."""
-    if done is None:
+def _report(
+    run: Run, dispatched: tuple[int, int, Metrics, Fault] | None
+) -> Fault | None:
+    """Fetch the metrics of a dispatch and report them; return its fault, if any."""
+    if dispatched is None:
         return None
-    metrics, step = jax.device_get((done.metrics, done.fault.step))
-    if step:
-        return jax.device_get(done.fault)
-    run.reports.add(done.step, done.length, metrics)
+    step, length, metrics, fault = dispatched
+    metrics, fault_step = jax.device_get((metrics, fault.step))
+    if fault_step:
+        return jax.device_get(fault)
+    run.reports.add(step, length, metrics)
     return None
 
 
@@ -360,36 +323,42 @@ def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> Non
         logging.warning("the pictures of step %d cannot be drawn: %s", step, error)
 
 
-def _measure(run: Run, state: TrainState, preemption: Preemption) -> dict[str, Any]:
-    """Evaluate the last state; return the report.
+def _finish(
+    run: Run, state: TrainState, first_step: int, started: float, preemption: Preemption
+) -> dict[str, Any]:
+    """Evaluate and draw the last state, and write the report; return it.
 
     Raises:
-      Stopped: for a signal.
+      Stopped: for a signal before the report is written.
     """
     config, step = run.experiment.config, run.experiment.config.train.num_steps
     num, fewer = config.evaluation.num_samples, config.evaluation.num_samples_on_the_way
+    inputs = run.experiment, state.ema, run.meter
     try:
         with preemption.interruptible():
-            found = compared = metrics_lib.evaluate(run.experiment, state.ema, run.meter)
+            found = compared = metrics_lib.evaluate(*inputs)
             if run.meter is not None and fewer not in (0, num):
-                compared = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
+                compared = metrics_lib.evaluate(*inputs, fewer)
     except StopRequested:
         raise Stopped(preemption.signal, step, step) from None
     _save_best(run, state, compared)
-    return {
+    report = {
         "step": step,
         "figures": found,
         "compile_seconds": run.dispatcher.compile_seconds,
+        "resumed_from_step": first_step,
         "rollbacks": run.trial,
         "device": f"{run.dispatcher.mesh.size} × {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "versions": {"jax": jax.__version__},
-        "parameters": _count_parameters(state),
+        "parameters": {
+            name: sum(leaf.size for leaf in jax.tree.leaves(value["params"]))
+            for name, value in state.variables._asdict().items()
+        },
+        "seconds": time.monotonic() - started,
     }
-
-
-def _count_parameters(state: TrainState) -> dict[str, int]:
-    return {
-        name: sum(leaf.size for leaf in jax.tree.leaves(value["params"]))
-        for name, value in state.variables._asdict().items()
-    }
+    if processes.is_first_process():
+        run_directory.write_report(run.workdir, report)
+    run.reports.write(step, {f"final/{name}": value for name, value in found.items()})
+    _draw(run, state, step, preemption)
+    return report

@@ -52,12 +52,9 @@ class Preemption:
         self._interruptible = False
 
     def __enter__(self) -> "Preemption":
+        numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is threading.main_thread():
-            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
-            if not self._several:
-                self._previous[signal.SIGTERM] = signal.signal(
-                    signal.SIGTERM, self._handle
-                )
+            self._previous = {n: signal.signal(n, self._handle) for n in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,11 +101,9 @@ class Preemption:
             self._interruptible = False
 
     def poll(self, before: int, step: int) -> signal.Signals | None:
-        """Return the signal for which to stop now; the same in all processes.
+        """Return the signal for which to stop at `step`, if any; after `before`.
 
-        Args:
-          before: the step that the last call named, or the first.
-          step: the current one.
+        All processes stop at the same step.
         """
         if not self._several:
             return self.signal

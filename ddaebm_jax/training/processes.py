@@ -24,21 +24,15 @@ _CONFIG_BYTES = 2**16
 
 
 class Processes(NamedTuple):
-    """How this process finds the others.
+    """How this process finds the others; without addresses, through the cluster.
 
-    Attributes:
-      coordinator: address and port of process 0; empty: from the cluster (TPU pods,
-        Slurm, Open MPI, Kubernetes).
-      num_processes: number of processes.
-      process_id: number of this one, from 0.
-      heartbeat_timeout: seconds of silence after which JAX declares a process dead
-        and ends the others with a message that names it.
+    TPU pods, Slurm, Open MPI and Kubernetes know them.
     """
 
-    coordinator: str = ""
+    coordinator: str = ""  # Address and port of process 0.
     num_processes: int | None = None
-    process_id: int | None = None
-    heartbeat_timeout: int = 100
+    process_id: int | None = None  # Number of this one, from 0.
+    heartbeat_timeout: int = 100  # Seconds of silence after which JAX ends the others.
 
 
 def join(processes: Processes) -> None:

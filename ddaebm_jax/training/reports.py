@@ -1,6 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard event files, and a progress line."""
 
-import errno
+import datetime
 import json
 import os
 import sys
@@ -32,13 +32,7 @@ class Reports:
     def __init__(
         self, workdir: Path, config: ml_collections.ConfigDict, holds_images: bool
     ) -> None:
-        """Opens the event files.
-
-        Args:
-          workdir: the run directory.
-          config: of the run.
-          holds_images: whether examples are images, whose rate is reported then.
-        """
+        """Opens the event files; reports the rate of images too if there are any."""
         self._writes = is_first_process()
         self._path = workdir / METRICS_FILE
         self._every, self._total = config.train.report_every, config.train.num_steps
@@ -94,13 +88,18 @@ class Reports:
         if self._images_per_step is not None:
             rates["images_per_second"] = rate * self._images_per_step
         self.write(step, {**values, **rates})
-        self._log_progress(
+        left = datetime.timedelta(seconds=round((self._total - step) / rate))
+        line = (
             f"step {step}/{self._total} ({step / self._total:.0%})  "
-            f"{rate:.1f} steps/s  {format_seconds((self._total - step) / rate)} left  "
+            f"{rate:.1f} steps/s  {left} left  "
             f"energy {values['energy/loss']:+.3f}  "
-            f"generator {values['generator/loss']:+.3f}",
-            last=step == self._total,
+            f"generator {values['generator/loss']:+.3f}"
         )
+        if self._interactive:
+            sys.stderr.write(f"\r\x1b[K{line}" + "\n" * (step == self._total))
+            sys.stderr.flush()
+        else:
+            logging.info(line)
         self._warn_of_divergence(step, values)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -141,13 +140,6 @@ class Reports:
     def close(self) -> None:
         """Write out the event files."""
         self._to_tensorboard(lambda writer: writer.close())
-
-    def _log_progress(self, line: str, last: bool) -> None:
-        if self._interactive:
-            sys.stderr.write(f"\r\x1b[K{line}" + "\n" * last)
-            sys.stderr.flush()
-        else:
-            logging.info(line)
 
     def _warn_of_divergence(self, step: int, values: Mapping[str, float]) -> None:
         """Warn once each time that mean energies or their gap exceed their limits."""
@@ -217,9 +209,8 @@ def _append(path: Path, line: str) -> None:
     with path.open("ab", buffering=0) as file:
         size, written = os.fstat(file.fileno()).st_size, 0
         try:
-            written = file.write(data)
-            if written < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while written < len(data):
+                written += file.write(data[written:])
         finally:
             if written < len(data):
                 os.ftruncate(file.fileno(), size)
@@ -244,16 +235,6 @@ def _is_kept(line: bytes, step: int, evaluated: int) -> bool:
         return line.endswith(b"\n") and values["step"] <= last and "final" not in kinds
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration for people: `45s`, `12m 30s`, `3h 05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
 def format_report(report: Mapping[str, Any]) -> str:

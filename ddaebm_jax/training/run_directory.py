@@ -20,8 +20,7 @@ REPORT_FILE = "report.json"
 LOCK_FILE = "lock"
 
 _LARGEST_CONFIG = 2**20
-# Errors of file systems without locks.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # Errors of file systems without locks.
 
 
 @contextlib.contextmanager
@@ -44,8 +43,8 @@ def lock(workdir: Path) -> Iterator[None]:
             f"--workdir={workdir} is in use by another run; wait until that one has "
             "ended, or name a new --workdir"
         ) from error
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise InputError(
                 f"--workdir={workdir} cannot be written ({error.strerror}); make it "
                 "writable, or name another"
@@ -95,7 +94,7 @@ def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
     refused = {
         name: pair
         for name, pair in changed.items()
-        if not name.startswith(config_lib.FREE_ON_RESUME)
+        if name not in config_lib.FREE_ON_RESUME
         or (name == "train.num_steps" and config_lib.decays(config))
     }
     if refused:

@@ -1,0 +1,247 @@
+"""What several commands share: flags, error lines, joined processes, output paths."""
+
+import contextlib
+import itertools
+import logging as std_logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import flags, logging
+
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import inference
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.training import processes
+
+# Errors and ends.
+
+
+def fail(message: str, at_once: bool = False) -> NoReturn:
+    """Print `error: …` on one line, and end the program with status 2."""
+    at_once = at_once or jax.distributed.is_initialized()
+    leave(f"error: {' '.join(message.split())}", 2, at_once)
+
+
+def leave(line: str, status: int, at_once: bool = True) -> NoReturn:
+    """Print a line among the errors, and end the program.
+
+    Args:
+      line: what is printed.
+      status: the program's exit status.
+      at_once: skip what runs at a program's end: saves under way, and JAX's wait of
+        minutes for other processes. Those notice the missing heartbeat.
+    """
+    sys.stdout.flush()
+    sys.stderr.write(f"{line}\n")  # In one piece: other threads may write there.
+    sys.stderr.flush()
+    if at_once:
+        os._exit(status)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Let an error of the user's end the program with one line."""
+    try:
+        yield
+    except flags.Error as error:
+        fail(f"{error}; --help lists the flags")
+    except (InputError, OSError) as error:
+        logging.debug("raised here", exc_info=True)
+        fail(str(error))
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        leave(traceback.format_exc(), 1)
+
+
+def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
+    """Run a command; `words` are the program's name and arguments that are no flags."""
+    logging.get_absl_handler().addFilter(_is_for_users)
+    with user_errors():
+        if words[1:]:
+            raise InputError(f"what is {words[1]!r}? Flags start with --")
+        command(flags.FLAGS)
+
+
+def _is_for_users(record: std_logging.LogRecord) -> bool:
+    """Drop the information that libraries log: Orbax writes 50 lines a save."""
+    ours = Path(record.pathname).is_relative_to(Path(__file__).parents[1])
+    return ours or record.levelno > std_logging.INFO
+
+
+# For commands that use a trained run.
+_USE_LESS_MEMORY = (
+    "use a larger device or, with JAX_PLATFORMS=cpu, the host's memory; images are "
+    "processed evaluation.batch_size of the config.json in --workdir at a time"
+)
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(advice: str = _USE_LESS_MEMORY) -> Iterator[None]:
+    """Turn out-of-memory errors into input errors that say what to try."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"out of memory ({reason}); {advice}") from error
+
+
+# Flags.
+
+
+def define_trained_run(values: flags.FlagValues) -> None:
+    """Define --workdir, which must be given, and --checkpoint."""
+    define_workdir(values)
+    text = "`latest`, `best` (lowest FID), or the step of a checkpoint."
+    flags.DEFINE_string("checkpoint", "latest", text, values)
+
+
+def define_workdir(values: flags.FlagValues) -> None:
+    """Define --workdir, which must be given."""
+    flags.DEFINE_string("workdir", None, "The run directory.", values)
+    require(values, "workdir", "a run directory that --mode=train has made")
+
+
+def require(values: flags.FlagValues, name: str, what: str) -> None:
+    """Make a flag required."""
+    text = f"this mode needs --{name}, {what}"
+    flags.register_validator(name, bool, text, values)
+
+
+def define_seed(values: flags.FlagValues, text: str) -> None:
+    """Define --seed."""
+    most = 2**31 - 1
+    flags.DEFINE_integer("seed", 0, text, 0, most, values)
+
+
+def define_skip_corrupt(values: flags.FlagValues) -> None:
+    """Define --skip_corrupt."""
+    text = "Skip unusable images of a folder."
+    flags.DEFINE_bool("skip_corrupt", False, text, values)
+
+
+def define_inception_weights(values: flags.FlagValues) -> None:
+    """Define --inception_weights; see `inception_settings`."""
+    flags.DEFINE_string(
+        "inception_weights",
+        None,
+        "Measure images by Inception features, with the weights of this .pth, .npz or "
+        ".safetensors file; `published`: the published weights, downloaded once; "
+        "`none`: skip these figures.",
+        values,
+    )
+
+
+def inception_settings(weights: str | None) -> dict[str, Any]:
+    """Return what --inception_weights sets in the config's evaluation section."""
+    if weights is None:
+        return {}
+    if weights == "none":
+        return {"inception": False, "inception_weights": ""}
+    path = "" if weights == "published" else weights
+    return {"inception": True, "inception_weights": path}
+
+
+# Several processes.
+
+
+def define_distributed(values: flags.FlagValues) -> None:
+    """Define the flags that `join_processes` reads."""
+    text = "Run several processes, known to a cluster (TPU pod, Slurm) or through the "
+    text += "next three flags. All get the same command, except for --process_id."
+    flags.DEFINE_bool("distributed", False, text, values)
+    text = "host:port of process 0, where no cluster tells it."
+    flags.DEFINE_string("coordinator", "", text, values)
+    text = "Number of processes."
+    flags.DEFINE_integer("num_processes", None, text, 1, None, values)
+    text = "Number of this process, from 0."
+    flags.DEFINE_integer("process_id", None, text, 0, None, values)
+    text = "Seconds of silence after which a process is dead, and the others end."
+    flags.DEFINE_integer("heartbeat_timeout", 100, text, 1, None, values)
+    text = "Seconds to wait at the start for the others."
+    most = 290  # JAX aborts after 300.
+    flags.DEFINE_integer("join_timeout", 270, text, 1, most, values)
+
+
+def join_processes(values: flags.FlagValues) -> None:
+    """Join the processes of a --distributed command; must precede any use of devices.
+
+    Raises:
+      InputError: for flags that do not fit together, or if they cannot be joined.
+    """
+    names = "coordinator", "num_processes", "process_id", "heartbeat_timeout"
+    if not values.distributed:
+        for name in (*names, "join_timeout"):
+            if values[name].present:
+                raise InputError(f"--{name} is for --distributed; give that too")
+        return
+    # JAX itself would abort with a stack trace.
+    message = (
+        f"--distributed: not all processes have come within {values.join_timeout} s "
+        "(--join_timeout); one has failed, see its output, was not started, or was "
+        "given another --coordinator or --num_processes: start all of them again"
+    )
+    deadline = threading.Timer(values.join_timeout, fail, (message, True))
+    deadline.daemon = True
+    deadline.start()
+    try:
+        processes.join(processes.Processes(*(values[name].value for name in names)))
+    finally:
+        deadline.cancel()
+
+
+# Outputs.
+
+
+def free_path(path: Path, *companions: str) -> Path:
+    """Return `path`, or with -1, -2, … before its suffix if it exists.
+
+    Args:
+      path: the preferred path.
+      companions: suffixes ("" of a folder) that must be free for the same stem.
+    """
+    for count in itertools.count():
+        number = f"-{count}" if count else ""
+        candidate = path.with_name(f"{path.stem}{number}{path.suffix}")
+        names = (candidate, *map(candidate.with_suffix, companions))
+        if not any(name.exists() for name in names):
+            return candidate
+
+
+def check_output(output: str | None, *suffixes: str) -> None:
+    """Check that --output, if given, names a new file.
+
+    Raises:
+      InputError: if it exists, or has another suffix or no directory.
+    """
+    if not output:
+        return
+    path = Path(output)
+    if path.suffix not in suffixes:
+        raise InputError(
+            f"--output={path} ends in '{path.suffix}'; allowed: {', '.join(suffixes)}"
+        )
+    if path.exists():
+        raise InputError(f"--output={path} exists already; name another file")
+    if not path.parent.is_dir():
+        raise InputError(f"--output={path}: {path.parent} is not a directory")
+
+
+def circumstances(experiment: Experiment, started: float) -> dict[str, Any]:
+    """Return what every report says about how it was made, as JSON values."""
+    mesh = inference.evaluation_mesh(experiment)
+    return {
+        "seconds": time.monotonic() - started,
+        "device": f"{mesh.size} × {jax.devices()[0].device_kind}",
+        "versions": {"jax": jax.__version__},
+    }

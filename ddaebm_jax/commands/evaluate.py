@@ -1,0 +1,153 @@
+"""`--mode=evaluate`: measure a trained run, or images in place of its samples."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+from ddaebm_jax import config as config_lib
+from ddaebm_jax.commands import common
+from ddaebm_jax.config import choices
+from ddaebm_jax.data import images
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import image_quality, metrics
+from ddaebm_jax.files import write_json_atomically, write_text_atomically
+from ddaebm_jax.training import processes, reports
+from ddaebm_jax.training.run_directory import REPORT_FILE
+from ddaebm_jax.training.trained_run import TrainedRun, load_run
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_trained_run(values)
+    text = "Number of samples. Default: the config's."
+    flags.DEFINE_integer("num_samples", None, text, flag_values=values)
+    text = "Folder or NPZ of images to measure in place of samples."
+    flags.DEFINE_string("input", None, text, values)
+    common.define_skip_corrupt(values)
+    common.define_inception_weights(values)
+    text = "How images enter Inception. Default: the config's."
+    flags.DEFINE_enum("preprocessing", None, choices.PREPROCESSINGS, text, values)
+    text = "Images that samples are compared with. Default: the config's."
+    flags.DEFINE_enum("reference", None, choices.REFERENCES, text, values)
+    text = "File of the reference's statistics, made if it does not exist."
+    flags.DEFINE_string("reference_path", None, text, values)
+    common.define_distributed(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Measure, and print the figures."""
+    # Images from elsewhere belong to no checkpoint, and bring their own number.
+    unused = ("num_samples", "checkpoint") if values.input else ("skip_corrupt",)
+    for name in unused:
+        if values[name].present:
+            raise InputError(
+                f"--{name} has no meaning {'with' if values.input else 'without'} "
+                "--input: leave it out"
+            )
+    common.join_processes(values)
+    settings = common.inception_settings(values.inception_weights)
+    for name in ("num_samples", "preprocessing", "reference", "reference_path"):
+        settings[name] = values[name].value
+    given = values.checkpoint, values.input, values.skip_corrupt
+    with common.out_of_memory_advice():
+        report = evaluate(values.workdir, *given, **settings)
+    if processes.is_first_process():
+        print(reports.format_report(report))
+
+
+def evaluate(
+    workdir: str | Path,
+    checkpoint: str = "latest",
+    input_path: str | Path | None = None,
+    skip_corrupt: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a run, and write `report.json` and a table beside it.
+
+    Where one exists, as after training, `report-1.json` and so on are written.
+
+    Args:
+      workdir: the run directory.
+      checkpoint: as in `load_run`.
+      input_path: folder or NPZ of images to measure by Inception features in place of
+        samples.
+      skip_corrupt: skip unusable images of a folder.
+      **settings: fields of the config's `evaluation` section to change; None: keep.
+
+    Returns:
+      The report.
+
+    Raises:
+      InputError: for a run, weights, images or settings that do not fit.
+    """
+    started = time.monotonic()
+    loaded = load_run(workdir, open_images=True, checkpoint=checkpoint)
+    config = loaded.experiment.config
+    changed = {name: value for name, value in settings.items() if value is not None}
+    config.evaluation.update(changed)
+    config_lib.validate(config, saved=True)
+    _check(loaded, input_path, changed)
+    report: dict[str, Any] = {}
+    if input_path is None:
+        meter = image_quality.open_meter(loaded.experiment)
+        found = metrics.evaluate(loaded.experiment, loaded.variables, meter)
+        report |= {"step": loaded.step, "checkpoint": checkpoint}
+    else:
+        found = _measure_images(loaded, input_path, skip_corrupt)
+        report["images"] = str(input_path)
+    report |= {"figures": found, **common.circumstances(loaded.experiment, started)}
+    if processes.is_first_process():
+        path = common.free_path(loaded.workdir / REPORT_FILE, ".txt")
+        write_json_atomically(path, report)
+        table = reports.format_report(report)
+        write_text_atomically(path.with_suffix(".txt"), table + "\n")
+        logging.info("wrote %s and %s", path, path.with_suffix(".txt").name)
+    return report
+
+
+def _check(
+    loaded: TrainedRun, input_path: str | Path | None, changed: dict[str, Any]
+) -> None:
+    """Refuse settings that nothing would read."""
+    config = loaded.experiment.config
+    of_images = sorted(changed.keys() - {"num_samples"})
+    if not loaded.experiment.source.holds_images and (input_path or of_images):
+        raise InputError(
+            f"--{'input' if input_path else of_images[0]} is for runs of images, and "
+            f"data.name of {loaded.workdir} is '{config.data.name}'; leave it out"
+        )
+    if input_path and changed.get("inception") is False:
+        raise InputError(
+            "--inception_weights=none leaves nothing to measure --input by; leave one "
+            "of them out"
+        )
+    unread = [name for name in of_images if not name.startswith("inception")]
+    if unread and not input_path and not config.evaluation.inception:
+        raise InputError(
+            f"--{unread[0]} is for Inception features, which this run is not measured "
+            "by; give --inception_weights=published, or a file of the weights"
+        )
+
+
+def _measure_images(
+    loaded: TrainedRun, input_path: str | Path, skip_corrupt: bool
+) -> dict[str, Any]:
+    source, config = loaded.experiment.source, loaded.experiment.config
+    pixels, _ = images.read_images(
+        input_path,
+        source.event_shape,
+        skip_corrupt,
+        config.data.crop,
+        timeout=config.data.timeout,
+    )
+    # Files are often sorted by kind; splits and subsets should be alike.
+    pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
+    config.evaluation.inception = True
+    meter = image_quality.open_meter(loaded.experiment)
+    size = config.evaluation.batch_size
+    return meter.measure(
+        pixels[start : start + size] for start in range(0, len(pixels), size)
+    )

@@ -1,0 +1,98 @@
+"""`--mode=sample`: draw samples from a trained run."""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags, logging
+from jaxtyping import UInt8
+
+from ddaebm_jax.commands import common
+from ddaebm_jax.data import images, tabular, test_rows
+from ddaebm_jax.evaluation import inference, plots
+from ddaebm_jax.files import written_atomically
+from ddaebm_jax.training.trained_run import load_run
+
+# A grid of more would be too small to look at.
+_GRID_IMAGES = 100
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_trained_run(values)
+    text = "Number of samples. Default: 10000, or 100 images."
+    flags.DEFINE_integer("num_samples", None, text, 1, None, values)
+    common.define_seed(values, "Sample i is a function of (seed, i).")
+    text = "NPZ to write, with a picture beside it. Default: a new one in --workdir."
+    flags.DEFINE_string("output", None, text, values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Draw samples, and print the path of their NPZ."""
+    settings = values.num_samples, values.seed, values.output, values.checkpoint
+    with common.out_of_memory_advice():
+        print(sample(values.workdir, *settings))
+
+
+def sample(
+    workdir: str | Path,
+    num_samples: int | None = None,
+    seed: int = 0,
+    output: str | None = None,
+    checkpoint: str = "latest",
+) -> Path:
+    """Draw samples of a run; sample i is a function of (seed, i).
+
+    The arguments are the flags of this mode.
+
+    Returns:
+      The path of the NPZ (`x`, in the data's own units), which has a picture beside it.
+      Images are uint8, and are also PNG files in a folder beside it.
+
+    Raises:
+      InputError: for a run that cannot be loaded, or a bad output path.
+    """
+    common.check_output(output, ".npz")
+    loaded = load_run(workdir, checkpoint=checkpoint)
+    source = loaded.experiment.source
+    if num_samples is None:
+        num_samples = 100 if source.holds_images else 10_000
+    if output:
+        path = Path(output)
+    elif source.holds_images:
+        path = common.free_path(loaded.workdir / "images.npz", ".png", "")
+    else:
+        path = common.free_path(loaded.workdir / "samples.npz", ".png")
+    model = loaded.experiment, loaded.variables
+    drawn = inference.draw_samples(*model, num_samples, seed)
+    if source.holds_images:
+        samples = np.asarray(images.to_uint8(drawn))
+    elif source.table is not None:
+        samples = source.table.standardizer.inverse(drawn)
+    else:
+        samples = drawn
+    with written_atomically(path) as file:
+        np.savez(file, x=samples, seed=seed, step=loaded.step)
+    picture = common.free_path(path.with_suffix(".png"))
+    title = f"{num_samples} samples, step {loaded.step}"
+    if source.holds_images:
+        _save_images(common.free_path(path.with_suffix("")), samples)
+        plots.plot_images(picture, samples[:_GRID_IMAGES])
+    elif source.table is not None:
+        held_out = test_rows(source.table, tabular.INLIER)
+        energies = {
+            "held-out inliers": inference.energies(*model, held_out),
+            "samples": inference.energies(*model, drawn),
+        }
+        plots.plot_table(picture, source.table.train, drawn, energies, title)
+    else:
+        extent = max(1e-6, 1.1 * float(np.abs(samples).max()))
+        plots.plot_samples(picture, samples, extent, title)
+    logging.info("wrote %s and %s", path, picture)
+    return path
+
+
+def _save_images(folder: Path, samples: UInt8[np.ndarray, "n h w c"]) -> None:
+    folder.mkdir()
+    digits = len(str(len(samples) - 1))
+    for i, image in enumerate(samples):
+        plots.save_image(folder / f"{i:0{digits}}.png", image)

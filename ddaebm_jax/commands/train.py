@@ -1,0 +1,63 @@
+"""`--mode=train`: train a recipe, or go on with a run."""
+
+import sys
+import time
+from pathlib import Path
+
+from absl import flags, logging
+
+from ddaebm_jax import config as config_lib
+from ddaebm_jax.commands import common
+from ddaebm_jax.config import flags as config_flags
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.training import loop, preemption, processes, reports
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    config_flags.define_config_flag(
+        "The recipe; --config.section.field=value changes a field.", values
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The run directory, new or to go on with. Default: runs/<config>/<time>.",
+        flag_values=values,
+    )
+    common.define_inception_weights(values)
+    common.define_distributed(values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Train, and print the run directory and the final figures."""
+    if values.config is None:
+        raise InputError(
+            "--mode=train needs --config, for example --config=configs/gaussians25.py"
+        )
+    if values.distributed and not values.workdir:
+        raise InputError("--distributed needs --workdir, the same for all processes")
+    config = values.config
+    config.evaluation.update(common.inception_settings(values.inception_weights))
+    config_lib.validate(config)  # Before other processes are waited for.
+    common.join_processes(values)
+    workdir = values.workdir or _new_workdir()
+    advice = (
+        f"lower data.batch_size ({config.data.batch_size}), or keep it and raise "
+        f"optimizer.accumulate ({config.optimizer.accumulate}), or on images set "
+        f"model.remat to blocks ({config.model.remat}), or narrow the networks"
+    )
+    try:
+        with common.out_of_memory_advice(advice):
+            report = loop.train(config, workdir)
+    except preemption.Stopped as stopped:
+        logging.info("%s", stopped)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        common.leave("left at once; the newest checkpoint is kept", 130)
+    if processes.is_first_process():
+        print(f"{workdir}\n{reports.format_report(report)}")
+
+
+def _new_workdir() -> str:
+    name = config_flags.recipe_name()
+    return str(Path("runs") / name / time.strftime("%Y%m%d-%H%M%S"))

@@ -1,0 +1,225 @@
+"""The shape of the code: layers without circles, limits of size, a short step path."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from cli import ROOT
+
+# From the bottom up. A module may import only from layers below its own and, where
+# that makes no circle, from its own.
+LAYERS = (
+    ("errors", "files"),
+    ("config",),
+    ("diffusion", "models"),
+    ("objective", "game", "diagnostics", "losses", "step", "sampling", "density"),
+    ("sharding",),
+    ("weights", "torch_layout"),
+    ("data",),
+    ("experiment",),
+    ("evaluation",),
+    ("training",),
+    ("commands", "interop"),
+)
+MATHEMATICS = (*LAYERS[2], *LAYERS[3])
+# What the mathematics needs no part of, though it lies below.
+NO_MATHEMATICS = ("config", "files")
+
+STEP_PATH = (
+    "launch/main.py",
+    "ddaebm_jax/commands/train.py",
+    "ddaebm_jax/training/loop.py",
+    "ddaebm_jax/training/dispatch.py",
+    "ddaebm_jax/experiment.py",
+    "ddaebm_jax/sharding.py",
+    "ddaebm_jax/step.py",
+    "ddaebm_jax/game.py",
+    "ddaebm_jax/losses.py",
+    "ddaebm_jax/objective.py",
+    "ddaebm_jax/diffusion.py",
+)
+
+PACKAGE = ROOT / "ddaebm_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _name(path: Path) -> str:
+    """Return a module's name, as `ddaebm_jax.models.mlp`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(path): path for path in FILES}
+
+
+def _imports(path: Path) -> set[str]:
+    """Return the modules of this package that a file imports anywhere in its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            # `from package import name`: a module, or something in one.
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            if name:
+                found.add(name)
+    # The bare package holds the version only.
+    return found - {"ddaebm_jax"}
+
+
+def _graph() -> dict[str, set[str]]:
+    return {name: _imports(path) for name, path in MODULES.items()}
+
+
+def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the circles that a depth-first walk meets."""
+    circles, done = [], set()
+
+    def visit(name: str, trail: list[str]) -> None:
+        if name in trail:
+            circles.append([*trail[trail.index(name) :], name])
+        elif name not in done:
+            for other in sorted(graph[name]):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+    return circles
+
+
+def _layer(name: str) -> int:
+    room = name.split(".")[1]
+    found = [i for i, rooms in enumerate(LAYERS) if room in rooms]
+    assert found, f"{name} has no place in the layers"
+    return found[0]
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}
+    assert _circles(graph) == [["b", "c", "b"]]
+    assert _circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_lazy_imports_count(tmp_path: Path):
+    path = tmp_path / "lazy.py"
+    path.write_text(
+        "def f():\n    from ddaebm_jax import files, __version__\n"
+        "    from ddaebm_jax.errors import InputError\n    import numpy.linalg\n"
+    )
+    assert _imports(path) == {"ddaebm_jax.files", "ddaebm_jax.errors"}
+
+
+def test_no_module_imports_itself_through_others():
+    assert _circles(_graph()) == []
+
+
+def test_no_room_imports_itself_through_others():
+    """Counted by room: `evaluation` must not need `training`, and so on."""
+    rooms: dict[str, set[str]] = {}
+    for name, imports in _graph().items():
+        if name != "ddaebm_jax":
+            room = name.split(".")[1]
+            rooms.setdefault(room, set()).update(
+                other.split(".")[1] for other in imports
+            )
+    assert _circles({room: found - {room} for room, found in rooms.items()}) == []
+
+
+def test_imports_point_down():
+    upward = [
+        f"{name} → {other}"
+        for name, imports in _graph().items()
+        for other in sorted(imports)
+        if name != "ddaebm_jax" and _layer(other) > _layer(name)
+    ]
+    assert upward == []
+
+
+def test_the_mathematics_imports_no_config_and_no_files():
+    found = [
+        f"{name} → {other}"
+        for name, imports in _graph().items()
+        for other in sorted(imports)
+        if name != "ddaebm_jax"
+        and name.split(".")[1] in MATHEMATICS
+        and other.split(".")[1] in NO_MATHEMATICS
+    ]
+    assert found == []
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for path in FILES:
+        text = path.read_text()
+        lines = len(text.splitlines())
+        if lines > 450:
+            long.append(f"{_name(path)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            lines = node.end_lineno - node.lineno + 1
+            if lines > 80 and (_name(path), node.name) != (
+                "ddaebm_jax.config.base",
+                "base",
+            ):
+                long.append(f"{_name(path)}.{node.name}: {lines} lines")
+    assert long == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "most"), [("ddaebm_jax", 12_000), ("tests", 11_000)]
+)
+def test_the_whole_is_small(folder: str, most: int):
+    files = (ROOT / folder).rglob("*.py")
+    assert sum(len(path.read_text().splitlines()) for path in files) <= most
+
+
+@pytest.mark.parametrize("folder", ["ddaebm_jax", "launch", "tests", "benchmarks"])
+def test_only_public_interfaces_are_used(folder: str):
+    private = re.compile("_src|async_save|set_value_start")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if private.search(line)
+    ]
+    assert found == []
+
+
+def test_the_step_path_is_short():
+    """What a reader opens between the command and the gradient penalty.
+
+    Each file is imported by an earlier one, so that the path is one of the code.
+    """
+    paths = [ROOT / name for name in STEP_PATH]
+    assert [str(path) for path in paths if not path.is_file()] == []
+    reached: set[str] = set()
+    for path in paths:
+        assert path == paths[0] or _name(path) in reached, path
+        reached |= _imports(path)
+    assert "def gradient_penalty(" in (PACKAGE / "objective.py").read_text()
+    assert len(paths) <= 12
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= 2_800
+
+
+def test_the_step_reads_from_top_to_bottom():
+    found = {
+        node.name: node
+        for node in ast.walk(ast.parse((PACKAGE / "step.py").read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    step = found["step"]
+    assert [argument.arg for argument in step.args.args] == ["state", "x0", "noise"]
+    assert step.end_lineno - step.lineno + 1 <= 70
+
+
+def test_the_launcher_is_flags_and_one_call():
+    assert len((ROOT / "launch" / "main.py").read_text().splitlines()) <= 80
