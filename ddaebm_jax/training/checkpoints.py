@@ -107,24 +107,22 @@ class Checkpoints:
                 with contextlib.suppress(Exception):
                     end()
 
-    def save(self, state: Any, info: dict[str, Any]) -> None:
-        """Starts saving under `state.step`, unless it is there; buffers may be reused.
-
-        Waits for the save before. Raises SaveError if it, or this one, has failed.
-        """
-        self._save(state, info)
-
     def save_best(self, state: Any, info: dict[str, Any], fid: float) -> None:
         """Starts saving if the FID is the lowest so far; raises as `save`.
 
         One kept whose info has another `measurement` does not compare: it is replaced.
         """
         if fid < math.inf:
-            self._save(state, {**info, "fid": fid}, best=True, metrics={"fid": fid})
+            self.save(state, {**info, "fid": fid}, {"fid": fid})
 
-    def _save(self, state: Any, info: dict, best: bool = False, **kwargs: Any) -> None:
+    def save(self, state: Any, info: dict[str, Any], metrics: Any = None) -> None:
+        """Starts saving under `state.step`, unless it is there; buffers may be reused.
+
+        Waits for the save before. Raises SaveError if it, or this one, has failed. With
+        metrics it is the best one; see `save_best`.
+        """
         self.wait()
-        step = int(state.step)
+        step, best = int(state.step), metrics is not None
         try:
             manager = self._manager(best)
             if (best and not self._is_best(step, info)) or step in manager.all_steps():
@@ -136,7 +134,7 @@ class Checkpoints:
             info = _sealed({**info, "checksums": checksums.of_tree(state)})
             state, info = ocp.args.StandardSave(state), ocp.args.JsonSave(info)
             items = ocp.args.Composite(state=state, info=info)
-            manager.save(step, args=items, force=True, **kwargs)
+            manager.save(step, args=items, force=True, metrics=metrics)
         except Exception as error:  # The system's, TensorStore's, Orbax's own.
             raise self._failed(step, best, error) from error
         self.pending = step, best, self._thread.submit(self._settle, step, best)
@@ -167,14 +165,17 @@ class Checkpoints:
         if self.pending is not None and self.pending[2].done():
             self.wait()
 
-    def wait(self) -> None:
-        """Waits until what is being saved is whole on disk; SaveError if it is not."""
+    def wait(self, raising: bool = True) -> None:
+        """Waits until a save is whole on disk; a failure raises SaveError, or is logged."""
         if self.pending is not None:
             step, best, settled = self.pending
             futures.wait([settled])  # A signal may end this; then it stays pending.
             self.pending = None
             if error := settled.exception():
-                raise self._failed(step, best, error) from error
+                failure = self._failed(step, best, error)
+                if raising:
+                    raise failure from error
+                logging.warning("%s", failure)
 
     def _failed(self, step: int, best: bool, error: BaseException) -> SaveError:
         """Returns the error to raise, and prepares for the next save."""
@@ -189,16 +190,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save and releases the directory; a failure is only logged."""
-        self._wait_or_warn()
+        self.wait(raising=False)
         for best in list(self._managers):
             self._close_manager(best)
         self._thread.shutdown()
-
-    def _wait_or_warn(self) -> None:
-        try:
-            self.wait()
-        except SaveError as error:
-            logging.warning("%s", error)
 
     def restore(self, like: Any, step: int | None = None, best: bool = False):
         """Returns the `Restored` of a step; by default of the newest, or of the best.
@@ -207,7 +202,7 @@ class Checkpoints:
         DamagedCheckpointError if it is not what was saved, another CheckpointError if
         there is none, it cannot be read, or its arrays differ from those of `like`.
         """
-        self._wait_or_warn()
+        self.wait(raising=False)
         steps = self.steps(best) if step is None else [step]
         if not steps:
             hint = "holds no checkpoint; train first, with --mode=train"
@@ -221,7 +216,7 @@ class Checkpoints:
 
         Damaged ones before it are moved to `<workdir>/damaged/`. Raises as `restore`.
         """
-        self._wait_or_warn()
+        self.wait(raising=False)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
