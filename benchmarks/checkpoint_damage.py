@@ -2,9 +2,9 @@
 
   python benchmarks/checkpoint_damage.py --flips=50
 
-Each damage is done to a fresh copy. Orbax restores it with the right shapes; then
-`Checkpoints.verify` checks it against the checksums. What neither notices is harmless
-where the state is still the one saved.
+After each damage Orbax describes and restores the checkpoint, knowing the right shapes;
+then `Checkpoints.verify` compares it with the checksums. Damage that neither notices is
+harmless where the state is still the one saved.
 """
 
 import collections
@@ -30,7 +30,7 @@ from etils import epath
 
 from ddaebm_jax.training import checkpoints as checkpointing
 
-_FLIPS = flags.DEFINE_integer("flips", 50, "Bytes flipped in a kind of file.")
+_FLIPS = flags.DEFINE_integer("flips", 50, "Bytes flipped in each file.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the places.")
 _STEP = 3
 _OUTCOMES = ("by Orbax", "by checksums only", "by none, harmless", "by none, harmful")
@@ -77,8 +77,10 @@ def _damages(size: int, flips: int, rng: random.Random) -> Iterator[tuple[str, A
 
 
 def _restored(path: Path, like: Any) -> Any:
-    """Returns what Orbax restores, or None for an error."""
+    """Returns what Orbax describes and restores, or None for an error."""
     try:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            handler.metadata(epath.Path(path / "state"))
         with contextlib.closing(ocp.CompositeCheckpointHandler()) as handler:
             found = handler.restore(
                 epath.Path(path),
@@ -93,10 +95,7 @@ def _restored(path: Path, like: Any) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(
-        np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype
-        for a, b in pairs
-    )
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
 def _outcome(workdir: Path, saved: Any) -> str:
@@ -127,8 +126,7 @@ def _measure(folder: Path) -> dict[tuple[str, str], collections.Counter]:
     for kind, members in kinds.items():
         for file in members:
             content = file.read_bytes()
-            flips = -(-_FLIPS.value // len(members))
-            for damage, change in _damages(len(content), flips, rng):
+            for damage, change in _damages(len(content), _FLIPS.value, rng):
                 if change is None:
                     file.unlink()
                 else:

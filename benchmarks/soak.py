@@ -30,9 +30,9 @@ from absl import app, flags, logging
 from timing import print_rows
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.training import checkpoint_files
-from ddaebm_jax.training import loop as train
-from ddaebm_jax.training.preemption import Interrupted
+from ddaebm_jax.training import loop
+from ddaebm_jax.training.checkpoints import NEWEST, Checkpoints
+from ddaebm_jax.training.preemption import Stopped
 
 _CYCLES = flags.DEFINE_integer("cycles", 200, "Signals sent.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and signals.")
@@ -43,8 +43,8 @@ _LONGEST = flags.DEFINE_float(
 _PER_DISPATCH = 5
 # Share of the signals whose moment counts from the start of the process.
 _WHILE_STARTING = 0.2
-# What a run prints when it has opened its directory and is about to take steps.
-_TRAINS = b"training from step"
+# What a run prints when it has started its first steps.
+_TRAINS = b"] compiled "
 _SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.2, signal.SIGINT: 0.1}
 # What each may end a run with. Before the first step SIGTERM is not caught: there is
 # nothing to save. Where the run was through at that very moment it ends with 0.
@@ -89,7 +89,7 @@ def _forked(action: Callable[[], None], log: Path) -> int:
         os.dup2(file, 2)
         action()
         code = 0
-    except Interrupted as error:
+    except Stopped as error:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -101,12 +101,18 @@ def _forked(action: Callable[[], None], log: Path) -> int:
 
 
 def _saved(workdir: Path) -> dict[int, dict[str, str]]:
-    """Returns the checksums of all complete checkpoints, by step."""
-    directory = workdir / checkpoint_files.NEWEST
-    return {
-        step: checkpoint_files.read_info(directory / str(step))["checksums"]
-        for step in checkpoint_files.steps_in(directory)
-    }
+    """Returns the checksums of all checkpoints, by step.
+
+    They are read here without JAX, whose threads a process that forks must not have;
+    runs verify them when they resume. A run that was killed may have begun to delete
+    the oldest.
+    """
+    found = {}
+    for step in Checkpoints(workdir, read_only=True).steps():
+        path = workdir / NEWEST / str(step) / "info" / "metadata"
+        if path.exists() or found:
+            found[step] = json.loads(path.read_text())["checksums"]
+    return found
 
 
 def _reported(workdir: Path) -> list[dict]:
@@ -131,7 +137,7 @@ class _Soak:
         """Trains without a signal, keeping a checkpoint of every dispatch."""
         workdir = self._folder / "unbroken"
         config = _config(_PER_DISPATCH, 10**6)
-        pid = _forked(lambda: train.train(config, workdir), self._log)
+        pid = _forked(lambda: loop.train(config, workdir), self._log)
         if os.waitpid(pid, 0)[1]:
             raise RuntimeError(f"the unbroken run failed:\n{self._log.read_text()}")
         self._expected, self._lines = _saved(workdir), _reported(workdir)
@@ -145,9 +151,7 @@ class _Soak:
         """
         workdir = self._folder / str(run)
         # Steps only: nothing is read while the run may be deleting it.
-        before = max(
-            checkpoint_files.steps_in(workdir / checkpoint_files.NEWEST), default=0
-        )
+        before = Checkpoints(workdir, read_only=True).latest_step() or 0
         told = self._log.stat().st_size
         start: float | None = time.monotonic()
         pid = self._start(workdir)
@@ -186,7 +190,7 @@ class _Soak:
 
     def _start(self, workdir: Path) -> int:
         config = _config(_PER_DISPATCH, 3)
-        return _forked(lambda: train.train(config, workdir), self._log)
+        return _forked(lambda: loop.train(config, workdir), self._log)
 
     def _compare(self, workdir: Path) -> dict[int, dict[str, str]]:
         """Returns what is saved; raises RuntimeError if some of it is another."""
@@ -195,9 +199,9 @@ class _Soak:
             if sums != self._expected.get(step):
                 raise RuntimeError(f"{workdir}: the state of step {step} is another")
         self.counts["checkpoints compared"] += len(saved)
-        directory = workdir / checkpoint_files.NEWEST
-        if checkpoint_files.unfinished_in(directory):
-            self.counts["left a checkpoint unfinished"] += 1
+        names = [path.name for path in (workdir / NEWEST).glob("*")]
+        unfinished = not all(name.isdecimal() for name in names)
+        self.counts["left a checkpoint unfinished"] += unfinished
         return saved
 
     def _tail(self) -> str:

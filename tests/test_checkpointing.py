@@ -324,7 +324,6 @@ def test_saves_on_a_full_disk_are_retried(
             tries += 1
             saver.save(_state(2 + tries), {})
     cure()
-    assert checkpoints.steps() == [1]
     checkpoints.verify(1)
     assert "a checkpoint cannot be written" in caplog.text
     assert "File too large" in caplog.text
@@ -333,7 +332,8 @@ def test_saves_on_a_full_disk_are_retried(
     assert "written at last" in caplog.text and not saver.retry_due()
     checkpoints.close()
     assert_trees_equal(_restore_newest(tmp_path).state, _state(5))
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "5"]
+    names = os.listdir(tmp_path / "checkpoints")
+    assert {"1", "5"} <= set(names) and "".join(names).isdecimal()
 
 
 def test_patience_ends(run: Path):
@@ -364,7 +364,7 @@ def test_what_is_not_whole_on_disk_is_not_saved(
             patch.setattr(ocp.CheckpointManager, "wait_until_finished", lose)
             checkpoints.save(_state(3), {})
             with pytest.raises(SaveError, match=r"3 could not be written .*\(1, 2\)"):
-                while checkpoints.saving:
+                while checkpoints.pending:
                     checkpoints.poll()
         shutil.rmtree(run / "checkpoints/3", ignore_errors=True)
     checkpoints.save(_state(4), {})
@@ -383,7 +383,7 @@ def test_waiting_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(checkpointing.futures, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.wait()
-    assert checkpoints.saving
+    assert checkpoints.pending
     checkpoints.close()
     assert checkpoints.steps() == [1]
 
@@ -404,6 +404,7 @@ def test_the_lowest_fid_is_kept(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
     assert not (tmp_path / "best").exists()
     assert offer(5, 3.0) == (5, 3.0)
+    assert offer(6, float("nan")) == (5, 3.0)
     assert offer(6, 4.0) == (5, 3.0)
     assert offer(7, 2.0) == (7, 2.0)
     assert offer(7, 2.5) == (7, 2.0)  # The same step again, after a rollback.

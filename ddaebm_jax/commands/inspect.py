@@ -1,13 +1,11 @@
-"""What a run directory holds, without an accelerator and without writing.
+"""What a run directory holds, also while the run trains; nothing is written."""
 
-The run may be training in another process meanwhile.
-"""
-
+import contextlib
 import datetime
 import fcntl
-import importlib.util
 import json
 import os
+import runpy
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,10 +25,7 @@ from ddaebm_jax.training.run_directory import CONFIG_FILE, LOCK_FILE, read_confi
 
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 # Bytes read of files that somebody else may have written.
-_LARGEST_REPORT = 2**20
-_END_OF_METRICS, _LARGEST_METRICS = 2**16, 2**50
-# Seconds within which a run deletes a checkpoint whose files have begun to go.
-_DELETION = 0.5
+_LARGEST_REPORT, _LARGEST_METRICS, _END_OF_METRICS = 2**20, 2**50, 2**16
 
 _Row = tuple[str, str]
 
@@ -66,15 +61,9 @@ def inspect(workdir: str | Path) -> Inspection:
         about.append(("config", f"unusable: {error}"))
     else:
         recipe, sections["fields changed"] = _recipe(config, workdir)
-        steps = [
-            metrics.get("step", 0),
-            *(int(name.split("/")[1]) for name in checkpoints),
-        ]
-        about += [
-            ("recipe", recipe),
-            ("data", config.data.name),
-            ("steps", f"{max(steps)} of {config.train.num_steps}"),
-        ]
+        steps = [int(name.partition("/")[2]) for name in checkpoints]
+        steps = f"{max([metrics.get('step', 0), *steps])} of {config.train.num_steps}"
+        about += [("recipe", recipe), ("data", config.data.name), ("steps", steps)]
     sections["last metrics"] = _shown(metrics)
     sections["checkpoints"] = list(checkpoints.items())
     sections["set aside or unfinished"] = list(_leftovers(workdir, running))
@@ -82,10 +71,10 @@ def inspect(workdir: str | Path) -> Inspection:
         sections[path.name] = _report(path)
     sections["pictures"] = list(_pictures(workdir))
     intact = all(text.endswith("  intact") for text in checkpoints.values())
-    return Inspection(_formatted(sections), intact)
+    return Inspection(_format(sections), intact)
 
 
-def _formatted(sections: Mapping[str, list[_Row]]) -> str:
+def _format(sections: Mapping[str, list[_Row]]) -> str:
     filled = {title: rows for title, rows in sections.items() if rows}
     width = max(len(name) for rows in filled.values() for name, _ in rows)
     lines = []
@@ -96,7 +85,7 @@ def _formatted(sections: Mapping[str, list[_Row]]) -> str:
 
 
 def is_running(workdir: Path) -> bool:
-    """Returns whether a run holds the directory's lock."""
+    """Whether a run holds the directory's lock."""
     try:
         with files.open_regular(workdir / LOCK_FILE, _LARGEST_REPORT) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -106,16 +95,11 @@ def is_running(workdir: Path) -> bool:
 
 
 def _recipe(config: ml_collections.ConfigDict, workdir: Path) -> tuple[str, list[_Row]]:
-    """Returns the recipe, and the fields in which the run differs from it.
-
-    A run does not record its recipe, but its folder is named after it by default.
-    """
+    """Returns the recipe, by default the folder's name, and the fields that differ."""
     differences: dict[str, dict[str, Any]] = {}
     for path in sorted(_CONFIGS.glob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        differences[path.stem] = config_lib.differences(module.get_config(), config)
+        recipe = runpy.run_path(str(path))["get_config"]()
+        differences[path.stem] = config_lib.differences(recipe, config)
     name, reason = workdir.resolve().parent.name, "by the folder's name"
     if name not in differences:
         name = min(differences, key=lambda one: len(differences[one]))
@@ -134,12 +118,10 @@ def _last_metrics(path: Path) -> dict[str, Any]:
     except (OSError, InputError):
         return {}
     for text in reversed(lines):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            return line
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                return line
     return {}
 
 
@@ -169,16 +151,12 @@ def _pictures(workdir: Path) -> Iterator[_Row]:
 
 
 def _about(path: Path) -> str:
-    """Returns the size and the time of a file or folder."""
     try:
         size = sum(one.lstat().st_size for one in path.rglob("*") if one.is_file())
         when = datetime.datetime.fromtimestamp(path.lstat().st_mtime)
     except OSError:
         return "gone meanwhile"
-    power = min(max(size.bit_length() - 1, 0) // 10, 4)
-    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
-    text = f"{size / 1024**power:.{1 if power else 0}f} {unit}"
-    return f"{text:>10}  {when:%Y-%m-%d %H:%M:%S}"
+    return f"{size / 2**20:9.2f} MiB  {when:%Y-%m-%d %H:%M:%S}"
 
 
 def _checkpoints(workdir: Path, running: bool) -> dict[str, str]:
@@ -191,7 +169,7 @@ def _checkpoints(workdir: Path, running: bool) -> dict[str, str]:
             try:
                 checkpoints.verify(step, best)
             except checkpointing.CheckpointError as error:
-                time.sleep(_DELETION if running else 0)
+                time.sleep(0.5 if running else 0)  # It may be about to go.
                 damaged = isinstance(error, checkpointing.DamagedCheckpointError)
                 verdict = f"{'DAMAGED' if damaged else 'NOT READ'}: {error}"
             if step in checkpoints.steps(best):

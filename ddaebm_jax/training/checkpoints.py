@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -31,9 +32,8 @@ from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
 _LARGEST_INFO = 64 * 2**20
-# Arrays may declare so many times the bytes of their files, since zeros are compressed;
-# below the allowance a false size does no harm.
-_MOST_COMPRESSION, _ALLOWANCE = 200, 256 * 2**20
+# Arrays may declare so many times the bytes of their files, since zeros are compressed.
+_ALLOWANCE, _MOST_COMPRESSION = 256 * 2**20, 200
 
 
 class CheckpointError(InputError):
@@ -57,198 +57,166 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; one save at a time."""
+    """The checkpoints of one run directory."""
 
     def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
+        # The save under way, until `poll` or `wait` has seen its end.
+        self.pending: tuple[int, bool, futures.Future] | None = None
         self._workdir = _LiteralPath(Path(workdir).resolve())
         self._keep, self._read_only = keep, read_only
-        self._managers: dict[str, ocp.CheckpointManager] = {}
+        self._managers: dict[bool, ocp.CheckpointManager] = {}
         self._thread = futures.ThreadPoolExecutor(1)
-        self._pending: tuple[str, int, futures.Future] | None = None
         if not read_only:
-            self._manager(NEWEST)
+            self._manager()
 
-    def path(self, step: int, best: bool = False) -> epath.Path:
+    def path(self, step: int | str, best: bool = False) -> epath.Path:
         """Returns the folder of a checkpoint."""
         return self._workdir / (BEST if best else NEWEST) / str(step)
 
     def steps(self, best: bool = False) -> list[int]:
         """Returns the steps of all checkpoints, damaged ones too, ascending."""
-        folder = self.path(0, best).parent
+        folder = self.path("", best)
         names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
-        steps = [int(name) for name in names if name.isdecimal() and len(name) < 19]
-        return sorted(step for step in steps if self.path(step, best).is_dir())
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None; see `steps`."""
         return max(self.steps(), default=None)
 
-    def _manager(self, folder: str) -> ocp.CheckpointManager:
-        """Returns the manager of a folder, opened on first use."""
-        if folder in self._managers:
-            return self._managers[folder]
+    def _manager(self, best: bool = False) -> ocp.CheckpointManager:
+        """Returns Orbax's manager, opened on first use."""
         options: dict[str, Any] = {"max_to_keep": self._keep}
-        if folder == BEST:
+        if best:
             options = {"max_to_keep": 1, "keep_checkpoints_without_metrics": False}
             options |= {"best_fn": lambda found: found["fid"], "best_mode": "min"}
         if jax.process_count() > 1:
             options["async_options"] = ocp.AsyncOptions(barrier_sync_fn=_barrier)
         # Lightweight: what else it would read of old checkpoints may be damaged.
         options |= {"cleanup_tmp_directories": True, "lightweight_initialize": True}
-        self._managers[folder] = ocp.CheckpointManager(
-            self._workdir / folder, options=ocp.CheckpointManagerOptions(**options)
-        )
-        return self._managers[folder]
+        if best not in self._managers:
+            self._managers[best] = ocp.CheckpointManager(
+                self.path("", best), options=ocp.CheckpointManagerOptions(**options)
+            )
+        return self._managers[best]
 
-    def _close_manager(self, folder: str) -> None:
-        manager = self._managers.pop(folder, None)
-        # A failed save raises once more, and would keep the rest from closing.
-        for end in ("wait_until_finished", "close") if manager else ():
-            with contextlib.suppress(Exception):
-                getattr(manager, end)()
-
-    @property
-    def saving(self) -> bool:
-        """Whether a save has been started whose end `poll` or `wait` has not seen."""
-        return self._pending is not None
-
-    def save(self, state: Any, info: dict[str, Any]) -> None:
-        """Starts saving under `state.step`, unless that step is there already.
-
-        Waits for the save before. Device buffers may be reused after the return.
-
-        Raises:
-          SaveError: if it cannot be written, or the one before could not.
-        """
-        self._save(NEWEST, state, info)
+    def _close_manager(self, best: bool = False) -> None:
+        if manager := self._managers.pop(best, None):
+            # A failed save raises once more, and would keep the rest from closing.
+            for end in (manager.wait_until_finished, manager.close):
+                with contextlib.suppress(Exception):
+                    end()
 
     def save_best(self, state: Any, info: dict[str, Any], fid: float) -> None:
         """Starts saving if the FID is the lowest so far; raises as `save`.
 
         One kept whose info has another `measurement` does not compare: it is replaced.
         """
-        self.wait()
-        for step in self._manager(BEST).all_steps():
-            with contextlib.suppress(DamagedCheckpointError):
-                kept = self.info(step, best=True)
-                if kept.get("measurement") == info.get("measurement"):
-                    if kept["fid"] <= fid:
-                        return
-                    if step != int(state.step):
-                        continue  # Orbax deletes it when the better one is written.
-            self._manager(BEST).delete(step)
-        self._save(BEST, state, {**info, "fid": fid}, metrics={"fid": fid})
+        if fid < math.inf:
+            self.save(state, {**info, "fid": fid}, {"fid": fid})
 
-    def _save(self, folder: str, state: Any, info: dict[str, Any], **kwargs) -> None:
+    def save(self, state: Any, info: dict[str, Any], metrics: Any = None) -> None:
+        """Starts saving under `state.step`, unless it is there; buffers may be reused.
+
+        Waits for the save before. Raises SaveError if it, or this one, has failed. With
+        metrics it is the best one; see `save_best`.
+        """
         self.wait()
-        step = int(state.step)
+        step, best = int(state.step), metrics is not None
         try:
-            manager = self._manager(folder)
-            if step in manager.all_steps():
+            manager = self._manager(best)
+            if (best and not self._is_best(step, info)) or step in manager.all_steps():
                 return
             if jax.default_backend() == "cpu":
                 # There a save reads device memory itself, which the next step reuses.
                 state = jax.tree.map(jnp.copy, state)
             info = {**info, "arrays": checksums.described(state)}
             info = _sealed({**info, "checksums": checksums.of_tree(state)})
-            saved = {
-                "state": ocp.args.StandardSave(state),
-                "info": ocp.args.JsonSave(info),
-            }
-            manager.save(step, args=ocp.args.Composite(**saved), force=True, **kwargs)
+            state, info = ocp.args.StandardSave(state), ocp.args.JsonSave(info)
+            items = ocp.args.Composite(state=state, info=info)
+            manager.save(step, args=items, force=True, metrics=metrics)
         except Exception as error:  # The system's, TensorStore's, Orbax's own.
-            raise self._failed(folder, step, error) from error
-        self._pending = folder, step, self._thread.submit(self._settle, folder, step)
+            raise self._failed(step, best, error) from error
+        self.pending = step, best, self._thread.submit(self._settle, step, best)
 
-    def _settle(self, folder: str, step: int) -> None:
-        """Waits for a save, and finds it on disk: its files describe what was saved.
+    def _is_best(self, step: int, info: dict[str, Any]) -> bool:
+        """Compares with the one kept, which is deleted where it is in the way."""
+        for kept in self._manager(best=True).all_steps():
+            with contextlib.suppress(DamagedCheckpointError):
+                found = self.info(kept, best=True)
+                if found.get("measurement") == info.get("measurement"):
+                    if found["fid"] <= info["fid"]:
+                        return False
+                    if kept != step:
+                        continue  # Orbax deletes it when the better one is written.
+            self._manager(best=True).delete(kept)
+        return True
 
-        To read the arrays too would cost as much as a resume. Only the first process
-        looks: a network file system may show a new folder to the others late.
-        """
-        self._managers[folder].wait_until_finished()
+    def _settle(self, step: int, best: bool) -> None:
+        """Waits for a save and finds it on disk: its files describe what was saved."""
+        self._managers[best].wait_until_finished()
+        # Others may see the folder late on a network file system. To read the arrays,
+        # too, would cost as much as a resume.
         if jax.process_index() == 0:
-            self.info(step, folder == BEST)
+            self.info(step, best)
 
     def poll(self) -> None:
         """Checks on a save that has ended; never blocks, raises as `wait`."""
-        if self._pending is not None and self._pending[2].done():
+        if self.pending is not None and self.pending[2].done():
             self.wait()
 
-    def wait(self) -> None:
-        """Waits until what is being saved is whole on disk.
-
-        Raises:
-          SaveError: if it is not.
-        """
-        if self._pending is not None:
-            folder, step, settled = self._pending
+    def wait(self, raising: bool = True) -> None:
+        """Waits until a save is whole on disk; a failure raises SaveError, or is logged."""
+        if self.pending is not None:
+            step, best, settled = self.pending
             futures.wait([settled])  # A signal may end this; then it stays pending.
-            self._pending = None
+            self.pending = None
             if error := settled.exception():
-                raise self._failed(folder, step, error) from error
+                failure = self._failed(step, best, error)
+                if raising:
+                    raise failure from error
+                logging.warning("%s", failure)
 
-    def _failed(self, folder: str, step: int, error: BaseException) -> SaveError:
-        """Returns the error to raise, and prepares for the next save.
-
-        Orbax's manager counts a failed step as saved, and blames the next save for it;
-        a new one also deletes what is unfinished.
-        """
-        self._close_manager(folder)
-        kept = [str(one) for one in self.steps(folder == BEST) if one != step]
+    def _failed(self, step: int, best: bool, error: BaseException) -> SaveError:
+        """Returns the error to raise, and prepares for the next save."""
+        # This one counts the step as saved, and would blame the next save for it.
+        self._close_manager(best)
+        kept = ", ".join(str(one) for one in self.steps(best) if one != step)
         return SaveError(
-            f"{self.path(step, folder == BEST)} could not be written "
-            f"({_reason(error)}); the checkpoints before it are intact "
-            f"({', '.join(kept) or 'there are none yet'}): make room, or check the "
-            "permissions of the directory"
+            f"{self.path(step, best)} could not be written ({_reason(error)}); the "
+            f"checkpoints before it are intact ({kept or 'there are none yet'}): make "
+            "room, or check the permissions of the directory"
         )
 
     def close(self) -> None:
         """Waits for the save and releases the directory; a failure is only logged."""
-        self._wait_or_warn()
-        for folder in list(self._managers):
-            self._close_manager(folder)
+        self.wait(raising=False)
+        for best in list(self._managers):
+            self._close_manager(best)
         self._thread.shutdown()
 
-    def _wait_or_warn(self) -> None:
-        try:
-            self.wait()
-        except SaveError as error:
-            logging.warning("%s", error)
-
     def restore(self, like: Any, step: int | None = None, best: bool = False):
-        """Returns the Restored of a step; by default of the newest, or of the best.
+        """Returns the `Restored` of a step; by default of the newest, or of the best.
 
-        Args:
-          like: a state, or its shapes with the shardings of the result.
-          step: which.
-          best: whether it is the best one.
-
-        Raises:
-          DamagedCheckpointError: if it is not what was saved.
-          CheckpointError: if there is none, it cannot be read, or differs from `like`.
+        `like` is a state, or its shapes with the shardings of the result. Raises
+        DamagedCheckpointError if it is not what was saved, another CheckpointError if
+        there is none, it cannot be read, or its arrays differ from those of `like`.
         """
-        self._wait_or_warn()
+        self.wait(raising=False)
         steps = self.steps(best) if step is None else [step]
         if not steps:
-            raise CheckpointError(
-                f"{self._workdir} keeps no best checkpoint; training keeps one by FID "
-                "where the config has evaluation.inception=True and a "
-                "train.evaluate_every; use --checkpoint=latest"
-                if best
-                else f"{self._workdir} holds no checkpoint; train first, with "
-                f"--mode=train --workdir={self._workdir}"
-            )
+            hint = "holds no checkpoint; train first, with --mode=train"
+            if best:
+                hint = "keeps no best checkpoint; evaluation.inception=True makes it"
+            raise CheckpointError(f"{self._workdir} {hint}")
         return _load(self.path(steps[-1], best), like)
 
     def restore_newest(self, like: Any) -> Restored | None:
-        """Restores the newest intact checkpoint; None where there is none at all.
+        """Restores the newest intact checkpoint; None if there is none at all.
 
-        Damaged ones are warned of, and once an intact one is found, moved to
-        `<workdir>/damaged/`. Raises as `restore`, also if none is intact.
+        Damaged ones before it are moved to `<workdir>/damaged/`. Raises as `restore`.
         """
-        self._wait_or_warn()
+        self.wait(raising=False)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -276,8 +244,7 @@ class Checkpoints:
             moved = target / (f"{NEWEST}-{step}" + f"-{others}" * bool(others))
             shutil.move(self.path(step), moved)
             logging.warning("moved a damaged checkpoint to %s", moved)
-        # The next one, for which all processes wait, sees what is left.
-        self._close_manager(NEWEST)
+        self._close_manager()  # The next one, for which all wait, sees what is left.
 
     def verify(self, step: int, best: bool = False) -> None:
         """Reads a checkpoint into host memory and verifies it; raises as `restore`."""
@@ -289,10 +256,7 @@ class Checkpoints:
 
 
 class Saver:
-    """Saves that a run of one process retries for a while, training on.
-
-    With several processes a failed save raises at once.
-    """
+    """Saves that a run of one process retries for a while; with several they raise."""
 
     def __init__(self, checkpoints: Checkpoints, patience: int | float):
         """Wraps a run's checkpoints; patience: seconds from the first failure."""
@@ -302,67 +266,59 @@ class Saver:
 
     def save(self, state: Any, info: dict[str, Any]) -> None:
         """Starts saving; raises TrainingError when patience is over."""
-        self._attempt(self._checkpoints.save, state, info)
+        self._attempt(lambda: self._checkpoints.save(state, info))
 
     def poll(self) -> None:
         """Checks on a save that has ended; never blocks, raises as `save`."""
-        if self._checkpoints.saving:
+        if self._checkpoints.pending:
             self._attempt(self._checkpoints.poll)
 
     def retry_due(self) -> bool:
         """Whether it is time to save again, after a failure."""
-        waiting = self._since is not None and not self._checkpoints.saving
+        waiting = self._since is not None and not self._checkpoints.pending
         return waiting and time.monotonic() >= self._next
 
     def finish(self, state: Any, info: dict[str, Any]) -> None:
         """Saves, waits, and reads it back, until that succeeds; raises as `save`."""
-
-        def complete() -> None:
-            self._checkpoints.save(state, info)
-            self._checkpoints.wait()
-            if jax.process_index() == 0:
-                self._checkpoints.verify(int(state.step))
-
-        while not self._attempt(complete):
+        step, first = int(state.step), jax.process_index() == 0
+        while not (
+            self._attempt(lambda: self._checkpoints.save(state, info))
+            and self._attempt(self._checkpoints.wait)
+            and self._attempt(lambda: first and self._checkpoints.verify(step))
+        ):
             time.sleep(max(0.0, self._next - time.monotonic()))
 
-    def _attempt(self, action: Callable[..., None], *args: Any) -> bool:
+    def _attempt(self, action: Callable[[], None]) -> bool:
         now = time.monotonic()
+        waited = 0.0 if self._since is None else now - self._since
         try:
-            action(*args)
+            action()
         except CheckpointError as error:
             if jax.process_count() > 1:
                 raise
-            self._since = now if self._since is None else self._since
-            left = self._patience - (now - self._since)
-            if left <= 0:
+            if waited >= self._patience:
                 raise TrainingError(
-                    f"no checkpoint could be written for {now - self._since:.0f} s "
+                    f"no checkpoint could be written for {waited:.0f} s "
                     f"(recovery.save_patience {self._patience}): {error}. Then start "
                     "the same command again"
                 ) from error
             logging.warning(
-                "a checkpoint cannot be written: %s; training goes on and tries again "
-                "for %.0f s",
-                error,
-                left,
+                "a checkpoint cannot be written: %s; training goes on", error
             )
             # The last attempt comes when patience is over, not long after.
-            self._next = now + min(self._delay, left)
-            self._delay = min(2 * self._delay, 60.0)
+            self._next = now + min(self._delay, self._patience - waited)
+            self._since, self._delay = now - waited, min(2 * self._delay, 60.0)
             return False
-        if self._since is not None and not self._checkpoints.saving:
-            waited = now - self._since
+        if self._since is not None and not self._checkpoints.pending:
             logging.warning("a checkpoint is written at last, after %.0f s", waited)
             self._since, self._delay = None, 1.0
         return True
 
 
 class _LiteralPath(type(epath.Path())):
-    """A path whose own names are no patterns.
+    """A path in which `glob` takes only its argument for a pattern.
 
-    Orbax 0.12 lists the files of its processes by `glob` below the run directory, and
-    would find none in `runs/seed[0]`: the checkpoint would lack its index.
+    In `runs/seed[0]` Orbax 0.12 finds no files otherwise, and writes no index of them.
     """
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
@@ -370,11 +326,11 @@ class _LiteralPath(type(epath.Path())):
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier, where a process does not wait whose save has just failed.
+    """Orbax's barrier, for a process whose save has not just failed.
 
-    The others are not coming: they wait for its files until it ends, and they with it.
+    To one that failed the others do not come: they wait for its files until it ends.
     """
-    if (failure := sys.exc_info()[1]) is not None:
+    if failure := sys.exc_info()[1]:
         raise failure
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
@@ -382,8 +338,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Restored:
     """Reads and verifies a checkpoint; raises as `Checkpoints.restore`.
 
-    Orbax, TensorStore and JSON raise a dozen kinds of errors. What does not restore
-    although all its files can be read is damaged.
+    Of a dozen kinds of errors: damage is what does not restore from readable files.
     """
     try:
         return _read(path, like, read_arrays)
@@ -393,8 +348,8 @@ def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Resto
         try:
             if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                _read_files(path)
+            for one in Path(path).rglob("*"):
+                one.read_bytes() if one.is_file() else os.scandir(one).close()
         except Exception as reason:
             raise CheckpointError(
                 f"{path} cannot be read ({_reason(reason)}), which does not mean that "
@@ -403,56 +358,43 @@ def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Resto
         raise DamagedCheckpointError(f"{path} is damaged: {_reason(error)}") from error
 
 
-def _read_files(path: epath.Path) -> None:
-    for one in path.iterdir():
-        if one.is_dir():
-            _read_files(one)
-        elif one.is_file():
-            one.read_bytes()
-
-
 def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
     info = json.loads(files.read_text(Path(path / "info" / "metadata"), _LARGEST_INFO))
-    if info != _sealed({name: info[name] for name in info if name != "sha256"}):
+    rest = {name: value for name, value in info.items() if name != "sha256"}
+    if info.get("sha256") != _sealed(rest)["sha256"]:
         raise ValueError("its info does not match its checksum")
-    if like is not None and info["arrays"] != checksums.described(like):
-        raise CheckpointError(
-            f"{path} does not hold the state that this run's config describes "
-            f"({_difference(info['arrays'], checksums.described(like))}); use the "
-            "config that made it, or another --workdir"
-        )
+    state = None
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree, state = handler.metadata(path / "state").tree, None
-        _difference(info["arrays"], checksums.described(tree), raising=True)
-        sizes = [
-            math.prod(shape) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-            for shape in (leaf.shape, leaf.storage.chunk_shape)
-        ]
-        on_disk = sum(file.stat().st_size for file in Path(path).rglob("*"))
-        if sum(sizes) > _ALLOWANCE + _MOST_COMPRESSION * on_disk:
-            raise ValueError(f"{on_disk} bytes cannot hold {sum(sizes)}")
+        tree = handler.metadata(path / "state").tree
+        _compare(info["arrays"], checksums.described(tree))
+        sizes = (math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        size, on_disk = sum(sizes), sum(x.stat().st_size for x in Path(path).rglob("*"))
+        if size > _ALLOWANCE + _MOST_COMPRESSION * on_disk:
+            raise ValueError(f"{on_disk} bytes cannot hold {size}")
         if like is None:  # NumPy's arrays, but without their memory.
             like = jax.tree.map(
-                lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), tree
+                lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree
             )
+        try:
+            _compare(info["arrays"], checksums.described(like))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} does not hold the state that this run's config describes "
+                f"({error}); use the config that made it, or another --workdir"
+            ) from error
         if read_arrays:
             layout = ocp.checkpoint_utils.construct_restore_args(like)
             args = ocp.args.PyTreeRestore(like, layout)
             state = handler.restore(path / "state", args=args)
-            _difference(info["checksums"], checksums.of_tree(state), raising=True)
+            _compare(info["checksums"], checksums.of_tree(state))
     return Restored(int(path.name), state, info)
 
 
-def _difference(saved: dict, found: dict, raising: bool = False) -> str:
-    """Returns, or raises as ValueError, the first difference."""
+def _compare(saved: dict[str, str], found: dict[str, str]) -> None:
     for name in sorted(saved.keys() | found.keys()):
         one, other = saved.get(name, "absent"), found.get(name, "absent")
-        if one != other and raising:
-            raise ValueError(f"{name} is {other}, not {one}")
         if one != other:
-            return f"{name} is {other}, not {one}"
-    return ""
+            raise ValueError(f"{name} is {other}, not {one}")
 
 
 def _sealed(info: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped, UInt32
 
 # Odd constants of well-spread bits: 2³² over the golden ratio, and the multipliers of
@@ -20,7 +20,8 @@ from jaxtyping import Array, Shaped, UInt32
 _POSITION, _FIRST, _SECOND = map(np.uint32, (0x9E3779B9, 0x7FEB352D, 0x846CA68B))
 
 
-def _sums(array: Array) -> UInt32[Array, "2"]:
+@functools.partial(jax.jit, static_argnames="mesh")
+def _sums(array: Array, mesh: Mesh | None) -> UInt32[Array, "2"]:
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     # 64 bits become two words, the low one first, on a new last axis.
@@ -36,26 +37,20 @@ def _sums(array: Array) -> UInt32[Array, "2"]:
     x = (x ^ (x >> 15)) * _SECOND
     x = x ^ (x >> 16)
     weighted = x * (position * np.uint32(2) + np.uint32(1))
-    return jnp.stack([x.sum(dtype=jnp.uint32), weighted.sum(dtype=jnp.uint32)])
-
-
-@functools.cache
-def _jitted(result: NamedSharding | None) -> Any:
-    return jax.jit(_sums, out_shardings=result)
+    sums = jnp.stack([x.sum(dtype=jnp.uint32), weighted.sum(dtype=jnp.uint32)])
+    if mesh is None:
+        return sums
+    return jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, PartitionSpec()))
 
 
 def of_array(array: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
     """Returns an array's two sums, in all of the processes that hold a part of it."""
     array = jnp.asarray(array)  # NumPy's, on the default device.
-    mesh = getattr(array.sharding, "mesh", None)
-    return _jitted(mesh and NamedSharding(mesh, PartitionSpec()))(array)
+    return _sums(array, getattr(array.sharding, "mesh", None))
 
 
 def described(tree: Any) -> dict[str, str]:
-    """Returns name → type of every array or shape: `params/w` → `float32[2,3]`.
-
-    Dicts, tuples and dataclasses give the same names.
-    """
+    """Returns name → type of every leaf, in any kind of node: w/0 → float32[2,3]."""
     named = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {
         named(path): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
