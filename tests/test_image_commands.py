@@ -291,13 +291,12 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_images(
         data__path=folder,
         data__crop="(1,2,9,10)",
         data__test_fraction=0.35,
-        train__num_steps=2,
         train__picture_every=0,
     )
     run.succeed(*flags, f"--workdir={workdir}")
     Image.fromarray(_pixels(1, 10, seed=1)[0]).save(folder / "03.png")
     result = run("--mode=evaluate", f"--workdir={workdir}")
-    assert_error(result, "not those of its checkpoint 2")
+    assert_error(result, "not those of its checkpoint 4")
     moved = folder.rename(tmp_path / "elsewhere")
     for again in (["--mode=evaluate"], flags):
         assert_error(run(*again, f"--workdir={workdir}"), str(folder))
@@ -443,9 +442,7 @@ def test_outliers_that_cannot_be_detected(
 
 def test_classes_that_were_left_out_are_outliers(run: CommandLine, tmp_path: Path):
     workdir = tmp_path / "run"
-    flags = _tiny(
-        data__held_out_classes="(9,3)", train__num_steps=2, train__picture_every=0
-    )
+    flags = _tiny(data__held_out_classes="(9,3)", train__picture_every=0)
     run.succeed(*flags, f"--workdir={workdir}")
     flags = ("--out=held_out_classes", "--limit=20", "--num_draws=1")
     run.succeed("--mode=ood", f"--workdir={workdir}", *flags)
