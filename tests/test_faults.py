@@ -256,8 +256,10 @@ def in_small_room(script: str, tmp_path: Path) -> subprocess.CompletedProcess:
         pytest.skip("no file systems can be mounted here")
     flags = tiny(
         "configs/gaussians25.py",
-        train__num_steps=100_000,
-        train__checkpoint_every=20,
+        train__num_steps=10**6,
+        train__steps_per_dispatch=100,
+        train__report_every=1_000,
+        train__checkpoint_every=1_000,
         train__keep_checkpoints=2,
         recovery__save_patience=3 if "stays full" in script else 60,
     )
@@ -268,7 +270,7 @@ def in_small_room(script: str, tmp_path: Path) -> subprocess.CompletedProcess:
         {command} --workdir=$room/run 2>$log &
         pid=$!
         until_log() {{ until grep -q "$1" $log || ! kill -0 $pid; do sleep 0.2; done; }}
-        until [ -d $room/run/checkpoints/40 ] || ! kill -0 $pid; do sleep 0.2; done
+        until [ -d $room/run/checkpoints/2000 ] || ! kill -0 $pid; do sleep 0.2; done
         cat /dev/zero > $room/filler 2>/dev/null
         {script}
         wait $pid
@@ -301,8 +303,8 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path):
     assert "could not be written" in log and "intact" in log
     assert "Traceback" not in log
     step = int(final_state(tmp_path / "copy").step)
-    assert f"after step {step} of 100000, which is saved" in log
-    assert step > 40
+    assert f"after step {step} of 1000000, which is saved" in log
+    assert step > 2_000
 
 
 def test_a_disk_that_stays_full_ends_the_run(tmp_path: Path):
@@ -313,7 +315,7 @@ def test_a_disk_that_stays_full_ends_the_run(tmp_path: Path):
     assert "no checkpoint could be written for " in error
     assert "recovery.save_patience 3" in error
     assert "Traceback" not in log
-    assert int(final_state(tmp_path / "copy").step) >= 40
+    assert int(final_state(tmp_path / "copy").step) >= 2_000
 
 
 # --- One run a directory ----------------------------------------------------------

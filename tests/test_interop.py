@@ -13,7 +13,6 @@ import ml_collections
 import numpy as np
 import pytest
 from cli import ROOT, environment
-from ddaebm_jax.training.trained_run import load_run
 from helpers import assert_trees_equal
 from released import posterior_shapes, recipe, unet_shapes
 from test_weights import write_npz, write_safetensors, write_zip
@@ -22,6 +21,7 @@ from untrusted import refused
 from ddaebm_jax import experiment, interop, models
 from ddaebm_jax.models import Players
 from ddaebm_jax.training.checkpoints import Checkpoints
+from ddaebm_jax.training.trained_run import load_run
 
 RECIPES = ("cifar10", "celeba64", "lsun_church128")
 

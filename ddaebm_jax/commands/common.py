@@ -72,9 +72,12 @@ def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
 
 
 def _is_for_users(record: std_logging.LogRecord) -> bool:
-    """Drop the information that libraries log: Orbax writes 50 lines a save."""
+    """Drop the information that libraries log: Orbax writes 50 lines a save.
+
+    And stack traces: after a failed save dozens, of which one line of ours tells.
+    """
     ours = Path(record.pathname).is_relative_to(Path(__file__).parents[1])
-    return ours or record.levelno > std_logging.INFO
+    return ours or (record.levelno > std_logging.INFO and not record.exc_info)
 
 
 # For commands that use a trained run.
