@@ -139,14 +139,6 @@ def test_processes_with_different_configs_are_refused(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_more_processes_than_examples(tmp_path: Path):
-    fields = {**RUN, "data__batch_size": 1}
-    flags = [*tiny(GAUSSIANS, **fields), f"--workdir={tmp_path / 'run'}"]
-    for result in results_of(flags, [], [], devices=1):
-        expected = "data.batch_size is 1, not divisible by the 2 devices"
-        assert expected in error_of(result)
-
-
 def test_addresses_of_processes_must_be_complete():
     for addresses in (("host:1", None, 0), ("", 2, None), ("", 2, 0)):
         with pytest.raises(InputError, match="belong together"):
