@@ -291,6 +291,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path):
     log = (tmp_path / "log").read_text()
     assert result.returncode == 0, log
     assert "could not be written" in log and "intact" in log
+    assert "Traceback" not in log
     step = int(final_state(tmp_path / "copy").step)
     assert f"after step {step} of 1000000, which is saved" in log
     assert step > 2_000
