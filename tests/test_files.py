@@ -189,3 +189,38 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, content):
     assert files.read_text(path, 100) == '{\n  "a": 1\n}\n'
     with pytest.raises(InputError, match="at most 3 are allowed"):
         files.read_text(path, 3)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        done.append(("sync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def noted_replace(self, target):
+        done.append(("rename", self.stat().st_ino))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    files.write_text_atomically(tmp_path / "file", "text")
+    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("sync", file), ("rename", file), ("sync", folder)]
+
+
+def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path):
+    """A directory from elsewhere may hold a link out of it, or a pipe."""
+    outside, path = tmp_path / "outside", tmp_path / "run" / "file"
+    outside.write_text("mine")
+    path.parent.mkdir()
+    partial = path.with_name("file.partial")
+    partial.symlink_to(outside)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_text_atomically(path, "text")
+    os.mkfifo(partial)
+    with pytest.raises(OSError):
+        files.write_text_atomically(path, "text")
+    files.write_text_atomically(path, "text")  # What was in the way is gone.
+    assert outside.read_text() == "mine" and path.read_text() == "text"
