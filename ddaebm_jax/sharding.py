@@ -156,22 +156,14 @@ class DeviceSteps(NamedTuple):
     Attributes:
       program: (length, state, batches, index, *constants) → (state, …), jitted; takes
         `length` steps and donates the state.
-      place: (batches, index) of this process → the program's. `batches` are the rows of
-        `length` batches, [length, rows, …], or None; `index` are `process_rows`.
+      place: (batches, index) of this process → the program's. `batches` are its rows of
+        `length` batches, [length, rows, …], or None; `index` are its `process_rows`.
       collect: the program's results → global arrays.
     """
 
     program: Any
     place: Callable[[Any, Any], tuple[Any, Any]]
     collect: Callable[[Any], Any]
-
-    def __call__(self, length: int, state: Any, batches: Any, index: Any, *rest: Any):
-        placed = self.place(batches, index)
-        return self.collect(self.program(length, state, *placed, *rest))
-
-    def lower(self, length: int, state: Any, batches: Any, index: Any, *rest: Any):
-        """Returns the program lowered by JAX, to be compiled or inspected."""
-        return self.program.lower(length, state, *self.place(batches, index), *rest)
 
 
 def jit_steps(steps: Callable[..., Any], mesh: Mesh, fsdp: bool = False) -> DeviceSteps:

@@ -132,7 +132,8 @@ def compiled_text(config: ml_collections.ConfigDict) -> str:
     described = experiment.build(config)
     dispatcher = Dispatcher(described)
     batches = indices(0) if described.source.holds_images else None
-    lowered = dispatcher.lower(dispatcher.init(), 1, batches)
+    inputs = dispatcher.inputs(batches)
+    lowered = dispatcher.steps.program.lower(1, dispatcher.init(), *inputs)
     return lowered.compile(compiler_options=quick.options()).as_text()
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_collections
@@ -24,6 +25,7 @@ class Dispatcher:
 
     Attributes:
       mesh: the devices over which the batch is split.
+      steps: the steps, compiled for the layout.
       compile_seconds: time spent tracing and compiling so far.
     """
 
@@ -44,10 +46,12 @@ class Dispatcher:
         axis_name = None if layout.fsdp else sharding.DATA_AXIS
         steps = make_steps(experiment, axis_name)
         if layout.mode == "pmap":
-            self._steps = sharding.pmap_steps(steps, self.mesh)
+            self.steps = sharding.pmap_steps(steps, self.mesh)
         else:
-            self._steps = sharding.jit_steps(steps, self.mesh, layout.fsdp)
+            self.steps = sharding.jit_steps(steps, self.mesh, layout.fsdp)
         self._experiment = experiment
+        self._index = sharding.process_rows(self.mesh, config.data.batch_size)
+        self._arrays = sharding.replicate(self.mesh, experiment.source.arrays)
         self._compiled: set[int] = set()
         self.compile_seconds = 0.0
         self.reseed(0)
@@ -64,10 +68,7 @@ class Dispatcher:
 
     def reseed(self, trial: int) -> None:
         """Gives the steps from here on the noise of a trial; 0 is the first."""
-        config, source = self._experiment.config, self._experiment.source
-        index = sharding.process_rows(self.mesh, config.data.batch_size)
-        everywhere = sharding.replicate(self.mesh, (source.arrays, np.int32(trial)))
-        self._constants = (index, *everywhere)
+        self._trial = sharding.replicate(self.mesh, np.int32(trial))
 
     def __call__(
         self, state: TrainState, length: int, batches: np.ndarray | None = None
@@ -81,16 +82,16 @@ class Dispatcher:
             there is no stream.
         """
         start = time.monotonic()
-        result = self._steps(length, state, batches, *self._constants)
+        result = self.steps.program(length, state, *self.inputs(batches))
         if length not in self._compiled:
             # The call compiles, and then only starts the steps.
             self._compiled.add(length)
             self.compile_seconds += time.monotonic() - start
-        return result
+        return self.steps.collect(result)
 
-    def lower(self, state: TrainState, length: int, batches: np.ndarray | None = None):
-        """Returns the program of `length` steps, lowered by JAX."""
-        return self._steps.lower(length, state, batches, *self._constants)
+    def inputs(self, batches: np.ndarray | None = None) -> tuple[Any, ...]:
+        """Returns the program's arguments after length and state; see `__call__`."""
+        return (*self.steps.place(batches, self._index), self._arrays, self._trial)
 
     def _shardings(self) -> TrainState:
         shapes = state_shapes(self._experiment)
