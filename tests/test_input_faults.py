@@ -31,7 +31,7 @@ from ddaebm_jax.data import (
     records,
 )
 from ddaebm_jax.data.batches import Batches
-from ddaebm_jax.data.records import UnusableRecord, WithoutUnusable
+from ddaebm_jax.data.records import UnusableRecord, SkipUnusable
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.models import Players
@@ -294,7 +294,7 @@ def test_stream_that_ends_is_an_error(processes, monkeypatch, closing):
 
 @given(st.sets(st.integers(0, NUMBER - 1), max_size=9))
 def test_unusable_records_are_replaced_by_the_next_usable_one(unusable):
-    found = WithoutUnusable(Faulty(NUMBER, unusable), "the images")
+    found = SkipUnusable(Faulty(NUMBER, unusable), "the images")
     usable = [i for i in range(2 * NUMBER) if i % NUMBER not in unusable]
     for index in range(NUMBER):
         expected = min(i for i in usable if i >= index) % NUMBER
@@ -303,14 +303,14 @@ def test_unusable_records_are_replaced_by_the_next_usable_one(unusable):
 
 
 def test_replacement_depends_on_no_thread_process_or_resume(closing):
-    data = WithoutUnusable(Faulty(NUMBER, {3, 4, 19}), "the images")
+    data = SkipUnusable(Faulty(NUMBER, {3, 4, 19}), "the images")
     expected = read(Batches(NUMBER, 4, 5, data), 10)
     assert not {3, 4, 19} & set(expected.ravel().tolist())
     for how in ({"num_threads": 0}, {"num_threads": 3}, WORKERS):
         stream = closing(Batches(NUMBER, 4, 5, data, **how))
         np.testing.assert_array_equal(read(stream, 4), expected[:4])
         state = stream.state()
-        fresh = WithoutUnusable(Faulty(NUMBER, {3, 4, 19}), "the images")
+        fresh = SkipUnusable(Faulty(NUMBER, {3, 4, 19}), "the images")
         resumed = closing(Batches(NUMBER, 4, 5, fresh, **how))
         resumed.restore(state)
         np.testing.assert_array_equal(read(resumed, 6), expected[4:])
@@ -322,7 +322,7 @@ def test_replacement_depends_on_no_thread_process_or_resume(closing):
 
 
 def test_each_unusable_record_is_warned_of_once_and_counted(warnings):
-    found = WithoutUnusable(Faulty(NUMBER, {3, 4}), "the images")
+    found = SkipUnusable(Faulty(NUMBER, {3, 4}), "the images")
     for _ in range(3):
         records.stack(found)
     assert len(warnings) == 2
@@ -333,18 +333,18 @@ def test_each_unusable_record_is_warned_of_once_and_counted(warnings):
 @pytest.mark.parametrize("number,most", [(20, 10), (1_000, 10), (4_000, 40)])
 def test_more_than_a_share_of_unusable_records_is_refused(number, most, warnings):
     def load(count):
-        return WithoutUnusable(Faulty(number, range(count)), "the images")[0]
+        return SkipUnusable(Faulty(number, range(count)), "the images")[0]
 
     assert load(most).item() == most
     message = fault(lambda: load(most + 1))
     assert f"{most + 1} of {number} records" in message and "skip_corrupt" in message
-    few = WithoutUnusable(Faulty(4, range(4)), "the images")
+    few = SkipUnusable(Faulty(4, range(4)), "the images")
     assert "none of the 4 records is of use" in fault(lambda: few[1])
 
 
 def test_faults_of_the_file_system_are_not_passed_over():
     data = Faulty(NUMBER, errors={3: OSError(errno.EIO, "Input/output error")})
-    stream = Batches(NUMBER, NUMBER, 0, WithoutUnusable(data, "the images"))
+    stream = Batches(NUMBER, NUMBER, 0, SkipUnusable(data, "the images"))
     assert "Input/output error" in fault(lambda: stream.next(1))
 
 

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
-from ddaebm_jax.data import image_sets, tfds_images
+from ddaebm_jax.data import image_files, image_sets, tfds_images
 from ddaebm_jax.data.batches import Batches, order
 from ddaebm_jax.data.decoding import prepare
 from ddaebm_jax.data.image_files import read_images
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
+    SkipUnusable,
     Subset,
-    WithoutUnusable,
     digest,
     stack,
 )
@@ -55,40 +55,19 @@ def open_images(data: Any, seed: int) -> ImageSet:
       FileNotFoundError: if `data.path` is not there.
       InputError: for an unknown name, or images that cannot be trained on.
     """
-    crop = None if data.crop is None else tuple(data.crop)
-    shape = (data.image_size, data.channels)
     if data.channels not in (1, 3):
         raise InputError(
             f"data.channels is {data.channels}; allowed: 1 (grey), 3 (colour)"
         )
+    shape, share = (data.image_size, data.channels), data.test_fraction
     if data.name == "digits":
-        images = image_sets.load_digits(*shape, data.test_fraction, seed)
+        images = image_sets.load_digits(*shape, share, seed)
     elif data.name == "photos":
-        images = image_sets.load_photos(
-            *shape, data.num_patches, data.test_fraction, seed
-        )
+        images = image_sets.load_photos(*shape, data.num_patches, share, seed)
     elif data.name == "folder":
-        images = image_sets.load_folder(
-            data.path,
-            *shape,
-            crop,
-            data.test_fraction,
-            seed,
-            data.skip_corrupt,
-            data.timeout,
-        )
+        images = image_files.load_folder(data, seed)
     elif data.name == "tfds":
-        images = tfds_images.load_tfds(
-            data.tfds,
-            data.tfds_dir,
-            data.split,
-            data.test_split,
-            *shape,
-            crop,
-            data.test_fraction,
-            seed,
-            data.skip_corrupt,
-        )
+        images = tfds_images.load_tfds(data, seed)
     else:
         raise InputError(f"data.name is '{data.name}'; allowed: {', '.join(IMAGES)}")
     images = _first(images, data.limit)
@@ -96,8 +75,8 @@ def open_images(data: Any, seed: int) -> ImageSet:
         # After the split: what is held out must not take the place of what is not.
         images = dataclasses.replace(
             images,
-            train=WithoutUnusable(images.train, "the training images"),
-            test=WithoutUnusable(images.test, "the test images"),
+            train=SkipUnusable(images.train, "the training images"),
+            test=SkipUnusable(images.test, "the test images"),
         )
     classes = tuple(data.held_out_classes)
     return _without_classes(images, classes, data.timeout) if classes else images
@@ -131,7 +110,7 @@ def _without_classes(
         train_labels=kept[0][1],
         test=kept[1][0],
         test_labels=kept[1][1],
-        content=digest(images.content.encode(), np.array(sorted(set(classes)))),
+        fingerprint=digest(images.fingerprint.encode(), np.array(sorted(set(classes)))),
         left_out=np.concatenate(left),
     )
 
@@ -145,7 +124,7 @@ def _first(images: ImageSet, limit: int) -> ImageSet:
         images,
         train=Subset(images.train, np.arange(limit)),
         train_labels=None if labels is None else labels[:limit],
-        content=digest(images.content.encode(), np.array(limit)),
+        fingerprint=digest(images.fingerprint.encode(), np.array(limit)),
     )
 
 
