@@ -7,7 +7,6 @@ threads read it, nor on what was read ahead when a run was cut off.
 """
 
 import collections
-import concurrent.futures
 import functools
 import multiprocessing
 import sys
@@ -40,13 +39,7 @@ def order(
 ) -> Int32[np.ndarray, " n"]:
     """Returns the records at places start … stop − 1 of the global order.
 
-    Places e·N … e·N + N − 1 are epoch e.
-
-    Args:
-      num_records: N.
-      seed: of the order, not negative.
-      start: the first place.
-      stop: the place after the last.
+    Places e·N … e·N + N − 1 are epoch e, where N = `num_records`.
     """
     first, last = start // num_records, (stop - 1) // num_records
     epochs = [_epoch(num_records, seed, epoch) for epoch in range(first, last + 1)]
@@ -72,6 +65,7 @@ class _Reader:
         self._places = places
 
     def indices(self, step: int) -> Int32[np.ndarray, " local"]:
+        """Returns the records of this process's part of batch `step`."""
         start = step * self._batch_size
         stop = start + self._batch_size
         return order(self._num_records, self._seed, start, stop)[self._places]
@@ -125,19 +119,15 @@ class Batches:
           process_count: n.
           num_threads: that read, in each worker; each reads a whole local batch.
           prefetch: local batches that are read ahead, in each worker; at least 1.
-          num_workers: processes that read, by grain; 0: none but this.
+          num_workers: processes that read, by grain; 0: threads of this one.
           timeout: seconds to wait for a batch before giving up; 0: for ever.
 
         Raises:
-          InputError: if there are no records, their number is not `num_records`, or
-            the batch is not a multiple of the processes.
+          InputError: if there are no records, or the batch is not a multiple of the
+            processes.
         """
-        if num_records < 1 or (records is not None and len(records) != num_records):
-            found = "no records" if records is None else f"{len(records)} records"
-            raise InputError(
-                f"batches of {num_records} records were asked for and there are "
-                f"{found}; at least 1 is needed"
-            )
+        if num_records < 1:
+            raise InputError("there are no records to train on; at least 1 is needed")
         if batch_size < 1 or batch_size % process_count:
             raise InputError(
                 f"data.batch_size is {batch_size}; a positive multiple of the "
@@ -159,19 +149,16 @@ class Batches:
         self._delivered = 0
         self._pool: DaemonPool | None = None
         self._workers: Any = None
-        self._pending: collections.deque[concurrent.futures.Future] = (
-            collections.deque()
-        )
+        self._pending: collections.deque = collections.deque()  # Of futures.
 
     def next(self, length: int) -> Shaped[np.ndarray, "length batch ..."]:
         """Returns the next `length` local batches.
 
-        Returns:
-          uint8 images [length, B/n, height, width, channels], or int32 record
-          indices [length, B/n].
+        They are uint8 images [length, B/n, height, width, channels], or int32 record
+        indices [length, B/n].
 
         Raises:
-          InputError: if a record cannot be read, none comes in time, or a worker
+          InputError: if a record cannot be read, no batch comes in time, or a worker
             process dies. The stream stays where it was, and the next call begins anew.
         """
         try:
@@ -191,11 +178,7 @@ class Batches:
         return {"batches": self._delivered, **self._identity}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Puts the stream where `state` was taken.
-
-        Raises:
-          InputError: if it is the state of another stream.
-        """
+        """Puts the stream where `state` was taken; InputError for another stream's."""
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise InputError(
@@ -277,7 +260,7 @@ class Batches:
 
 
 def _kill_workers() -> None:
-    """Kills grain's worker processes: closing its stream would wait for a stalled one."""
+    """Kills grain's worker processes: `close` would wait for one that is stalled."""
     for child in multiprocessing.active_children():
         if child.name.startswith("grain-process-prefetch"):
             child.kill()

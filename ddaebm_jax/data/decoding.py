@@ -90,14 +90,8 @@ def decode_file(
     """Decodes a PNG or JPEG file, and prepares its image.
 
     Pillow's limits on pixels and text hold. Of a JPEG file with several pictures
-    (MPO, as some cameras write) the first is taken; an animated PNG is refused.
-
-    Args:
-      path: of the file.
-      name: of the file, for messages.
-      size: as in `prepare`.
-      channels: as in `prepare`.
-      crop: as in `prepare`.
+    (MPO, as some cameras write) the first is taken; an animated PNG is refused. The
+    file is called `name` in messages; the other arguments are those of `prepare`.
 
     Raises:
       UnusableRecord: if the file is damaged, too large, or not usable by `prepare`.

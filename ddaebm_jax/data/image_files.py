@@ -18,7 +18,6 @@ from ddaebm_jax.data.records import (
     ImageSet,
     Records,
     Subset,
-    UnusableRecord,
     check_fraction,
     digest,
     hold_out,
@@ -27,7 +26,7 @@ from ddaebm_jax.data.records import (
 )
 from ddaebm_jax.data.threads import TIMEOUT, in_parallel
 from ddaebm_jax.errors import InputError, listed
-from ddaebm_jax.files import ArrayHeader, npz_headers, printable, read_npz
+from ddaebm_jax.files import choose_array, npz_headers, printable, read_npz
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Most bytes of decoded images that are kept in memory.
@@ -69,18 +68,8 @@ class _Files:
         return len(self._names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        path = self._folder / self._names[index]
-        name = printable(self._names[index])
-        if path.is_symlink() and not _is_within(path, self._folder):
-            raise UnusableRecord(
-                f"{name}: a link to outside of the folder; put a copy of the file "
-                "there (cp --dereference)"
-            )
-        return decode_file(path, name, *self._how)
-
-
-def _is_within(link: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(link)).is_relative_to(os.path.realpath(folder))
+        name = self._names[index]
+        return decode_file(self._folder / name, printable(name), *self._how)
 
 
 def _image_names(folder: Path) -> tuple[str, ...]:
@@ -108,14 +97,13 @@ def read_folder(
 
     Every file is decoded, so that all unusable ones are found at once. Images are
     kept in memory if they take at most `MAX_BYTES`, else read again on demand. Hidden
-    files and files with other suffixes are left out. Links to folders are not
-    followed, and links to files outside of the folder are unusable.
+    files, files with other suffixes and links to folders are left out.
 
     Args:
       path: of the folder.
-      size: as in `prepare`.
-      channels: as in `prepare`.
-      crop: as in `prepare`.
+      size: as in `prepare`, like `channels` and `crop`.
+      channels: of an image.
+      crop: in pixels.
       skip_corrupt: skip unusable files, with a warning that names them.
       timeout: seconds without progress before giving up; 0: never.
 
@@ -262,7 +250,7 @@ def read_images(
 def _read_npz(
     path: Path, event_shape: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "n height width channels"]:
-    array = _npz_images(path, npz_headers(path, MAX_BYTES))
+    array = choose_array(path, npz_headers(path, MAX_BYTES), 4)
     if array.dtype != np.uint8 and not array.dtype.hasobject:
         raise InputError(
             f"{path}: the array {array} is not of uint8; pixels 0 … 255 are needed; "
@@ -284,17 +272,3 @@ def _read_npz(
             "0 … 255; save (255 * x).astype('uint8')"
         )
     return images.reshape(-1, *event_shape)
-
-
-def _npz_images(path: Path, arrays: dict[str, ArrayHeader]) -> ArrayHeader:
-    """Chooses the images among the arrays."""
-    if "x" in arrays:
-        return arrays["x"]
-    found = [array for array in arrays.values() if len(array.shape) == 4]
-    if len(found) != 1:
-        raise InputError(
-            f"{path}: no array 'x' and {len(found)} 4-D arrays where exactly one is "
-            f"needed; found: {listed(arrays.values())}; save it with "
-            "numpy.savez(path, x=images)"
-        )
-    return found[0]

@@ -22,17 +22,8 @@ def load_digits(
 ) -> ImageSet:
     """Loads scikit-learn's 1,797 handwritten digits, 8×8, grey.
 
-    The same share of every digit is held out.
-
-    Args:
-      image_size: 8.
-      channels: 1.
-      test_fraction: share that is held out, in (0, 1).
-      seed: of the split; the result is a pure function of it.
-
-    Raises:
-      InputError: for another shape, or a fraction out of range.
-      ModuleNotFoundError: without scikit-learn.
+    The same share of every digit is held out. Raises InputError for another shape, or
+    a fraction out of range.
     """
     _require("digits", "data.image_size", image_size, _DIGIT_SIZE)
     _require("digits", "data.channels", channels, 1)
@@ -96,18 +87,8 @@ def load_photos(
 
     Patches are cut at random places, as many from either photograph. Those held out
     lie in a strip at the right side that no training patch touches; the strip's share
-    of the width, and theirs of the patches, is `test_fraction`.
-
-    Args:
-      image_size: of the patches.
-      channels: 3.
-      num_patches: of both photographs, those held out included.
-      test_fraction: in (0, 1).
-      seed: of the places; the result is a pure function of it.
-
-    Raises:
-      InputError: for another number of channels, or patches that do not fit.
-      ModuleNotFoundError: without scikit-learn or Pillow.
+    of the width, and theirs of `num_patches`, is `test_fraction`. Raises InputError
+    for another number of channels, or patches that do not fit.
     """
     _require("photos", "data.channels", channels, 3)
     split = hold_out(num_patches, test_fraction, seed, "data.num_patches: patches")

@@ -45,11 +45,7 @@ IMAGES = ("digits", "photos", "folder", "tfds")
 
 
 def open_images(data: Any, seed: int) -> ImageSet:
-    """Opens the image set that a config names.
-
-    Args:
-      data: the config's `data` section.
-      seed: of the split into what is trained on and what is held out.
+    """Opens the image set that a config's `data` section names, split by the seed.
 
     Raises:
       FileNotFoundError: if `data.path` is not there.
@@ -85,33 +81,32 @@ def open_images(data: Any, seed: int) -> ImageSet:
 def _without_classes(
     images: ImageSet, classes: tuple[int, ...], timeout: int | float
 ) -> ImageSet:
-    """Takes classes out of what is trained on and what is tested with."""
-    labels = (images.train_labels, images.test_labels)
-    if labels[0] is None or labels[1] is None:
+    """Moves classes from what is trained on and tested with to `left_out`."""
+    if images.train_labels is None or images.test_labels is None:
         raise InputError(
             f"data.held_out_classes is {classes}, but the images of data.name = "
             f"'{images.name}' have no labels; it is for digits"
         )
-    known = np.union1d(*labels).tolist()
-    unknown = sorted(set(classes) - set(known))
-    if unknown or len(set(known) - set(classes)) < 2:
+    known = set(images.train_labels.tolist()) | set(images.test_labels.tolist())
+    if not set(classes) <= known or len(known - set(classes)) < 2:
         raise InputError(
-            f"data.held_out_classes is {classes}; choose of {known}, and leave at "
-            "least two to train on"
+            f"data.held_out_classes is {classes}; choose of {sorted(known)}, and leave "
+            "at least two to train on"
         )
-    kept, left = [], []
-    for part, of_part in zip((images.train, images.test), labels, strict=True):
-        out = np.isin(of_part, classes)
-        kept.append((Subset(part, np.flatnonzero(~out)), of_part[~out]))
-        left.append(stack(Subset(part, np.flatnonzero(out)), timeout=timeout))
+    train_out = np.isin(images.train_labels, classes)
+    test_out = np.isin(images.test_labels, classes)
+    left_out = [
+        stack(Subset(part, np.flatnonzero(out)), timeout=timeout)
+        for part, out in ((images.train, train_out), (images.test, test_out))
+    ]
     return dataclasses.replace(
         images,
-        train=kept[0][0],
-        train_labels=kept[0][1],
-        test=kept[1][0],
-        test_labels=kept[1][1],
+        train=Subset(images.train, np.flatnonzero(~train_out)),
+        train_labels=images.train_labels[~train_out],
+        test=Subset(images.test, np.flatnonzero(~test_out)),
+        test_labels=images.test_labels[~test_out],
         fingerprint=digest(images.fingerprint.encode(), np.array(sorted(set(classes)))),
-        left_out=np.concatenate(left),
+        left_out=np.concatenate(left_out),
     )
 
 

@@ -26,10 +26,9 @@ class UnusableRecord(InputError):
 
 @runtime_checkable
 class Records(Protocol):
-    """Images that can be read in any order, by several threads.
+    """Images that can be read in any order, by several threads; an array is one.
 
-    An array of images is one. All can be pickled, so that grain's worker processes
-    can read them too.
+    All can be pickled, so that grain's worker processes can read them too.
     """
 
     def __len__(self) -> int:
@@ -38,16 +37,14 @@ class Records(Protocol):
     def __getitem__(self, index: int) -> np.ndarray:
         """Returns one image, uint8 [height, width, channels].
 
-        Raises:
-          InputError: if it cannot be read; the message names the file or the record.
+        Raises InputError, which names the file or the record, if it cannot be read.
         """
 
 
 class Subset:
-    """Some of the records of another source, in an order of its own; no copy."""
+    """The records at `indices` of another source, without a copy."""
 
     def __init__(self, whole: Records, indices: Integer[np.ndarray, " n"]) -> None:
-        """Chooses the records at `indices` of `whole`."""
         self._whole = whole
         self._indices = indices
 
@@ -67,7 +64,6 @@ class SkipUnusable:
     """
 
     def __init__(self, whole: Records, name: str) -> None:
-        """Wraps records, the first of which follow the last; `name` is for messages."""
         self._whole = whole
         self._name = name
         self._limit = int(max(len(whole), _MIN_COUNTED) * _MAX_UNUSABLE)
@@ -96,11 +92,8 @@ class SkipUnusable:
                 f"{_MIN_COUNTED}); the last: {error}"
             )
         logging.warning(
-            "%s: skipped, and the next taken: %s (%d so far, at most %d)",
-            self._name,
-            error,
-            count,
-            self._limit,
+            f"{self._name}: skipped, and the next taken: {error} ({count} so far, at "
+            f"most {self._limit})"
         )
 
 
@@ -118,7 +111,7 @@ class ImageSet:
       train_labels: the class of each training image; None where there are none.
       test_labels: of each test image.
       skipped: number of unusable files that were skipped.
-      left_out: images of the classes that are neither trained on nor tested with.
+      left_out: images of `data.held_out_classes`.
     """
 
     name: str
@@ -157,17 +150,7 @@ def split_set(
     labels: Integer[np.ndarray, " n"] | None = None,
     skipped: int = 0,
 ) -> ImageSet:
-    """Returns a set that is split from one source.
-
-    Args:
-      name: as in the config.
-      records: all images.
-      event_shape: of every image.
-      split: of the records.
-      content: SHA-256 of all images.
-      labels: the class of each record.
-      skipped: number of unusable files that were skipped.
-    """
+    """Returns a set split from one source, whose images' SHA-256 is `content`."""
     return ImageSet(
         name=name,
         event_shape=event_shape,
@@ -194,15 +177,8 @@ def hold_out(
 ) -> Split:
     """Holds out a random share of `num` records; a pure function of its arguments.
 
-    Args:
-      num: of records.
-      test_fraction: share that is held out, in (0, 1).
-      seed: of the choice.
-      what: the records, with a plural noun, for messages.
-      min_train: least number of records to train on.
-
-    Raises:
-      InputError: for a fraction out of range, or one that leaves a part too small.
+    Raises InputError, in which `what` names the records, for a fraction out of range
+    or one that holds out none or leaves fewer than `min_train`.
     """
     check_fraction(test_fraction)
     num_test = round(num * test_fraction)
@@ -236,10 +212,10 @@ def stack(
     """Loads records into one array, by several threads.
 
     Args:
-      records: at least one, all of one shape.
+      records: all of one shape.
       limit: the first so many only; None: all.
-      progress_name: what to call them in the log, if loading takes long.
-      timeout: seconds without progress before giving up; 0: never.
+      progress_name: as in `in_parallel`.
+      timeout: as in `in_parallel`.
 
     Raises:
       InputError: if there is no record, or one cannot be read.

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ddaebm_jax.errors import InputError, listed, one_line, shown
-from ddaebm_jax.files import ArrayHeader, npz_headers, open_regular, read_npz
+from ddaebm_jax.files import choose_array, npz_headers, open_regular, read_npz
 
 # Largest CSV file, bytes; longest line, characters; most columns.
 MAX_CSV_BYTES = 256 * 2**20
@@ -82,7 +82,7 @@ def read_table_file(
     if len(bad):
         i, j = bad[0]
         raise InputError(
-            f"{path}: {table.row_name(i)}, column {shown(table.columns[j])} is "
+            f"{path}: {table.row_name(int(i))}, column {shown(table.columns[j])} is "
             f"{table.rows[i, j]}; finite numbers of size at most {LARGEST:.2g} are "
             "allowed; fill in missing values or drop the row"
         )
@@ -90,7 +90,7 @@ def read_table_file(
         bad = np.flatnonzero(~np.isin(table.labels, (INLIER, OUTLIER)))
         if len(bad):
             raise InputError(
-                f"{path}: {table.row_name(bad[0])} has the label "
+                f"{path}: {table.row_name(int(bad[0]))} has the label "
                 f"{table.labels[bad[0]]}; allowed: 0 (inlier), 1 (outlier); write "
                 "the labels as 0 and 1"
             )
@@ -134,8 +134,8 @@ def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile
         columns = columns[:label] + columns[label + 1 :]
 
     def row_name(i: int) -> str:
-        place = i + (names is not None)
-        return f"line {next(itertools.islice(_csv_rows(path), place, None))[0]}"
+        later = itertools.islice(_csv_rows(path), i + (names is not None), None)
+        return f"line {next(later)[0]}"
 
     return TableFile(columns, rows, labels, row_name)
 
@@ -230,10 +230,21 @@ def _csv_fault(
 
 def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile:
     arrays = npz_headers(path, MAX_NPZ_BYTES)
-    chosen = [_npz_table(path, arrays)]
+    chosen = [choose_array(path, arrays, 2)]
+    if len(chosen[0].shape) != 2:
+        raise InputError(
+            f"{path}: the array {chosen[0]} is not 2-D; save rows × columns with "
+            "numpy.savez(path, x=rows)"
+        )
     label = label_column or ("labels" if "labels" in arrays else None)
     if labelled and label is not None:
-        chosen.append(_npz_labels(path, arrays, label, chosen[0].shape[0]))
+        if label not in arrays or arrays[label].shape != chosen[0].shape[:1]:
+            raise InputError(
+                f"{path}: label_column needs a 1-D array {shown(label)} with a label "
+                f"for each of the {chosen[0].shape[0]} rows; found: "
+                f"{listed(arrays.values())}"
+            )
+        chosen.append(arrays[label])
     for array in chosen:
         if 8 * np.prod(array.shape, dtype=float) > MAX_NPZ_BYTES:
             raise InputError(
@@ -254,27 +265,3 @@ def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile
         labels[0] if labels else None,
         lambda i: f"row {i} (counted from 0)",
     )
-
-
-def _npz_table(path: Path, arrays: dict[str, ArrayHeader]) -> ArrayHeader:
-    """Chooses the table among the arrays."""
-    tables = [array for array in arrays.values() if len(array.shape) == 2]
-    if "x" in arrays:
-        tables = [array for array in tables if array.name == "x"]
-    if len(tables) != 1:
-        raise InputError(
-            f"{path}: the table is the array 'x', 2-D, or the only 2-D array; found: "
-            f"{listed(arrays.values())}; save it with numpy.savez(path, x=rows)"
-        )
-    return tables[0]
-
-
-def _npz_labels(
-    path: Path, arrays: dict[str, ArrayHeader], name: str, num_rows: int
-) -> ArrayHeader:
-    if name not in arrays or arrays[name].shape != (num_rows,):
-        raise InputError(
-            f"{path}: label_column needs a 1-D array {shown(name)} with a label for "
-            f"each of the {num_rows} rows; found: {listed(arrays.values())}"
-        )
-    return arrays[name]

@@ -41,12 +41,9 @@ class Standardizer(NamedTuple):
 
     @classmethod
     def fit(cls, rows: Float[np.ndarray, "n d"]) -> "Standardizer":
-        """Returns the standardizer of these rows, computed in float64.
+        """Returns the standardizer of at least one row, computed in float64.
 
-        The standard deviation divides by n.
-
-        Raises:
-          InputError: if there are no rows.
+        The standard deviation divides by n. Raises InputError without a row.
         """
         if not len(rows):
             raise InputError("a standardizer needs at least 1 row to fit; found 0")
@@ -60,8 +57,7 @@ class Standardizer(NamedTuple):
     def transform(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """Returns (rows − mean) / std, computed in float64, stored as float32.
 
-        Raises:
-          InputError: if the rows' width differs, or a result leaves float32's range.
+        Raises InputError for another width, or a result beyond float32's range.
         """
         _check_width(rows.shape[1], len(self.mean), "the rows to standardise")
         scaled = (np.asarray(rows, np.float64) - self.mean) / self.std
@@ -76,11 +72,7 @@ class Standardizer(NamedTuple):
         return scaled.astype(np.float32)
 
     def inverse(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        """Returns rows·std + mean in the columns' units, float64.
-
-        Raises:
-          InputError: if the rows' width differs.
-        """
+        """Returns rows·std + mean in the columns' units, float64."""
         _check_width(rows.shape[1], len(self.mean), "the rows to bring back")
         return np.asarray(rows, np.float64) * self.std + self.mean
 
@@ -90,11 +82,7 @@ class Standardizer(NamedTuple):
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Standardizer":
-        """Returns the standardizer that `to_dict` saved.
-
-        Raises:
-          InputError: if it is not two equally long lists of finite numbers, std > 0.
-        """
+        """Returns the standardizer that `to_dict` saved; InputError if damaged."""
         try:
             mean, std = (np.asarray(saved[key], np.float64) for key in ("mean", "std"))
             if mean.ndim != 1 or mean.shape != std.shape:
@@ -152,11 +140,7 @@ def save_table(table: Table, path: Path) -> None:
 
 
 def load_saved_table(path: Path) -> Table:
-    """Returns the table that `save_table` kept.
-
-    Raises:
-      InputError: if the file is not there, or not such a file.
-    """
+    """Returns the table that `save_table` kept; InputError if it is not there whole."""
     try:
         arrays = read_npz(path, 2 * MAX_NPZ_BYTES)
         columns, train, test = (arrays[key] for key in ("columns", "train", "test"))
@@ -209,21 +193,19 @@ def load_table(
 ) -> Table:
     """Loads a table from a file, splits it and standardises it.
 
-    The formats are `table_files`'s. With labels, 0 (inlier) or 1 (outlier), training
-    uses inliers only, and the test set is the held-out inliers, then all outliers;
-    without, the split is of all rows.
+    The formats are those of `table_files`. With labels, 0 (inlier) or 1 (outlier),
+    training uses inliers only, and the test set is the held-out inliers, then all
+    outliers; without, the split is of all rows.
 
     Args:
       path: ends in `.csv` or `.npz`.
       seed: of the split; the result is a pure function of it and of the file.
       test_fraction: share of the rows (of the inliers) that is held out, in (0, 1).
-      label_column: a CSV's column, or an NPZ's 1-D array, of labels; None: in an NPZ
-        the array `labels`, if there is one.
+      label_column: as in `read_table_file`.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      InputError: for a file or a fraction that cannot be used; the message names the
-        file, the place and the value found.
+      InputError: for a file or a fraction that cannot be used.
     """
     path = Path(path)
     table = read_table_file(path, label_column, labelled=True)

@@ -74,9 +74,9 @@ class _TfdsImages:
 def load_tfds(data: Any, seed: int) -> ImageSet:
     """Loads the set that a config's `data` section names; prepares it if needed.
 
-    What is held out is `data.test_split`, or, if that is empty, a share of
-    `data.split`, chosen by the seed. With `data.skip_corrupt` unusable records do not
-    keep the set from being opened; reading them is still refused, see `SkipUnusable`.
+    `data.test_split` is held out, or, if that is empty, a share of `data.split` chosen
+    by the seed. With `data.skip_corrupt` unusable records do not keep the set from
+    being opened; reading them is still refused, see `SkipUnusable`.
 
     Raises:
       InputError: if there is no such set or split, it cannot be prepared, or its
@@ -125,17 +125,8 @@ def open_split(
 ) -> Records:
     """Opens the images of one split of a TFDS set; prepares the set if needed.
 
-    Args:
-      name: of the builder, as TFDS writes it: `cifar10`, `lsun/church_outdoor`.
-      tfds_dir: where TFDS keeps its sets; empty: TFDS's own default.
-      split: as TFDS writes it: `train`, `train[:90%]`.
-      image_size: as in `decoding.prepare`.
-      channels: as in `decoding.prepare`.
-      crop: as in `decoding.prepare`.
-      skip_corrupt: put the next usable record in the place of an unusable one.
-
-    Raises:
-      InputError: as `load_tfds`.
+    The arguments are what a config's `data` section says of a set; with `skip_corrupt`
+    the next usable record takes the place of an unusable one. Raises as `load_tfds`.
     """
     folder = os.fspath(_prepared(name, tfds_dir, channels).data_dir)
     records = _TfdsImages(folder, split, image_size, channels, crop)
@@ -172,8 +163,8 @@ def _check_apart(folder: str, split: str, test_split: str) -> None:
     if records(split) & records(test_split):
         raise InputError(
             f"data.split '{split}' and data.test_split '{test_split}' share records; "
-            "what is held out must be another part, for example train[:90%] and "
-            "train[90%:], or '' for a share of data.split"
+            "hold out another part, for example train[:90%] and train[90%:], or '' for "
+            "a share of data.split"
         )
 
 
@@ -205,33 +196,25 @@ def _open_source(folder: str, split: str) -> Any:
 
 def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
     """Returns the builder of a set of images, prepared if it was not yet."""
-    builder = _builder(name, tfds_dir)
+    import tensorflow_datasets as tfds
+
+    try:
+        directory = os.path.expanduser(tfds_dir) if tfds_dir else None
+        builder = tfds.builder(name, data_dir=directory)
+    except Exception as error:  # A bad name, config, version or folder: of many kinds.
+        unknown = isinstance(error, tfds.core.registered.DatasetNotFoundError)
+        bare = name.partition("/")[0].partition(":")[0]
+        close = difflib.get_close_matches(bare, tfds.list_builders(), 4)
+        raise InputError(
+            f"data.tfds is '{name}', which TFDS "
+            + ("does not know" if unknown else f"cannot open ({one_line(error)})")
+            + f"; close names: {listed(close)}; give builder or builder/config, for "
+            "example lsun/church_outdoor; see tensorflow.org/datasets/catalog"
+        ) from error
     _check_feature(builder, name, channels)
     if not builder.is_prepared():
         _prepare(builder, name)
     return builder
-
-
-def _builder(name: str, tfds_dir: str) -> Any:
-    """Finds a set by name, among TFDS's own and among the prepared folders."""
-    import tensorflow_datasets as tfds
-
-    directory = os.path.expanduser(tfds_dir) if tfds_dir else None
-    try:
-        return tfds.builder(name, data_dir=directory)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        bare = name.partition("/")[0].partition(":")[0]
-        close = difflib.get_close_matches(bare, tfds.list_builders(), 4)
-        raise InputError(
-            f"data.tfds is '{name}'; TFDS knows no such set"
-            + (f"; close: {', '.join(close)}" if close else "")
-            + "; see https://www.tensorflow.org/datasets/catalog"
-        ) from error
-    except Exception as error:  # A bad config, version or folder: of many kinds.
-        raise InputError(
-            f"data.tfds is '{name}', which TFDS cannot open ({one_line(error)}); give "
-            "builder/config, for example lsun/church_outdoor"
-        ) from error
 
 
 def _check_feature(builder: Any, name: str, channels: int) -> None:
@@ -269,8 +252,10 @@ def _prepare(builder: Any, name: str) -> None:
         builder.data_dir,
         builder.info.download_size or "unknown size",
     )
+    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
+    command = f" (or: tfds build {builder.name}{config} --file_format={_FORMAT})"
     if builder.name == "lsun":
-        builder._generate_examples = _lsun_examples
+        builder._generate_examples, command = _lsun_examples, ""
     try:
         _hide_accelerators()
         import tensorflow_datasets as tfds
@@ -281,28 +266,17 @@ def _prepare(builder: Any, name: str) -> None:
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             file_format=_FORMAT,
         )
-    except Exception as error:  # Network, disk, checksums, manual downloads, ….
-        fault = f"data.tfds = '{name}' is not in {builder.data_dir} and cannot be "
-        fault += f"prepared ({one_line(error)}); "
-        if isinstance(error, ModuleNotFoundError):
-            fault += f"install the Python package {error.name} (pip install "
-            fault += "'ddaebm_jax[tf,lsun]'), or "
-        raise InputError(fault + _elsewhere(builder)) from error
-
-
-def _elsewhere(builder: Any) -> str:
-    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
-    command = f" (or: tfds build {builder.name}{config} --file_format={_FORMAT})"
-    return (
-        "run this config"
-        + command * (builder.name != "lsun")  # Which TFDS itself cannot, see below.
-        + " on a machine with a network, copy the folder that it prepares, and set "
-        "data.tfds_dir to where that lies"
-    )
+    except Exception as error:  # Network, disk, checksums, packages, ….
+        raise InputError(
+            f"data.tfds = '{name}' is not in {builder.data_dir} and cannot be prepared "
+            f"({one_line(error)}); pip install 'ddaebm_jax[tf,lsun]' if a package is "
+            f"missing, or run this config{command} on a machine with a network, copy "
+            "the folder that it prepares, and set data.tfds_dir to where that lies"
+        ) from error
 
 
 def _hide_accelerators() -> None:
-    """Keeps TensorFlow off the GPU or TPU on which JAX trains."""
+    """Keeps TensorFlow, where it is installed, off the devices on which JAX trains."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it logs at import
     import tensorflow as tf

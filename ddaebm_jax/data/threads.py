@@ -18,10 +18,8 @@ from ddaebm_jax.errors import InputError
 
 # Seconds without progress before reading is given up.
 TIMEOUT = 600
-# Threads that decode images. Decoders release Python's lock.
-_DECODE_THREADS = 8
-# Indices that a thread takes at once.
-_CHUNK = 64
+# Threads of `in_parallel`, and the indices that a thread takes at once.
+_NUM_THREADS, _CHUNK = 8, 64
 _SECONDS_BETWEEN_REPORTS = 10.0
 
 _Result = TypeVar("_Result")
@@ -31,7 +29,6 @@ class DaemonPool:
     """A few daemon threads and a queue of calls, begun in the order of submission."""
 
     def __init__(self, num_threads: int) -> None:
-        """Starts the threads, at least one."""
         self._num_threads = num_threads
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         for _ in range(num_threads):
@@ -71,16 +68,9 @@ def in_parallel(
 ) -> list[_Result]:
     """Returns function(0), …, function(num − 1), computed by several threads.
 
-    The first exception stops it. Long work is reported in the log.
-
-    Args:
-      function: of an index.
-      num: how many.
-      progress_name: what to call them in the log; empty: nothing is logged.
-      timeout: seconds without progress before giving up; 0: never.
-
-    Raises:
-      InputError: if there is no progress for so long.
+    The first exception stops it. Long work is reported in the log, unless
+    `progress_name` is empty. Raises InputError if there is no progress for `timeout`
+    seconds; 0: never.
     """
 
     def work(start: int) -> list[_Result]:
@@ -88,7 +78,7 @@ def in_parallel(
 
     results: list[_Result] = []
     reported = time.monotonic()
-    pool = DaemonPool(_DECODE_THREADS)
+    pool = DaemonPool(_NUM_THREADS)
     try:
         for future in [pool.submit(work, i) for i in range(0, num, _CHUNK)]:
             results += future.result(timeout or None)
