@@ -29,8 +29,7 @@ from ml_collections import config_flags
 from timing import counted_work, device_name, interleaved_seconds
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiment as experiments
-from ddaebm_jax import objective
+from ddaebm_jax import experiment, objective
 from ddaebm_jax.models import Networks
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -78,7 +77,7 @@ def _generator(networks: Networks) -> Forms:
 def _posterior(networks: Networks) -> Forms:
     def loss(draws, of_real, of_fake):
         latent = objective.latent_log_prob(draws["z"], *of_fake)
-        return latent + objective.latent_kl(*of_real)
+        return (latent + objective.latent_kl(*of_real)).mean()
 
     def two(draws):
         rest = draws["x_next"], draws["t"]
@@ -109,7 +108,7 @@ def _posterior(networks: Networks) -> Forms:
 def _energy(networks: Networks, gamma: float) -> Forms:
     def loss(draws, f_real, f_fake, score):
         penalty = objective.gradient_penalty(score + draws["known"])
-        return f_fake.mean() - f_real.mean() + gamma * penalty
+        return (f_fake - f_real + gamma * penalty).mean()
 
     def two(draws):
         t = draws["t"]
@@ -140,8 +139,8 @@ def _energy(networks: Networks, gamma: float) -> Forms:
     return two, one
 
 
-def _draws(experiment: experiments.Experiment, batch: int) -> dict[str, Any]:
-    networks, key = experiment.networks, jax.random.key(0)
+def _draws(described: experiment.Experiment, batch: int) -> dict[str, Any]:
+    networks, key = described.networks, jax.random.key(0)
     shapes = {
         **dict.fromkeys(("x", "x_next", "fake", "known"), networks.event_shape),
         **dict.fromkeys(("towards", "towards_2"), networks.event_shape),
@@ -153,8 +152,8 @@ def _draws(experiment: experiments.Experiment, batch: int) -> dict[str, Any]:
     }
     for i, name in enumerate(("keys", "keys_2")):
         draws[name] = jax.random.split(jax.random.fold_in(key, 100 + i), batch)
-    draws["t"] = jnp.arange(batch, dtype=jnp.int32) % experiment.schedule.num_steps
-    draws["variables"] = _spread(experiments.init_state(experiment).variables)
+    draws["t"] = jnp.arange(batch, dtype=jnp.int32) % described.schedule.num_steps
+    draws["variables"] = _spread(experiment.init_state(described).variables)
     return draws
 
 
@@ -187,13 +186,13 @@ def main(argv: list[str]) -> None:
     if _DTYPE.value is not None:
         config.model.dtype = _DTYPE.value
     config_lib.validate(config)
-    experiment = experiments.build(config, open_images=False)
-    networks, batch = experiment.networks, config.data.batch_size
-    draws = _draws(experiment, batch)
+    described = experiment.build(config, open_images=False)
+    networks, batch = described.networks, config.data.batch_size
+    draws = _draws(described, batch)
     if jax.tree.leaves(draws["variables"].generator.get("batch_stats", {})):
         raise app.UsageError("with batch norm one call is not the same as two")
     cases = {"generator": _generator(networks)}
-    if experiment.game.has_encoder:
+    if described.game.has_encoder:
         cases["posterior"] = _posterior(networks)
     cases["energy"] = _energy(networks, config.game.gamma)
     print(

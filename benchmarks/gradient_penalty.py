@@ -21,8 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from timing import counted_flops, counted_work, device_name, interleaved_seconds
 
-from ddaebm_jax import diffusion, minimax, objective
-from ddaebm_jax import experiment as experiments
+from ddaebm_jax import diffusion, experiment, game, objective
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/released_gaussians25.py", "The recipe."
@@ -37,29 +36,29 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if _BATCH.value is not None:
         config.data.batch_size = _BATCH.value
-    experiment = experiments.build(config, open_images=False)
-    energy, gamma = experiment.networks.energy, config.game.gamma
-    variables = experiments.init_state(experiment).variables.energy
+    described = experiment.build(config, open_images=False)
+    energy, gamma = described.networks.energy, config.game.gamma
+    variables = experiment.init_state(described).variables.energy
     index = jnp.arange(config.data.batch_size, dtype=jnp.int32)
     step = jnp.zeros((), jnp.int32)
-    keys = minimax.example_keys(jax.random.key(1), step, index)
-    noise = minimax.draw_noise(
+    keys = game.example_keys(jax.random.key(1), step, index)
+    noise = game.draw_noise(
         jax.random.key(2),
         step,
         index,
-        experiment.schedule.num_steps,
-        experiment.networks.event_shape,
-        experiment.networks.nz,
+        described.schedule.num_steps,
+        described.networks.event_shape,
+        described.networks.nz,
     )
-    if experiment.source.holds_images:
-        shape = (len(index), *experiment.source.event_shape)
+    if described.source.holds_images:
+        shape = (len(index), *described.source.event_shape)
         x0 = jax.random.uniform(jax.random.key(3), shape, minval=-1, maxval=1)
     else:
-        x0 = experiment.source.draw(experiment.source.arrays, None, keys)
+        x0 = described.source.draw(described.source.arrays, None, keys)
     x, x_next = diffusion.diffuse_pair(
-        experiment.schedule, x0, noise.t, noise.eps_t, noise.eps_next
+        described.schedule, x0, noise.t, noise.eps_t, noise.eps_next
     )
-    known = diffusion.score_log_q(experiment.schedule, x_next, x, noise.t)
+    known = diffusion.score_log_q(described.schedule, x_next, x, noise.t)
 
     def f(params, points):
         return energy({"params": params}, points, noise.t, rngs=noise.dropout)
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> None:
     def reverse_over_reverse(params):
         def loss(params):
             values, gradient = objective.energy_and_score(lambda p: f(params, p), x)
-            penalty = objective.gradient_penalty(gradient + known)
+            penalty = objective.gradient_penalty(gradient + known).mean()
             return gamma * penalty - values.mean()
 
         return jax.grad(loss)(params)

@@ -31,7 +31,7 @@ from timing import (
 )
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import minimax
+from ddaebm_jax.diagnostics import energy_gaps_by_t
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py", "The recipe.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images a step.", lower_bound=1)
@@ -81,7 +81,7 @@ def _rows(config) -> list[tuple[str, str]]:
 
     seconds = median_seconds(run, _REPEATS.value) / steps
     peak = max(before, matmul_rate(dtype=dtype)) * devices
-    losses = minimax.with_gaps(jax.device_get(metrics["last"]))
+    losses = energy_gaps_by_t(jax.device_get(metrics["last"]))
     if not all(np.isfinite(list(losses.values()))):
         raise RuntimeError(f"the step's losses are not finite: {losses}")
 

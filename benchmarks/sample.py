@@ -22,9 +22,7 @@ from timing import (
 )
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiment as experiments
-from ddaebm_jax import sampling
-from ddaebm_jax import sharding as parallel
+from ddaebm_jax import experiment, sampling, sharding
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/cifar10.py", "The recipe.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images a call.", lower_bound=1)
@@ -41,19 +39,19 @@ def main(argv: list[str]) -> None:
     if _DTYPE.value is not None:
         config.model.dtype = _DTYPE.value
     config_lib.validate(config)
-    experiment = experiments.build(config, open_images=False)
-    mesh = parallel.make_mesh(config.parallel.num_devices)
-    batch = parallel.whole_rows(mesh, _BATCH.value)
+    described = experiment.build(config, open_images=False)
+    mesh = sharding.make_mesh(config.parallel.num_devices)
+    batch = sharding.whole_rows(mesh, _BATCH.value)
     variables = jax.device_put(
-        experiments.init_state(experiment).variables.generator,
-        parallel.replicated(mesh),
+        experiment.init_state(described).variables.generator,
+        sharding.replicated(mesh),
     )
-    rows = parallel.split_rows(mesh, jnp.arange(batch, dtype=jnp.int32))
+    rows = sharding.split_rows(mesh, jnp.arange(batch, dtype=jnp.int32))
 
     def draw(variables, rows):
         return sampling.sample(
-            experiment.schedule,
-            experiment.networks,
+            described.schedule,
+            described.networks,
             variables,
             jax.random.key(0),
             batch,

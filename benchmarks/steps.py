@@ -1,6 +1,7 @@
 """What the benchmarks share: the training step of a recipe, on random images."""
 
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,21 +10,21 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from ddaebm_jax import experiment as experiments
-from ddaebm_jax.training import dispatching
+from ddaebm_jax import experiment
+from ddaebm_jax.training.dispatch import Dispatcher
 
 
 class Prepared(NamedTuple):
-    """A dispatch of K training steps, traced, and what it is to be called with.
+    """K training steps, traced, and the arguments of the compiled program.
 
     Attributes:
       experiment: what the config describes.
       mesh: the devices that share the batch.
-      traced: of the jitted dispatch; `.jaxpr`, `.lower().compile()`.
-      inputs: the compiled dispatch's arguments; the first, the state, is used up.
+      traced: of the jitted steps; `.jaxpr`, `.lower().compile()`.
+      inputs: the compiled program's arguments; the first, the state, is donated.
     """
 
-    experiment: experiments.Experiment
+    experiment: experiment.Experiment
     mesh: Mesh
     traced: Any
     inputs: tuple[Any, ...]
@@ -45,38 +46,24 @@ def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
 
     Image recipes get random images, as from an input stream; others their own data.
     """
-    experiment = experiments.build(config, open_images=False)
-    batch = config.data.batch_size
-    mesh, layout = dispatching.lay_out(experiment)
+    described = experiment.build(config, open_images=False)
+    dispatcher = Dispatcher(described)
     images = None
-    if experiment.source.holds_images:
-        shape = (steps, batch, *experiment.source.event_shape)
-        random = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        images = layout.place_batches(random)
-    inputs = (
-        layout.place(experiments.init_state(experiment)),
-        None if images is not None else layout.place_data(experiment.source.arrays),
-        layout.batch_index(batch),
-        layout.place_data(np.int32(0)),
-        images,
-    )
-    jitted = layout.jit(experiments.make_dispatch(experiment, layout.axis_name))
-    return Prepared(experiment, mesh, jitted.trace(*inputs, steps), inputs)
+    if described.source.holds_images:
+        shape = (steps, config.data.batch_size, *described.source.event_shape)
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    inputs = (dispatcher.init(), *dispatcher.inputs(images))
+    traced = dispatcher.steps.program.trace(steps, *inputs)
+    return Prepared(described, dispatcher.mesh, traced, inputs)
 
 
 def abstract(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     """Returns one image step's jaxpr, and its state's shapes; nothing is computed."""
-    experiment = experiments.build(config, open_images=False)
+    described = experiment.build(config, open_images=False)
     batch = config.data.batch_size
-    state = jax.eval_shape(lambda: experiments.init_state(experiment))
-    shapes = (
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((1, batch, *experiment.source.event_shape), jnp.uint8),
-    )
-    dispatch = experiments.make_dispatch(experiment)
-
-    def one(state, index, trial, images):
-        return dispatch(state, None, index, trial, images, 1)
-
-    return jax.make_jaxpr(one)(state, *shapes), state
+    state = experiment.state_shapes(described)
+    images = jax.ShapeDtypeStruct((1, batch, *described.source.event_shape), jnp.uint8)
+    index = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    trial = jax.ShapeDtypeStruct((), jnp.int32)
+    step = partial(experiment.make_steps(described), 1)
+    return jax.make_jaxpr(step)(state, images, index, None, trial), state

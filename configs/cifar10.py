@@ -10,30 +10,20 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe."""
+    """Return the recipe."""
     config = config_lib.base()
     config.data.name = "tfds"
     config.data.tfds = "cifar10"
-    config.data.image_size = 32
     config.data.batch_size = 256
     config.data.flip = True
     config.data.on_device = True
     config.diffusion.min_posterior_var = 1e-4
     config.model.name = "ncsnpp"
     config.model.nz = 100
-    config.model.unet.nf = 128
-    config.model.unet.ch_mult = (1, 2, 2, 2)
-    config.model.unet.dropout = 0.1
-    config.game.gamma = 0.02
-    config.game.lambda_z = 0.1
     config.game.recon = "mse"
     config.game.recon_latent = "prior"
     config.game.recon_floor = None
-    config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "cosine"
-    config.optimizer.final_learning_rate = 1e-5
-    config.optimizer.beta1 = 0.0
-    config.optimizer.beta2 = 0.9
     config.optimizer.ema_decay = 0.9999
     config.train.num_steps = 1_300 * 50_000 // 256
     config.train.report_every = 100

@@ -6,7 +6,7 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe."""
+    """Return the recipe."""
     config = config_lib.base()
     config.data.name = "digits"
     config.data.image_size = 8
@@ -26,16 +26,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.unet.n_mlp = 2
     config.model.encoder.ngf = 16
     config.model.encoder.t_emb_dim = 64
-    config.game.gamma = 0.02
-    config.game.lambda_z = 0.1
     config.game.recon = "mse"
     config.game.recon_latent = "prior"
     config.game.recon_floor = None
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.final_learning_rate = 1e-5
     config.optimizer.beta1 = 0.5
-    config.optimizer.beta2 = 0.9
     config.optimizer.ema_decay = 0.998
     config.train.num_steps = 5_500
     config.train.report_every = 100

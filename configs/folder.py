@@ -12,7 +12,7 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe."""
+    """Return the recipe."""
     config = config_lib.base()
     config.data.name = "folder"
     config.data.image_size = 64
@@ -24,15 +24,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.nz = 100
     config.model.unet.nf = 64
     config.model.unet.ch_mult = (1, 1, 2, 2, 4)
-    config.model.unet.dropout = 0.1
-    config.game.gamma = 0.02
-    config.game.lambda_z = 0.1
     config.game.recon = "mse"
     config.game.recon_latent = "prior"
     config.game.recon_floor = None
-    config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule = "cosine"
-    config.optimizer.final_learning_rate = 1e-5
     config.optimizer.ema_decay = 0.999
     config.train.num_steps = 200_000
     config.train.report_every = 100

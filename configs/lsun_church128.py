@@ -11,7 +11,7 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe."""
+    """Return the recipe."""
     config = config_lib.base()
     config.data.name = "tfds"
     config.data.tfds = "lsun/church_outdoor"
@@ -30,20 +30,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.unet.fir = False
     config.model.unet.progressive_input = "none"
     config.game.gamma = 0.005
-    config.game.lambda_z = 0.1
     config.game.recon = "weighted_nll"
-    config.game.recon_latent = "posterior"
     config.game.recon_floor = None
     config.optimizer.learning_rate = 5e-5
     config.optimizer.schedule = "cosine"
-    config.optimizer.final_learning_rate = 1e-5
-    config.optimizer.beta1 = 0.0
-    config.optimizer.beta2 = 0.9
     config.optimizer.ema_decay = 0.999
     config.train.num_steps = 500 * 120_000 // 48
     config.train.report_every = 100
-    config.train.picture_every = 5_000
-    config.train.checkpoint_every = 5_000
     config.train.evaluate_every = 10_000
     config.evaluation.num_samples = 50_000
     config.evaluation.num_samples_on_the_way = 10_000

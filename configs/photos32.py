@@ -11,12 +11,10 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe."""
+    """Return the recipe."""
     config = config_lib.base()
     config.data.name = "photos"
-    config.data.image_size = 32
     config.data.test_fraction = 0.2
-    config.data.num_patches = 20_000
     config.data.batch_size = 8
     config.data.flip = True
     config.data.on_device = True
@@ -24,22 +22,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "ncsnpp"
     config.model.nz = 100
     config.model.unet.nf = 16
-    config.model.unet.ch_mult = (1, 2, 2, 2)
     config.model.unet.num_res_blocks = 1
     config.model.unet.dropout = 0.0
     config.model.unet.z_emb_dim = 64
     config.model.encoder.ngf = 16
     config.model.encoder.t_emb_dim = 64
-    config.game.gamma = 0.02
-    config.game.lambda_z = 0.1
     config.game.recon = "mse"
     config.game.recon_latent = "prior"
     config.game.recon_floor = None
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.final_learning_rate = 1e-5
     config.optimizer.beta1 = 0.5
-    config.optimizer.beta2 = 0.9
     config.optimizer.ema_decay = 0.999
     config.train.num_steps = 10_000
     config.train.report_every = 50

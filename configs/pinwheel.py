@@ -10,17 +10,15 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe."""
+    """Return the recipe."""
     config = config_lib.base()
     config.data.name = "pinwheel"
     config.diffusion.variance = "cosine"
     config.game.gamma = 0.005
     config.game.lambda_z = 1.0
-    config.game.lambda_f = 1.0
     config.optimizer.learning_rate = 2e-3
     config.optimizer.energy_learning_rate = 2e-4
     config.optimizer.schedule = "cosine"
-    config.optimizer.final_learning_rate = 1e-5
     config.optimizer.beta1 = 0.5
     config.optimizer.ema_decay = 0.9995
     config.train.num_steps = 16_000

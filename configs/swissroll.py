@@ -6,7 +6,7 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe."""
+    """Return the recipe."""
     config = config_lib.base()
     config.data.name = "swissroll"
     config.diffusion.variance = "cosine"
@@ -16,7 +16,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.game.energy_l2 = 0.05
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.final_learning_rate = 1e-5
     config.optimizer.beta1 = 0.5
     config.optimizer.ema_decay = 0.999
     config.train.num_steps = 8_000

@@ -11,7 +11,7 @@ from ddaebm_jax import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe; data.path is still to be given."""
+    """Return the recipe; data.path is still to be given."""
     config = config_lib.base()
     config.data.name = "table"
     config.data.batch_size = 128

@@ -1,11 +1,12 @@
-"""What a config describes, built: data, schedule, networks, game and optimizers.
+"""What a config describes, built: data, schedule, networks, game and optimisers.
 
-Nothing here owns a device's state. All randomness is a function of (seed, step).
+Nothing here holds a device's state. All randomness is a function of (seed, step).
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,17 @@ import ml_collections
 import optax
 from jaxtyping import Array
 
-from ddaebm_jax import diffusion, minimax, models
-from ddaebm_jax import sharding as parallel
+from ddaebm_jax import diffusion, models, sharding
+from ddaebm_jax import game as game_lib
 from ddaebm_jax.data import Source, open_source
 from ddaebm_jax.data.images import Batches
+from ddaebm_jax.diagnostics import Fault, Metrics
+from ddaebm_jax.game import Game, Optimizers, TrainState
+from ddaebm_jax.step import make_step, scan_steps
 
 
 class Experiment(NamedTuple):
-    """What a config describes, built; nothing here has touched a device's state.
+    """What a config describes.
 
     Attributes:
       config: the config.
@@ -28,37 +32,15 @@ class Experiment(NamedTuple):
       schedule: the diffusion.
       networks: the apply functions.
       game: weights and switches.
-      optimizers: one a player.
+      optimizers: one per player.
     """
 
     config: ml_collections.ConfigDict
     source: Source
     schedule: diffusion.Schedule
     networks: models.Networks
-    game: minimax.Game
-    optimizers: minimax.Optimizers
-
-
-def learning_rate(
-    optimizer: ml_collections.ConfigDict, rate: float, num_steps: int
-) -> optax.ScalarOrSchedule:
-    """Returns the rate's schedule over a run of `num_steps`."""
-    ratio = optimizer.final_learning_rate / rate
-    if optimizer.schedule == "cosine":
-        return optax.cosine_decay_schedule(rate, num_steps, alpha=ratio)
-    if optimizer.schedule == "exponential":
-        return optax.exponential_decay(rate, num_steps, ratio)
-    return rate
-
-
-def build_game(game: ml_collections.ConfigDict, num_steps: int) -> minimax.Game:
-    """Returns the game, with γ's decay over a run of `num_steps`."""
-    values = dict(game)
-    final = values.pop("gamma_final")
-    if final is not None:
-        ratio = final / game.gamma
-        values["gamma"] = lambda step: game.gamma * ratio ** (step / num_steps)
-    return minimax.Game(**values)
+    game: Game
+    optimizers: Optimizers
 
 
 def build(
@@ -70,42 +52,67 @@ def build(
 
     Args:
       config: the config.
-      workdir: a run directory that has kept its table; None: open it anew.
-      open_images: False: images are not looked for, for modes that need none.
+      workdir: a run directory that has kept its table; None: the table is read anew.
+      open_images: False: images are not opened, for modes that need none.
 
     Raises:
       InputError: if the data cannot be opened.
     """
     source = open_source(config.data, config.seed, workdir, open_images)
-    optimizer, steps = config.optimizer, config.train.num_steps
-    energy_rate = optimizer.energy_learning_rate
-    if energy_rate is None:
-        energy_rate = optimizer.learning_rate
     return Experiment(
         config=config,
         source=source,
         schedule=diffusion.make_schedule(**config.diffusion),
         networks=models.build(config.model, source.event_shape),
-        game=build_game(config.game, steps),
-        optimizers=minimax.make_optimizers(
-            learning_rate(optimizer, optimizer.learning_rate, steps),
-            learning_rate(optimizer, energy_rate, steps),
-            optimizer.beta1,
-            optimizer.beta2,
-            optimizer.max_grad_norm,
-        ),
+        game=build_game(config.game, config.train.num_steps),
+        optimizers=build_optimizers(config.optimizer, config.train.num_steps),
     )
 
 
+def build_game(section: ml_collections.ConfigDict, num_steps: int) -> Game:
+    """Returns the game, with γ's geometric decay over a run of `num_steps`."""
+    values = dict(section)
+    first, final = section.gamma, values.pop("gamma_final")
+    if final is not None:
+        values["gamma"] = lambda step: first * (final / first) ** (step / num_steps)
+    return Game(**values)
+
+
+def build_optimizers(section: ml_collections.ConfigDict, num_steps: int) -> Optimizers:
+    """Returns the optimisers, with their rates' decay over a run of `num_steps`."""
+    energy_rate = section.energy_learning_rate
+    if energy_rate is None:
+        energy_rate = section.learning_rate
+    return game_lib.make_optimizers(
+        learning_rate(section, section.learning_rate, num_steps),
+        learning_rate(section, energy_rate, num_steps),
+        section.beta1,
+        section.beta2,
+        section.max_grad_norm,
+    )
+
+
+def learning_rate(
+    section: ml_collections.ConfigDict, rate: float, num_steps: int
+) -> optax.ScalarOrSchedule:
+    """Returns a rate's schedule over a run of `num_steps`."""
+    ratio = section.final_learning_rate / rate
+    if section.schedule == "cosine":
+        return optax.cosine_decay_schedule(rate, num_steps, alpha=ratio)
+    if section.schedule == "exponential":
+        return optax.exponential_decay(rate, num_steps, ratio)
+    return rate
+
+
 def _key(seed: int, purpose: str) -> Array:
-    """Returns a key of its own for each purpose, so that no two runs share one."""
+    """Returns a key of its own for each purpose."""
     purposes = ("weights", "data", "noise")
     return jax.random.fold_in(jax.random.key(seed), purposes.index(purpose))
 
 
-def init_state(experiment: Experiment) -> minimax.TrainState:
+def init_state(experiment: Experiment) -> TrainState:
     """Returns the state before the first step, a function of the seed."""
-    return minimax.init_state(
+    return game_lib.init_state(
         _key(experiment.config.seed, "weights"),
         experiment.networks,
         experiment.optimizers,
@@ -113,33 +120,34 @@ def init_state(experiment: Experiment) -> minimax.TrainState:
     )
 
 
-def abstract_state(experiment: Experiment) -> minimax.TrainState:
-    """Returns the shapes of the state, whole on every device, to restore one into."""
-    mesh = parallel.mesh_for_evaluation(experiment.config.parallel.num_devices)
-    return parallel.JitLayout(mesh).restored_like(state_shapes(experiment))
-
-
-def state_shapes(experiment: Experiment) -> minimax.TrainState:
-    """Returns the shapes of the state, which say nothing of devices."""
+def state_shapes(experiment: Experiment) -> TrainState:
+    """Returns the shapes of the state."""
     return jax.eval_shape(lambda: init_state(experiment))
 
 
-def make_dispatch(
-    experiment: Experiment, axis_name: str | None = None
-) -> Callable[..., Any]:
-    """Returns (state, arrays, index, trial, batches, length) → (state, metrics, fault).
+def evaluation_state(experiment: Experiment) -> TrainState:
+    """Returns the shapes of the state, replicated over the mesh for evaluation."""
+    mesh = sharding.mesh_for_evaluation(experiment.config.parallel.num_devices)
+    shapes = state_shapes(experiment)
+    return sharding.with_shardings(shapes, sharding.state_shardings(mesh, shapes))
 
-    K = length steps on the device. Noise is drawn inside, each example's from its own
-    key, and so are the batches where no input stream gives them ([K, batch, …]). A
-    trial other than 0 has noise of its own. See `minimax.scan_steps`.
+
+def make_steps(
+    experiment: Experiment, axis_name: str | None = None
+) -> Callable[..., tuple[TrainState, Metrics, Fault]]:
+    """Returns (length, state, batches, index, arrays, trial) → (state, metrics, fault).
+
+    `length` steps on the device; see `step.scan_steps`. Noise is drawn inside, each
+    example's from a key of its own, and so are the batches of sources without an input
+    stream (`batches` is None). A trial other than 0 has other noise.
 
     Args:
       experiment: what the config describes.
-      axis_name: as in `minimax.make_step` and `models.build`.
+      axis_name: as in `step.make_step` and `models.build`.
     """
     config = experiment.config
     networks = models.build(config.model, experiment.source.event_shape, axis_name)
-    step = minimax.make_step(
+    step = make_step(
         experiment.game,
         experiment.schedule,
         networks,
@@ -148,30 +156,18 @@ def make_dispatch(
         axis_name,
         config.optimizer.accumulate,
     )
-    seed, num_steps = config.seed, experiment.schedule.num_steps
+    num_steps, shape, nz = config.diffusion.num_steps, networks.event_shape, networks.nz
 
-    def dispatch(state, arrays, index, trial, batches, length):
-        data_key, noise_key = _key(seed, "data"), _key(seed, "noise")
-        noise_key = jnp.where(
-            trial > 0, jax.random.fold_in(noise_key, trial), noise_key
-        )
+    def draw_and_step(state, batch, index, arrays, trial):
+        data_key, noise_key = _key(config.seed, "data"), _key(config.seed, "noise")
+        reseeded = jax.random.fold_in(noise_key, trial)
+        noise_key = jnp.where(trial > 0, reseeded, noise_key)
+        keys = game_lib.example_keys(data_key, state.step, index)
+        x0 = experiment.source.draw(arrays, batch, keys)
+        noise = game_lib.draw_noise(noise_key, state.step, index, num_steps, shape, nz)
+        return step(state, x0, noise)
 
-        def one(state, batch):
-            keys = minimax.example_keys(data_key, state.step, index)
-            x0 = experiment.source.draw(arrays, batch, keys)
-            noise = minimax.draw_noise(
-                noise_key,
-                state.step,
-                index,
-                num_steps,
-                networks.event_shape,
-                networks.nz,
-            )
-            return step(state, x0, noise)
-
-        return minimax.scan_steps(one, state, batches, length)
-
-    return dispatch
+    return partial(scan_steps, draw_and_step)
 
 
 def open_batches(experiment: Experiment) -> Batches | None:

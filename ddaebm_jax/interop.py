@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddaebm_jax import torch_files
+from ddaebm_jax.config.choices import RESIDUAL_FROM
 from ddaebm_jax.data.npz_files import NpzFile
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.models import Players, encoder
+from ddaebm_jax.models import Players
 
 FlaxPath = tuple[str, ...]
 
@@ -159,7 +160,7 @@ def posterior_names(side: int) -> Names:
     names: Names = {}
     for i in range(2):
         names |= _dense(f"t_embed.main.{2 * i}", ("time", f"dense_{i}"))
-    if side >= encoder.RESIDUAL_FROM:
+    if side >= RESIDUAL_FROM:
         names |= _conv("start_conv", ("conv_in",))
         for i in range(6):
             prefix, path = f"conv{i + 1}", (f"block_{i}",)
@@ -315,7 +316,7 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     """
     from ddaebm_jax import config as config_lib
     from ddaebm_jax import experiment as experiments
-    from ddaebm_jax import minimax
+    from ddaebm_jax import game
     from ddaebm_jax.training import checkpoints as checkpointing
     from ddaebm_jax.training import run_directory
 
@@ -325,7 +326,7 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = import_variables(config, files)
     experiment = experiments.build(config, workdir, open_images=False)
-    state = minimax.init_state(
+    state = game.init_state(
         jax.random.key(0),
         experiment.networks._replace(init=lambda key: variables),
         experiment.optimizers,
@@ -352,18 +353,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         command_line.fail(f"what is {argv[1]!r}? Flags start with --")
     files = Players(values.energy, values.generator, values.posterior)
-    command_line.in_one_line(
-        lambda: import_run(values.config.config, files, values.workdir)
-    )
+    command_line.in_one_line(lambda: import_run(values.config, files, values.workdir))
     print(values.workdir)
 
 
 if __name__ == "__main__":
     from absl import app, flags
 
-    from ddaebm_jax.commands.command_line import define_config, parse_flags
+    from ddaebm_jax.commands.command_line import parse_flags
+    from ddaebm_jax.config.flags import define_config_flag
 
-    define_config("An image recipe.")
+    define_config_flag("An image recipe.")
     flags.DEFINE_string("generator", None, "The generator's state_dict, netG_*.pth.")
     flags.DEFINE_string("energy", None, "The energy's state_dict, netD_*.pth.")
     flags.DEFINE_string("posterior", None, "The encoder's state_dict, netE_*.pth.")

@@ -1,12 +1,12 @@
-"""The terms of the game, each its own function (Geng et al. 2024, section 4).
+"""The terms of the game, each a function of its own (Geng et al. 2024, section 4).
 
 Energy step, descent in θ:
   E[f(x̃_t) − f(x_t)] + γ/2·E‖∇_{x_t}[f(x_t) + log q(x_{t+1}|x_t)]‖²
 Generator step, descent in φ and ψ together:
   reverse_potential + λ_z·latent_log_prob + λ_f·(reconstruction + latent_kl)
 
-Nothing here knows of networks' insides, optimisers or data: terms take what the
-networks gave, or an apply function.
+A term is one value per example; its mean over the batch estimates the expectation.
+Terms take what the networks gave, or an apply function, and know nothing else.
 """
 
 from collections.abc import Callable
@@ -48,25 +48,25 @@ def energy_and_score(
 
 def gradient_penalty(
     score: Float[Array, "batch *shape"],
-) -> Float[Array, ""]:
-    """Returns ½·E‖score‖², the penalty before its weight γ.
+) -> Float[Array, " batch"]:
+    """Returns ½‖score‖², the penalty before its weight γ.
 
     Args:
       score: ∇_{x_t}[f(x_t, t) + log q(x_{t+1}|x_t)] at real x_t, the score of the
         conditional model density.
     """
-    return 0.5 * sum_over_dims(score**2).mean()
+    return 0.5 * sum_over_dims(score**2)
 
 
-def energy_magnitude(f_real: Float[Array, " batch"]) -> Float[Array, ""]:
-    """Returns E f(x_t, t)² at real points, before its weight α; not in the paper.
+def energy_magnitude(f_real: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    """Returns f(x_t, t)² at real points, before its weight α; not in the paper.
 
-    The game fixes f only through the generator's response. Between separate modes
-    that response is weak, so their heights drift and swing; this term pulls them
-    back, and makes f's constant 0 on data. Du & Mordatch 2019 (arXiv 1903.08689)
-    regularise real and generated energies so.
+    The game fixes f only through the generator's response, which is weak between
+    separate modes, so that their heights drift. This term pulls them back, and sets f's
+    constant to about 0 on data. Du & Mordatch 2019 (arXiv 1903.08689) regularise real
+    and generated energies alike.
     """
-    return (f_real**2).mean()
+    return f_real**2
 
 
 def reverse_potential(
@@ -75,30 +75,30 @@ def reverse_potential(
     x_fake: Float[Array, "batch *shape"],
     x_next: Float[Array, "batch *shape"],
     t: Int[Array, " batch"],
-) -> Float[Array, ""]:
-    """Returns −E[f(x̃_t, t) + log q(x_{t+1}|x̃_t)], the potential of KL(p_φ ‖ p_θ)."""
-    return -(f_fake + diffusion.log_q(schedule, x_next, x_fake, t)).mean()
+) -> Float[Array, " batch"]:
+    """Returns −f(x̃_t, t) − log q(x_{t+1}|x̃_t), the potential of KL(p_φ ‖ p_θ)."""
+    return -(f_fake + diffusion.log_q(schedule, x_next, x_fake, t))
 
 
 def latent_log_prob(
     z: Float[Array, "batch nz"],
     mu: Float[Array, "batch nz"],
     logvar: Float[Array, "batch nz"],
-) -> Float[Array, ""]:
-    """Returns −E log q_ψ(z | x̃_t, x_{t+1}) without its constant.
+) -> Float[Array, " batch"]:
+    """Returns −log q_ψ(z | x̃_t, x_{t+1}) without its constant.
 
-    ½Σ logvar + ½Σ (z−μ)²/(1e-6 + exp logvar): the bound on the generator's entropy,
-    H(p_φ) ≥ const − this.
+    ½Σ logvar + ½Σ (z−μ)²/(1e-6 + exp logvar). Its mean bounds the generator's entropy:
+    H(p_φ) ≥ const − mean.
     """
     squares = (z - mu) ** 2 / (_LATENT_VARIANCE_FLOOR + jnp.exp(logvar))
-    return 0.5 * (logvar + squares).sum(axis=1).mean()
+    return 0.5 * (logvar + squares).sum(axis=1)
 
 
 def latent_kl(
     mu: Float[Array, "batch nz"], logvar: Float[Array, "batch nz"]
-) -> Float[Array, ""]:
-    """Returns E KL(N(μ, diag exp logvar) ‖ N(0, I)), nats per example."""
-    return 0.5 * (jnp.exp(logvar) + mu**2 - 1.0 - logvar).sum(axis=1).mean()
+) -> Float[Array, " batch"]:
+    """Returns KL(N(μ, diag exp logvar) ‖ N(0, I)), nats."""
+    return 0.5 * (jnp.exp(logvar) + mu**2 - 1.0 - logvar).sum(axis=1)
 
 
 def sample_latent(
@@ -118,8 +118,8 @@ def reconstruction_nll(
     t: Int[Array, " batch"],
     floor: Float[Array, ""] | float,
     weight: Float[Array, " levels"] | None = None,
-) -> Float[Array, ""]:
-    """Returns −E log N(x_t; c1 x̂_0 + c2 x_{t+1}, max(s_t², floor)), nats per example.
+) -> Float[Array, " batch"]:
+    """Returns −log N(x_t; c1 x̂_0 + c2 x_{t+1}, max(s_t², floor)), nats.
 
     Args:
       schedule: the diffusion.
@@ -134,10 +134,8 @@ def reconstruction_nll(
     log_var = diffusion.per_example(log_var, x_t)
     mean = diffusion.posterior_mean(schedule, x0_pred, x_next, t)
     nll = 0.5 * ((x_t - mean) ** 2 * jnp.exp(-log_var) + log_var + jnp.log(2 * jnp.pi))
-    per_row = sum_over_dims(nll)
-    if weight is not None:
-        per_row = per_row * weight[t + 1]
-    return per_row.mean()
+    nll = sum_over_dims(nll)
+    return nll if weight is None else nll * weight[t + 1]
 
 
 def reconstruction_mse(
@@ -146,10 +144,10 @@ def reconstruction_mse(
     x0_pred: Float[Array, "batch *shape"],
     x_next: Float[Array, "batch *shape"],
     t: Int[Array, " batch"],
-) -> Float[Array, ""]:
-    """Returns E Σ_dims (x_t − (c1 x̂_0 + c2 x_{t+1}))²."""
+) -> Float[Array, " batch"]:
+    """Returns Σ_dims (x_t − (c1 x̂_0 + c2 x_{t+1}))²."""
     mean = diffusion.posterior_mean(schedule, x0_pred, x_next, t)
-    return sum_over_dims((x_t - mean) ** 2).mean()
+    return sum_over_dims((x_t - mean) ** 2)
 
 
 def variance_floor(schedule: Schedule, floor: float | None) -> Float[Array, ""] | float:

@@ -25,9 +25,10 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from ddaebm_jax.commands import command_line
+from ddaebm_jax.config import flags as config_flags
 from ddaebm_jax.errors import InputError, OutOfStepError
 
-_CONFIG = command_line.define_config(
+_CONFIG = config_flags.define_config_flag(
     "The recipe, for --mode=train; --config.a.b=c changes a field."
 )
 _WORKDIR = flags.DEFINE_string(
@@ -299,7 +300,7 @@ def _checked_config() -> Any:
         )
     from ddaebm_jax import config as config_lib
 
-    config = _CONFIG.value.config
+    config = _CONFIG.value
     config.evaluation.update(_inception_settings())
     config_lib.validate(config)
     return config
@@ -401,7 +402,9 @@ def _inception_settings() -> dict[str, Any]:
 
 
 def _new_workdir() -> str:
-    return str(Path("runs") / _CONFIG.value.path.stem / time.strftime("%Y%m%d-%H%M%S"))
+    return str(
+        Path("runs") / config_flags.recipe_name() / time.strftime("%Y%m%d-%H%M%S")
+    )
 
 
 def _without_chatter(record: std_logging.LogRecord) -> bool:

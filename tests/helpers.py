@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddaebm_jax import diffusion, minimax, models
+from ddaebm_jax import diffusion, models
+from ddaebm_jax.game import Game
 
 DIM, NZ, STEPS, HIDDEN = 2, 3, 4, 5
 
 SCHEDULE = diffusion.make_schedule(STEPS, min_posterior_var=1e-4)
 
 # Every term takes part, with a weight of its own.
-GAME = minimax.Game(
+GAME = Game(
     gamma=0.3,
     lazy_reg=1,
     lambda_z=0.7,

@@ -20,7 +20,7 @@ FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.it
 
 
 @functools.cache
-def _options() -> dict[str, Any]:
+def options() -> dict[str, Any]:
     """Returns the options, or none where another version's XLA does not know them."""
     try:
         jax.jit(lambda x: x + 1.0, compiler_options=_OPTIONS)(1.0)
@@ -31,4 +31,4 @@ def _options() -> dict[str, Any]:
 
 def jit(function: Callable, **kwargs: Any) -> Callable:
     """Returns `jax.jit(function)`, compiled with little effort."""
-    return jax.jit(function, compiler_options=_options(), **kwargs)
+    return jax.jit(function, compiler_options=options(), **kwargs)

@@ -11,15 +11,13 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import quick
 from cli import ROOT, environment
 from test_config import load_recipe
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiment as experiments
-from ddaebm_jax import minimax
-from ddaebm_jax import sharding as parallel
-from ddaebm_jax.training import dispatching
+from ddaebm_jax import experiment, sharding
+from ddaebm_jax.diagnostics import energy_gaps_by_t
+from ddaebm_jax.training.dispatch import Dispatcher
 
 PLANE = {
     "model.mlp.hidden": (16, 8),
@@ -73,28 +71,21 @@ def trained(
     Images are those of `indices`, or of the run's own stream.
     """
     config_lib.validate(config)
-    experiment = experiments.build(config)
-    dispatcher = dispatching.Dispatcher(experiment)
-    state = dispatcher.place(experiments.init_state(experiment))
-    if streamed and experiment.source.holds_images:
-        with contextlib.closing(experiments.open_batches(experiment)) as stream:
+    described = experiment.build(config)
+    dispatcher = Dispatcher(described)
+    state = dispatcher.init()
+    if streamed and described.source.holds_images:
+        with contextlib.closing(experiment.open_batches(described)) as stream:
             batches = [np.array(stream.next(1)) for _ in range(steps)]
     else:
         batches = [
-            indices(step) if experiment.source.holds_images else None
+            indices(step) if described.source.holds_images else None
             for step in range(steps)
         ]
-    first = batches[0]
-    placed = None if first is None else dispatcher._layout.place_batches(first)
-    lowered = dispatcher._jitted.lower(
-        state, *dispatcher._inputs, dispatcher._trial, placed, 1
-    )
-    # With little effort: it runs a few times.
-    dispatcher._compiled[1] = lowered.compile(compiler_options=quick._options())
     for batch in batches:
         state, metrics, fault = dispatcher(state, 1, batch)
         assert int(fault.step) == 0
-    return dispatcher.saved(state), minimax.with_gaps(jax.device_get(metrics))
+    return state, energy_gaps_by_t(jax.device_get(metrics))
 
 
 CONFIGS = {"plane": plane, "digits": digits}
@@ -106,21 +97,20 @@ def in_two_processes(
     """Takes some steps, with two devices each; writes the state's leaves to `out`."""
     os.environ["XLA_FLAGS"] = environment(2)["XLA_FLAGS"]
     jax.config.update("jax_platforms", "cpu")
-    parallel.join(parallel.Processes(f"localhost:{port}", 2, number))
+    sharding.join(sharding.Processes(f"localhost:{port}", 2, number))
     if fields.get("parallel__fsdp"):
-        parallel._LEAST_SPLIT = 16
-    experiment = experiments.build(CONFIGS[kind](**fields))
-    dispatcher = dispatching.Dispatcher(experiment)
-    state = dispatcher.place(experiments.init_state(experiment))
-    stream = experiments.open_batches(experiment)
+        sharding.MIN_SHARDED_SIZE = 16
+    described = experiment.build(CONFIGS[kind](**fields))
+    dispatcher = Dispatcher(described)
+    state = dispatcher.init()
+    stream = experiment.open_batches(described)
     for _ in range(steps):
         batch = None if stream is None else stream.next(1)
         state, _, fault = dispatcher(state, 1, batch)
         assert int(fault.step) == 0
-    state = dispatcher.saved(state)
     if stream is not None:
         stream.close()
-    whole = parallel.replicated(dispatcher._layout._mesh)
+    whole = sharding.replicated(dispatcher.mesh)
     leaves = jax.tree.leaves(jax.jit(lambda tree: tree, out_shardings=whole)(state))
     np.savez(out, **{str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
     jax.distributed.shutdown()  # Waits for the other, which ends if this one is gone.

@@ -1,20 +1,27 @@
-"""Validation names every field at fault, and a config survives being saved."""
+"""Configs: recipes, checks, JSON, and --config on the command line."""
 
+import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import pytest
-from hypothesis import given
+from cli import ROOT, environment
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.config import checks as validation
-from ddaebm_jax.config import combinations
+from ddaebm_jax import diffusion, models, objective
+from ddaebm_jax.config import checks, choices, fields
+from ddaebm_jax.data import synthetic
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(CONFIGS.glob("*.py"))
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+BASE = dict(fields.leaves(config_lib.base()))
 
 
 def load_recipe(path: Path) -> ml_collections.ConfigDict:
@@ -24,539 +31,366 @@ def load_recipe(path: Path) -> ml_collections.ConfigDict:
     return module.get_config()
 
 
-def _changed(**fields: object) -> ml_collections.ConfigDict:
-    config = config_lib.base()
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in fields.items()}
-    )
-    return config
+def read(text: str) -> dict[str, Any]:
+    """Returns fields written as `name=value`, by white space apart."""
+    pairs = (part.split("=", 1) for part in text.split())
+    return {field: ast.literal_eval(value) for field, value in pairs}
 
 
-def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} >= {"gaussians25", "released_gaussians25"}
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_valid_and_survives_json(path: Path):
-    config = load_recipe(path)
-    if config.data.name in ("table", "folder"):
-        config.data.path = "mine"  # the one field that is the user's to give
-    config_lib.validate(config)
-    again = config_lib.from_json(config_lib.to_json(config))
-    assert config_lib.differences(config, again) == {}
-
-
-def test_the_released_recipe_is_the_design_table():
-    config = load_recipe(CONFIGS / "released_gaussians25.py")
-    process, game, adam = config.diffusion, config.game, config.optimizer
-    assert (process.num_steps, process.beta_min, process.beta_max) == (4, 0.01, 0.1)
-    assert (process.variance, process.time) == ("vp", "uniform")
-    assert (config.data.batch_size, config.train.num_steps) == (200, 100_000)
-    assert (adam.learning_rate, adam.schedule) == (1e-4, "constant")
-    assert (adam.beta1, adam.beta2, adam.ema_decay) == (0.0, 0.9, 0.0)
-    assert (game.gamma, game.lambda_z, game.lambda_f) == (0.02, 0.1, 1.0)
-    assert (game.recon, game.recon_latent, game.recon_floor) == (
-        "nll",
-        "posterior",
-        0.01,
-    )
-    assert (config.model.nz, config.model.mlp.norm) == (2, "batch")
-    assert tuple(config.model.mlp.hidden) == (300, 300)
-
-
-# DESIGN.md, section 4, a column each. T, ranges of β, nz, z_emb, t_emb, n_mlp, ngf,
-# attention and Adam are the same in all three.
-IMAGE_RECIPES: dict[str, dict[str, Any]] = {
-    "cifar10": {
-        "model.unet.nf": 128,
-        "model.unet.ch_mult": (1, 2, 2, 2),
-        "model.unet.num_res_blocks": 2,
-        "model.unet.dropout": 0.1,
-        "model.unet.fir": True,
-        "model.unet.progressive_input": "residual",
-        "diffusion.time": "uniform",
-        "data.batch_size": 256,
-        "data.image_size": 32,
-        "data.crop": None,
-        "data.limit": 0,
-        "optimizer.learning_rate": 1e-4,
-        "optimizer.ema_decay": 0.9999,
-        "game.gamma": 0.02,
-        "game.recon": "mse",
-        "game.recon_latent": "prior",
-    },
-    "celeba64": {
-        "model.unet.nf": 64,
-        "model.unet.ch_mult": (1, 1, 2, 2, 4),
-        "model.unet.num_res_blocks": 2,
-        "model.unet.dropout": 0.1,
-        "model.unet.fir": True,
-        "model.unet.progressive_input": "residual",
-        "diffusion.time": "uniform",
-        "data.batch_size": 128,
-        "data.image_size": 64,
-        "data.crop": (15, 40, 163, 188),
-        "data.limit": 0,
-        "optimizer.learning_rate": 5e-5,
-        "optimizer.ema_decay": 0.999,
-        "game.gamma": 0.002,
-        "game.recon": "mse",
-        "game.recon_latent": "prior",
-    },
-    "lsun_church128": {
-        "model.unet.nf": 64,
-        "model.unet.ch_mult": (1, 2, 2, 4, 4),
-        "model.unet.num_res_blocks": 2,
-        "model.unet.dropout": 0.0,
-        "model.unet.fir": False,
-        "model.unet.progressive_input": "none",
-        "diffusion.time": "lsun",
-        "data.batch_size": 48,
-        "data.image_size": 128,
-        "data.crop": None,
-        "data.limit": 120_000,
-        "optimizer.learning_rate": 5e-5,
-        "optimizer.ema_decay": 0.999,
-        "game.gamma": 0.005,
-        "game.recon": "weighted_nll",
-        "game.recon_latent": "posterior",
-    },
-}
-IN_ALL_IMAGE_RECIPES: dict[str, Any] = {
-    "data.name": "tfds",
-    "data.channels": 3,
-    "data.flip": True,
-    "model.name": "ncsnpp",
-    "model.nz": 100,
-    "model.dtype": "float32",
-    "model.unet.z_emb_dim": 256,
-    "model.unet.n_mlp": 4,
-    "model.unet.attn_resolutions": (16,),
-    "model.encoder.ngf": 64,
-    "model.encoder.t_emb_dim": 256,
-    "diffusion.num_steps": 4,
-    "diffusion.variance": "vp",
-    "diffusion.beta_min": 0.1,
-    "diffusion.beta_max": 20.0,
-    "diffusion.time_eps": 1e-3,
-    "diffusion.max_beta": 0.999,
-    "diffusion.min_posterior_var": 1e-4,
-    "game.gamma_final": None,
-    "game.lazy_reg": 1,
-    "game.lambda_z": 0.1,
-    "game.lambda_f": 1.0,
-    "game.energy_l2": 0.0,
-    "game.recon_floor": None,
-    "game.latent": True,
-    "game.posterior": True,
-    "game.divergence": "jeffreys",
-    "optimizer.energy_learning_rate": None,
-    "optimizer.schedule": "cosine",
-    "optimizer.final_learning_rate": 1e-5,
-    "optimizer.beta1": 0.0,
-    "optimizer.beta2": 0.9,
-    "optimizer.max_grad_norm": None,
-}
-# Epochs and images; the steps of an epoch that is not whole are left out at the end.
-EPOCHS = {
-    "cifar10": (1300, 50_000),
-    "celeba64": (600, 162_770),
-    "lsun_church128": (500, 120_000),
-}
-NAMES_IN_TFDS = {
-    "cifar10": ("cifar10", "train", "test"),
-    "celeba64": ("celeb_a", "train", "test"),
-    "lsun_church128": ("lsun/church_outdoor", "train", "validation"),
-}
-
-
-@pytest.mark.parametrize("name", IMAGE_RECIPES)
-def test_the_released_image_recipes_are_the_design_table(name: str):
+def recipe(name: str, changes: dict[str, Any] | None = None) -> Any:
+    """Returns a valid recipe, changed past its type checks, as JSON and code can."""
     config = load_recipe(CONFIGS / f"{name}.py")
-    found = dict(validation.leaves(config))
-    wanted = IMAGE_RECIPES[name] | IN_ALL_IMAGE_RECIPES
-    assert {field: found[field] for field in wanted} == wanted
-    epochs, images = EPOCHS[name]
-    assert config.train.num_steps == epochs * images // config.data.batch_size
-    data = config.data
-    assert (data.tfds, data.split, data.test_split) == NAMES_IN_TFDS[name]
-
-
-def test_tuples_and_none_survive_json():
-    """JSON has lists only; `()` and `None` must not become the base's values."""
-    for fields in (
-        {"data.crop": (0, 1, 65, 66), "model.unet.attn_resolutions": ()},
-        {"model.unet.attn_resolutions": (32, 8), "game.recon_floor": None},
-        {"diffusion.min_posterior_var": None, "diffusion.time_eps": 0.25},
-    ):
-        config = load_recipe(CONFIGS / "celeba64.py")
-        _set(config, fields)
-        again = config_lib.from_json(config_lib.to_json(config))
-        assert config_lib.differences(config, again) == {}
-        leaves = dict(validation.leaves(again))
-        for field, value in fields.items():
-            assert leaves[field] == value
-            assert type(leaves[field]) is type(value)
-
-
-@pytest.mark.parametrize("field", sorted(validation.RANGES))
-def test_every_range_is_checked_on_both_sides(field: str):
-    least, greatest, closed = validation.RANGES[field]
-    whole = isinstance(dict(validation.leaves(config_lib.base()))[field], int)
-    step = 1 if whole else 0.5
-    outside = [least - step if closed else least]
-    if greatest != float("inf"):
-        outside.append(greatest + step)
-    for value in outside:
-        value = int(value) if whole else float(value)
-        (problem,) = config_lib.problems(_changed(**{field: value}))
-        assert problem.startswith(f"{field} is {value};")
-
-
-@pytest.mark.parametrize("field", sorted(validation.CHOICES))
-def test_every_choice_is_checked_with_a_suggestion(field: str):
-    allowed = validation.CHOICES[field]
-    (problem,) = config_lib.problems(_changed(**{field: allowed[0] + "x"}))
-    assert field in problem
-    assert all(name in problem for name in allowed)
-    assert f"did you mean '{allowed[0]}'" in problem
-
-
-def test_all_problems_are_told_at_once():
-    config = _changed(seed=-1, game__recon="nil", data__batch_size=0)
-    with pytest.raises(config_lib.ConfigError) as error:
-        config_lib.validate(config)
-    for field in ("seed", "game.recon", "data.batch_size"):
-        assert field in str(error.value)
-
-
-def test_an_unknown_field_in_a_recipe_is_refused_with_a_suggestion():
-    config = config_lib.base()
-    config.optimizer.learning_rte = 1e-3
-    (problem,) = config_lib.problems(config)
-    assert "optimizer.learning_rte is not a field" in problem
-    assert "optimizer.learning_rate" in problem
-
-
-def test_a_missing_field_is_refused():
-    config = config_lib.base()
-    del config.game["gamma"]
-    (problem,) = config_lib.problems(config)
-    assert "game.gamma is missing" in problem
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"diffusion.beta_min": 20.0, "diffusion.beta_max": 0.1}, "beta_min is 20.0"),
-        ({"diffusion.variance": "geometric"}, "below 1"),
-        ({"diffusion.time": "lsun", "diffusion.num_steps": 1}, "at least 2"),
-        ({"diffusion.time": "lsun"}, "min_posterior_var"),
-        ({"diffusion.time_eps": 1e-300}, "min_posterior_var"),
-        ({"diffusion.beta_max": 4000.0}, "every step needs"),
-        ({"diffusion.time_eps": 0.0}, "min_posterior_var"),
-        ({"game.recon_floor": None, "diffusion.num_steps": 1}, "recon_floor is None"),
-        ({"model.mlp.t_embed_dim": 15}, "even"),
-        ({"optimizer.schedule": "cosine", "optimizer.learning_rate": 1e-6}, "decays"),
-        (
-            {"optimizer.schedule": "exponential", "optimizer.final_learning_rate": 0.0},
-            "positive",
-        ),
-        ({"game.gamma": 0.0, "game.gamma_final": 1e-3}, "gamma_final"),
-        ({"data.name": "table"}, "data.path is empty"),
-        ({"data.path": "rows.csv"}, "nothing would read"),
-        ({"data.label_column": "y"}, "it is for data.name table"),
-    ],
-)
-def test_combinations_are_checked(fields: dict, expected: str):
-    config = config_lib.base()
-    _set(config, fields)
-    assert any(expected in problem for problem in config_lib.problems(config))
-
-
-def _set(config: ml_collections.ConfigDict, fields: dict[str, Any]) -> None:
-    """Sets fields past the recipe's type checks: JSON and code can hold anything."""
-    for name, value in fields.items():
-        section, _, field = name.rpartition(".")
+    needs_path = {"data.path": "mine"} if name in ("table", "folder") else {}
+    for field, value in (needs_path | (changes or {})).items():
+        section, _, key = field.rpartition(".")
         node = config
         for part in filter(None, section.split(".")):
             node = node[part]
         with node.ignore_type():
-            node[field] = value
+            node[key] = value
+    return config
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"data.image_size": 24}, "data.image_size is 24; the posterior needs a power"),
-        (
-            {"data.image_size": 8, "model.unet.ch_mult": (1, 1, 1, 1, 1)},
-            "data.image_size is 8, not divisible by 16, as the 5 levels",
-        ),
-        ({"model.unet.fir": False}, "needs model.unet.fir=True; or set it to 'none'"),
-        ({"model.unet.nf": 33}, "model.unet.nf is 33; even is needed"),
-        ({"model.unet.nf": 30}, "layers of width 30, which 7 groups do not divide"),
-        ({"model.unet.nf": 132}, "which 32 groups do not divide"),
-        ({"model.unet.ch_mult": (1, 1024)}, "width 262144; at most 65536 is possible"),
-        ({"model.encoder.t_emb_dim": 7}, "model.encoder.t_emb_dim is 7; even"),
-        ({"model.name": "mlp"}, "'tfds' holds images; use model.name='ncsnpp'"),
-        ({"data.name": "gaussians25", "data.tfds": ""}, "use model.name='mlp'"),
-        ({"data.tfds": ""}, "data.tfds is empty; data.name 'tfds' needs it"),
-        (
-            {"data.name": "folder", "data.tfds": ""},
-            "data.path is empty; data.name 'folder' needs it",
-        ),
-        ({"data.channels": 2}, "data.channels is 2; allowed: 1 (grey), 3 (RGB)"),
-        ({"data.crop": (9, 0, 9, 8)}, "data.crop is (9, 0, 9, 8); (left, top, right"),
-        ({"data.crop": (0, 8, 8, 0)}, "top < bottom is needed"),
-        ({"data.crop": (0, 0, 8)}, "data.crop is (0, 0, 8); needed: four whole"),
-        ({"data.crop": (-1, 0, 8, 8)}, "needed: four whole numbers"),
-        ({"data.crop": (0, 0, 8.5, 8)}, "needed: four whole numbers"),
-        (
-            {"model.unet.attn_resolutions": (0,)},
-            "whole numbers from 1 to 2147483647, or ()",
-        ),
-        (
-            {"model.unet.attn_resolutions": (16, 7)},
-            "lists 7, but the levels have sides",
-        ),
-        ({"model.unet.ch_mult": ()}, "model.unet.ch_mult is ()"),
-        ({"data.path": "images"}, "nothing would read; it is for data.name table or"),
-        ({"model.dtype": "float16"}, "model.dtype is 'float16'; allowed: float32"),
-        ({"model.remat": "block"}, "did you mean 'blocks'?"),
-        ({"game.recon_floor": "none"}, "a finite number or None is needed"),
-    ],
-)
-def test_combinations_of_images_are_checked(fields: dict, expected: str):
-    config = load_recipe(CONFIGS / "cifar10.py")
+def problems(name: str, changes: dict[str, Any]) -> list[str]:
+    return config_lib.problems(recipe(name, changes))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_survives_json(name: str):
+    config = recipe(name)
     assert config_lib.problems(config) == []
-    _set(config, fields)
-    assert any(expected in problem for problem in config_lib.problems(config))
+    text = config_lib.to_json(config)
+    assert config_lib.differences(config, config_lib.from_json(text)) == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "field", "value"),
-    [
-        (name, field, value)
-        for field, value, readers in (
-            ("crop", (0, 0, 8, 8), {"folder"}),
-            ("limit", 100, set()),
-            ("skip_corrupt", True, {"folder"}),
-            ("tfds", "cifar10", set()),
-            ("tfds_dir", "sets", set()),
-            ("on_device", True, {"digits", "photos", "folder"}),
-            ("flip", True, {"digits", "photos", "folder"}),
-        )
-        for name in ("digits", "photos", "folder", "table", "gaussians25")
-        if name not in readers
-    ],
-)
-def test_fields_that_a_data_set_would_ignore_are_refused(
-    name: str, field: str, value: object
-):
-    plane = name in ("gaussians25", "table")
-    recipes = {"digits": "digits", "photos": "photos32", "folder": "digits"}
-    config = (
-        config_lib.base() if plane else load_recipe(CONFIGS / f"{recipes[name]}.py")
-    )
-    path = "mine" if name in ("folder", "table") else ""
-    _set(config, {"data.name": name, "data.path": path})
-    for other in ("flip", "on_device"):
-        _set(config, {f"data.{other}": False})
-    assert config_lib.problems(config) == []
-    _set(config, {f"data.{field}": value})
-    (problem,) = config_lib.problems(config)
-    assert problem.startswith(f"data.{field} is {value!r}, which nothing would read")
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_ablation_is_one_switch_on_any_recipe(name: str):
+    steps = (2, 4, 8) if recipe(name).diffusion.time == "lsun" else (1, 2, 4, 8)
+    for switch in (
+        *("game.latent=False", "game.posterior=False", "game.divergence='reverse_kl'"),
+        *("optimizer.schedule='constant'", "diffusion.variance='cosine'"),
+        *(f"diffusion.num_steps={number}" for number in steps),
+    ):
+        assert problems(name, read(switch)) == []
 
 
-# Fields that are set, and what they are then to be used with.
-UNREAD: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "penalty": ("gaussians25", {"game.gamma": 0.0}, {"game.lazy_reg": 4}),
-    "reconstruction": ("gaussians25", {"game.recon": "mse"}, {"game.recon_floor": 0.5}),
-    "time": ("lsun_church128", {}, {"diffusion.time_eps": 0.1}),
-    "images in the plane": (
-        "gaussians25",
-        {},
-        {
-            "data.image_size": 64,
-            "data.channels": 1,
-            "data.num_threads": 4,
-            "data.prefetch": 2,
-            "data.num_workers": 1,
-            "data.timeout": 5,
-            "data.test_fraction": 0.5,
-            "evaluation.batch_size": 10,
-            "evaluation.inception": True,
-            "evaluation.num_kept_features": 100,
-            "model.remat": "blocks",
-            "model.unet.nf": 32,
-            "model.encoder.ngf": 32,
-        },
-    ),
-    "images in a table": ("breast_cancer", {}, {"data.image_size": 64}),
-    "the plane in images": (
-        "digits",
-        {},
-        {"model.mlp.hidden": (8,), "evaluation.num_projections": 10},
-    ),
-    "weights": ("digits", {}, {"evaluation.inception_weights": "weights.pth"}),
-    "share": ("cifar10", {}, {"data.test_fraction": 0.5}),
-    "cache": (
-        "gaussians25",
-        {"compilation_cache.enabled": False},
-        {"compilation_cache.directory": "programs"},
-    ),
+# What the released image recipes share, and each recipe alone.
+IMAGE_RECIPES = """
+data.name="tfds" data.channels=3 data.flip=True data.split="train"
+model.name="ncsnpp" model.nz=100 model.dtype="float32"
+model.unet.z_emb_dim=256 model.unet.n_mlp=4 model.unet.num_res_blocks=2
+model.unet.attn_resolutions=(16,) model.encoder.ngf=64 model.encoder.t_emb_dim=256
+diffusion.num_steps=4 diffusion.variance="vp" diffusion.beta_min=0.1
+diffusion.beta_max=20.0 diffusion.time_eps=1e-3 diffusion.max_beta=0.999
+diffusion.min_posterior_var=1e-4 game.recon_floor=None game.gamma_final=None
+game.lazy_reg=1 game.energy_l2=0.0 game.lambda_z=0.1 game.lambda_f=1.0
+game.divergence="jeffreys" game.latent=True game.posterior=True
+optimizer.schedule="cosine" optimizer.final_learning_rate=1e-5 optimizer.beta1=0.0
+optimizer.beta2=0.9 optimizer.max_grad_norm=None optimizer.energy_learning_rate=None
+"""
+RELEASED = {
+    "released_gaussians25": """
+diffusion.num_steps=4 diffusion.beta_min=0.01 diffusion.beta_max=0.1
+diffusion.variance="vp" diffusion.time="uniform" data.batch_size=200
+train.num_steps=100000 optimizer.learning_rate=1e-4 optimizer.schedule="constant"
+optimizer.beta1=0.0 optimizer.beta2=0.9 optimizer.ema_decay=0.0 game.gamma=0.02
+game.lambda_z=0.1 game.lambda_f=1.0 game.recon="nll" game.recon_latent="posterior"
+game.recon_floor=0.01 model.nz=2 model.mlp.norm="batch" model.mlp.hidden=(300,300)
+""",
+    "cifar10": """
+data.tfds="cifar10" data.test_split="test" data.batch_size=256 data.image_size=32
+data.crop=None data.limit=0 diffusion.time="uniform" model.unet.dropout=0.1
+model.unet.nf=128 model.unet.ch_mult=(1,2,2,2) model.unet.fir=True
+model.unet.progressive_input="residual" game.recon="mse" game.recon_latent="prior"
+game.gamma=0.02 optimizer.learning_rate=1e-4 optimizer.ema_decay=0.9999
+train.num_steps=253906
+""",
+    "celeba64": """
+data.tfds="celeb_a" data.test_split="test" data.batch_size=128 data.image_size=64
+data.crop=(15,40,163,188) data.limit=0 diffusion.time="uniform" model.unet.dropout=0.1
+model.unet.nf=64 model.unet.ch_mult=(1,1,2,2,4) model.unet.fir=True
+model.unet.progressive_input="residual" game.recon="mse" game.recon_latent="prior"
+game.gamma=0.002 optimizer.learning_rate=5e-5 optimizer.ema_decay=0.999
+train.num_steps=762984
+""",
+    "lsun_church128": """
+data.tfds="lsun/church_outdoor" data.test_split="validation" data.batch_size=48
+data.image_size=128 data.crop=None data.limit=120000 diffusion.time="lsun"
+model.unet.dropout=0.0 model.unet.nf=64 model.unet.ch_mult=(1,2,2,4,4)
+model.unet.fir=False model.unet.progressive_input="none" game.recon="weighted_nll"
+game.recon_latent="posterior" game.gamma=0.005 optimizer.learning_rate=5e-5
+optimizer.ema_decay=0.999 train.num_steps=1250000
+""",
 }
 
 
-@pytest.mark.parametrize("case", UNREAD)
-def test_fields_that_nothing_would_read_are_refused(case: str):
-    recipe, circumstances, unread = UNREAD[case]
-    config = load_recipe(CONFIGS / f"{recipe}.py")
-    if recipe == "gaussians25" and "game.gamma" in circumstances:
-        _set(config, {"game.gamma_final": None})
-    _set(config, circumstances)
-    assert config_lib.problems(config) == []
-    _set(config, unread)
-    found = config_lib.problems(config)
-    assert len(found) == len(unread)
-    for field, value in unread.items():
-        (problem,) = [
-            line for line in found if line.startswith(f"{field} is {value!r}")
-        ]
-        assert "nothing would read; it is for " in problem and "leave it at" in problem
-    # What a run was trained with is no reason not to look at its results.
-    assert config_lib.problems(config, saved=True) == []
-    again = config_lib.from_json(config_lib.to_json(config))
-    assert config_lib.differences(config, again) == {}
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_recipes_have_the_published_settings(name: str):
+    of_images = "" if name == "released_gaussians25" else IMAGE_RECIPES
+    expected = read(of_images + RELEASED[name])
+    found = dict(fields.leaves(recipe(name)))
+    assert {field: found[field] for field in expected} == expected
 
 
-def test_conditions_are_of_fields_that_there_are():
-    fields = dict(validation.leaves(config_lib.base()))
-    for name in combinations.READ_WHEN:
-        assert name in fields or any(
-            name.endswith(".") and field.startswith(name) for field in fields
-        )
+@pytest.mark.parametrize("field", sorted(fields.RANGES))
+def test_every_range_is_checked_on_both_sides(field: str):
+    least, greatest = fields.RANGES[field]
+    whole = isinstance(BASE[field], int)
+    outside = [least - 1 if whole or least == 0 else least / 2]
+    if greatest < float("inf"):
+        outside.append(greatest + 1)
+    for value in outside:
+        value = int(value) if whole else float(value)
+        found = problems("released_gaussians25", {field: value})
+        assert f"{field} is {value}; it must be at least {least}" in found[0]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_ablation_is_one_switch_on_any_recipe(path: Path):
-    switches: list[dict[str, Any]] = [
-        {"game.latent": False},
-        {"game.posterior": False},
-        {"game.divergence": "reverse_kl"},
-        *({"diffusion.num_steps": number} for number in (1, 2, 4, 8)),
-        {"optimizer.schedule": "constant"},
-        {"diffusion.variance": "cosine"},
-    ]
-    for fields in switches:
-        config = load_recipe(path)
-        if config.data.name in ("table", "folder"):
-            config.data.path = "mine"
-        if config.diffusion.time == "lsun" and fields.get("diffusion.num_steps") == 1:
-            continue  # Times that one step does not have.
-        _set(config, fields)
-        assert config_lib.problems(config) == []
+@pytest.mark.parametrize("field", sorted(choices.ALLOWED))
+def test_every_choice_is_checked_with_the_nearest_name(field: str):
+    allowed = choices.ALLOWED[field]
+    wrong = f"{allowed[0]}x" if isinstance(allowed[0], str) else 2
+    (problem,) = problems("released_gaussians25", {field: wrong})
+    listed = ", ".join(map(str, allowed))
+    assert problem.startswith(f"{field} is {wrong!r}; allowed: {listed}")
+    assert isinstance(wrong, int) or f"did you mean '{allowed[0]}'?" in problem
 
 
-def test_a_problem_that_follows_from_another_is_not_told():
-    """Not with the base's value in the place of the one that cannot be used."""
-    config = load_recipe(CONFIGS / "cifar10.py")
-    _set(
-        config,
-        {"model.unet.ch_mult": (1, 0), "model.unet.attn_resolutions": (2,)},
-    )
-    (problem,) = config_lib.problems(config)
-    assert problem.startswith("model.unet.ch_mult is (1, 0)")
-    # Another problem of a check that also reads the unusable field is still told.
-    _set(config, {"data.image_size": 24, "optimizer.accumulate": 3})
-    assert [problem.split(" is ")[0] for problem in config_lib.problems(config)] == [
-        "model.unet.ch_mult",
-        "optimizer.accumulate",
-        "data.image_size",
-    ]
+@pytest.mark.parametrize("field", BASE)
+def test_numbers_fit_the_integers_of_devices(field: str):
+    if type(BASE[field]) is int:
+        assert problems("digits", {field: 2**31})[0].startswith(f"{field} is {2**31};")
+    if isinstance(BASE[field], tuple):
+        assert problems("digits", {field: (2**31,)})[0].startswith(f"{field} is (")
 
 
-def test_whole_numbers_fit_the_devices_integers():
-    for field, value in validation.leaves(config_lib.base()):
-        if isinstance(value, int) and not isinstance(value, bool):
-            assert validation.RANGES[field][1] <= 2**31 - 1
-        if isinstance(value, tuple) or field == "data.crop":
-            config = load_recipe(CONFIGS / "cifar10.py")
-            _set(config, {field: (2**31,)})
-            assert any(
-                problem.startswith(f"{field} is ({2**31},)")
-                for problem in config_lib.problems(config)
-            )
+def test_the_fields_that_may_be_none_keep_their_type():
+    """By references: a plain field forgets it while it holds None."""
+    base, references = config_lib.base(), set()
+    for section in filter(lambda name: name != "seed", base):
+        for name, value in base[section].items(preserve_field_references=True):
+            if isinstance(value, ml_collections.FieldReference):
+                references.add(f"{section}.{name}")
+    assert references == set(fields.OPTIONAL)
 
 
-def test_a_section_is_no_field():
+_ODD = st.one_of(
+    *(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers()),
+    st.lists(st.integers(), max_size=2),
+)
+
+
+@given(st.sampled_from(sorted(BASE)), _ODD)
+def test_any_value_of_any_field_is_accepted_or_named(field: str, value: object):
+    for problem in problems("digits", {field: value}):
+        assert field in problem
+
+
+def test_unknown_and_missing_fields_are_told_with_the_nearest_name():
     config = ml_collections.ConfigDict(config_lib.base().to_dict())
     with config.ignore_type():
         config.recovery = 3
         config.game.gamma = {"start": 0.1}
         config.gaem = {"lambda_z": 1.0}
+        config.optimizer.learning_rte = 1e-3
+        del config.data["flip"]
     found = config_lib.problems(config)
-    assert [problem.partition(";")[0] for problem in found] == [
+    assert [problem.split(";")[0] for problem in found] == [
+        "data.flip is missing",
         "gaem.lambda_z is not a field of the config",
         "game.gamma is missing",
         "game.gamma.start is not a field of the config",
+        "optimizer.learning_rte is not a field of the config",
         "recovery is a section of the config",
     ]
-    assert found[0].endswith("did you mean game.lambda_z?")
+    assert found[1].endswith("did you mean game.lambda_z?")
+    assert found[4].endswith("did you mean optimizer.learning_rate?")
 
 
-_ODD_VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.text(max_size=3),
-    st.floats(),
-    st.integers(),
-    st.lists(st.integers(), max_size=2),
+_BETA = "diffusion.beta_max=20.0 diffusion.variance="
+_DECAY = "optimizer.schedule='exponential' optimizer.final_learning_rate="
+COMBINATIONS = [
+    ("diffusion.beta_min=20.0", "the first must be below the second"),
+    (f"{_BETA}'geometric'", "needs beta_max below 1"),
+    ("diffusion.beta_max=4000.0", "nothing of the data is left"),
+    ("diffusion.time='lsun' diffusion.num_steps=1", "need at least 2 steps"),
+    ("diffusion.time='lsun'", "diffusion.min_posterior_var is None"),
+    ("diffusion.time_eps=0.0", "diffusion.min_posterior_var is None"),
+    ("game.recon_floor=None diffusion.num_steps=1", "which one step lacks"),
+    ("game.gamma=0.0 game.gamma_final=1e-3", "γ decays from a positive number"),
+    (f"{_DECAY}0.0", "needs a positive final rate"),
+    (f"{_DECAY}1.0", "optimizer.learning_rate is 0.0001 and"),
+    (f"{_DECAY}1e-4 optimizer.energy_learning_rate=1e-5", "energy_learning_rate is"),
+    ("optimizer.accumulate=3", "the first must divide the second"),
+    ("optimizer.accumulate=2", "batch norm needs the whole batch"),
+    ("parallel.mode='pmap' parallel.fsdp=True", "fsdp needs mode 'jit'"),
+    ("data.name='table'", "data.path is '' and data.name is 'table'"),
+    ("model.name='ncsnpp'", "images need model.name='ncsnpp'"),
+    ("model.mlp.t_embed_dim=15", "is 15; an even number is needed"),
+    ("evaluation.num_samples_on_the_way=9", "is 9; 0 or at least 10 is needed"),
+]
+IMAGE_COMBINATIONS = [
+    ("model.name='mlp'", "images need model.name='ncsnpp'"),
+    ("data.tfds=''", "a name in TensorFlow Datasets is needed"),
+    ("data.name='folder'", "data.path is '' and data.name is 'folder'"),
+    ("data.image_size=24", "data.image_size is 24; a power of two is needed"),
+    ("data.crop=(9,0,9,8)", "left < right, top < bottom is needed"),
+    ("data.crop=(0,0,8)", "four (left, top, right, bottom) whole numbers"),
+    ("data.crop=(0,0,8.5,8)", "whole numbers from 0"),
+    ("model.unet.ch_mult=(1,1,1,1,1,1,1)", "7 levels halve the side 6 times"),
+    ("model.unet.ch_mult=(1,1024)", "a layer is 131072 wide"),
+    ("model.unet.ch_mult=()", "a tuple of one or more whole numbers"),
+    ("model.unet.attn_resolutions=(16,7)", "sides of levels, [32, 16, 8, 4]"),
+    ("model.unet.attn_resolutions=(0,)", "any number of whole numbers from 1"),
+    ("model.unet.fir=False", "use fir=True, or progressive_input='none'"),
+    ("model.unet.nf=33", "model.unet.nf is 33; an even number is needed"),
+    ("game.recon_floor='none'", "a finite number or None is needed"),
+    ("data.image_size=128 optimizer.accumulate=128", "must be a multiple of 4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [("released_gaussians25", *case) for case in COMBINATIONS]
+    + [("cifar10", *case) for case in IMAGE_COMBINATIONS],
 )
+def test_what_does_not_go_together(name: str, changes: str, expected: str):
+    found = problems(name, read(changes))
+    assert any(expected in problem for problem in found), found
 
 
-@given(st.sampled_from(sorted(dict(validation.leaves(config_lib.base())))), _ODD_VALUES)
-def test_no_value_of_any_field_escapes_with_another_error(field: str, value: object):
-    """A value is accepted, or refused with the field's name; nothing else happens."""
-    config = ml_collections.ConfigDict(config_lib.base().to_dict())
-    section, _, name = field.rpartition(".")
-    node = config
-    for part in filter(None, section.split(".")):
-        node = node[part]
-    with node.ignore_type():
-        node[name] = value
-    for problem in config_lib.problems(config):
-        assert field in problem or field.split(".")[-1] in problem
+# Recipe, the circumstances, and fields that nothing reads under them.
+_IN_IMAGES = """
+data.path='a' data.label_column='y' data.tfds='b' data.tfds_dir='c' data.limit=5
+data.split='d' data.test_split='e' data.crop=(0,0,8,8) data.image_size=64
+data.channels=1 data.num_threads=4 data.prefetch=2 data.num_workers=1 data.timeout=5
+data.test_fraction=0.5 data.flip=True data.on_device=True data.skip_corrupt=True
+evaluation.batch_size=10 evaluation.inception=True evaluation.num_kept_features=100
+evaluation.preprocessing='pytorch_fid' evaluation.reference='test'
+model.remat='blocks' model.dtype='bfloat16' model.unet.nf=32 model.encoder.ngf=32
+"""
+UNREAD = [
+    ("pinwheel", "game.gamma=0.0", "game.lazy_reg=4"),
+    ("pinwheel", "game.recon='mse'", "game.recon_floor=0.5"),
+    ("gaussians25", "", _IN_IMAGES),
+    ("breast_cancer", "", "data.image_size=64 data.num_patches=5"),
+    ("digits", "", "model.mlp.hidden=(8,) evaluation.num_projections=10"),
+    ("digits", "", "evaluation.inception_weights='weights.pth' data.limit=9"),
+    ("folder", "", "data.tfds='cifar10' data.held_out_classes=(1,)"),
+    ("cifar10", "", "data.test_fraction=0.5 data.path='images'"),
+    ("lsun_church128", "", "diffusion.time_eps=0.1"),
+    ("swissroll", "compilation_cache.enabled=False", "compilation_cache.directory='a'"),
+]
 
 
-def test_differences_name_fields_and_both_values():
-    changed = config_lib.differences(_changed(), _changed(game__gamma=0.5))
-    assert changed == {"game.gamma": (0.02, 0.5)}
+@pytest.mark.parametrize(("name", "circumstances", "unread"), UNREAD)
+def test_fields_that_nothing_would_read_are_refused(name, circumstances, unread):
+    circumstances, unread = read(circumstances), read(unread)
+    assert problems(name, circumstances) == []
+    config = recipe(name, circumstances | unread)
+    found = config_lib.problems(config)
+    assert all("nothing would read the first" in problem for problem in found)
+    assert sorted(problem.split(" is ")[0] for problem in found) == sorted(unread)
+    # What a run was trained with is no reason not to use it.
+    assert config_lib.problems(config, saved=True) == []
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"seed": 1}'])
+def test_a_problem_that_follows_from_another_is_not_told():
+    changes = {"model.unet.ch_mult": (1, 0), "model.unet.attn_resolutions": (2,)}
+    (problem,) = problems("cifar10", changes)
+    assert problem.startswith("model.unet.ch_mult is (1, 0)")
+    # All others are, at once.
+    changes |= {"data.image_size": 24, "optimizer.accumulate": 3, "game.gamma": -1.0}
+    changes |= {"seed": "one", "game.gamma_final": 0.1}
+    assert [problem.split(" is ")[0] for problem in problems("cifar10", changes)] == [
+        *("data.image_size", "game.gamma", "model.unet.ch_mult", "seed"),
+        "optimizer.accumulate",
+    ]
+
+
+def test_the_allowed_names_are_those_of_the_code():
+    assert choices.ALLOWED["diffusion.variance"] == diffusion.VARIANCES
+    assert choices.ALLOWED["diffusion.time"] == diffusion.TIMES
+    assert choices.ALLOWED["game.recon"] == objective.RECONSTRUCTIONS
+    assert choices.ALLOWED["game.recon_latent"] == objective.RECON_LATENTS
+    assert choices.ALLOWED["game.divergence"] == objective.DIVERGENCES
+    assert tuple(synthetic.SYNTHETIC) == choices.SYNTHETIC
+    named = {name for names in checks.READ_WHEN.values() for name in names.split()}
+    assert named <= set(BASE) | {"model.mlp", "model.unet", "model.encoder"}
+    assert config_lib.FREE_ON_RESUME <= set(BASE)
+
+
+_PROCESSES = {
+    "diffusion.num_steps": st.integers(1, 128),
+    "diffusion.variance": st.sampled_from(diffusion.VARIANCES),
+    "diffusion.time": st.sampled_from(diffusion.TIMES),
+    "diffusion.beta_min": st.floats(1e-6, 2.0),
+    "diffusion.beta_max": st.floats(1e-6, 70.0),
+    "diffusion.time_eps": st.sampled_from((0.0, 1e-6, 1e-3, 0.5)),
+    "diffusion.max_beta": st.sampled_from((1e-6, 0.5, 0.999, 0.999999)),
+    "diffusion.min_posterior_var": st.sampled_from((None, 1e-30, 1e-4)),
+}
+
+
+@settings(max_examples=200)
+@given(st.fixed_dictionaries(_PROCESSES))
+def test_a_schedule_can_be_made_if_the_config_is_valid(process: dict[str, Any]):
+    config = recipe("swissroll", process)
+    if config_lib.problems(config, saved=True) == []:
+        diffusion.schedule_values(**config.diffusion)
+
+
+@pytest.mark.parametrize("ch_mult", [(1,), (3, 1, 2)])
+@pytest.mark.parametrize("nf", [12, 30, 34, 132])
+def test_networks_can_be_built_if_their_widths_are_valid(nf: int, ch_mult: tuple):
+    changes = {"model.unet.nf": nf, "model.unet.ch_mult": ch_mult}
+    config = recipe("digits", changes | {"model.unet.attn_resolutions": ()})
+    init = models.build(config.model, (8, 8, 1)).init
+    if config_lib.problems(config) == []:
+        jax.eval_shape(init, jax.random.key(0))
+    else:
+        with pytest.raises((TypeError, ZeroDivisionError)):
+            jax.eval_shape(init, jax.random.key(0))
+
+
+_IMPORTS = f"""
+import runpy, sys
+import ddaebm_jax.config.flags
+for path in {[str(CONFIGS / f"{name}.py") for name in RECIPES]!r}:
+    config = runpy.run_path(path)["get_config"]()
+    ddaebm_jax.config.problems(config)
+loaded = set(sys.modules)
+names = "data models evaluation training diffusion objective game sharding".split()
+print(sorted({{"jax", "numpy", *("ddaebm_jax." + n for n in names)}} & loaded))
+"""
+
+
+def test_configs_and_recipes_load_nothing_that_they_describe():
+    command = [sys.executable, "-c", _IMPORTS]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_tuples_and_none_survive_json():
+    changes = read("data.crop=(0,1,65,66) model.unet.attn_resolutions=()")
+    changes |= read("diffusion.min_posterior_var=None game.recon_floor=0.5")
+    config = recipe("celeba64", changes | {"game.recon": "nll"})
+    found = dict(fields.leaves(config_lib.from_json(config_lib.to_json(config))))
+    for field, value in changes.items():
+        assert found[field] == value and type(found[field]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "NaN", '{"seed": 1}'])
 def test_a_damaged_config_file_is_a_config_error(text: str):
-    with pytest.raises(config_lib.ConfigError):
+    with pytest.raises(config_lib.ConfigError, match=r"is not|gamma is missing"):
         config_lib.from_json(text)
 
 
-def test_everything_that_is_wrong_is_said_at_once():
-    """Types, ranges, names and combinations, but for what follows from the others."""
-    config = config_lib.base()
-    with config.unlocked(), config.ignore_type():
-        config.diffusion.num_steps = "four"
-        config.game.gamma = -1.0
-        config.game.gamma_final = 0.1
-        config.model.nam = "mlp"
-        config.optimizer.accumulate = 3
-    found = config_lib.problems(config)
-    assert [problem.split(" is ")[0] for problem in found] == [
-        "diffusion.num_steps",
-        "game.gamma",
-        "model.nam",
-        "optimizer.accumulate",
-    ]
-    with pytest.raises(config_lib.ConfigError) as error:
-        config_lib.validate(config)
-    assert all(problem in str(error.value) for problem in found)
+def test_differences_and_what_a_resumed_run_may_change():
+    old, new = recipe("cifar10"), recipe("cifar10", {"game.gamma": 0.5})
+    assert config_lib.differences(old, new) == {"game.gamma": (0.02, 0.5)}
+    what_a_fid_is = "inception inception_weights preprocessing reference".split()
+    for name in (*what_a_fid_is, "num_samples_on_the_way"):
+        assert f"evaluation.{name}" not in config_lib.FREE_ON_RESUME
+    assert "evaluation.num_samples" in config_lib.FREE_ON_RESUME
+    assert config_lib.decays(old) and config_lib.decays(recipe("gaussians25"))
+    assert not config_lib.decays(recipe("released_gaussians25"))

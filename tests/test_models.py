@@ -10,6 +10,7 @@ import pytest
 from helpers import NZ, filled_variables, mlp_config
 
 from ddaebm_jax import models
+from ddaebm_jax.config.choices import ALLOWED
 from ddaebm_jax.models import layers, mlp
 
 BATCH = 5
@@ -106,7 +107,7 @@ def test_released_initial_ranges():
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 30])
-@pytest.mark.parametrize("norm", mlp.NORMS)
+@pytest.mark.parametrize("norm", ALLOWED["model.mlp.norm"])
 def test_any_width(dim: int, norm: str):
     networks = models.build(mlp_config(norm=norm), (dim,))
 
@@ -193,7 +194,7 @@ def test_fourier_features():
     np.testing.assert_array_equal(mlp.FourierFeatures(0).apply({}, x), x)
 
 
-@pytest.mark.parametrize("name", mlp.ACTIVATIONS)
+@pytest.mark.parametrize("name", ALLOWED["model.mlp.activation"])
 def test_every_activation_builds(name: str):
     networks = models.build(mlp_config(activation=name), (2,))
     variables = jax.eval_shape(networks.init, jax.random.key(0))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from released import recipe, reference_config
 
 from ddaebm_jax import interop, models
+from ddaebm_jax.config.choices import ALLOWED
 from ddaebm_jax.models import Players, encoder, layers, ncsnpp, resample
 
 BATCH, SIDE, NZ = 4, 8, 6
@@ -548,7 +549,7 @@ def test_what_lies_between_layers_keeps_bfloat16(function: Any):
 def test_recomputing_blocks_changes_nothing():
     (x, _, t), _ = inputs(channels=1)
     found = {}
-    for remat in layers.REMATS:
+    for remat in ALLOWED["model.remat"]:
         networks = small_networks(remat=remat)
 
         def energy(variables, x, networks=networks):
@@ -710,33 +711,6 @@ def test_switches_choose_layers(fir: bool, progressive: str, attention: tuple):
         if side in attention:
             expected |= {f"down_{level}_attention_0", f"up_{level}_attention"}
     assert attended == expected
-
-
-@pytest.mark.parametrize(
-    ("nf", "ch_mult", "num_res_blocks"),
-    [
-        (4, (1,), 1),
-        (8, (1, 2), 2),
-        (12, (3, 1, 2), 1),
-        (64, (1, 1, 2, 2, 4), 2),
-        (16, (4, 2, 1), 3),
-    ],
-)
-def test_normed_widths(nf: int, ch_mult: tuple[int, ...], num_res_blocks: int):
-    side = 2 ** (len(ch_mult) + 1)
-    model = tiny(
-        nf=nf,
-        ch_mult=ch_mult,
-        num_res_blocks=num_res_blocks,
-        attn_resolutions=(side,),
-    )
-    params = trunk_shapes(model, side)
-    found = {
-        leaf.shape[0]
-        for path, leaf in jax.tree.leaves_with_path(params)
-        if path[-1].key == "scale"
-    }
-    assert ncsnpp.normed_widths(nf, ch_mult, num_res_blocks) == found
 
 
 # The encoders.

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DIM, NZ, SCHEDULE, smooth_layer, smooth_networks
+from helpers import DIM, GAME, NZ, SCHEDULE, smooth_layer, smooth_networks
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from ddaebm_jax import diffusion, minimax, objective
+from ddaebm_jax import diffusion, losses, objective
+from ddaebm_jax.game import Noise
 
 BATCH = 6
 T = jnp.array([0, 1, 2, 3, 2, 0])
@@ -56,14 +57,14 @@ def test_latent_kl_is_the_integral(first, second):
             mu + 12 * std,
         )[0]
     mu, logvar = jnp.array([first, second]).T
-    kl = objective.latent_kl(mu[None], logvar[None])
+    (kl,) = objective.latent_kl(mu[None], logvar[None])
     np.testing.assert_allclose(kl, total, rtol=1e-4, atol=1e-5)
 
 
 @given(moments, st.floats(-3, 3))
 def test_latent_log_prob_is_a_gaussian_without_its_constant(moment, z):
     mu, logvar = moment
-    value = objective.latent_log_prob(
+    (value,) = objective.latent_log_prob(
         jnp.array([[z, z]]), jnp.array([[mu, mu]]), jnp.array([[logvar, logvar]])
     )
     log_prob = 2 * stats.norm.logpdf(z, mu, np.exp(0.5 * logvar))
@@ -72,19 +73,19 @@ def test_latent_log_prob_is_a_gaussian_without_its_constant(moment, z):
     )
 
 
-def test_latent_terms_average_over_the_batch_and_sum_over_the_latent():
+def test_latent_terms_sum_over_the_latent():
     mu, logvar, z = (normals(i, BATCH, NZ) for i in range(3))
     m, v, n = (np.asarray(x, np.float64) for x in (mu, logvar, z))
     log_prob = 0.5 * v.sum(1) + 0.5 * ((n - m) ** 2 / (1e-6 + np.exp(v))).sum(1)
     kl = 0.5 * (np.exp(v) + m**2 - 1 - v).sum(1)
     np.testing.assert_allclose(
-        objective.latent_log_prob(z, mu, logvar), log_prob.mean(), rtol=1e-5
+        objective.latent_log_prob(z, mu, logvar), log_prob, rtol=1e-5
     )
-    np.testing.assert_allclose(objective.latent_kl(mu, logvar), kl.mean(), rtol=1e-5)
+    np.testing.assert_allclose(objective.latent_kl(mu, logvar), kl, rtol=1e-5)
 
 
 def test_latent_log_prob_survives_an_underflowing_variance():
-    value = objective.latent_log_prob(
+    (value,) = objective.latent_log_prob(
         jnp.ones((1, 1)), jnp.zeros((1, 1)), jnp.full((1, 1), -200.0)
     )
     np.testing.assert_allclose(value, -100.0 + 0.5e6, rtol=1e-5)
@@ -112,7 +113,7 @@ def test_reverse_potential(shape):
         log_q = stats.norm.logpdf(x_next[i], s.a[k + 1] * x_fake[i], s.sigma[k + 1])
         rows.append(-(float(f[i]) + log_q.sum()))
     value = objective.reverse_potential(s, f, x_fake, x_next, T)
-    np.testing.assert_allclose(value, np.mean(rows), rtol=1e-5)
+    np.testing.assert_allclose(value, rows, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -137,7 +138,7 @@ def test_reconstruction_nll(shape, floor, weighted):
         objective.variance_floor(s, floor),
         s.recon_weight if weighted else None,
     )
-    np.testing.assert_allclose(value, np.mean(rows), rtol=1e-5)
+    np.testing.assert_allclose(value, rows, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -145,15 +146,17 @@ def test_reconstruction_mse(shape):
     x_t, x_next, x0 = points(shape)
     gaps = (np.asarray(x_t) - posterior_mean(x0, x_next)) ** 2
     value = objective.reconstruction_mse(SCHEDULE, x_t, x0, x_next, T)
-    np.testing.assert_allclose(value, gaps.sum() / BATCH, rtol=1e-5)
+    rows = gaps.reshape(BATCH, -1).sum(axis=1)
+    np.testing.assert_allclose(value, rows, rtol=1e-5)
 
 
 def test_reconstruction_vanishes_at_the_mean():
     x_t, x_next, x0 = points()
     mean = diffusion.posterior_mean(SCHEDULE, x0, x_next, T)
-    assert float(objective.reconstruction_mse(SCHEDULE, mean, x0, x_next, T)) == 0.0
+    assert not objective.reconstruction_mse(SCHEDULE, mean, x0, x_next, T).any()
     at_mean = objective.reconstruction_nll(SCHEDULE, mean, x0, x_next, T, 1e-2)
-    assert at_mean < objective.reconstruction_nll(SCHEDULE, x_t, x0, x_next, T, 1e-2)
+    elsewhere = objective.reconstruction_nll(SCHEDULE, x_t, x0, x_next, T, 1e-2)
+    assert (at_mean < elsewhere).all()
 
 
 # The energy's terms.
@@ -170,15 +173,14 @@ def test_score_is_each_example_s_own_gradient():
     np.testing.assert_allclose(score, jax.vmap(jax.grad(one))(x), rtol=1e-5)
 
 
-def test_energy_magnitude_is_the_mean_square():
+def test_energy_magnitude_is_the_square():
     f = normals(0, BATCH)
-    expected = np.square(f).sum() / BATCH
-    np.testing.assert_allclose(objective.energy_magnitude(f), expected, rtol=1e-6)
+    np.testing.assert_allclose(objective.energy_magnitude(f), np.square(f), rtol=1e-6)
 
 
-def test_gradient_penalty_is_half_the_mean_squared_norm():
+def test_gradient_penalty_is_half_the_squared_norm():
     score = normals(0, BATCH, 4, 3)
-    expected = 0.5 * np.square(score).sum() / BATCH
+    expected = 0.5 * np.square(score).sum(axis=(1, 2))
     np.testing.assert_allclose(objective.gradient_penalty(score), expected, rtol=1e-6)
 
 
@@ -219,7 +221,7 @@ def test_energy_gradient_by_brute_force():
 
     with jax.enable_x64(True):
         zeros = jnp.zeros((BATCH, DIM))
-        noise = minimax.Noise(
+        noise = Noise(
             t=jnp.asarray(t),
             eps_t=zeros,
             eps_next=zeros,
@@ -228,13 +230,14 @@ def test_energy_gradient_by_brute_force():
             eps_z=jnp.zeros((BATCH, NZ)),
             dropout=jax.random.split(jax.random.key(0), BATCH),
         )
-        batch = (jnp.asarray(x_t), jnp.asarray(x_next), jnp.asarray(x_fake))
+        pair = losses.Pair(jnp.asarray(x_t), jnp.asarray(x_next), noise)
 
         @functools.partial(jax.jit, static_argnums=(1, 2))
         def value_and_grad(p, gamma, energy_l2):
+            game = GAME._replace(energy_l2=energy_l2)
             return jax.value_and_grad(
-                lambda p: minimax.energy_loss(
-                    s, networks, {"params": p}, *batch, noise, gamma, energy_l2
+                lambda p: losses.energy_loss(
+                    game, s, networks, {"params": p}, pair, jnp.asarray(x_fake), gamma
                 )[0]
             )(p)
 

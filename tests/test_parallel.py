@@ -24,22 +24,19 @@ from stepping import CONFIGS, digits, indices, plane, trained
 from test_config import load_recipe
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiment as experiments
-from ddaebm_jax import minimax
-from ddaebm_jax import sharding as parallel
+from ddaebm_jax import experiment, sharding
 from ddaebm_jax.commands import modes
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import (
     checkpoint_files,
-    dispatching,
     run_directory,
 )
-from ddaebm_jax.training import (
-    checkpoints as checkpointing,
-)
+from ddaebm_jax.training import checkpoints as checkpointing
 from ddaebm_jax.training import (
     loop as train,
 )
+from ddaebm_jax.training.dispatch import Dispatcher
 
 STEPS = 3
 
@@ -111,7 +108,7 @@ def test_every_way_gives_what_one_device_gives(
     alone: dict[str, tuple], kind: str, way: str, monkeypatch: pytest.MonkeyPatch
 ):
     """After 3 steps, float32."""
-    monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 16)
     config = {"plane": plane, "digits": digits}[kind](**WAYS[way])
     state, metrics = trained(config, STEPS)
     expected, expected_metrics = alone[kind]
@@ -131,16 +128,13 @@ def test_every_way_gives_what_one_device_gives(
 
 
 def compiled_text(config: ml_collections.ConfigDict) -> str:
-    """Returns the compiled dispatch of one step, with little effort."""
-    experiment = experiments.build(config)
-    dispatcher = dispatching.Dispatcher(experiment)
-    state = dispatcher.place(experiments.init_state(experiment))
-    batches = None
-    if experiment.source.holds_images:
-        batches = dispatcher._layout.place_batches(indices(0))
-    inputs = (state, *dispatcher._inputs, dispatcher._trial, batches)
-    lowered = dispatcher._jitted.lower(*inputs, 1)
-    return lowered.compile(compiler_options=quick._options()).as_text()
+    """Returns the compiled program of one step, compiled with little effort."""
+    described = experiment.build(config)
+    dispatcher = Dispatcher(described)
+    batches = indices(0) if described.source.holds_images else None
+    inputs = dispatcher.inputs(batches)
+    lowered = dispatcher.steps.program.lower(1, dispatcher.init(), *inputs)
+    return lowered.compile(compiler_options=quick.options()).as_text()
 
 
 def collectives(text: str) -> list[tuple[str, int]]:
@@ -166,7 +160,7 @@ def test_gradients_are_reduced_once_a_player(kind: str):
     text = compiled_text(config)
     found = collectives(text)
     assert [kind for kind, _ in found] == ["all-reduce", "all-reduce"]
-    variables = experiments.state_shapes(experiments.build(config)).variables
+    variables = experiment.state_shapes(experiment.build(config)).variables
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in variables]
     # Each gradient once, but for the few that are known to be zero, and a few metrics;
     # in the text in any order.
@@ -178,7 +172,7 @@ def test_gradients_are_reduced_once_a_player(kind: str):
 
 
 def test_a_state_in_parts_is_gathered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 16)
     text = compiled_text(plane(parallel__num_devices=8, parallel__fsdp=True))
     assert "all-gather" in [kind for kind, _ in collectives(text)]
 
@@ -190,7 +184,7 @@ def test_batch_norm_reduces_gradients_once_a_player_too():
     config = plane(parallel__num_devices=8, **BATCH_NORM)
     found = collectives(compiled_text(config))
     assert {kind for kind, _ in found} == {"all-reduce"}
-    variables = experiments.state_shapes(experiments.build(config)).variables
+    variables = experiment.state_shapes(experiment.build(config)).variables
     sizes = [
         sum(leaf.size for leaf in jax.tree.leaves(one["params"])) for one in variables
     ]
@@ -201,7 +195,7 @@ def test_batch_norm_reduces_gradients_once_a_player_too():
     assert (np.abs(more) < 300).all(), more
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", ("jit", "pmap"))
 def test_batch_norm_sees_the_whole_batch(mode: str):
     """A step's losses and gradients are those of one device.
 
@@ -233,7 +227,7 @@ def test_batch_norm_sees_the_whole_batch(mode: str):
     [
         ({"parallel__mode": "pmapp"}, r"allowed: jit, pmap \(did you mean 'pmap'"),
         ({"parallel__mode": "pmap", "parallel__fsdp": True}, "fsdp is True"),
-        ({"optimizer__accumulate": 3}, "does not divide data.batch_size 16"),
+        ({"optimizer__accumulate": 3}, "batch_size is 16; the first must divide"),
         ({"optimizer__accumulate": 2, "model__mlp__norm": "batch"}, "whole batch"),
     ],
 )
@@ -245,7 +239,7 @@ def test_what_does_not_go_together(fields: dict, message: str):
 def test_parts_of_the_largest_images_are_whole_groups():
     config = load_recipe(ROOT / "configs" / "lsun_church128.py")
     config.data.batch_size, config.optimizer.accumulate = 8, 4
-    with pytest.raises(config_lib.ConfigError, match="groups of 4; each part must be"):
+    with pytest.raises(config_lib.ConfigError, match="part must be a multiple of 4"):
         config_lib.validate(config)
 
 
@@ -259,24 +253,24 @@ def test_parts_of_the_largest_images_are_whole_groups():
 )
 def test_more_shares_than_examples(batch: int, parts: int, group: int, message: str):
     with pytest.raises(InputError, match=message):
-        parallel.make_mesh(8, batch, parts, group)
+        sharding.make_mesh(8, batch, parts, group)
 
 
 def test_parts_of_a_state():
-    mesh = parallel.make_mesh(4)
-    spec = parallel.fully_sharded(mesh, (3, 256, 512)).spec
+    mesh = sharding.make_mesh(4)
+    spec = sharding.fully_sharded(mesh, (3, 256, 512)).spec
     assert spec == jax.sharding.PartitionSpec(None, None, "data")
-    assert parallel.fully_sharded(mesh, (512, 31)).is_fully_replicated  # Too small.
-    assert parallel.fully_sharded(mesh, (513, 1_001)).is_fully_replicated
-    assert parallel.fully_sharded(mesh, ()).is_fully_replicated
+    assert sharding.fully_sharded(mesh, (512, 31)).is_fully_replicated  # Too small.
+    assert sharding.fully_sharded(mesh, (513, 1_001)).is_fully_replicated
+    assert sharding.fully_sharded(mesh, ()).is_fully_replicated
 
 
 def test_processes_must_be_told_of_wholly():
     for told in (("host:1", None, 0), ("", 2, None), ("", 2, 0)):
         with pytest.raises(InputError, match="belong together"):
-            parallel.join(parallel.Processes(*told))
+            sharding.join(sharding.Processes(*told))
     with pytest.raises(InputError, match="process_id is 2 of --num_processes=2"):
-        parallel.join(parallel.Processes("localhost:1", 2, 2))
+        sharding.join(sharding.Processes("localhost:1", 2, 2))
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -284,7 +278,7 @@ def test_a_checkpoint_is_taken_up_by_another_number_of_devices(
     tmp_path: Path, devices: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Saved by 4, in parts; the whole way on 4 gives the same."""
-    monkeypatch.setattr(parallel, "_LEAST_SPLIT", 16)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 16)
     fields = {
         "train__report_every": 2,
         "train__checkpoint_every": 2,
@@ -324,10 +318,10 @@ def test_a_run_is_used_where_there_are_fewer_devices(tmp_path: Path):
         train.train(of_run(tmp_path / "run"), tmp_path / "run")
 
 
-def final_state(workdir: Path) -> minimax.TrainState:
-    experiment = experiments.build(run_directory.read_config(workdir))
+def final_state(workdir: Path) -> TrainState:
+    described = experiment.build(run_directory.read_config(workdir))
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
-    state = checkpoints.restore(experiments.abstract_state(experiment))
+    state = checkpoints.restore(experiment.evaluation_state(described))
     checkpoints.close()
     return state
 
@@ -387,7 +381,7 @@ STREAMED = {"plane": {}, "digits": {"data__on_device": False}}
 
 
 @functools.cache
-def streamed(kind: str) -> minimax.TrainState:
+def streamed(kind: str) -> TrainState:
     """Returns what one process comes to."""
     config = CONFIGS[kind](**STREAMED[kind], parallel__num_devices=4)
     return trained(config, STEPS, streamed=True)[0]

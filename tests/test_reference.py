@@ -15,17 +15,10 @@ import pytest
 import quick
 from released import LETTERS, reference_config, state_dict
 
-from ddaebm_jax import (
-    diffusion,
-    interop,
-    minimax,
-    models,
-    objective,
-)
-from ddaebm_jax import (
-    experiment as experiments,
-)
+from ddaebm_jax import diffusion, experiment, interop, models, objective
+from ddaebm_jax.game import Noise, Optimizers, TrainState
 from ddaebm_jax.models import Players
+from ddaebm_jax.step import make_step
 
 CONFIG = reference_config()
 SCHEDULE = diffusion.make_schedule(**CONFIG.diffusion)
@@ -59,9 +52,9 @@ def tensor(reference: dict[str, np.ndarray], name: str) -> np.ndarray:
     return value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
 
 
-def noise_of(reference: dict[str, np.ndarray]) -> minimax.Noise:
+def noise_of(reference: dict[str, np.ndarray]) -> Noise:
     drawn = ("eps_t", "eps_next", "z", "eps_post", "eps_z")
-    return minimax.Noise(
+    return Noise(
         t=jnp.asarray(tensor(reference, "t"), jnp.int32),
         **{name: jnp.asarray(tensor(reference, name)) for name in drawn},
         dropout=jax.random.split(jax.random.key(0), 3),
@@ -70,9 +63,9 @@ def noise_of(reference: dict[str, np.ndarray]) -> minimax.Noise:
 
 def run_step(networks: models.Networks, state: Any, x0: jax.Array, noise: Any):
     """A step of the game that records its gradients, and each network's result."""
-    optimizers = minimax.Optimizers(RECORDER, RECORDER)
-    game = experiments.build_game(CONFIG.game, CONFIG.train.num_steps)
-    step = minimax.make_step(game, SCHEDULE, networks, optimizers)
+    optimizers = Optimizers(RECORDER, RECORDER)
+    game = experiment.build_game(CONFIG.game, CONFIG.train.num_steps)
+    step = make_step(game, SCHEDULE, networks, optimizers)
     after, metrics = step(state, x0, noise)
 
     v, t = state.variables, noise.t
@@ -106,11 +99,11 @@ def run_step(networks: models.Networks, state: Any, x0: jax.Array, noise: Any):
         "latent": game.lambda_z * metrics["generator/latent_log_prob"],
         "kld": metrics["generator/latent_kl"],
         "rec_mse_prior": metrics["generator/reconstruction"],
-        "rec_mse_posterior": objective.reconstruction_mse(*from_posterior),
-        "rec_nll": objective.reconstruction_nll(*from_posterior, floor),
+        "rec_mse_posterior": objective.reconstruction_mse(*from_posterior).mean(),
+        "rec_nll": objective.reconstruction_nll(*from_posterior, floor).mean(),
         "rec_weighted_nll": objective.reconstruction_nll(
             *from_posterior, floor, SCHEDULE.recon_weight
-        ),
+        ).mean(),
         "grad_penalty": game.gamma * metrics["energy/gradient_penalty"],
     }
     gradients = Players(after.opt_energy, *after.opt_generator)
@@ -136,7 +129,7 @@ def ours(reference: dict[str, np.ndarray]) -> Figures:
 
     weights = Players(*map(variables, Players._fields))
     params = [one["params"] for one in weights]
-    state = minimax.TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=weights,
         ema=weights,

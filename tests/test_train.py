@@ -19,7 +19,7 @@ from ddaebm_jax import experiment as experiments
 from ddaebm_jax import minimax
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.commands import modes
-from ddaebm_jax.config import checks as validation
+from ddaebm_jax.config.fields import leaves
 from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import figures
 from ddaebm_jax.training import (
@@ -257,7 +257,7 @@ def test_a_run_directory_does_not_choose_what_is_written(tmp_path: Path):
     (tmp_path / "cifar10").mkdir()
     config = _config(**theirs)
     modes._distrust(config)
-    found = dict(validation.leaves(config))
+    found = dict(leaves(config))
     assert theirs.items() <= found.items()
 
 

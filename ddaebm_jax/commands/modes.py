@@ -29,7 +29,7 @@ from ddaebm_jax.files import (
 from ddaebm_jax.models import Players
 from ddaebm_jax.training import (
     checkpoint_files,
-    dispatching,
+    dispatch,
     reports,
 )
 from ddaebm_jax.training import (
@@ -75,7 +75,7 @@ def load_run(
     workdir = Path(workdir)
     config = read_config(workdir)
     _distrust(config)
-    dispatching.use_compilation_cache(config.compilation_cache)
+    dispatch.use_compilation_cache(config.compilation_cache)
     folder = checkpoint_files.BEST if checkpoint == "best" else checkpoint_files.NEWEST
     checkpoints = checkpointing.Checkpoints(workdir, read_only=True, folder=folder)
     try:
@@ -85,7 +85,7 @@ def load_run(
                 checkpoint_files.no_checkpoint(workdir)
             )
         experiment = experiments.build(config, workdir, open_images)
-        like = experiments.abstract_state(experiment)
+        like = experiments.evaluation_state(experiment)
         if asked_for is None:
             found = checkpoints.restore_newest(like)
         else:

@@ -1,245 +1,183 @@
-"""What may stand in a config's fields: types, ranges, choices.
+"""Config checks: every field by itself (`fields`), then what goes together.
 
-Pure functions of a config's fields, as `leaves` lists them, and of the base's, which
-tell the types. What goes together is in `combinations`. Every problem is found, and
-none that only follows from another.
+A cross-field check yields the fields that it reads, and what they need.
 """
 
-import contextlib
-import difflib
-import math
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from ddaebm_jax import diffusion, objective
-from ddaebm_jax import sharding as parallel
-from ddaebm_jax.config import combinations
-from ddaebm_jax.data import images, synthetic
-from ddaebm_jax.evaluation import image_quality, inception
-from ddaebm_jax.models import NETWORKS, layers, mlp, ncsnpp
+from ddaebm_jax.config import choices, fields
+from ddaebm_jax.config.base import base
+from ddaebm_jax.errors import InputError
 
-TABLES = ("breast_cancer", "table")
-DATASETS = (*synthetic.SYNTHETIC, *TABLES, *images.IMAGES)
-RATE_SCHEDULES = ("constant", "cosine", "exponential")
+Needs = Iterator[tuple[str, str]]
 
-# What counts, indexes and sizes become on a device.
-INT32_MAX = 2**31 - 1
-
-
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Returns a config's fields, by their dotted names."""
-    for key, value in config.items():
-        if hasattr(value, "items"):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _type_problem(field: str, value: Any, default: Any) -> str | None:
-    """Says what is wrong with a value's type, judged by the base's value."""
-    optional = default is None or field in _OPTIONAL
-    if optional and value is None:
-        return None
-    if isinstance(default, bool):
-        wanted, fits = "True or False", isinstance(value, bool)
-    elif isinstance(default, int):
-        wanted = "a whole number"
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    elif field in _TUPLES:
-        return _tuple_problem(field, value)
-    elif isinstance(default, float) or optional:
-        wanted = "a finite number" + (" or None" if optional else "")
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = fits and abs(value) < math.inf
-    elif isinstance(default, tuple):
-        wanted = f"a tuple of whole numbers, each from 1 to {combinations.WIDEST}"
-        fits = _whole_numbers(value, 1, combinations.WIDEST) and len(value) > 0
-    else:
-        wanted, fits = "a string", isinstance(value, str)
-    return None if fits else f"{field} is {value!r}; {wanted} is needed"
-
-
-# Fields with a value in the base that may be None too.
-_OPTIONAL = ("game.recon_floor", "recovery.max_energy", "recovery.max_gap")
-
-# Tuples with rules of their own: (least value, lengths allowed or None, in words).
-_TUPLES: dict[str, tuple[int, int | None, str]] = {
-    "data.crop": (0, 4, "four whole numbers (left, top, right, bottom), or None"),
-    "model.unet.attn_resolutions": (
-        1,
-        None,
-        f"whole numbers from 1 to {INT32_MAX}, or ()",
-    ),
-    "data.held_out_classes": (0, None, f"whole numbers from 0 to {INT32_MAX}, or ()"),
+# Condition: the fields that are read under it only. Not listed is what an ablation or a
+# schedule makes moot, so that it stays one switch on any recipe, and the settings of
+# Inception features, which --mode=evaluate sets for any run.
+READ_WHEN = {
+    "data.name table folder": "data.path",
+    "data.name table": "data.label_column",
+    "data.name tfds": "data.tfds data.tfds_dir data.split data.test_split data.limit",
+    "data.name folder tfds": "data.crop data.skip_corrupt",
+    "data.name photos": "data.num_patches",
+    "data.name digits": "data.held_out_classes",
+    f"data.name {' '.join(choices.IMAGES)}": "data.flip data.on_device data.channels "
+    "data.image_size data.num_threads data.num_workers data.prefetch data.timeout",
+    f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction",
+    "diffusion.time uniform": "diffusion.time_eps",
+    "model.name mlp": "model.mlp evaluation.num_projections",
+    "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
+    "evaluation.batch_size evaluation.inception evaluation.preprocessing "
+    "evaluation.reference evaluation.reference_path evaluation.num_kept_features",
+    "game.recon nll weighted_nll": "game.recon_floor",
+    "evaluation.inception True": "evaluation.inception_weights",
+    "compilation_cache.enabled True": "compilation_cache.directory",
 }
 
 
-def _whole_numbers(value: Any, least: int, greatest: int = INT32_MAX) -> bool:
-    return isinstance(value, tuple | list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and least <= v <= greatest
-        for v in value
-    )
+class ConfigError(InputError):
+    """A config that cannot be run; the message names every field at fault."""
 
 
-def _tuple_problem(field: str, value: Any) -> str | None:
-    least, length, wanted = _TUPLES[field]
-    fits = _whole_numbers(value, least) and length in (None, len(value))
-    return None if fits else f"{field} is {value!r}; needed: {wanted}"
+def _check_reading(config: Any) -> Needs:
+    """Yield fields that differ from the base though nothing reads them."""
+    given, default = (dict(fields.leaves(c)) for c in (config, base()))
+    changed = {f for f in given if given[f] not in (default[f], None)}
+    for condition, names in READ_WHEN.items():
+        switch, *values = condition.split()
+        for field in sorted(changed) if str(given[switch]) not in values else ():
+            if {field, field.rpartition(".")[0]} & {*names.split()}:
+                needed = f"nothing would read the first, without {' or '.join(values)}"
+                yield f"{field} {switch}", f"{needed}: leave it at {default[field]!r}"
+    has_test_split = config.data.name == "tfds" and config.data.test_split
+    if "data.test_fraction" in changed and has_test_split:
+        needed = "nothing would read the first: leave it, or empty the second"
+        yield "data.test_fraction data.test_split data.name", needed
+    if "game.lazy_reg" in changed and config.game.gamma == 0:
+        yield "game.lazy_reg game.gamma", "nothing would read the first: leave it at 1"
 
 
-def _choice(field: str, value: str, allowed: tuple[str, ...]) -> str | None:
-    if value in allowed:
-        return None
-    close = difflib.get_close_matches(value, allowed, n=1)
-    hint = f" (did you mean '{close[0]}'?)" if close else ""
-    return f"{field} is '{value}'; allowed: {', '.join(allowed)}{hint}"
+def _check_diffusion(config: Any) -> Needs:
+    process = config.diffusion
+    betas = "diffusion.beta_min diffusion.beta_max diffusion.variance"
+    if process.variance != "cosine" and process.beta_min >= process.beta_max:
+        yield betas, "the first must be below the second"
+    if process.variance == "geometric" and process.beta_max >= 1:
+        yield betas, "a geometric variance needs beta_max below 1"
+    if process.variance == "vp" and process.beta_min + process.beta_max > 70:
+        yield betas, "with a sum above 70 nothing of the data is left in x_T"
+    if process.time == "lsun" and process.num_steps < 2:
+        yield "diffusion.num_steps diffusion.time", "these times need at least 2 steps"
+    noisy = process.time == "uniform" and process.time_eps >= 1e-6
+    noisy |= process.variance == "geometric"
+    if process.min_posterior_var is None and not noisy:
+        reads = "diffusion.min_posterior_var diffusion.variance diffusion.time"
+        needed = "level 0 has no noise, so a number is needed, for example 1e-4"
+        yield f"{reads} diffusion.time_eps", needed
 
 
-# Field: (least, greatest, whether the least itself is allowed).
-RANGES: dict[str, tuple[float, float, bool]] = {
-    "data.test_fraction": (0, 0.9, False),
-    "data.batch_size": (1, INT32_MAX, True),
-    "data.limit": (0, INT32_MAX, True),
-    "data.image_size": (8, 1024, True),
-    "data.channels": (1, 3, True),
-    "data.num_patches": (1, 10**6, True),
-    "data.num_threads": (1, 1024, True),
-    "data.prefetch": (1, 1024, True),
-    "data.num_workers": (0, 256, True),
-    "data.timeout": (0, INT32_MAX, True),
-    "diffusion.num_steps": (1, 128, True),
-    "diffusion.beta_min": (0, math.inf, False),
-    "diffusion.beta_max": (0, math.inf, False),
-    "diffusion.time_eps": (0, 0.5, True),
-    "diffusion.max_beta": (0, 0.999999, False),
-    "diffusion.min_posterior_var": (0, math.inf, False),
-    "model.nz": (1, combinations.WIDEST, True),
-    "model.unet.nf": (4, combinations.WIDEST, True),
-    "model.unet.num_res_blocks": (1, 1000, True),
-    "model.unet.dropout": (0, 0.999, True),
-    "model.unet.z_emb_dim": (1, combinations.WIDEST, True),
-    "model.unet.n_mlp": (0, 1000, True),
-    "model.encoder.ngf": (1, combinations.WIDEST, True),
-    "model.encoder.t_emb_dim": (4, combinations.WIDEST, True),
-    "model.mlp.t_embed_dim": (4, combinations.WIDEST, True),
-    "model.mlp.posterior_features": (1, combinations.WIDEST, True),
-    "model.mlp.fourier_octaves": (0, 16, True),
-    "model.mlp.energy_fourier_octaves": (0, 16, True),
-    "game.gamma": (0, math.inf, True),
-    "game.gamma_final": (0, math.inf, False),
-    "game.lazy_reg": (1, INT32_MAX, True),
-    "game.lambda_z": (0, math.inf, True),
-    "game.lambda_f": (0, math.inf, True),
-    "game.energy_l2": (0, math.inf, True),
-    "game.recon_floor": (0, math.inf, False),
-    "optimizer.learning_rate": (0, math.inf, False),
-    "optimizer.energy_learning_rate": (0, math.inf, False),
-    "optimizer.final_learning_rate": (0, math.inf, True),
-    "optimizer.beta1": (0, 0.999999, True),
-    "optimizer.beta2": (0, 0.999999, True),
-    "optimizer.max_grad_norm": (0, math.inf, False),
-    "optimizer.ema_decay": (0, 0.999999, True),
-    "optimizer.accumulate": (1, INT32_MAX, True),
-    "train.num_steps": (1, INT32_MAX, True),
-    "train.steps_per_dispatch": (0, INT32_MAX, True),
-    "train.report_every": (1, INT32_MAX, True),
-    "train.picture_every": (0, INT32_MAX, True),
-    "train.evaluate_every": (0, INT32_MAX, True),
-    "train.checkpoint_every": (1, INT32_MAX, True),
-    "train.keep_checkpoints": (1, INT32_MAX, True),
-    "recovery.max_rollbacks": (0, INT32_MAX, True),
-    "recovery.save_patience": (0, INT32_MAX, True),
-    "recovery.max_energy": (0, math.inf, False),
-    "recovery.max_gap": (0, math.inf, False),
-    "parallel.num_devices": (0, INT32_MAX, True),
-    "evaluation.num_samples": (2, 10**6, True),
-    "evaluation.num_samples_on_the_way": (0, 10**6, True),
-    "evaluation.num_kept_features": (10, 10**6, True),
-    "evaluation.batch_size": (1, 10**6, True),
-    "evaluation.num_projections": (1, 10**6, True),
-    "seed": (0, INT32_MAX, True),
-}
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "data.name": DATASETS,
-    "diffusion.variance": diffusion.VARIANCES,
-    "diffusion.time": diffusion.TIMES,
-    "model.name": NETWORKS,
-    "model.dtype": layers.DTYPES,
-    "model.remat": layers.REMATS,
-    "model.unet.progressive_input": ncsnpp.PROGRESSIVE_INPUTS,
-    "model.mlp.activation": mlp.ACTIVATIONS,
-    "model.mlp.norm": mlp.NORMS,
-    "game.recon": objective.RECONSTRUCTIONS,
-    "game.recon_latent": objective.RECON_LATENTS,
-    "game.divergence": objective.DIVERGENCES,
-    "optimizer.schedule": RATE_SCHEDULES,
-    "parallel.mode": parallel.MODES,
-    "evaluation.preprocessing": inception.PREPROCESSINGS,
-    "evaluation.reference": image_quality.REFERENCES,
-}
+def _check_game(config: Any) -> Needs:
+    game, mse = config.game, config.game.recon == "mse"
+    if game.gamma_final is not None and game.gamma == 0:
+        needed = "γ decays from a positive number: set gamma, or gamma_final to None"
+        yield "game.gamma game.gamma_final", needed
+    reads_floor = game.divergence == "jeffreys" and game.lambda_f > 0 and not mse
+    if reads_floor and game.recon_floor is None and config.diffusion.num_steps == 1:
+        reads = "game.recon_floor diffusion.num_steps game.recon game.divergence"
+        needed = "None is s_1², which one step lacks: give a number, for example 1e-2"
+        yield f"{reads} game.lambda_f", needed
 
 
-def _range_problem(field: str, value: int | float) -> str | None:
-    least, greatest, closed = RANGES[field]
-    above = value >= least if closed else value > least
-    if above and value <= greatest:
-        return None
-    bounds = f"{'at least' if closed else 'above'} {least}"
-    if greatest != math.inf:
-        bounds += f" and at most {greatest}"
-    return f"{field} is {value}; it must be {bounds}"
+def _check_training(config: Any) -> Needs:
+    optimizer, final = config.optimizer, config.optimizer.final_learning_rate
+    if optimizer.schedule == "exponential" and final == 0:
+        needed = "an exponential decay needs a positive final rate, for example 1e-5"
+        yield "optimizer.final_learning_rate optimizer.schedule", needed
+    for name in ("learning_rate", "energy_learning_rate"):
+        rate = optimizer[name]
+        if optimizer.schedule != "constant" and rate is not None and final > rate:
+            reads = f"optimizer.final_learning_rate optimizer.{name} optimizer.schedule"
+            yield reads, "the rate decays, so the first must not be above the second"
+    parts, batch = optimizer.accumulate, config.data.batch_size
+    if batch % parts:
+        yield "optimizer.accumulate data.batch_size", "the first must divide the second"
+    if parts > 1 and config.model.mlp.norm == "batch":
+        needed = "batch norm needs the whole batch: use accumulate=1, or norm='none'"
+        yield "optimizer.accumulate model.mlp.norm", needed
+    group, least = choices.STDDEV_GROUP, choices.RESIDUAL_FROM
+    if parts > 1 and config.data.image_size >= least and batch % (parts * group):
+        reads = "optimizer.accumulate data.batch_size data.image_size"
+        yield reads, f"from {least} pixels on each part must be a multiple of {group}"
+    if config.parallel.fsdp and config.parallel.mode != "jit":
+        yield "parallel.fsdp parallel.mode", "fsdp needs mode 'jit'"
 
 
-def unknown(field: str, default: dict[str, Any]) -> str:
-    """Says that there is no such field, and which one may be meant."""
-    inside = [name for name in default if name.startswith(f"{field}.")]
-    if inside:
-        return f"{field} is a section of the config; set its fields, as {inside[0]}"
-    close = difflib.get_close_matches(field, default, n=1)
-    hint = f"; did you mean {close[0]}?" if close else "; see ddaebm_jax/config.py"
-    return f"{field} is not a field of the config{hint}"
+def _check_data(config: Any) -> Needs:
+    data = config.data
+    if data.name in ("table", "folder") and not data.path:
+        yield "data.path data.name", "a path is needed"
+    if data.name == "tfds" and not data.tfds:
+        yield "data.tfds data.name", "a name in TensorFlow Datasets is needed"
+    if (data.name in choices.IMAGES) != (config.model.name == "ncsnpp"):
+        needed = "images need model.name='ncsnpp', points and tables 'mlp'"
+        yield "data.name model.name", needed
 
 
-def _problem(field: str, value: Any, default: Any) -> str | None:
-    """Says what is wrong with a field by itself."""
-    problem = _type_problem(field, value, default)
-    if problem or value is None:
-        return problem
-    if field in RANGES:
-        return _range_problem(field, value)
-    return _choice(field, value, CHOICES[field]) if field in CHOICES else None
+def _check_unet(config: Any) -> Needs:
+    unet, side = config.model.unet, config.data.image_size
+    sides = [side >> level for level, _ in enumerate(unet.ch_mult)]
+    if side % 2 ** (len(sides) - 1):
+        needed = f"{len(sides)} levels halve the side {len(sides) - 1} times"
+        yield "data.image_size model.unet.ch_mult", needed
+    if not {*unet.attn_resolutions} <= {*sides}:
+        needed = f"attention is possible at sides of levels, {sides}, or (): nowhere"
+        yield "model.unet.attn_resolutions data.image_size model.unet.ch_mult", needed
+    if unet.progressive_input == "residual" and not unet.fir:
+        needed = "use fir=True, or progressive_input='none'"
+        yield "model.unet.progressive_input model.unet.fir", needed
+    # Widths that a group norm reads: of layers, and where a skip connection joins them.
+    widths = [unet.nf, *(unet.nf * multiple for multiple in unet.ch_mult)]
+    joined = [sum(pair) for pair in itertools.pairwise(widths)]
+    for width in sorted({*widths, *joined, *(2 * width for width in widths[1:])}):
+        if width > fields.WIDEST or width % min(width // 4, choices.MAX_GROUPS):
+            use = f"use multiples of 4 up to 128, then of 32 up to {fields.WIDEST}"
+            yield (
+                "model.unet.nf model.unet.ch_mult",
+                f"a layer is {width} wide; {use}",
+            )
+            return
 
 
-def problems(
-    given: dict[str, Any], default: dict[str, Any], saved: bool = False
-) -> list[str]:
-    """Returns everything that is wrong with the fields of a config, a line each.
+def problems(config: Any, saved: bool = False) -> list[str]:
+    """Return all problems of a config, or of nested dicts, a line each; [] if none.
 
-    Args:
-      given: the fields, by their dotted names.
-      default: the base's.
-      saved: they are those that a run was trained with, whose results stand even if
-        some of them went unread.
+    Cross-field checks look at a config in which the base's values stand for unusable
+    ones; what they yield counts where all fields that they read are usable. `saved` is
+    for what a run was trained with: fields that went unread do not matter then.
     """
-    found = {field: unknown(field, default) for field in given.keys() - default.keys()}
-    for field in default.keys() - given.keys():
-        if not any(field.startswith(f"{section}.") for section in found):
-            found[field] = f"{field} is missing; start the config from config.base()"
+    given, default = (dict(fields.leaves(c)) for c in (config, base()))
+    unknown = {f: fields.unknown(f, default) for f in given.keys() - default.keys()}
+    sections = tuple(f"{field}." for field in unknown)
+    missing = [f for f in default.keys() - given.keys() if not f.startswith(sections)]
+    found = unknown | {f: f"{f} is missing; start from config.base()" for f in missing}
     for field in default.keys() & given.keys():
-        problem = _problem(field, given[field], default[field])
-        if problem:
-            found[field] = problem
-    usable = default.keys() & given.keys() - found.keys()
-    config = combinations.Usable(given, usable)
-    checks = list(combinations.CHECKS)
-    if not saved:
-        checks += [
-            combinations.unread(field, given[field], default[field])
-            for field in sorted(usable)
-        ]
-    together = []
-    for check in checks:
-        with contextlib.suppress(combinations.UnusableError):
-            together.extend(check(config))
+        if wrong := fields.problem(field, given[field], default[field]):
+            found[field] = wrong
+    usable = {f: value for f, value in given.items() if f not in found}
+    checked, together = base(), []
+    checked.update_from_flattened_dict(usable)
+    checks = [_check_diffusion, _check_game, _check_training, _check_data, _check_unet]
+    for check in checks if saved else [*checks, _check_reading]:
+        for names, needed in check(checked):
+            if usable.keys() >= {*names.split()}:
+                told = " and ".join(f"{f} is {usable[f]!r}" for f in names.split())
+                together.append(f"{told}; {needed}")
     return sorted(found.values()) + together
+
+
+def validate(config: Any, saved: bool = False) -> None:
+    """Raise a ConfigError that names every problem of a config; see `problems`."""
+    if found := problems(config, saved):
+        raise ConfigError("; ".join(found))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
 from ddaebm_jax.data.threads import TIMEOUT
 from ddaebm_jax.errors import InputError
@@ -117,7 +118,7 @@ def open_source(
             draw=lambda arrays, batch, keys: synthetic.draw(distribution, keys),
             distribution=distribution,
         )
-    if data.name in images.IMAGES:
+    if data.name in choices.IMAGES:
         return _image_source(data, seed, open_images)
     table = _table(data, seed, workdir)
     return Source(
@@ -153,8 +154,8 @@ def _table(data: Any, seed: int, workdir: Path | None) -> tabular.Table:
     if data.name == "table":
         label = data.label_column or None
         return tabular.load_table(data.path, seed, data.test_fraction, label)
-    known = (*synthetic.SYNTHETIC, "breast_cancer", "table", *images.IMAGES)
-    raise InputError(f"data.name is '{data.name}'; allowed: {', '.join(known)}")
+    known = ", ".join(choices.ALLOWED["data.name"])
+    raise InputError(f"data.name is '{data.name}'; allowed: {known}")
 
 
 def _draw_rows(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from ddaebm_jax.data import image_files, image_sets, tfds_images
-from ddaebm_jax.data.batches import Batches, order
+from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.data.decoding import prepare
 from ddaebm_jax.data.image_files import read_images
 from ddaebm_jax.data.records import (
@@ -27,13 +27,12 @@ from ddaebm_jax.data.records import (
 from ddaebm_jax.errors import InputError
 
 __all__ = [
-    "IMAGES",
     "Batches",
     "ImageSet",
     "Records",
+    "Subset",
     "draw",
     "open_images",
-    "order",
     "prepare",
     "read_images",
     "stack",
@@ -41,20 +40,14 @@ __all__ = [
     "to_uint8",
 ]
 
-IMAGES = ("digits", "photos", "folder", "tfds")
-
 
 def open_images(data: Any, seed: int) -> ImageSet:
     """Opens the image set that a config's `data` section names, split by the seed.
 
     Raises:
       FileNotFoundError: if `data.path` is not there.
-      InputError: for an unknown name, or images that cannot be trained on.
+      InputError: for images that cannot be trained on.
     """
-    if data.channels not in (1, 3):
-        raise InputError(
-            f"data.channels is {data.channels}; allowed: 1 (grey), 3 (colour)"
-        )
     shape, share = (data.image_size, data.channels), data.test_fraction
     if data.name == "digits":
         images = image_sets.load_digits(*shape, share, seed)
@@ -62,10 +55,8 @@ def open_images(data: Any, seed: int) -> ImageSet:
         images = image_sets.load_photos(*shape, data.num_patches, share, seed)
     elif data.name == "folder":
         images = image_files.load_folder(data, seed)
-    elif data.name == "tfds":
-        images = tfds_images.load_tfds(data, seed)
     else:
-        raise InputError(f"data.name is '{data.name}'; allowed: {', '.join(IMAGES)}")
+        images = tfds_images.load_tfds(data, seed)
     images = _first(images, data.limit)
     if data.skip_corrupt:
         # After the split: what is held out must not take the place of what is not.

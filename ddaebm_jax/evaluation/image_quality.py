@@ -23,8 +23,6 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import fid, inception, inception_weights
 from ddaebm_jax.files import cache_directory
 
-REFERENCES = ("train", "test")
-
 _FORMAT_VERSION = 1
 # Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
 _MAX_REFERENCE_BYTES = 9 * 2**30
@@ -287,7 +285,7 @@ def open_meter(evaluation: Any, image_set: ImageSet, mesh: Any) -> Meter:
     records = getattr(image_set, evaluation.reference)
     fingerprint = {
         "format": _FORMAT_VERSION,
-        "images": image_set.fingerprint(),
+        "images": image_set.fingerprint,
         "split": evaluation.reference,
         "num_images": len(records),
         "network": network.fingerprint,
@@ -300,7 +298,7 @@ def open_meter(evaluation: Any, image_set: ImageSet, mesh: Any) -> Meter:
         {
             "preprocessing": evaluation.preprocessing,
             "reference": evaluation.reference,
-            "reference_images": image_set.fingerprint(),
+            "reference_images": image_set.fingerprint,
             "inception_weights": network.fingerprint,
             "inception_weights_published": network.published,
             "num_features": network.num_features,

@@ -23,11 +23,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from ddaebm_jax import sharding as parallel
+from ddaebm_jax.config.choices import PREPROCESSINGS
 from ddaebm_jax.data.npz_files import shown
 from ddaebm_jax.errors import InputError
 
 SIDE = 299
-PREPROCESSINGS = ("tf", "pytorch_fid")
 
 _BATCH_NORM_EPSILON = 1e-3
 

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ddaebm_jax.config import choices
 from ddaebm_jax.models import encoder, mlp, ncsnpp
-
-NETWORKS = ("mlp", "ncsnpp")
 
 
 class Players(NamedTuple):
@@ -135,7 +134,7 @@ def _image_networks(
     energy = ncsnpp.Energy(trunk)
     generator = ncsnpp.Generator(unet.z_emb_dim, unet.n_mlp, trunk)
     widths = (nz, model.encoder.ngf, model.encoder.t_emb_dim, model.dtype)
-    if side < encoder.RESIDUAL_FROM:
+    if side < choices.RESIDUAL_FROM:
         posterior = encoder.ConvEncoder(*widths)
     else:
         posterior = encoder.ResidualEncoder(*widths, axis_name)
@@ -170,7 +169,7 @@ def _image_networks(
         train_posterior=lambda *args: (posterior.apply(*args), {}),
         event_shape=event_shape,
         nz=nz,
-        group=1 if side < encoder.RESIDUAL_FROM else encoder.STDDEV_GROUP,
+        group=1 if side < choices.RESIDUAL_FROM else choices.STDDEV_GROUP,
     )
 
 
@@ -192,4 +191,5 @@ def build(
         return _mlp_networks(model, event_shape, axis_name)
     if model.name == "ncsnpp":
         return _image_networks(model, event_shape, axis_name)
-    raise ValueError(f"model.name is '{model.name}'; allowed: {', '.join(NETWORKS)}")
+    allowed = ", ".join(choices.NETWORKS)
+    raise ValueError(f"model.name is '{model.name}'; allowed: {allowed}")

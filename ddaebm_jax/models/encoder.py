@@ -11,14 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ddaebm_jax.config.choices import STDDEV_GROUP
 from ddaebm_jax.models import resample
 from ddaebm_jax.models.layers import conv, dense, sinusoidal_embedding, uniform_fan_in
-
-# From this side on the residual encoder is used.
-RESIDUAL_FROM = 128
-
-# Consecutive examples over which the minibatch deviation is taken.
-STDDEV_GROUP = 4
 
 _SQRT_HALF = 0.5**0.5
 

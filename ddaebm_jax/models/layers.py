@@ -9,9 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "blocks")
-
 
 def variance_scaling(scale: float) -> nn.initializers.Initializer:
     """Returns vs(s): variance scaling, fan_avg, uniform; s = 0 stands for 1e-10."""

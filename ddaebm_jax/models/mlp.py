@@ -20,9 +20,6 @@ from ddaebm_jax.models.layers import (
     uniform_fan_in,
 )
 
-NORMS = ("none", "batch")
-ACTIVATIONS = ("prelu", "relu", "silu", "gelu", "softplus")
-
 
 class UniformDense(nn.Module):
     """A Dense layer whose kernel and bias both start uniform in ±1/√fan_in.

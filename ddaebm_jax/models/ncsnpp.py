@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ddaebm_jax.config.choices import MAX_GROUPS
 from ddaebm_jax.models import resample
 from ddaebm_jax.models.layers import conv, dense, dropout, sinusoidal_embedding
 
-PROGRESSIVE_INPUTS = ("none", "residual")
-
-_MAX_GROUPS = 32
 _SQRT_HALF = 0.5**0.5
 
 Image = Float[Array, "batch height width channels"]
@@ -26,7 +24,7 @@ Image = Float[Array, "batch height width channels"]
 
 def num_groups(channels: int) -> int:
     """Returns the number of groups of a group norm: min(C/4, 32)."""
-    return min(channels // 4, _MAX_GROUPS)
+    return min(channels // 4, MAX_GROUPS)
 
 
 def group_norm(
@@ -73,24 +71,6 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         return group_norm(x, scale[None, :], bias[None, :], self.dtype)
-
-
-def normed_widths(nf: int, ch_mult: Sequence[int], num_res_blocks: int) -> set[int]:
-    """Returns the widths of all layers that a group norm reads."""
-    widths = [nf * multiple for multiple in ch_mult]
-    skips, h, normed = [nf], nf, {nf}
-    for level, width in enumerate(widths):
-        for _ in range(num_res_blocks):
-            normed |= {h, width}
-            h = width
-            skips.append(h)
-        if level < len(widths) - 1:
-            skips.append(h)
-    for width in reversed(widths):
-        for _ in range(num_res_blocks + 1):
-            normed |= {h + skips.pop(), width}
-            h = width
-    return normed
 
 
 class AdaptiveGroupNorm(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from ddaebm_jax.minimax import TrainState
+from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import checkpoint_files
 from ddaebm_jax.training.checkpoint_files import (
     CheckpointError,

@@ -23,7 +23,7 @@ from etils import epath
 
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import LostProcessError, OutOfStepError
-from ddaebm_jax.minimax import TrainState
+from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import checkpoint_files, checksums, meetings
 from ddaebm_jax.training.checkpoint_files import (
     CheckpointError,

@@ -16,10 +16,10 @@ import ml_collections
 from absl import logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import minimax
+from ddaebm_jax import diagnostics, game
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import InputError, LostProcessError, OutOfStepError
-from ddaebm_jax.training import dispatching, measuring, run_directory, runs
+from ddaebm_jax.training import dispatch, measuring, run_directory, runs
 from ddaebm_jax.training.preemption import Interrupted, Interruption, Noted
 from ddaebm_jax.training.runs import Run
 
@@ -31,7 +31,7 @@ class _NotFinite(Exception):
       fault: on the host.
     """
 
-    def __init__(self, fault: minimax.Fault) -> None:
+    def __init__(self, fault: diagnostics.Fault) -> None:
         super().__init__(fault.describe())
         self.fault = fault
 
@@ -48,8 +48,8 @@ class _Taken(NamedTuple):
 
     start: int
     step: int
-    metrics: minimax.Metrics
-    fault: minimax.Fault
+    metrics: diagnostics.Metrics
+    fault: diagnostics.Fault
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
         parallel.wait_for_all("the run directory has been looked at")
         run, state = runs.open_run(stack, config, workdir)
         with Interruption() as interruption:
-            state = run.dispatcher.saved(_loop(run, state, interruption))
+            state = _loop(run, state, interruption)
             interruption.all_saved(config.train.num_steps, config.train.num_steps)
             report = measuring.report(run, state)
             report["seconds"] = time.monotonic() - started
@@ -129,8 +129,8 @@ def _check_processes_agree(config: ml_collections.ConfigDict) -> None:
 
 
 def _loop(
-    run: Run, state: minimax.TrainState, interruption: Interruption
-) -> minimax.TrainState:
+    run: Run, state: game.TrainState, interruption: Interruption
+) -> game.TrainState:
     """Takes all steps that are left, going back to a checkpoint after a fault."""
     first, owed = run.start.step, tuple(run.start.info.get("owed", ()))
     while True:
@@ -146,11 +146,11 @@ def _loop(
 
 def _advance(
     run: Run,
-    state: minimax.TrainState,
+    state: game.TrainState,
     first: int,
     owed: tuple[str, ...],
     interruption: Interruption,
-) -> minimax.TrainState:
+) -> game.TrainState:
     """Takes all steps that are left, with reports, pictures and checkpoints.
 
     Metrics are fetched when the next steps are already under way, so that the device
@@ -170,12 +170,12 @@ def _advance(
     train = run.experiment.config.train
     taken: _Taken | None = None
     if owed:
-        saved = run.dispatcher.saved(state)
+        saved = state
         owed = measuring.measure(run, saved, first, owed, interruption)
         del saved
         if owed:
             _stop(run, state, first, owed, interruption.noted(first, first))
-    for start, step in dispatching.dispatches(run.experiment.config, first):
+    for start, step in dispatch.dispatches(run.experiment.config, first):
         try:
             with interruption.at_once():
                 batch = None if run.batches is None else run.batches.next(step - start)
@@ -203,7 +203,7 @@ def _advance(
         taken = None
         if stopping and step < train.num_steps:
             _stop(run, state, step, due, stopping)
-        saved = run.dispatcher.saved(state)
+        saved = state
         if due:
             left = measuring.measure(run, saved, step, due, interruption)
             if left:
@@ -222,7 +222,7 @@ def _advance(
 
 def _stop(
     run: Run,
-    state: minimax.TrainState,
+    state: game.TrainState,
     step: int,
     owed: tuple[str, ...],
     by: signal.Signals | None,
@@ -233,7 +233,7 @@ def _stop(
       Interrupted: always.
     """
     info = {**runs.checkpoint_info(run), "owed": list(owed)}
-    run.saver.finish(run.dispatcher.saved(state), info, wait=True)
+    run.saver.finish(state, info, wait=True)
     total = run.experiment.config.train.num_steps
     raise Interrupted(by or signal.SIGTERM, step, total)
 

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from absl import logging
 
-from ddaebm_jax import minimax
+from ddaebm_jax import game
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.errors import TrainingError
 from ddaebm_jax.evaluation import figures
@@ -38,7 +38,7 @@ def due(train: ml_collections.ConfigDict, step: int) -> tuple[str, ...]:
 
 def measure(
     run: Run,
-    saved: minimax.TrainState,
+    saved: game.TrainState,
     step: int,
     wanted: tuple[str, ...],
     interruption: Interruption,
@@ -72,7 +72,7 @@ def measure(
     return ()
 
 
-def _offer(run: Run, state: minimax.TrainState, found: dict[str, Any]) -> None:
+def _offer(run: Run, state: game.TrainState, found: dict[str, Any]) -> None:
     """Lets a state compete for the lowest FID; all processes, or none."""
     reason = None
     try:
@@ -88,7 +88,7 @@ def _offer(run: Run, state: minimax.TrainState, found: dict[str, Any]) -> None:
         logging.warning("the best checkpoint cannot be kept: %s", reason)
 
 
-def _draw(run: Run, state: minimax.TrainState, step: int) -> None:
+def _draw(run: Run, state: game.TrainState, step: int) -> None:
     """Draws the averaged model's pictures, into files and TensorBoard.
 
     All processes sample together; the first one keeps what is drawn. A picture that
@@ -110,7 +110,7 @@ def _draw(run: Run, state: minimax.TrainState, step: int) -> None:
         run.output.histograms(step, pictures.histograms)
 
 
-def report(run: Run, state: minimax.TrainState) -> dict[str, Any]:
+def report(run: Run, state: game.TrainState) -> dict[str, Any]:
     """Returns what is known of a run at its end."""
     return {
         "step": run.experiment.config.train.num_steps,
@@ -118,14 +118,14 @@ def report(run: Run, state: minimax.TrainState) -> dict[str, Any]:
         "compile_seconds": run.dispatcher.compile_seconds,
         "resumed_from_step": run.start.step,
         "rollbacks": run.progress.trial,
-        "device": f"{run.dispatcher.num_devices} × {jax.devices()[0].device_kind}",
+        "device": f"{run.dispatcher.mesh.size} × {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "versions": {"jax": jax.__version__},
         "parameters": run.parameters,
     }
 
 
-def _final_figures(run: Run, state: minimax.TrainState) -> dict[str, Any]:
+def _final_figures(run: Run, state: game.TrainState) -> dict[str, Any]:
     """Measures the last state, and lets it compete for the lowest FID."""
     found = figures.evaluate(run.experiment, state.ema, run.meter)
     if run.best is not None:
@@ -137,7 +137,7 @@ def _final_figures(run: Run, state: minimax.TrainState) -> dict[str, Any]:
     return found
 
 
-def finish(run: Run, state: minimax.TrainState, report: dict[str, Any]) -> None:
+def finish(run: Run, state: game.TrainState, report: dict[str, Any]) -> None:
     """Writes the final figures and pictures.
 
     Raises:

@@ -49,7 +49,7 @@ def open_workdir(workdir: Path, config: ml_collections.ConfigDict) -> None:
     refused = {
         name: pair
         for name, pair in changed.items()
-        if not name.startswith(config_lib.FREE_ON_RESUME)
+        if name not in config_lib.FREE_ON_RESUME
         or (name == "train.num_steps" and config_lib.decays(config))
     }
     if refused:

@@ -11,11 +11,12 @@ import numpy as np
 from absl import logging
 
 from ddaebm_jax import (
-    experiment as experiments,
+    diagnostics,
+    game,
+    models,
 )
 from ddaebm_jax import (
-    minimax,
-    models,
+    experiment as experiments,
 )
 from ddaebm_jax import (
     sharding as parallel,
@@ -24,7 +25,7 @@ from ddaebm_jax.data import Source
 from ddaebm_jax.data.images import Batches
 from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.evaluation import figures, image_quality
-from ddaebm_jax.training import dispatching, reports
+from ddaebm_jax.training import dispatch, reports
 from ddaebm_jax.training.best_checkpoint import BestCheckpoint
 from ddaebm_jax.training.checkpoint_files import CheckpointWriteError
 from ddaebm_jax.training.checkpoints import Checkpoints, Restored
@@ -63,7 +64,7 @@ class Average:
     def take(self) -> dict[str, float]:
         mean = {name: value / self._steps for name, value in self._sums.items()}
         self._sums, self._steps = {}, 0
-        return minimax.with_gaps(mean)
+        return diagnostics.energy_gaps_by_t(mean)
 
     def state(self) -> dict[str, Any]:
         """Returns what has not been reported yet, as JSON values."""
@@ -107,7 +108,7 @@ class Run(NamedTuple):
     experiment: experiments.Experiment
     workdir: Path
     parameters: dict[str, int]
-    dispatcher: dispatching.Dispatcher
+    dispatcher: dispatch.Dispatcher
     batches: Batches | None
     checkpoints: Checkpoints
     saver: Saver
@@ -122,7 +123,7 @@ class Run(NamedTuple):
 
 def open_run(
     stack: contextlib.ExitStack, config: ml_collections.ConfigDict, workdir: Path
-) -> tuple[Run, minimax.TrainState]:
+) -> tuple[Run, game.TrainState]:
     """Builds what a config describes, and opens its run directory.
 
     Args:
@@ -140,9 +141,9 @@ def open_run(
     locked = parallel.all_agree(workdir.exists())
     if locked:
         stack.enter_context(lock(workdir))
-    dispatching.use_compilation_cache(config.compilation_cache)
+    dispatch.use_compilation_cache(config.compilation_cache)
     experiment = experiments.build(config)
-    dispatcher = dispatching.Dispatcher(experiment)
+    dispatcher = dispatch.Dispatcher(experiment)
     start = experiments.init_state(experiment)
     counts = _log_parameters(start.variables)
     meter = figures.open_meter(experiment)
@@ -168,7 +169,7 @@ def open_run(
     stack.callback(output.close)
     output.message(
         f"training from step {at.step} to {config.train.num_steps} in {workdir} on "
-        f"{dispatcher.num_devices} {jax.default_backend()} device(s)"
+        f"{dispatcher.mesh.size} {jax.default_backend()} device(s)"
     )
     recovery = config.recovery
     run = Run(
@@ -188,12 +189,12 @@ def open_run(
         progress=Progress(Average(), 0),
     )
     _take_up(run, at)
-    return run, dispatcher.place(start) if found is None else found.state
+    return run, dispatcher.init() if found is None else found.state
 
 
 def _newest(
     checkpoints: Checkpoints,
-    dispatcher: dispatching.Dispatcher,
+    dispatcher: dispatch.Dispatcher,
     experiment: experiments.Experiment,
     workdir: Path,
 ) -> Restored | None:
@@ -203,7 +204,7 @@ def _newest(
       InputError: if it is beyond the end, or of other data.
     """
     total = experiment.config.train.num_steps
-    found = dispatcher.restore(checkpoints, experiment)
+    found = checkpoints.restore_newest(dispatcher.like())
     if found is None:
         return None
     if found.step > total:
@@ -272,7 +273,7 @@ def _take_up(run: Run, start: Start) -> None:
     """Puts all that has a position where a checkpoint was taken."""
     run.progress.average = Average(start.info.get("unreported"))
     run.progress.trial = start.info.get("rollbacks", 0)
-    run.dispatcher.start_trial(run.progress.trial)
+    run.dispatcher.reseed(run.progress.trial)
     # Imported weights, and runs without a stream, have no position.
     if run.batches is not None and start.info.get("input") is not None:
         run.batches.restore(start.info["input"])
@@ -290,7 +291,7 @@ def checkpoint_info(run: Run) -> dict[str, Any]:
     }
 
 
-def roll_back(run: Run, fault: minimax.Fault) -> tuple[minimax.TrainState, int]:
+def roll_back(run: Run, fault: diagnostics.Fault) -> tuple[game.TrainState, int]:
     """Goes back to the newest good checkpoint, with fresh noise from there on.
 
     Returns:
@@ -311,10 +312,10 @@ def roll_back(run: Run, fault: minimax.Fault) -> tuple[minimax.TrainState, int]:
             f"gone back {trial} times; {kept}. Try a lower optimizer.learning_rate, a "
             "higher game.gamma, or optimizer.max_grad_norm, in a new --workdir"
         )
-    found = run.dispatcher.restore(run.checkpoints, run.experiment)
+    found = run.checkpoints.restore_newest(run.dispatcher.like())
     if found is None:
         state, start = experiments.init_state(run.experiment), Start(0, {})
-        state = run.dispatcher.place(state)
+        state = run.dispatcher.init()
         if run.batches is not None:
             run.batches.restore({**run.batches.state(), "batches": 0})
     else:
@@ -323,7 +324,7 @@ def roll_back(run: Run, fault: minimax.Fault) -> tuple[minimax.TrainState, int]:
     if run.best is not None:
         run.best.forget_after(start.step)
     run.progress.trial = trial + 1
-    run.dispatcher.start_trial(trial + 1)
+    run.dispatcher.reseed(trial + 1)
     run.output.rewind(start.step)
     logging.warning(
         "%s: back to step %d, with fresh noise (%d of at most %d times)",

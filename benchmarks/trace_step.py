@@ -1,4 +1,13 @@
-"""What profile.py does: traces a recipe's steps and reads the trace."""
+"""Writes a trace of a few training steps, and prints their ten costliest operations.
+
+  python benchmarks/trace_step.py --config=configs/photos32.py --batch=8 --out=trace
+  python benchmarks/trace_step.py --config=configs/cifar10.py --batch=256 \
+      --dtype=bfloat16 --steps=10 --out=trace
+
+The folder opens in XProf, TensorBoard's profiler or Perfetto. An operation is an
+instruction of the compiled program; its time is its own, without that of instructions
+inside it (a loop's body), summed over devices, threads and dispatches.
+"""
 
 import collections
 import re
@@ -9,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 from steps import prepare, virtual_devices
 from timing import device_name
@@ -186,3 +195,7 @@ def _print(
         row = f"{name:<{width}} {nanoseconds / 1e6:>10.2f}"
         row += f" {nanoseconds / total:>6.1%} {count:>6}"
         print("  ".join([row, ", ".join(filter(None, known.get(name, ())))]).rstrip())
+
+
+if __name__ == "__main__":
+    app.run(main)

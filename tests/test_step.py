@@ -22,8 +22,10 @@ from helpers import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddaebm_jax import minimax, models
-from ddaebm_jax.minimax import Game, Noise, TrainState
+from ddaebm_jax import diagnostics, models
+from ddaebm_jax import game as game_lib
+from ddaebm_jax import step as step_lib
+from ddaebm_jax.game import Game, Noise, Optimizers, TrainState
 from ddaebm_jax.models import Networks, Players
 
 BATCH = 8
@@ -31,7 +33,7 @@ RATE, ENERGY_RATE = 0.05, 0.2
 
 # Plain descent: a parameter's change is its gradient, so comparing states compares
 # gradients, without Adam's division by small ones.
-SGD = minimax.Optimizers(energy=optax.sgd(ENERGY_RATE), generator=optax.sgd(RATE))
+SGD = Optimizers(energy=optax.sgd(ENERGY_RATE), generator=optax.sgd(RATE))
 
 
 def rising_gamma(step: jax.Array) -> jax.Array:
@@ -52,12 +54,12 @@ VARIANTS = {
 
 def start(game: Game = GAME, networks: Networks | None = None, seed: int = 0):
     networks = networks or smooth_networks()
-    return minimax.init_state(jax.random.key(seed), networks, SGD, game)
+    return game_lib.init_state(jax.random.key(seed), networks, SGD, game)
 
 
 @jax.jit
 def draw_at(seed: jax.Array, step: jax.Array, index: jax.Array) -> Noise:
-    return minimax.draw_noise(jax.random.key(seed), step, index, STEPS, (DIM,), NZ)
+    return game_lib.draw_noise(jax.random.key(seed), step, index, STEPS, (DIM,), NZ)
 
 
 def draw(step: int = 0, first: int = 0, size: int = BATCH, seed: int = 1) -> Noise:
@@ -69,9 +71,11 @@ def batch(seed: int = 0) -> jax.Array:
 
 
 @functools.cache
-def compiled(game: Game = GAME, ema_decay: float = 0.9) -> minimax.Step:
+def compiled(game: Game = GAME, ema_decay: float = 0.9) -> step_lib.Step:
     """A jitted step with the smooth networks, compiled once for all the tests."""
-    return jax.jit(minimax.make_step(game, SCHEDULE, smooth_networks(), SGD, ema_decay))
+    return jax.jit(
+        step_lib.make_step(game, SCHEDULE, smooth_networks(), SGD, ema_decay)
+    )
 
 
 # A step of section 2 of the paper, as one would first write it down.
@@ -214,7 +218,7 @@ def test_step_threads_running_averages():
     """The generator's from its first pass, the posterior's from x̃_t, then x_t."""
     networks = smooth_networks(running_averages=True)
     state = start(networks=networks)
-    step = jax.jit(minimax.make_step(GAME, SCHEDULE, networks, SGD, 0.9))
+    step = jax.jit(step_lib.make_step(GAME, SCHEDULE, networks, SGD, 0.9))
     naive = jax.jit(functools.partial(naive_step, GAME, networks, 0.9))
     actual, _ = step(state, batch(), draw())
     expected = naive(state, batch(), draw())
@@ -226,7 +230,7 @@ def test_step_threads_running_averages():
 def test_metrics_are_the_losses():
     state = start()
     _, metrics = compiled()(state, batch(), draw())
-    m = minimax.with_gaps(jax.device_get(metrics))
+    m = diagnostics.energy_gaps_by_t(jax.device_get(metrics))
     np.testing.assert_allclose(
         m["energy/loss"],
         m["energy/fake"] - m["energy/real"] + GAME.gamma * m["energy/gradient_penalty"],
@@ -249,7 +253,7 @@ def test_metrics_are_the_losses():
 def test_gaps_are_the_means_by_t():
     metrics = [compiled()(start(), batch(k), draw(k))[1] for k in range(3)]
     mean = jax.tree.map(lambda *m: np.mean(m, axis=0), *metrics)
-    values = minimax.with_gaps(mean)
+    values = diagnostics.energy_gaps_by_t(mean)
     # Weighted by their shares, they are the whole gap.
     gaps = np.array([values.get(f"energy/gap_t{t}", 0.0) for t in range(4)])
     whole = values["energy/real"] - values["energy/fake"]
@@ -258,7 +262,9 @@ def test_gaps_are_the_means_by_t():
 
     # A t that no example has had is left out, not divided by nothing.
     only_1 = draw().replace(t=jnp.ones_like(draw().t))
-    values = minimax.with_gaps(jax.device_get(compiled()(start(), batch(), only_1)[1]))
+    values = diagnostics.energy_gaps_by_t(
+        jax.device_get(compiled()(start(), batch(), only_1)[1])
+    )
     assert [name for name in values if "gap_t" in name] == ["energy/gap_t1"]
     np.testing.assert_allclose(
         values["energy/gap_t1"],
@@ -271,8 +277,8 @@ def test_generator_meets_the_updated_energy():
     """A step = the energy's update, then a step in which the energy stands still."""
     state = start()
     whole, _ = compiled()(state, batch(), draw())
-    frozen = minimax.Optimizers(energy=optax.sgd(0.0), generator=SGD.generator)
-    step = jax.jit(minimax.make_step(GAME, SCHEDULE, smooth_networks(), frozen))
+    frozen = Optimizers(energy=optax.sgd(0.0), generator=SGD.generator)
+    step = jax.jit(step_lib.make_step(GAME, SCHEDULE, smooth_networks(), frozen))
     updated = state.replace(
         variables=state.variables._replace(energy=whole.variables.energy)
     )
@@ -328,7 +334,7 @@ LATENT = {"generator/latent_kl", "generator/latent_log_prob"}
 )
 def test_terms_that_are_left_out(changes: dict, absent: set[str]):
     game = GAME._replace(**changes)
-    step = minimax.make_step(game, SCHEDULE, smooth_networks(), SGD)
+    step = step_lib.make_step(game, SCHEDULE, smooth_networks(), SGD)
     _, metrics = jax.eval_shape(step, start(game), batch(), draw())
     assert {k for k in FORWARD | LATENT if k not in metrics} == absent
 
@@ -339,7 +345,7 @@ def test_no_encoder_has_no_encoder_variables(switch: str):
     state = start(game)
     assert state.variables.posterior == {"params": {}}
     networks = smooth_networks()._replace(train_posterior=None, posterior=None)
-    step = minimax.make_step(game, SCHEDULE, networks, SGD)
+    step = step_lib.make_step(game, SCHEDULE, networks, SGD)
     after, metrics = jax.eval_shape(step, state, batch(), draw())
     assert after.variables.posterior == {"params": {}}
     assert not any(name.startswith("posterior/") for name in metrics)
@@ -377,7 +383,7 @@ def test_no_pass_is_paid_for_twice(changes: dict, generator: int, posterior: int
     """The first pass of the generator serves both players."""
     game = GAME._replace(**changes)
     networks, calls = counted(smooth_networks())
-    step = minimax.make_step(game, SCHEDULE, networks, SGD)
+    step = step_lib.make_step(game, SCHEDULE, networks, SGD)
     jax.eval_shape(step, start(game), batch(), draw())
     assert calls == {
         "energy": 3,
@@ -434,7 +440,7 @@ def test_noise_has_the_laws_it_should():
 
 def test_noise_takes_any_event_shape():
     noise = jax.eval_shape(
-        lambda index: minimax.draw_noise(
+        lambda index: game_lib.draw_noise(
             jax.random.key(0), jnp.int32(3), index, STEPS, (4, 4, 3), 5
         ),
         jnp.arange(2),
@@ -444,38 +450,25 @@ def test_noise_takes_any_event_shape():
     assert noise.z.shape == noise.eps_z.shape == (2, 5)
 
 
-def test_each_call_has_its_own_dropout(monkeypatch: pytest.MonkeyPatch):
-    """One mask a call, but f(x_t) and its gradient, which are one call, share."""
-    asked, given = [], []
-    original = minimax.dropout_keys
+def test_each_call_has_its_own_dropout():
+    """One mask per call; f(x_t) and its gradient, which are one call, share one."""
+    given, networks = [], smooth_networks()
 
-    def recorded(noise, call):
-        asked.append(call)
-        return original(noise, call)
-
-    monkeypatch.setattr(minimax, "dropout_keys", recorded)
-    networks = smooth_networks()
-
-    def keep(name):
+    def recorded(name):
         function = getattr(networks, name)
 
         def call(*args, rngs=None):
-            given.append((name, rngs is not None))
+            given.append(rngs)
             return function(*args, rngs=rngs)
 
         return call
 
     spied = networks._replace(
-        energy=keep("energy"), train_generator=keep("train_generator")
+        energy=recorded("energy"), train_generator=recorded("train_generator")
     )
-    step = minimax.make_step(GAME, SCHEDULE, spied, SGD)
-    jax.eval_shape(step, start(), batch(), draw())
-    assert len(asked) == len(set(asked)) == len(given) == 5
-    assert all(has_keys for _, has_keys in given)
-    monkeypatch.undo()
-    keys = [_readable(minimax.dropout_keys(draw(), call)) for call in asked]
-    rows = np.asarray(jnp.concatenate(keys))
-    assert len(np.unique(rows, axis=0)) == 5 * BATCH
+    step_lib.make_step(GAME, SCHEDULE, spied, SGD)(start(), batch(), draw())
+    rows = np.concatenate([_readable(keys) for keys in given])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 5 * BATCH
 
 
 def test_same_seed_same_result():
@@ -505,11 +498,11 @@ def test_steps_in_one_scan_are_single_steps():
     def one(state, pair):
         return step(state, *pair)
 
-    scanned, mean, _ = minimax.scan_steps(one, start(), inputs, number)
+    scanned, mean, _ = step_lib.scan_steps(one, number, start(), inputs)
     assert_trees_close(scanned, state, rtol=1e-5, atol=1e-6)
     expected = {k: np.mean([m[k] for m in singles], axis=0) for k in singles[0]}
     assert_trees_close(mean, expected, rtol=1e-4, atol=1e-6)
-    first, *_ = minimax.scan_steps(one, start(), inputs, 1)
+    first, *_ = step_lib.scan_steps(one, 1, start(), inputs)
     again, _ = step(start(), batch(0), draw(0))
     assert_trees_equal(first, again)
 
@@ -521,7 +514,7 @@ def test_a_batch_in_parts_is_the_whole_batch(parts: int, lazy_reg: int):
     game = GAME._replace(lazy_reg=lazy_reg, energy_l2=0.1)
     whole, in_parts = (
         jax.jit(
-            minimax.make_step(
+            step_lib.make_step(
                 game, SCHEDULE, smooth_networks(), SGD, 0.9, accumulate=accumulate
             )
         )
@@ -541,12 +534,12 @@ def test_parts_keep_groups_together():
     def seen(part: jax.Array) -> jax.Array:
         return jnp.stack([part[0], part[1], part[2], part[3], part[4]])
 
-    mean = minimax.mean_over_parts(seen, (x,), 3, group=4)
+    mean = step_lib.mean_over_parts(seen, x, 3, group=4)
     # Parts start at 0, 4, 8 and go on, after four, 12 further.
     np.testing.assert_allclose(mean, [4.0, 5.0, 6.0, 7.0, 16.0])
 
 
-def poisoned(noise: minimax.Noise, t: int) -> minimax.Noise:
+def poisoned(noise: Noise, t: int) -> Noise:
     """Noise with one example, of step t, whose ε is not a number."""
     bad = noise.t.at[0].set(t)
     return noise.replace(t=bad, eps_t=noise.eps_t.at[0, 0].set(jnp.nan))
@@ -564,7 +557,7 @@ def test_a_fault_is_told_by_step_and_t(number: int):
     inputs = jax.tree.map(
         lambda *x: jnp.stack(x), *[(batch(k), d) for k, d in enumerate(draws)]
     )
-    _, _, fault = minimax.scan_steps(one, start(), inputs, number)
+    _, _, fault = step_lib.scan_steps(one, number, start(), inputs)
     fault = jax.device_get(fault)
     assert int(fault.step) == number
     said = fault.describe()
@@ -572,7 +565,7 @@ def test_a_fault_is_told_by_step_and_t(number: int):
     assert "energy/loss" in said and "by_t" not in said and "generator" not in said
 
     inputs = jax.tree.map(lambda x: jnp.stack([x] * number), (batch(0), draw(0)))
-    _, _, fault = minimax.scan_steps(one, start(), inputs, number)
+    _, _, fault = step_lib.scan_steps(one, number, start(), inputs)
     assert int(fault.step) == 0
 
 
@@ -587,7 +580,7 @@ def test_a_fault_of_the_posterior_is_told_by_t():
         return compiled()(state, *pair)
 
     inputs = jax.tree.map(lambda x: x[None], (batch(0), draw(0)))
-    _, _, fault = minimax.scan_steps(one, state, inputs, 1)
+    _, _, fault = step_lib.scan_steps(one, 1, state, inputs)
     said = jax.device_get(fault).describe()
     assert said.startswith("generator/") and said.endswith("step 1, t = 2")
 
@@ -597,20 +590,20 @@ def test_scan_without_inputs_counts_steps():
         return state.replace(step=state.step + 1), {"step": state.step * 1.0}
 
     for length in (1, 4):
-        state, metrics, _ = minimax.scan_steps(one, start(), None, length)
+        state, metrics, _ = step_lib.scan_steps(one, length, start(), None)
         assert int(state.step) == length
         assert float(metrics["step"]) == (length - 1) / 2
 
 
 @pytest.fixture(scope="module")
-def one_device() -> tuple[TrainState, minimax.Metrics]:
+def one_device() -> tuple[TrainState, diagnostics.Metrics]:
     return compiled()(start(), batch(), draw())
 
 
 def test_split_by_pmap(one_device):
     """Each device has its own examples and their noise; gradients meet by mean."""
     devices, axis = 4, "batch"
-    step = minimax.make_step(
+    step = step_lib.make_step(
         GAME, SCHEDULE, smooth_networks(), SGD, 0.9, axis_name=axis
     )
     x0, noise = jax.tree.map(
@@ -662,7 +655,7 @@ def test_optimizers_are_adam_by_player(limit: float | None):
     """Against Adam written out, in which the gradient is clipped first."""
     beta1, beta2, steps = 0.5, 0.9, 4
     gradients = np.random.default_rng(0).normal(size=(steps, 3))
-    optimizers = minimax.make_optimizers(
+    optimizers = game_lib.make_optimizers(
         lambda count: 0.1 / (1.0 + count), 0.02, beta1, beta2, limit
     )
     rates = {
@@ -693,9 +686,9 @@ def test_perceptrons_with_batch_norm_play():
     networks = models.build(mlp_config(norm="batch", hidden=(8,)), (DIM,))
     variables = filled_variables(networks)
     networks = networks._replace(init=lambda _: variables)
-    adam = minimax.make_optimizers(1e-3, 1e-3, 0.5, 0.9)
-    before = minimax.init_state(jax.random.key(0), networks, adam, GAME)
-    step = jax.jit(minimax.make_step(GAME, SCHEDULE, networks, adam, 0.9))
+    adam = game_lib.make_optimizers(1e-3, 1e-3, 0.5, 0.9)
+    before = game_lib.init_state(jax.random.key(0), networks, adam, GAME)
+    step = jax.jit(step_lib.make_step(GAME, SCHEDULE, networks, adam, 0.9))
     after, metrics = step(before, batch(), draw())
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (before, after)]
     assert shapes[0] == shapes[1]

@@ -1,0 +1,57 @@
+"""Configs in files, and what a resumed run may change."""
+
+import json
+from typing import Any
+
+from ddaebm_jax.config.base import base
+from ddaebm_jax.config.checks import ConfigError, validate
+from ddaebm_jax.config.fields import leaves
+
+# Fields that may differ when a run is resumed: they change how long, where and how
+# loudly it trains, not what is trained on what, nor what its FIDs mean. train.num_steps
+# is free only where nothing decays over the run (`decays`).
+FREE_ON_RESUME = frozenset(
+    # Where the data lie may change; what they are is told by their fingerprint.
+    "data.path data.tfds_dir data.on_device data.num_threads data.num_workers "
+    "data.prefetch data.timeout data.skip_corrupt model.remat optimizer.accumulate "
+    "train.num_steps train.steps_per_dispatch train.report_every train.picture_every "
+    "train.evaluate_every train.checkpoint_every train.keep_checkpoints "
+    "train.tensorboard recovery.max_rollbacks recovery.save_patience "
+    "recovery.max_energy recovery.max_gap parallel.num_devices parallel.mode "
+    "parallel.fsdp evaluation.num_samples evaluation.batch_size "
+    "evaluation.reference_path evaluation.num_kept_features evaluation.num_projections "
+    "compilation_cache.enabled compilation_cache.directory".split()
+)
+
+
+def decays(config: Any) -> bool:
+    """Return whether a rate or γ decays over the run, so that its length matters."""
+    return (
+        config.optimizer.schedule != "constant" or config.game.gamma_final is not None
+    )
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two configs differ: name → (old, new)."""
+    first, second = dict(leaves(old)), dict(leaves(new))
+    pairs = {f: (first.get(f), second.get(f)) for f in sorted(first | second)}
+    return {f: pair for f, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def to_json(config: Any) -> str:
+    """Return the config as readable JSON; see `from_json`."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> Any:
+    """Return the config that `to_json` wrote; a ConfigError if it is not valid."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the config is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("the config is not a JSON object")
+    validate(values, saved=True)
+    config = base()
+    config.update_from_flattened_dict(dict(leaves(values)))
+    return config

@@ -1,0 +1,219 @@
+"""The game: its weights and switches, its state, its noise and its optimisers.
+
+Geng et al. 2024, section 4. A step (see `step`) is a pure function of state, batch and
+`Noise`: it never draws its own randomness, so that it can be replayed, compared with
+another implementation number by number, and split over devices without changing its
+result.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from ddaebm_jax.models import Networks, Players
+
+
+class Game(NamedTuple):
+    """Weights, variants and ablations of the game (section 4 of the paper).
+
+    Attributes:
+      gamma: γ, weight of the gradient penalty, a number or a schedule (step → γ);
+        the number 0 leaves the penalty out.
+      lazy_reg: apply the penalty at every n-th step, not multiplied by n.
+      lambda_z: λ_z, weight of the entropy bound.
+      lambda_f: λ_f, weight of the forward divergence; 0 leaves it out.
+      energy_l2: α, weight of E f(x_t, t)² in the energy's loss; 0 (the paper) leaves
+        it out. See `objective.energy_magnitude`.
+      recon: `nll`, `weighted_nll` or `mse`.
+      recon_latent: where the reconstruction takes z from: `posterior` or `prior`.
+      recon_floor: least variance of the nll; None: s_1².
+      latent: False: z ≡ 0 and no terms of q_ψ.
+      posterior: False: no λ_z and KL terms, reconstruction from the prior z.
+      divergence: `jeffreys`, or `reverse_kl` (the forward divergence is left out).
+    """
+
+    gamma: optax.ScalarOrSchedule
+    lazy_reg: int
+    lambda_z: float
+    lambda_f: float
+    energy_l2: float
+    recon: str
+    recon_latent: str
+    recon_floor: float | None
+    latent: bool
+    posterior: bool
+    divergence: str
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether q_ψ takes part."""
+        return self.latent and self.posterior
+
+    @property
+    def has_forward(self) -> bool:
+        """Whether the forward divergence KL(q ‖ p_φ) takes part."""
+        return self.divergence == "jeffreys" and self.lambda_f > 0
+
+    @property
+    def has_second_pass(self) -> bool:
+        """Whether the generator runs a second time, on z ~ q_ψ(z|x_t, x_{t+1})."""
+        return (
+            self.has_forward and self.has_encoder and self.recon_latent == "posterior"
+        )
+
+
+class Optimizers(NamedTuple):
+    """The players' optimisers.
+
+    Attributes:
+      energy: descends in θ.
+      generator: descends in φ and ψ together.
+    """
+
+    energy: optax.GradientTransformation
+    generator: optax.GradientTransformation
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: number of steps taken.
+      variables: of each network: `params`, and `batch_stats` with batch norm.
+      ema: exponential moving average of `variables`.
+      opt_energy: state of the energy's optimiser.
+      opt_generator: state of the generator's and posterior's optimiser.
+    """
+
+    step: Int[Array, ""]
+    variables: Players
+    ema: Players
+    opt_energy: Any
+    opt_generator: Any
+
+
+@flax.struct.dataclass
+class Noise:
+    """All the randomness of one step, example by example.
+
+    Attributes:
+      t: which denoising step, uniform in {0, …, T−1}.
+      eps_t: takes x_0 to x_t.
+      eps_next: takes x_t to x_{t+1}.
+      z: the generator's prior latent.
+      eps_post: takes x̂_0 to x̃_t.
+      eps_z: takes q_ψ's moments to a latent.
+      dropout: one key per example; see `dropout_keys`.
+    """
+
+    t: Int[Array, " batch"]
+    eps_t: Float[Array, "batch *shape"]
+    eps_next: Float[Array, "batch *shape"]
+    z: Float[Array, "batch nz"]
+    eps_post: Float[Array, "batch *shape"]
+    eps_z: Float[Array, "batch nz"]
+    dropout: Array
+
+    def dropout_keys(self, call: int) -> Array:
+        """Returns per-example dropout keys of one network call, named by a number."""
+        return jax.vmap(lambda key: jax.random.fold_in(key, call))(self.dropout)
+
+
+def example_keys(key: Array, step: Int[Array, ""], index: Int[Array, " batch"]):
+    """Returns fold_in(fold_in(key, step), i) for every i in `index`.
+
+    An example's key depends on its place in the global batch alone, whatever device
+    holds it.
+    """
+    step_key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
+
+
+def draw_noise(
+    key: Array,
+    step: Int[Array, ""],
+    index: Int[Array, " batch"],
+    num_steps: int,
+    event_shape: tuple[int, ...],
+    nz: int,
+) -> Noise:
+    """Draws the noise of step `step` for the examples `index` of the global batch.
+
+    Args:
+      key: the run's noise key.
+      step: s.
+      index: places in the global batch.
+      num_steps: T.
+      event_shape: shape of one example.
+      nz: width of the latent.
+    """
+    size = math.prod(event_shape)
+
+    def one(example_key: Array):
+        key_t, key_normal, key_dropout = jax.random.split(example_key, 3)
+        t = jax.random.randint(key_t, (), 0, num_steps)
+        normal = jax.random.normal(key_normal, (3 * size + 2 * nz,))
+        return t, normal, key_dropout
+
+    t, normal, dropout = jax.vmap(one)(example_keys(key, step, index))
+    eps, latent = normal[:, : 3 * size], normal[:, 3 * size :]
+    eps = eps.reshape(-1, 3, *event_shape)
+    return Noise(
+        t=t,
+        eps_t=eps[:, 0],
+        eps_next=eps[:, 1],
+        eps_post=eps[:, 2],
+        z=latent[:, :nz],
+        eps_z=latent[:, nz:],
+        dropout=dropout,
+    )
+
+
+def make_optimizers(
+    learning_rate: optax.ScalarOrSchedule,
+    energy_learning_rate: optax.ScalarOrSchedule,
+    beta1: float,
+    beta2: float,
+    max_grad_norm: float | None = None,
+) -> Optimizers:
+    """Returns Adam for each player, with optional clipping by the global norm.
+
+    Args:
+      learning_rate: of the generator and the posterior, a number or a schedule.
+      energy_learning_rate: of the energy.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      max_grad_norm: clip each player's gradient to this norm; None: no clipping.
+    """
+
+    def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        transform = optax.adam(rate, b1=beta1, b2=beta2)
+        if max_grad_norm is None:
+            return transform
+        return optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
+
+    return Optimizers(energy=adam(energy_learning_rate), generator=adam(learning_rate))
+
+
+def init_state(
+    key: Array, networks: Networks, optimizers: Optimizers, game: Game
+) -> TrainState:
+    """Returns the state before the first step; averages start at the weights."""
+    variables = networks.init(key)
+    if not game.has_encoder:
+        variables = variables._replace(posterior={"params": {}})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        variables=variables,
+        ema=jax.tree.map(jnp.copy, variables),
+        opt_energy=optimizers.energy.init(variables.energy["params"]),
+        opt_generator=optimizers.generator.init(
+            (variables.generator["params"], variables.posterior["params"])
+        ),
+    )

@@ -1,0 +1,151 @@
+"""Steps on the devices: their layout, their compilation, how many per dispatch."""
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from ddaebm_jax import sharding
+from ddaebm_jax.diagnostics import Fault, Metrics
+from ddaebm_jax.experiment import Experiment, init_state, make_steps, state_shapes
+from ddaebm_jax.files import cache_directory
+from ddaebm_jax.game import TrainState
+
+# Steps per dispatch where the config leaves the choice: small networks are bound by the
+# time of a dispatch, and matrix products lose nothing inside a scan.
+_STEPS_PER_DISPATCH = {"mlp": 100, "ncsnpp": 10}
+
+
+class Dispatcher:
+    """Takes steps of an experiment on the devices and in the layout of its config.
+
+    Attributes:
+      mesh: the devices over which the batch is split.
+      steps: the steps, compiled for the layout.
+      compile_seconds: time spent tracing and compiling so far.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Lays out the steps.
+
+        Raises:
+          InputError: if there are fewer devices, or the batch is not divisible.
+        """
+        config, layout = experiment.config, experiment.config.parallel
+        self.mesh = sharding.make_mesh(
+            layout.num_devices,
+            config.data.batch_size,
+            config.optimizer.accumulate,
+            experiment.networks.group,
+        )
+        # With a sharded state XLA splits the step of the whole batch.
+        axis_name = None if layout.fsdp else sharding.DATA_AXIS
+        steps = make_steps(experiment, axis_name)
+        if layout.mode == "pmap":
+            self.steps = sharding.pmap_steps(steps, self.mesh)
+        else:
+            self.steps = sharding.jit_steps(steps, self.mesh, layout.fsdp)
+        self._experiment = experiment
+        self._index = sharding.process_rows(self.mesh, config.data.batch_size)
+        self._arrays = sharding.replicate(self.mesh, experiment.source.arrays)
+        self._compiled: set[int] = set()
+        self.compile_seconds = 0.0
+        self.reseed(0)
+
+    def init(self) -> TrainState:
+        """Returns the state before the first step, on the devices."""
+        return sharding.put(init_state(self._experiment), self._shardings())
+
+    def like(self) -> TrainState:
+        """Returns the state's shapes and shardings, to restore a checkpoint into."""
+        return sharding.with_shardings(
+            state_shapes(self._experiment), self._shardings()
+        )
+
+    def reseed(self, trial: int) -> None:
+        """Gives the steps from here on the noise of a trial; 0 is the first."""
+        self._trial = sharding.replicate(self.mesh, np.int32(trial))
+
+    def __call__(
+        self, state: TrainState, length: int, batches: np.ndarray | None = None
+    ) -> tuple[TrainState, Metrics, Fault]:
+        """Starts `length` steps; the given state's buffers are donated.
+
+        Args:
+          state: where to start.
+          length: K.
+          batches: this process's rows from the input stream, [K, rows, …]; None where
+            there is no stream.
+        """
+        start = time.monotonic()
+        result = self.steps.program(length, state, *self.inputs(batches))
+        if length not in self._compiled:
+            # The call compiles, and then only starts the steps.
+            self._compiled.add(length)
+            self.compile_seconds += time.monotonic() - start
+        return self.steps.collect(result)
+
+    def inputs(self, batches: np.ndarray | None = None) -> tuple[Any, ...]:
+        """Returns the program's arguments after length and state; see `__call__`."""
+        return (*self.steps.place(batches, self._index), self._arrays, self._trial)
+
+    def _shardings(self) -> TrainState:
+        shapes = state_shapes(self._experiment)
+        fsdp = self._experiment.config.parallel.fsdp
+        return sharding.state_shardings(self.mesh, shapes, fsdp)
+
+
+def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
+    """Turns JAX's persistent compilation cache on, unless the config says no.
+
+    A directory in JAX_COMPILATION_CACHE_DIR stands where the config names none.
+    """
+    if not cache.enabled:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    directory = cache.directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not directory:
+        directory = cache_directory("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def steps_per_dispatch(model_name: str) -> int:
+    """Returns K where the config leaves it open.
+
+    On a CPU a convolution inside a scan is about ten times slower than outside.
+    """
+    if model_name == "ncsnpp" and jax.default_backend() == "cpu":
+        return 1
+    return _STEPS_PER_DISPATCH[model_name]
+
+
+def next_stop(step: int, per_dispatch: int, total: int, intervals: list[int]) -> int:
+    """Returns where the dispatch that starts at `step` ends.
+
+    At the next multiple of `per_dispatch` or of an interval (0: never), so that
+    the cuts are the same in a resumed run as in an unbroken one.
+    """
+    candidates = [n for n in (per_dispatch, *intervals) if n > 0]
+    return min(total, *((step // n + 1) * n for n in candidates))
+
+
+def dispatches(
+    config: ml_collections.ConfigDict, start: int
+) -> Iterator[tuple[int, int]]:
+    """Yields (first step, step after the last) of every dispatch that is left."""
+    train = config.train
+    per_dispatch = train.steps_per_dispatch or steps_per_dispatch(config.model.name)
+    intervals = [
+        train.report_every,
+        train.picture_every,
+        train.evaluate_every,
+        train.checkpoint_every,
+    ]
+    while start < train.num_steps:
+        stop = next_stop(start, per_dispatch, train.num_steps, intervals)
+        yield start, stop
+        start = stop
