@@ -43,7 +43,9 @@ def in_chunks(pixels: np.ndarray, size: int):
 
 def image_set(seed: int = 0) -> images.ImageSet:
     train, test = pictures(300, seed), pictures(40, seed + 1)
-    return images.ImageSet("made", (8, 8, 1), train, test, content=f"content {seed}")
+    return images.ImageSet(
+        "made", (8, 8, 1), train, test, fingerprint=f"content {seed}"
+    )
 
 
 def settings(**changes: Any) -> SimpleNamespace:

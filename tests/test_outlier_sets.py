@@ -126,7 +126,7 @@ def test_folder_is_read_and_cropped_like_the_models_images(tmp_path):
 def test_files_of_no_use_are_left_out_only_if_the_config_says_so(tmp_path):
     Image.fromarray(drawn(COLOUR, 1)[0]).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="1 of 2 images are of no use"):
+    with pytest.raises(InputError, match="1 of 2 images are unusable"):
         opened(tmp_path)
     assert len(opened(tmp_path, skip_corrupt=True)) == 1
 

@@ -105,9 +105,8 @@ def open_source(
       workdir: a run directory; a table is then the one that `Source.save` kept.
       open_images: False: images are not looked for; their shape is known.
 
-    Raises:
-      InputError: for an unknown name, or data that cannot be trained on.
-      FileNotFoundError: if `data.path` is not there.
+    Raises InputError for an unknown name or data that cannot be trained on, and
+    FileNotFoundError if `data.path` is not there.
     """
     if data.name in synthetic.SYNTHETIC:
         distribution = synthetic.SYNTHETIC[data.name]()

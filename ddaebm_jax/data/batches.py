@@ -190,10 +190,7 @@ class Batches:
         self._delivered = int(state["batches"])
 
     def close(self) -> None:
-        """Ends threads and workers; the next call of `next` starts them again.
-
-        Threads are not waited for, and workers that hang are killed.
-        """
+        """Ends threads and workers; the next call of `next` starts them again."""
         if self._pool is not None:
             self._pool.close()
         if self._workers is not None:

@@ -38,16 +38,8 @@ def prepare(
     antialiased), and cropped at the centre. An image that is of the size already, as
     a sample of a model is, is not cropped, and its pixels do not change.
 
-    Args:
-      image: of any size and mode.
-      size: of the result's sides, pixels.
-      channels: 1 or 3.
-      crop: left, top, right, bottom in pixels; None: all of the image.
-      name: of the image, for messages.
-
-    Raises:
-      UnusableRecord: if the image is smaller than `size` or than the box, or if it
-        has what the result cannot hold: alpha, colour, more than 8 bits.
+    Raises UnusableRecord, with the image's `name`, if it is smaller than `size` or
+    than the box, or has what the result cannot hold: alpha, colour, more than 8 bits.
     """
     modes = _LOSSLESS[channels]
     transparent = "transparency" in image.info
@@ -91,11 +83,10 @@ def decode_file(
 
     Pillow's limits on pixels and text hold. Of a JPEG file with several pictures
     (MPO, as some cameras write) the first is taken; an animated PNG is refused. The
-    file is called `name` in messages; the other arguments are those of `prepare`.
+    file is called `name` in messages.
 
-    Raises:
-      UnusableRecord: if the file is damaged, too large, or not usable by `prepare`.
-      InputError: if the file system fails.
+    Raises UnusableRecord if the file is damaged, too large or not usable by `prepare`,
+    another InputError if the file system fails.
     """
     try:
         with (

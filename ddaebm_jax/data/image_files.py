@@ -34,19 +34,12 @@ MAX_BYTES = 4 * 2**30
 
 
 class FolderImages(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-      records: its images, in the order of their names.
-      names: of the files, relative to the folder, sorted; printable.
-      skipped: number of unusable files that were skipped.
-      content: SHA-256 of the names and of the images.
-    """
+    """The usable images of a folder, in the order of their names; printable names."""
 
     records: Records
     names: tuple[str, ...]
-    skipped: int
-    content: str
+    num_skipped: int
+    content_sha256: str
 
 
 class _Files:
@@ -93,24 +86,17 @@ def read_folder(
     skip_corrupt: bool = False,
     timeout: int | float = TIMEOUT,
 ) -> FolderImages:
-    """Reads every PNG and JPEG file of a folder, and of the folders in it.
+    """Reads and prepares every PNG and JPEG file of a folder and its subfolders.
 
-    Every file is decoded, so that all unusable ones are found at once. Images are
-    kept in memory if they take at most `MAX_BYTES`, else read again on demand. Hidden
-    files, files with other suffixes and links to folders are left out.
-
-    Args:
-      path: of the folder.
-      size: as in `prepare`, like `channels` and `crop`.
-      channels: of an image.
-      crop: in pixels.
-      skip_corrupt: skip unusable files, with a warning that names them.
-      timeout: seconds without progress before giving up; 0: never.
+    Every file is decoded, so that all unusable ones are found at once; with
+    `skip_corrupt` they are skipped with a warning. Images are kept in memory if they
+    take at most `MAX_BYTES`, else read again on demand. Hidden files, files with other
+    suffixes and links to folders are left out.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      InputError: if it is no folder, holds no image, or holds unusable files; the
-        message counts and names them.
+      InputError: if it is no folder, holds no image, or holds unusable files, which
+        the message counts and names; or without progress for `timeout` seconds.
     """
     folder = Path(path)
     if not folder.exists():
@@ -169,13 +155,9 @@ def _report(
 
 
 def load_folder(data: Any, seed: int) -> ImageSet:
-    """Loads the folder that a config's `data` section names; see `read_folder`.
+    """Loads the folder that a config's `data` section names, split by the seed.
 
-    The split is a pure function of the seed and of the number of files.
-
-    Raises:
-      FileNotFoundError: if there is no such folder.
-      InputError: if it cannot be used; the message names the files.
+    Raises what `read_folder` does.
     """
     check_fraction(data.test_fraction)
     if not data.path:
@@ -192,8 +174,8 @@ def load_folder(data: Any, seed: int) -> ImageSet:
         folder.records,
         (size, size, channels),
         hold_out(len(folder.names), data.test_fraction, seed, f"{data.path}: images"),
-        folder.content,
-        skipped=folder.skipped,
+        folder.content_sha256,
+        skipped=folder.num_skipped,
     )
 
 
@@ -204,27 +186,16 @@ def read_images(
     crop: Crop | None = None,
     timeout: int | float = TIMEOUT,
 ) -> tuple[UInt8[np.ndarray, "n height width channels"], tuple[str, ...]]:
-    """Reads images from outside, to be scored.
+    """Returns images from outside, to be scored, and their names.
 
-    A folder is read as by `read_folder`. An NPZ file's images are its array `x`, or
-    its only 4-D array: uint8 [n, height, width, channels] of the model's shape, or
-    [n, height, width] for one channel.
-
-    Args:
-      path: of the folder, or of a file that ends in `.npz`.
-      event_shape: the model's height, width and channels.
-      skip_corrupt: skip a folder's unusable files, with a warning.
-      crop: as in `prepare`; for folders only.
-      timeout: seconds without progress before giving up; 0: never.
-
-    Returns:
-      The images, and their names: a file's is its path in the folder, an array's its
-      index.
+    A folder is read as by `read_folder`; a file's name is its path in the folder. An
+    NPZ file's images are its array `x`, or its only 4-D array: uint8 [n, height,
+    width, channels] of the model's shape, or [n, height, width] for one channel; their
+    names are their indices.
 
     Raises:
       FileNotFoundError: if there is no such folder or file.
-      InputError: for what cannot be used; the message names the file, what was found,
-        what is allowed and what to try.
+      InputError: for what cannot be used.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz" and not path.is_dir():

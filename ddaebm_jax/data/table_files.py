@@ -32,14 +32,7 @@ INLIER, OUTLIER = 0, 1
 
 
 class TableFile(NamedTuple):
-    """What a file holds.
-
-    Attributes:
-      columns: names of the d columns.
-      rows: their numbers, float64, finite in float32.
-      labels: 0 (inlier) or 1 (outlier) for each row; None where there are none.
-      row_name: the place of row i in the file, for messages.
-    """
+    """Columns' names, float64 rows, labels, and row i → its place, for messages."""
 
     columns: tuple[str, ...]
     rows: Float[np.ndarray, "n d"]
@@ -50,18 +43,16 @@ class TableFile(NamedTuple):
 def read_table_file(
     path: Path, label_column: str | None = None, labelled: bool = False
 ) -> TableFile:
-    """Reads a `.csv` or `.npz` file, and checks that every number is usable.
+    """Reads a `.csv` or `.npz` file, and checks that numbers are finite in float32.
 
-    Args:
-      path: of the file.
-      label_column: the CSV's column, or the NPZ's 1-D array, that holds the labels;
-        None: none in a CSV, and in an NPZ the array `labels` if there is one.
-      labelled: False: labels are not looked for.
+    If it is `labelled`, the labels, 0 (inlier) or 1 (outlier), are the CSV's column or
+    the NPZ's 1-D array of the name `label_column`; None: an NPZ's array `labels`, if
+    there is one.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      InputError: for a file that cannot be used; the message names the file, the
-        place, the value found, what is allowed and what to try.
+      InputError: for a file that cannot be used; the message names the place and the
+        value found.
     """
     readers = {".csv": _read_csv, ".npz": _read_npz}
     reader = readers.get(path.suffix.lower())

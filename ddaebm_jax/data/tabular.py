@@ -167,11 +167,8 @@ def load_breast_cancer(seed: int, test_fraction: float) -> Table:
     """Loads scikit-learn's breast-cancer table: 569 rows, 30 columns.
 
     357 rows are benign (inliers), 212 malignant (outliers). Training uses benign rows
-    only; the test set is the held-out benign rows, then all malignant rows. The split
-    is a pure function of the seed.
-
-    Raises:
-      InputError: for a fraction out of range, or one that leaves too few rows.
+    only; the test set is the held-out benign rows, then all malignant rows. Raises
+    InputError for a fraction that cannot be used.
     """
     from sklearn import datasets
 
@@ -197,15 +194,9 @@ def load_table(
     training uses inliers only, and the test set is the held-out inliers, then all
     outliers; without, the split is of all rows.
 
-    Args:
-      path: ends in `.csv` or `.npz`.
-      seed: of the split; the result is a pure function of it and of the file.
-      test_fraction: share of the rows (of the inliers) that is held out, in (0, 1).
-      label_column: as in `read_table_file`.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: for a file or a fraction that cannot be used.
+    `test_fraction` is the share of the rows (of the inliers) that is held out, chosen
+    by the seed; `label_column` is that of `read_table_file`. Raises FileNotFoundError,
+    or InputError for a file or a fraction that cannot be used.
     """
     path = Path(path)
     table = read_table_file(path, label_column, labelled=True)
@@ -227,16 +218,13 @@ def read_rows(
     Args:
       path: ends in `.csv` or `.npz`.
       dim: the width that the rows must have; None: any (or the standardizer's).
-      standardizer: the training table's. With it the rows are standardised before
-        they are rounded to float32, exactly as the training rows were; None: they
-        stay in the columns' units.
+      standardizer: the training table's, applied before rounding to float32, as to the
+        training rows; None: the rows stay in the columns' units.
       columns: the training table's names. A file whose own names are these in
         another order is put in order; a file without names is taken as it stands.
 
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: for a file that cannot be used, or rows of another width or
-        with other names.
+    Raises FileNotFoundError, or InputError for a file that cannot be used, or rows of
+    another width or with other names.
     """
     path = Path(path)
     table = read_table_file(path)
