@@ -7,6 +7,7 @@ threads read it, nor on what was read ahead when a run was cut off.
 """
 
 import collections
+import dataclasses
 import functools
 import multiprocessing
 import sys
@@ -47,38 +48,31 @@ def order(
     return np.concatenate(epochs)[start - offset : stop - offset]
 
 
+@dataclasses.dataclass
 class _Reader:
     """Reads one process's part of a global batch; picklable, for worker processes."""
 
-    def __init__(
-        self,
-        num_records: int,
-        batch_size: int,
-        seed: int,
-        records: Records | None,
-        places: slice,
-    ) -> None:
-        self._num_records = num_records
-        self._batch_size = batch_size
-        self._seed = seed
-        self._records = records
-        self._places = places
+    num_records: int
+    batch_size: int
+    seed: int
+    records: Records | None
+    places: slice
 
     def indices(self, step: int) -> Int32[np.ndarray, " local"]:
         """Returns the records of this process's part of batch `step`."""
-        start = step * self._batch_size
-        stop = start + self._batch_size
-        return order(self._num_records, self._seed, start, stop)[self._places]
+        start = step * self.batch_size
+        stop = start + self.batch_size
+        return order(self.num_records, self.seed, start, stop)[self.places]
 
     def __call__(self, step: int) -> Shaped[np.ndarray, "local ..."]:
         indices = self.indices(step)
-        if self._records is None:
+        if self.records is None:
             return indices
         return np.stack([self._read(int(index)) for index in indices])
 
     def _read(self, index: int) -> np.ndarray:
         try:
-            return self._records[index]
+            return self.records[index]
         except InputError:
             raise
         except Exception as error:

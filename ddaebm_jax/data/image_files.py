@@ -4,8 +4,8 @@ Sizes are bounded before anything is allocated, nothing is unpickled, and every 
 names the file, what was found and what to try.
 """
 
+import dataclasses
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,40 +42,27 @@ class FolderImages(NamedTuple):
     content_sha256: str
 
 
+@dataclasses.dataclass
 class _Files:
-    """Images that are decoded whenever they are read; picklable."""
+    """Images that are decoded whenever they are read; `how`: size, channels, crop."""
 
-    def __init__(
-        self,
-        folder: Path,
-        names: tuple[str, ...],
-        size: int,
-        channels: int,
-        crop: Crop | None,
-    ) -> None:
-        self._folder = folder
-        self._names = names
-        self._how = (size, channels, crop)
+    folder: Path
+    names: tuple[str, ...]
+    how: tuple[int, int, Crop | None]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        name = self._names[index]
-        return decode_file(self._folder / name, printable(name), *self._how)
+        name = self.names[index]
+        return decode_file(self.folder / name, printable(name), *self.how)
 
 
 def _image_names(folder: Path) -> tuple[str, ...]:
     """The image files below a folder, sorted; hidden ones are left out."""
-    names = []
-    for directory, subdirectories, files in os.walk(folder):
-        subdirectories[:] = [sub for sub in subdirectories if sub[0] != "."]
-        names += [
-            (Path(directory) / file).relative_to(folder).as_posix()
-            for file in files
-            if file[0] != "." and Path(file).suffix.lower() in SUFFIXES
-        ]
-    return tuple(sorted(names))
+    paths = (p.relative_to(folder) for p in folder.rglob("*"))
+    shown = (p for p in paths if not any(part[0] == "." for part in p.parts))
+    return tuple(sorted(p.as_posix() for p in shown if p.suffix.lower() in SUFFIXES))
 
 
 def read_folder(
@@ -109,7 +96,7 @@ def read_folder(
             f"{folder}: no image in this folder or below it; files that end in "
             f"{', '.join(SUFFIXES)} are needed; check the path"
         )
-    files = _Files(folder, names, size, channels, crop)
+    files = _Files(folder, names, (size, channels, crop))
     keep = len(names) * size * size * channels <= MAX_BYTES
     images = np.empty((len(names) if keep else 0, size, size, channels), np.uint8)
 

@@ -1,5 +1,7 @@
 """Image sets that scikit-learn brings along: digits, and patches of photographs."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Integer, UInt8
 
@@ -58,26 +60,21 @@ def _require(name: str, field: str, found: int, wanted: int) -> None:
         )
 
 
+@dataclasses.dataclass
 class _Patches:
     """Square patches, cut from photographs when they are read."""
 
-    def __init__(
-        self,
-        photos: UInt8[np.ndarray, "photos height width channels"],
-        places: Integer[np.ndarray, "n 3"],
-        size: int,
-    ) -> None:
-        self._photos = photos
-        self.places = places
-        self._size = size
+    photos: UInt8[np.ndarray, "photos height width channels"]
+    places: Integer[np.ndarray, "n 3"]
+    size: int
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> np.ndarray:
         photo, top, left = self.places[index]
-        size = self._size
-        return self._photos[photo, top : top + size, left : left + size]
+        size = self.size
+        return self.photos[photo, top : top + size, left : left + size]
 
 
 def load_photos(

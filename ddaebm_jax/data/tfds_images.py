@@ -89,29 +89,31 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
         )
     builder = _prepared(data.tfds, data.tfds_dir, data.channels)
     folder = os.fspath(builder.data_dir)
-    if data.test_split:
-        _check_apart(folder, data.split, data.test_split)
     crop = None if data.crop is None else tuple(data.crop)
     event_shape = (data.image_size, data.image_size, data.channels)
-    train = _TfdsImages(folder, data.split, *event_shape[1:], crop)
+
+    def opened(split: str) -> tuple[Records, Records]:
+        """Returns a split, and how its records are read before training."""
+        records = _TfdsImages(folder, split, *event_shape[1:], crop)
+        return records, SkipUnusable(records, folder) if data.skip_corrupt else records
+
+    train, readable = opened(data.split)
     how = repr((builder.info.full_name, data.split, len(train), event_shape, crop))
-    some = _some_pixels(SkipUnusable(train, folder) if data.skip_corrupt else train)
+    # A set prepared again may hold the same images in another order, which would give
+    # a resumed run other batches; reading all of them would take too long.
+    places = np.linspace(0, len(train) - 1, _FINGERPRINTED).round().astype(int)
+    some = np.stack([readable[int(place)] for place in places])
     content = digest(how.encode(), some)
     if not data.test_split:
         share, name = data.test_fraction, f"data.tfds = '{data.tfds}': records"
         held_out = hold_out(len(train), share, seed, name)
         return split_set("tfds", train, event_shape, held_out, content)
-    test = _TfdsImages(folder, data.test_split, *event_shape[1:], crop)
-    # What cannot be prepared shows itself before training.
-    (SkipUnusable(test, folder) if data.skip_corrupt else test)[0]
+    test, readable = opened(data.test_split)
+    _check_apart(folder, data.split, data.test_split)
+    readable[0]  # What cannot be prepared shows itself before training.
     part = repr((data.test_split, len(test)))
-    return ImageSet(
-        name="tfds",
-        event_shape=event_shape,
-        train=train,
-        test=test,
-        fingerprint=digest(content.encode(), part.encode()),
-    )
+    fingerprint = digest(content.encode(), part.encode())
+    return ImageSet("tfds", event_shape, train, test, fingerprint)
 
 
 def open_split(
@@ -133,47 +135,25 @@ def open_split(
     return SkipUnusable(records, folder) if skip_corrupt else records
 
 
-def _some_pixels(records: Records) -> np.ndarray:
-    """Reads a few records from all over a split.
-
-    A set prepared again may hold the same images in another order, which would give
-    a resumed run other batches; reading all of them would take too long.
-    """
-    places = np.linspace(0, len(records) - 1, _FINGERPRINTED).round().astype(int)
-    return np.stack([records[int(place)] for place in places])
-
-
 def _check_apart(folder: str, split: str, test_split: str) -> None:
     """Refuses splits that share records: what is held out must not be trained on."""
     import tensorflow_datasets as tfds
 
     splits = tfds.builder_from_directory(folder).info.splits
-
-    def records(part: str) -> set[tuple[str, int]]:
-        try:
-            instructions = tfds.core.ReadInstruction.from_spec(part).to_absolute(splits)
-        except Exception as error:  # TFDS raises several kinds for a bad split.
-            raise _bad_split(folder, part, splits, error) from error
-        return {
+    train, test = (
+        {
             (one.splitname, place)
-            for one in instructions
+            for one in tfds.core.ReadInstruction.from_spec(part).to_absolute(splits)
             for place in range(splits[one.splitname].num_examples)[one.from_ : one.to]
         }
-
-    if records(split) & records(test_split):
+        for part in (split, test_split)
+    )
+    if train & test:
         raise InputError(
             f"data.split '{split}' and data.test_split '{test_split}' share records; "
             "hold out another part, for example train[:90%] and train[90%:], or '' for "
             "a share of data.split"
         )
-
-
-def _bad_split(folder: str, split: str, splits: Any, error: Exception) -> InputError:
-    return InputError(
-        f"{folder}: the split '{split}' cannot be opened ({one_line(error)}); the set "
-        f"has {', '.join(splits)}: correct data.split or data.test_split, or prepare "
-        "the set again"
-    )
 
 
 def _open_source(folder: str, split: str) -> Any:
@@ -191,7 +171,11 @@ def _open_source(folder: str, split: str) -> Any:
             "anew"
         ) from error
     except Exception as error:  # TFDS and array_record raise many kinds.
-        raise _bad_split(folder, split, builder.info.splits, error) from error
+        raise InputError(
+            f"{folder}: the split '{split}' cannot be opened ({one_line(error)}); the "
+            f"set has {', '.join(builder.info.splits)}: correct data.split or "
+            "data.test_split, or prepare the set again"
+        ) from error
 
 
 def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
@@ -257,10 +241,14 @@ def _prepare(builder: Any, name: str) -> None:
     if builder.name == "lsun":
         builder._generate_examples, command = _lsun_examples, ""
     try:
-        _hide_accelerators()
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it logs at import
+        import tensorflow as tf
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.download import downloader
 
+        for kind in ("GPU", "TPU"):  # On which JAX trains.
+            tf.config.set_visible_devices([], kind)
         downloader.MAX_RETRIES = _RETRIES
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -273,16 +261,6 @@ def _prepare(builder: Any, name: str) -> None:
             f"missing, or run this config{command} on a machine with a network, copy "
             "the folder that it prepares, and set data.tfds_dir to where that lies"
         ) from error
-
-
-def _hide_accelerators() -> None:
-    """Keeps TensorFlow, where it is installed, off the devices on which JAX trains."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it logs at import
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.set_visible_devices([], "TPU")
 
 
 def _lsun_examples(
