@@ -276,7 +276,7 @@ def test_unusable_sets_are_refused(prepared, changes, part):
 
 
 def test_unknown_name_is_answered_with_close_ones(prepared):
-    with pytest.raises(InputError, match=r"'cifr10', .*close names: cifar10, cifar100"):
+    with pytest.raises(InputError, match=r"'cifr10', .*close: cifar10, cifar100"):
         opened(prepared, tfds="cifr10")
 
 

@@ -188,6 +188,8 @@ class Batches:
         if self._pool is not None:
             self._pool.close()
         if self._workers is not None:
+            if self._pending and not self._pending[0].done():
+                _kill_workers()
             self._workers.close()
         self._pool = self._workers = None
         self._pending.clear()
@@ -202,9 +204,8 @@ class Batches:
                 self._pool.submit(self._read, step + len(self._pending))
             )
         try:
-            return self._pending.popleft().result(self._timeout or None)
+            batch = self._pending[0].result(self._timeout or None)
         except TimeoutError as error:
-            _kill_workers()
             raise InputError(
                 f"no batch came for {self._timeout} s: batch {step} (counted from 0; "
                 f"records {listed(self._reader.indices(step), 5)}) is waited for; a "
@@ -220,6 +221,8 @@ class Batches:
                 "usual reason: lower data.num_workers or data.prefetch; then start the "
                 "run again: it goes on from its last checkpoint"
             ) from error
+        self._pending.popleft()
+        return batch
 
     def _read(self, step: int) -> np.ndarray:
         return self._reader(step) if self._workers is None else next(self._workers)

@@ -5,6 +5,7 @@ Images are uint8 and channels-last wherever they are on the host.
 
 import dataclasses
 import hashlib
+import itertools
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -73,7 +74,7 @@ class SkipUnusable:
         return len(self._whole)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        for place in (*range(index, len(self)), *range(index)):
+        for place in itertools.chain(range(index, len(self)), range(index)):
             if place in self._skipped:
                 continue
             try:

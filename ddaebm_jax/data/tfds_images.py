@@ -188,11 +188,11 @@ def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
     except Exception as error:  # A bad name, config, version or folder: of many kinds.
         unknown = isinstance(error, tfds.core.registered.DatasetNotFoundError)
         bare = name.partition("/")[0].partition(":")[0]
-        close = difflib.get_close_matches(bare, tfds.list_builders(), 4)
+        close = difflib.get_close_matches(bare, set(tfds.list_builders()), 4)
         raise InputError(
             f"data.tfds is '{name}', which TFDS "
             + ("does not know" if unknown else f"cannot open ({one_line(error)})")
-            + f"; close names: {listed(close)}; give builder or builder/config, for "
+            + f"; close: {listed(close)}; give builder or builder/config, for "
             "example lsun/church_outdoor; see tensorflow.org/datasets/catalog"
         ) from error
     _check_feature(builder, name, channels)

@@ -18,8 +18,8 @@ from jaxtyping import Float, UInt8
 from ddaebm_jax import sharding as parallel
 from ddaebm_jax.data.images import ImageSet, Subset, stack
 from ddaebm_jax.data.npz_files import NpzFile
-from ddaebm_jax.data.records import digest, one_line
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.data.records import digest
+from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation import fid, inception, inception_weights
 from ddaebm_jax.files import cache_directory
 
