@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ddaebm_jax.data import records, threads
 from ddaebm_jax.data.batches import Batches, order
-from ddaebm_jax.data.records import SkipUnusable, UnusableRecord
+from ddaebm_jax.data.records import SkipUnusable
 from ddaebm_jax.errors import InputError
 
 NUMBER = 20
@@ -277,11 +277,6 @@ def test_more_than_a_share_of_unusable_records_is_refused(number, most, warnings
     assert f"{most + 1} of {number} records" in message and "skip_corrupt" in message
     few = SkipUnusable(Faulty(4, range(4)), "the images")
     assert "none of the 4 records is usable" in fault(lambda: few[1])
-
-
-def test_unusable_records_cross_processes_whole():
-    error = pickle.loads(pickle.dumps(UnusableRecord("7.png: no image")))
-    assert isinstance(error, UnusableRecord) and str(error) == "7.png: no image"
 
 
 @given(st.integers(0, 30), st.floats(0.01, 0.99), st.integers(0, 2**32))

@@ -260,14 +260,6 @@ def test_unusable_files_are_named_or_skipped(folder, monkeypatch):
     assert as_set(both_parts(found)) == as_set(np.delete(data, [1, 4, 7], axis=0))
 
 
-def test_long_lists_of_names_are_cut(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    for i in range(1, 8):
-        (tmp_path / f"{i}.png").write_text("not an image")
-    with pytest.raises(InputError, match=r"7 of 8 .*5\.png and 2 more; the first: 1"):
-        images.read_images(tmp_path, (8, 8, 3))
-
-
 @pytest.mark.parametrize("skip", [False, True])
 def test_files_that_go_bad_or_away_in_training(tmp_path, monkeypatch, skip):
     monkeypatch.setattr(image_files, "MAX_BYTES", 100)
@@ -491,11 +483,3 @@ def test_photos_keep_the_held_out_strip_apart():
 def test_impossible_sets_are_refused(name, changes, part):
     with pytest.raises(InputError, match=part):
         opened(name, **changes)
-
-
-def test_stack_reads_all_in_order():
-    data = pixels(300, 2)
-    np.testing.assert_array_equal(images.stack(data), data)
-    np.testing.assert_array_equal(images.stack(data, 5, "pictures"), data[:5])
-    with pytest.raises(InputError, match="none to load"):
-        images.stack(data[:0])

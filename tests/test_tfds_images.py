@@ -2,8 +2,6 @@
 
 import errno
 import io
-import pickle
-import shutil
 import subprocess
 import sys
 import time
@@ -216,17 +214,6 @@ def test_faults_of_the_file_system_are_not_passed_over(prepared, spoiled):
         found.train[2]
 
 
-def test_batches_are_the_records_that_the_order_names(prepared):
-    found = opened(prepared)
-    whole = images.stack(found.train)
-    stream = Batches(NUM_TRAIN, 8, 1, found.train, num_threads=2)
-    index = Batches(NUM_TRAIN, 8, 1).next(5)
-    np.testing.assert_array_equal(stream.next(5), whole[index])
-    stream.close()
-    copy = pickle.loads(pickle.dumps(found.train))  # As grain's workers get it.
-    np.testing.assert_array_equal(images.stack(copy), whole)
-
-
 def test_limit_takes_the_first_and_a_share_is_held_out(prepared):
     whole = images.stack(opened(prepared).train)
     few = opened(prepared, limit=5)
@@ -278,15 +265,6 @@ def test_unusable_sets_are_refused(prepared, changes, part):
 def test_unknown_name_is_answered_with_close_ones(prepared):
     with pytest.raises(InputError, match=r"'cifr10', .*close: cifar10, cifar100"):
         opened(prepared, tfds="cifr10")
-
-
-def test_damaged_record_is_named(prepared, tmp_path):
-    folder = shutil.copytree(prepared / "cifar10", tmp_path / "cifar10")
-    (file,) = folder.glob("*/*train*")
-    content = file.read_bytes()
-    file.write_bytes(content[:200] + bytes(len(content) - 400) + content[-200:])
-    with pytest.raises(InputError, match=r"record \d+ of 'train': cannot|split"):
-        images.stack(opened(tmp_path).train)
 
 
 def test_set_in_another_format_is_refused(tmp_path):
