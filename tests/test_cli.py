@@ -317,7 +317,7 @@ def test_every_problem_of_a_command_is_told_at_once(run: CommandLine, tmp_path: 
 
 def test_a_change_needs_a_recipe(run: CommandLine, tmp_path: Path):
     result = run("--config.game.gamma=1", f"--workdir={tmp_path / 'run'}")
-    _is_one_line_error(result, "--config.game.gamma changes a field of a recipe")
+    _is_one_line_error(result, "--config.game.gamma=1 changes a field of a recipe")
 
 
 def test_fields_are_changed_by_a_file_of_flags(run: CommandLine, tmp_path: Path):
