@@ -268,7 +268,7 @@ def test_files_that_go_bad_or_away_in_training(tmp_path, monkeypatch, skip):
     found = opened("folder", path=str(tmp_path), channels=1, skip_corrupt=skip)
     train = images.stack(found.train)[:, 0, 0, 0]
     (tmp_path / f"{train[2]:02d}.png").write_bytes(b"damaged")
-    stream = Batches(len(train), len(train), 0, found.train)
+    stream = Batches(len(train), len(train), 0, found.train, prefetch=1)
     if skip:  # By a training image, not by the one held out that may come next.
         delivered = sorted(stream.next(1)[0, :, 0, 0, 0])
         assert delivered == sorted([*np.delete(train, 2), train[3]])

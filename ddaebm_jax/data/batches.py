@@ -114,7 +114,7 @@ class Batches:
           num_threads: that read, in each worker; each reads a whole local batch.
           prefetch: local batches that are read ahead, in each worker; at least 1.
           num_workers: processes that read, by grain; 0: threads of this one.
-          timeout: seconds to wait for a batch before giving up; 0: for ever.
+          timeout: seconds to wait for a batch before giving up; 0: no limit.
 
         Raises:
           InputError: if there are no records, or the batch is not a multiple of the
@@ -209,8 +209,8 @@ class Batches:
             raise InputError(
                 f"no batch came for {self._timeout} s: batch {step} (counted from 0; "
                 f"records {listed(self._reader.indices(step), 5)}) is waited for; a "
-                "file system may stall or a worker hang: mend that and start the run "
-                "again, or raise data.timeout (0: wait for ever)"
+                "file system may stall or a worker hang: fix that and restart the run, "
+                "or raise data.timeout (0: no limit)"
             ) from error
         except InputError:
             raise

@@ -1,4 +1,4 @@
-"""Decodes an image by Pillow and brings it to a model's shape.
+"""Decodes an image by Pillow and converts it to a model's shape.
 
 Nothing of an image is dropped in silence: alpha, colour, 16 bits and missing pixels
 are refused where the model has no place for them.

@@ -1,4 +1,4 @@
-"""Image sets that scikit-learn brings along: digits, and patches of photographs."""
+"""Image sets bundled with scikit-learn: digits, and patches of photographs."""
 
 import dataclasses
 
@@ -52,11 +52,11 @@ def load_digits(
     )
 
 
-def _require(name: str, field: str, found: int, wanted: int) -> None:
-    if found != wanted:
+def _require(name: str, field: str, found: int, needed: int) -> None:
+    if found != needed:
         raise InputError(
-            f"{field} is {found}; the images of data.name = '{name}' have {wanted}; "
-            f"set {field} = {wanted}"
+            f"{field} is {found}; the images of data.name = '{name}' have {needed}; "
+            f"set {field} = {needed}"
         )
 
 

@@ -73,7 +73,7 @@ class Standardizer(NamedTuple):
 
     def inverse(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """Returns rows·std + mean in the columns' units, float64."""
-        _check_width(rows.shape[1], len(self.mean), "the rows to bring back")
+        _check_width(rows.shape[1], len(self.mean), "the rows to scale back")
         return np.asarray(rows, np.float64) * self.std + self.mean
 
     def to_dict(self) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Daemon threads that read.
 
-`concurrent.futures` joins its threads when the program exits, which takes for ever
-where a file system stalls. Daemon threads are not joined.
+`concurrent.futures` joins its threads when the program exits: never, where a file
+system stalls. Daemon threads are not joined.
 """
 
 import concurrent.futures
@@ -89,8 +89,8 @@ def in_parallel(
     except TimeoutError as error:
         raise InputError(
             f"{progress_name or 'reading images'}: no progress for {timeout} s after "
-            f"{len(results)} of {num}; a file system may stall: mend that, or raise "
-            "data.timeout (0: wait for ever)"
+            f"{len(results)} of {num}; a file system may stall: fix that, or raise "
+            "data.timeout (0: no limit)"
         ) from error
     finally:
         pool.close()
