@@ -215,9 +215,7 @@ def join_processes(values: flags.FlagValues) -> None:
 def free_path(path: Path, *companions: str) -> Path:
     """Return `path`, or with -1, -2, … before its suffix if it exists.
 
-    Args:
-      path: the preferred path.
-      companions: suffixes ("" of a folder) that must be free for the same stem.
+    The same stem with the suffixes of `companions` ("": a folder) must be free, too.
     """
     for count in itertools.count():
         number = f"-{count}" if count else ""

@@ -67,18 +67,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run, and write `report.json` and a table beside it.
 
-    Where one exists, as after training, `report-1.json` and so on are written.
-
-    Args:
-      workdir: the run directory.
-      checkpoint: as in `load_run`.
-      input_path: folder or NPZ of images to measure by Inception features in place of
-        samples.
-      skip_corrupt: skip unusable images of a folder.
-      **settings: fields of the config's `evaluation` section to change; None: keep.
-
-    Returns:
-      The report.
+    Where one exists, as after training, `report-1.json` and so on are written. The
+    arguments are the flags of this mode; `settings` are fields of the config's
+    `evaluation` section to change (None: keep).
 
     Raises:
       InputError: for a run, weights, images or settings that do not fit.

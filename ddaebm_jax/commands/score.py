@@ -41,13 +41,8 @@ def score(
 ) -> Path:
     """Write the energies f(x, 0) of rows or images; larger is more likely.
 
-    Args:
-      workdir: the run directory.
-      input_path: CSV or NPZ of rows, in the data's own units; or a folder of PNG and
-        JPEG files, cropped and resized like the training images, or an NPZ of uint8.
-      output: CSV or NPZ; None: a new CSV in the run directory.
-      skip_corrupt: skip unusable images of a folder.
-      checkpoint: as in `load_run`.
+    The arguments are the flags of this mode. Rows are in the data's own units; images
+    of a folder are cropped and resized like the training images.
 
     Returns:
       The path of the scores: CSV (`energy`, or `image,energy`) or NPZ (`energy`, of
