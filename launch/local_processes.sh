@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts N processes of one run on this machine: to try what a pod or a cluster does.
+# Starts N processes of one run on this machine, to try out what a pod or cluster does.
 #
 #   launch/local_processes.sh 2 --config=configs/gaussians25.py --workdir=runs/two
 #
-# DEVICES=2 gives each of them that many virtual CPU devices (default 1); PORT is the
-# coordinator's (default 9876). Ends when all have ended, with the status of the first
-# one that failed; the others are then stopped. Run it again with the same arguments,
-# and the run goes on.
+# DEVICES=2 gives each process two virtual CPU devices (default 1); PORT is the
+# coordinator's (default 9876). The command ends when all processes have ended; if one
+# fails, the others are stopped, and its status is returned. Run the same command again
+# to resume the run.
 set -euo pipefail
 
 usage() {
@@ -27,8 +27,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 
-# Ends what still runs, and waits for it. It is told again and again: a signal that comes
-# while a process is being started gets lost.
+# Stop what still runs, and wait for it. The signal is repeated: one that arrives while a
+# process starts is lost.
 stop() {
   local times
   for ((times = 0; ; times++)); do

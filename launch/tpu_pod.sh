@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on a TPU pod slice: makes it, installs on all workers, runs, and starts again
-# after preemption.
+# Trains on a TPU pod slice: creates it, installs on all workers, runs, and restarts after
+# preemption.
 #
 #   launch/tpu_pod.sh create
 #   launch/tpu_pod.sh install
@@ -9,13 +9,13 @@
 #
 # Settings, from the environment: TPU_NAME, ZONE, ACCELERATOR (v4-32, v5litepod-64, …) and
 # VERSION (the TPU software version, tpu-ubuntu2204-base); SPOT=1 asks for a spot slice.
-# `run` makes and installs a slice that is not there, starts the same command on every
-# worker, and does so again when the slice was preempted; the run then goes on from its
-# newest checkpoint. What fails meanwhile, as for want of free TPUs, is tried again after
+# `run` creates a missing slice and installs on it, starts the same command on every
+# worker, and does so again after a preemption; the run then resumes from its newest
+# checkpoint. What fails meanwhile, for lack of free TPUs for example, is retried after
 # PAUSE seconds (60), at most TRIES times (60) until a command runs. The run directory
-# must lie where all workers see it: on a Filestore share, or a bucket that gcsfuse mounts
-# on each of them (not gs://); gcsfuse has no locks between hosts, so start a run from one
-# place only. Needs gcloud.
+# must lie where all workers see it: on a Filestore share, or in a bucket that gcsfuse
+# mounts on each of them (not gs://). gcsfuse has no locks between hosts, so start a run
+# from one place only. Needs gcloud.
 set -euo pipefail
 
 usage() {
@@ -55,7 +55,7 @@ command -v gcloud >/dev/null || fail "there is no gcloud on PATH; install Google
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# Prints the slice's state; ABSENT: there is none; UNKNOWN: that could not be asked.
+# Print the slice's state; ABSENT if there is none, UNKNOWN if the query fails.
 state() {
   if ! "${tpu[@]}" describe "$name" --zone="$zone" --format='value(state)' \
     2>"$scratch/problem"; then
@@ -80,7 +80,7 @@ create() {
     --version="${VERSION:-tpu-ubuntu2204-base}"
 }
 
-# Joined by &&: where it is asked whether this fails, bash goes on after errors.
+# Joined by &&: bash ignores errexit in a function whose status is tested.
 install() {
   local archive=$scratch/ddaebm_jax.tar.gz
   git -C "$root" archive --format=tar.gz --output="$archive" HEAD &&
@@ -90,7 +90,7 @@ install() {
       pip install -q -U pip && pip install -q -e . "jax[tpu]"'
 }
 
-# Says what holds up, and waits; gives up when that has come too often.
+# Report an obstacle and wait; give up after TRIES of them.
 hold() {
   held=$((held + 1))
   ((held < tries)) || fail "$1; given up after $tries times"
@@ -112,8 +112,8 @@ run() {
         new=0 held=0
         status=0
         on_all_workers "cd ddaebm_jax && . .venv/bin/activate && $command" || status=$?
-        # A preemption takes a moment to show; a run that it ends in time saves, and
-        # ends as one that is through.
+        # A preemption takes a moment to show; a run that saves in time ends with 0,
+        # like a finished one.
         sleep "$pause"
         [[ $(state) == READY ]] || continue
         ((status)) || return 0

@@ -11,7 +11,7 @@ class Faulty:
     """Pixels that tell their record, but for some that cannot be read.
 
     Attributes:
-      unusable: records that are of no use.
+      unusable: records that are unusable.
       errors: what is raised instead of others.
       stalled: a record that takes for ever.
     """
@@ -31,5 +31,5 @@ class Faulty:
         if index in self.errors:
             raise self.errors[index]
         if index in self.unusable:
-            raise UnusableRecord(f"record {index} is of no use")
+            raise UnusableRecord(f"record {index} is unusable")
         return np.full((1, 1, 1), index, np.uint8)

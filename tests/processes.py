@@ -136,22 +136,8 @@ class Started:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def kill(self) -> None:
-        """Kills it, if it has not ended, and waits for that."""
         self._process.kill()
         self._read()
-
-    @property
-    def running(self) -> bool:
-        """Whether it has not ended yet."""
-        return self._process.poll() is None
-
-    @property
-    def err(self) -> str:
-        """What has been written into its errors until now."""
-        return "".join(self._err)
 
     def until(
         self, true: Callable[[], bool], seconds: float = 240.0, every: float = 0.05
@@ -163,8 +149,8 @@ class Started:
         """
         deadline = time.monotonic() + seconds
         while not true():
-            assert self.running, f"it has ended: {self.ended(1.0)}"
-            assert time.monotonic() < deadline, f"not after {seconds} s: {self.err}"
+            assert self._process.poll() is None, f"it has ended: {self.ended(1.0)}"
+            assert time.monotonic() < deadline, f"not after {seconds} s: {self._err}"
             time.sleep(every)
 
     def ended(self, seconds: float = 300.0) -> Result:
@@ -179,9 +165,9 @@ class Started:
             # Python's own handler, which `environment` switches on, tells of threads.
             self._process.send_signal(signal.SIGABRT)
             self._read()
-            raise AssertionError(f"not ended after {seconds} s: {self.err}") from None
+            raise AssertionError(f"not ended after {seconds} s: {self._err}") from None
         self._read()
-        return Result(self._process.returncode, "".join(self._out), self.err)
+        return Result(self._process.returncode, "".join(self._out), "".join(self._err))
 
     def _read(self) -> None:
         self._process.wait(10)

@@ -17,6 +17,7 @@ from test_config import load_recipe
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment, sharding
 from ddaebm_jax.diagnostics import energy_gaps_by_t
+from ddaebm_jax.training import processes
 from ddaebm_jax.training.dispatch import Dispatcher
 
 PLANE = {
@@ -97,7 +98,7 @@ def in_two_processes(
     """Takes some steps, with two devices each; writes the state's leaves to `out`."""
     os.environ["XLA_FLAGS"] = environment(2)["XLA_FLAGS"]
     jax.config.update("jax_platforms", "cpu")
-    sharding.join(sharding.Processes(f"localhost:{port}", 2, number))
+    processes.join(processes.Processes(f"localhost:{port}", 2, number))
     if fields.get("parallel__fsdp"):
         sharding.MIN_SHARDED_SIZE = 16
     described = experiment.build(CONFIGS[kind](**fields))

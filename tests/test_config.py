@@ -331,7 +331,7 @@ _PROCESSES = {
 }
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.fixed_dictionaries(_PROCESSES))
 def test_a_schedule_can_be_made_if_the_config_is_valid(process: dict[str, Any]):
     config = recipe("swissroll", process)

@@ -146,14 +146,6 @@ def test_pca_error_is_the_distance_to_the_plane_of_most_variance(num):
     np.testing.assert_allclose(found, pca_error(train, test), rtol=1e-6)
 
 
-def test_large_training_sets_are_subsampled(digits, monkeypatch):
-    monkeypatch.setattr(detectors, "_MAX_TRAINING_IMAGES", 40)
-    chosen = digits[np.random.default_rng(3).permutation(100)[:40]]
-    fitted = detectors.fit_pixel_detectors(digits[:100], 3)
-    found = fitted["PCA reconstruction error"](digits[-20:])
-    np.testing.assert_allclose(found, pca_error(chosen, digits[-20:]), rtol=1e-6)
-
-
 def test_few_training_images_are_refused(digits):
     with pytest.raises(ValueError, match="there are 19 training images"):
         detectors.fit_pixel_detectors(digits[:19], 0)

@@ -85,7 +85,7 @@ def test_files_that_are_not_npz_files(tmp_path):
     archive(path, ("x.npy", content), ("evil.pkl", b""))
     refused(lambda: read(path), "'evil.pkl'", ".npy")
     archive(path, ("x.npy", content), method=zipfile.ZIP_LZMA)
-    refused(lambda: read(path), "'x.npy' is compressed by method 14")
+    refused(lambda: read(path), "'x.npy', compressed by method 14")
     with path.open("wb") as file:
         file.truncate(2**42)  # A sparse file: it takes no space.
     refused(lambda: read(path), "at most")
@@ -189,3 +189,38 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, content):
     assert files.read_text(path, 100) == '{\n  "a": 1\n}\n'
     with pytest.raises(InputError, match="at most 3 are allowed"):
         files.read_text(path, 3)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        done.append(("sync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def noted_replace(self, target):
+        done.append(("rename", self.stat().st_ino))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    files.write_text_atomically(tmp_path / "file", "text")
+    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert done == [("sync", file), ("rename", file), ("sync", folder)]
+
+
+def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path):
+    """A directory from elsewhere may hold a link out of it, or a pipe."""
+    outside, path = tmp_path / "outside", tmp_path / "run" / "file"
+    outside.write_text("mine")
+    path.parent.mkdir()
+    partial = path.with_name("file.partial")
+    partial.symlink_to(outside)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_text_atomically(path, "text")
+    os.mkfifo(partial)
+    with pytest.raises(OSError):
+        files.write_text_atomically(path, "text")
+    files.write_text_atomically(path, "text")  # What was in the way is gone.
+    assert outside.read_text() == "mine" and path.read_text() == "text"

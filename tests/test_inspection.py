@@ -1,5 +1,6 @@
 """What inspecting a run tells, and that it changes nothing."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -7,21 +8,31 @@ import signal
 from pathlib import Path
 
 import filelock
+import jax
+import jax.numpy as jnp
 import pytest
-from runs import small, train
+from failing import state_of
+from runs import small
 
 from ddaebm_jax.commands import inspect as inspection
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.training import checkpoints as checkpointing
+from ddaebm_jax.training import run_directory
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inspected") / "released_gaussians25"
-    train(small(train__num_steps=16), folder / "run")
-    (folder / "run/samples").mkdir(exist_ok=True)
-    (folder / "run/samples/16.png").touch()
-    return folder / "run"
+    """What a run of 16 steps leaves, with a smaller state."""
+    workdir = tmp_path_factory.mktemp("inspected") / "released_gaussians25" / "run"
+    with contextlib.closing(checkpointing.Checkpoints(workdir)) as checkpoints:
+        for step in (8, 16):
+            checkpoints.save(jax.tree.map(jnp.asarray, state_of(step)), {})
+    run_directory.write_config(workdir, small(train__num_steps=16))
+    run_directory.write_report(workdir, {"step": 16, "figures": {"fid": 1.5}})
+    (workdir / "metrics.jsonl").write_text('{"step": 8}\n{"step": 16, "loss": 0.5}\n')
+    (workdir / "samples").mkdir()
+    (workdir / "samples/16.png").touch()
+    return workdir
 
 
 @pytest.fixture
@@ -49,7 +60,8 @@ def test_a_run_is_told(trained: Path):
     assert re.search(r"checkpoints/8 +[\d.]+ MiB  20\d\d-.*intact\n", text)
     assert re.search(r"checkpoints/16 .* intact\n", text)
     assert re.search(r"\nlast metrics\n  step +16\n", text)
-    assert "\nreport.json\n" in text and re.search(r"samples +1, the last", text)
+    assert re.search(r"\nreport\.json\n  step +16\n  fid +1\.5\n", text)
+    assert re.search(r"samples +1, the last", text)
     assert re.search(r"process +none\n", text)
 
 

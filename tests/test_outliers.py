@@ -92,15 +92,6 @@ def test_metrics_are_scikit_learns_ties_and_infinities_too(elements, data):
     assert np.trapezoid(*curve[::-1]) == pytest.approx(found[0], abs=1e-12)
 
 
-@pytest.mark.parametrize("num", [1, 19, 20, 21, 39, 40, 100])
-def test_fpr95_keeps_no_fewer_and_no_more_than_95_percent(num):
-    inliers = np.arange(num, dtype=float)
-    outliers = np.arange(-5.0, num + 5) + 0.25
-    found = detection(inliers, outliers, num_bootstrap=1).fpr95.value
-    threshold = inliers[num - -(-19 * num // 20)]
-    assert found == (outliers >= threshold).mean() == plain_fpr95(inliers, outliers)
-
-
 def test_intervals_are_those_of_resampling_the_scores_themselves():
     rng = np.random.default_rng(0)
     # Ties, and fewer outliers than inliers.

@@ -57,18 +57,14 @@ def test_two_processes_do_what_one_does(tmp_path: Path):
     config = run_directory.read_config(together)
     config.parallel.num_devices = 4
     train(config, alone)
-    apart = [
-        np.abs(np.asarray(a) - np.asarray(b)).ravel()
-        for a, b in zip(
-            jax.tree.leaves(final_state(together)),
-            jax.tree.leaves(final_state(alone)),
-            strict=True,
-        )
-    ]
-    # Adam's steps are near the learning rate (2e-3) whatever the gradient; rounding
-    # moves few numbers, and none by much.
-    everything = np.concatenate(apart)
-    assert everything.max() < 5e-4 and everything.mean() < 3e-6
+    states = [final_state(workdir) for workdir in (together, alone)]
+    leaves = [jax.tree.leaves((state.variables, state.ema)) for state in states]
+    # Adam's first steps are near the learning rate whatever the gradient; rounding
+    # moves few numbers by as much.
+    apart = np.concatenate(
+        [np.abs(np.subtract(*both)).ravel() for both in zip(*leaves, strict=True)]
+    )
+    assert apart.max() < 5e-4 and apart.mean() < 3e-6
 
 
 @pytest.mark.parametrize("fault", ["killed", "full disk"])
@@ -137,14 +133,6 @@ def test_processes_with_different_configs_are_refused(tmp_path: Path):
         error = error_of(result)
         assert "game.gamma (" in error and "0.5 in process 1" in error
     assert not (tmp_path / "run").exists()
-
-
-def test_more_processes_than_examples(tmp_path: Path):
-    fields = {**RUN, "data__batch_size": 1}
-    flags = [*tiny(GAUSSIANS, **fields), f"--workdir={tmp_path / 'run'}"]
-    for result in results_of(flags, [], [], devices=1):
-        expected = "data.batch_size is 1, not divisible by the 2 devices"
-        assert expected in error_of(result)
 
 
 def test_addresses_of_processes_must_be_complete():

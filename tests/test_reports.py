@@ -3,7 +3,6 @@
 import builtins
 import contextlib
 import json
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from PIL import Image
 from runs import small, steps
 
-from ddaebm_jax import files
 from ddaebm_jax.training.reports import Reports, format_report
 
 METRICS = {
@@ -150,43 +148,3 @@ def test_without_tensorflow_training_goes_on(
 def test_a_report_is_a_table():
     text = format_report({"step": 3, "figures": {"auroc": 0.98765}})
     assert text.splitlines() == ["step           3", "figures/auroc  0.9877"]
-
-
-# --- Files written whole or not at all ----------------------------------------------
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    done: list[tuple[str, int]] = []
-    fsync, replace = os.fsync, Path.replace
-
-    def noted_fsync(descriptor):
-        done.append(("sync", os.fstat(descriptor).st_ino))
-        fsync(descriptor)
-
-    def noted_replace(self, target):
-        done.append(("rename", self.stat().st_ino))
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "replace", noted_replace)
-    files.write_text_atomically(tmp_path / "file", "text")
-    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
-    assert done == [("sync", file), ("rename", file), ("sync", folder)]
-
-
-def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path: Path):
-    """A directory from elsewhere may hold a link out of it, or a pipe."""
-    outside, path = tmp_path / "outside", tmp_path / "run" / "file"
-    outside.write_text("mine")
-    path.parent.mkdir()
-    partial = path.with_name("file.partial")
-    partial.symlink_to(outside)
-    with pytest.raises(OSError, match="symbolic links"):
-        files.write_text_atomically(path, "text")
-    os.mkfifo(partial)
-    with pytest.raises(OSError):
-        files.write_text_atomically(path, "text")
-    files.write_text_atomically(path, "text")  # What was in the way is gone.
-    assert outside.read_text() == "mine" and path.read_text() == "text"

@@ -1,22 +1,19 @@
 """Tables: what is split, standardised and read, and what is refused."""
 
-import io
 import json
-import struct
-import zipfile
-from pathlib import Path
+import os
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from untrusted import FUZZ, read_or_refused
+from untrusted import refused as refused_cheaply
 
 from ddaebm_jax.data import table_files, tabular
 from ddaebm_jax.data.tabular import Standardizer
 from ddaebm_jax.errors import InputError
-
-FEW = settings(max_examples=25, deadline=None)
 
 values = st.floats(-1e6, 1e6, allow_subnormal=False)
 tables = hnp.arrays(
@@ -56,7 +53,6 @@ def numbered(n, d=3):
 # --- Standardizer ---------------------------------------------------------------
 
 
-@FEW
 @given(tables)
 def test_standardised_columns_have_mean_0_and_std_1_or_0(rows):
     standardizer = Standardizer.fit(rows)
@@ -70,22 +66,12 @@ def test_standardised_columns_have_mean_0_and_std_1_or_0(rows):
     assert np.isfinite(standardizer.transform(rows)).all()
 
 
-@FEW
 @given(tables)
 def test_inverse_undoes_transform(rows):
     standardizer = Standardizer.fit(rows)
     back = standardizer.inverse(standardizer.transform(rows))
     scale = standardizer.std * (1 + np.abs(rows - standardizer.mean).max())
     assert (np.abs(back - rows) <= 1e-6 * scale + 1e-9 * np.abs(rows)).all()
-
-
-@FEW
-@given(tables)
-def test_standardizer_survives_json_exactly(rows):
-    standardizer = Standardizer.fit(rows)
-    loaded = Standardizer.from_dict(json.loads(json.dumps(standardizer.to_dict())))
-    np.testing.assert_array_equal(loaded.mean, standardizer.mean)
-    np.testing.assert_array_equal(loaded.std, standardizer.std)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e30, 1e-300])
@@ -97,11 +83,6 @@ def test_constant_column_is_moved_and_not_scaled(constant):
     assert (standardizer.transform(rows)[:, 0] == 0).all()
 
 
-def test_column_whose_spread_underflows_is_not_scaled():
-    rows = np.array([[0.0], [5e-324]])
-    assert Standardizer.fit(rows).std[0] == 1.0
-
-
 def test_transform_gives_float32_from_float64_arithmetic():
     rows = 1.7e9 + np.arange(5.0)[:, None]
     scaled = Standardizer.fit(rows).transform(rows)
@@ -111,41 +92,31 @@ def test_transform_gives_float32_from_float64_arithmetic():
     )
 
 
-def test_transform_refuses_what_leaves_float32():
+def test_standardizer_survives_json_exactly_and_damage_is_told():
+    standardizer = Standardizer.fit(numbered(9) / 7)
+    saved = json.loads(json.dumps(standardizer.to_dict()))
+    for a, b in zip(Standardizer.from_dict(saved), standardizer, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for changes in (
+        {"mean": None},
+        {"std": ["wide"] * 3},
+        {"std": [1.0]},
+        {"std": [1.0, 1.0, 0.0]},
+        {"mean": [0.0, 0.0, float("nan")]},
+    ):
+        with pytest.raises(InputError, match="a saved standardizer needs"):
+            Standardizer.from_dict(saved | changes)
+
+
+def test_rows_that_cannot_be_standardised_are_refused():
     standardizer = Standardizer(np.zeros(2), np.array([1.0, 1e-30]))
-    with pytest.raises(ValueError, match=r"row 1 .*column 1 .*1e\+20.*1e\+50"):
+    with pytest.raises(InputError, match=r"row 1 .*column 1 .*1e\+20.*1e\+50"):
         standardizer.transform(np.array([[0.0, 0.0], [1.0, 1e20]]))
-
-
-@pytest.mark.parametrize("method", ["transform", "inverse"])
-def test_standardizer_refuses_another_width(method):
-    standardizer = Standardizer.fit(numbered(4))
-    with pytest.raises(ValueError, match="2 columns found, 3 needed"):
-        getattr(standardizer, method)(np.zeros((1, 2)))
-
-
-def test_standardizer_needs_a_row():
-    with pytest.raises(ValueError, match="found 0"):
+    for method in (standardizer.transform, standardizer.inverse):
+        with pytest.raises(InputError, match="3 columns found, 2 needed"):
+            method(np.zeros((1, 3)))
+    with pytest.raises(InputError, match="found 0"):
         Standardizer.fit(np.zeros((0, 3)))
-
-
-@pytest.mark.parametrize(
-    "saved",
-    [
-        {},
-        {"mean": [0.0]},
-        {"mean": [0.0], "std": ["wide"]},
-        {"mean": [0.0], "std": [1.0, 2.0]},
-        {"mean": 0.0, "std": 1.0},
-        {"mean": [0.0], "std": [0.0]},
-        {"mean": [0.0], "std": [-1.0]},
-        {"mean": [float("nan")], "std": [1.0]},
-        {"mean": [0.0], "std": [float("inf")]},
-    ],
-)
-def test_damaged_standardizer_is_refused(saved):
-    with pytest.raises(ValueError, match="standardizer"):
-        Standardizer.from_dict(saved)
 
 
 # --- The split ------------------------------------------------------------------
@@ -184,20 +155,13 @@ def test_breast_cancer_trains_on_benign_rows_and_covers_all(seed):
     assert sorted(near(outliers)) == list(np.flatnonzero(raw.target == 0))
 
 
-def test_breast_cancer_is_a_function_of_its_seed():
-    first, again, other = (tabular.load_breast_cancer(s, 0.2) for s in (1, 1, 2))
-    assert_equal_tables(first, again)
-    assert not np.array_equal(first.train, other.train)
-
-
-@FEW
 @given(st.integers(4, 40), st.floats(0.1, 0.7), st.integers(0, 2**32))
 def test_split_is_disjoint_covers_all_and_repeats(tmp_path_factory, n, share, seed):
     path = tmp_path_factory.mktemp("split") / "t.npz"
     rows = numbered(n)
     np.savez(path, x=rows)
     if not 1 <= round(n * share) <= n - 2:
-        with pytest.raises(ValueError, match="test_fraction"):
+        with pytest.raises(InputError, match="test_fraction"):
             tabular.load_table(path, seed, share)
         return
     table = tabular.load_table(path, seed, share)
@@ -259,42 +223,24 @@ def test_labels_mean_the_same_in_csv_and_npz(save):
         np.testing.assert_array_equal(table.test_labels, np.repeat([0, 1], [6, 5]))
 
 
-def test_without_a_label_column_a_csv_is_split_plainly(save):
-    table = tabular.load_table(save("t.csv", csv_of(numbered(10))), 0, 0.3)
-    assert table.train.shape == (7, 3) and table.test_labels is None
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan")])
-def test_fraction_out_of_range_is_refused(share):
-    with pytest.raises(ValueError, match=f"test_fraction is {share}; .*between 0 and"):
-        tabular.load_breast_cancer(0, share)
-
-
-@pytest.mark.parametrize("n,share", [(1, 0.5), (2, 0.5), (3, 0.1), (3, 0.9)])
-def test_too_few_rows_are_refused(save, n, share):
-    path = save("few.npz", x=numbered(n))
-    with pytest.raises(ValueError, match=f"few.npz: {n} rows split .*at least"):
+@pytest.mark.parametrize(
+    "n,share,part",
+    [
+        (9, 0.0, r"test_fraction is 0\.0; .*between 0 and 1"),
+        (9, float("nan"), "test_fraction is nan; .*between 0 and 1"),
+        (2, 0.5, r"few.npz: rows: .* of 2 holds out 1 and leaves 1 .* 1 and 2 are"),
+        (3, 0.1, "few.npz: rows: .* of 3 holds out 0"),
+    ],
+)
+def test_impossible_splits_are_refused(save, n, share, part):
+    with pytest.raises(InputError, match=part):
+        tabular.load_table(save("few.npz", x=numbered(n)), 0, share)
+    path = save("none.npz", x=numbered(9), labels=np.ones(9, int))
+    with pytest.raises(InputError, match=r"rows labelled 0: .* of 0 |between"):
         tabular.load_table(path, 0, share)
 
 
-def test_too_few_inliers_are_refused(save):
-    path = save("few.npz", x=numbered(9), labels=np.ones(9, int))
-    with pytest.raises(ValueError, match=r"few.npz: 0 rows labelled 0 split"):
-        tabular.load_table(path, 0, 0.5)
-
-
 # --- Reading --------------------------------------------------------------------
-
-
-@FEW
-@given(tables, st.booleans())
-def test_csv_keeps_every_number(tmp_path_factory, rows, header):
-    path = tmp_path_factory.mktemp("csv") / "t.csv"
-    names = [f"name {j}" for j in range(rows.shape[1])] if header else None
-    path.write_text(csv_of(rows, header=names))
-    read = tabular.read_rows(path)
-    assert read.dtype == np.float32
-    np.testing.assert_array_equal(read, rows.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", "i1", "u2", "i8", "?"])
@@ -307,11 +253,11 @@ def test_npz_of_any_real_type_is_read(tmp_path, dtype, order, saver):
     np.testing.assert_array_equal(read, rows.astype(np.float32))
 
 
-def test_x_is_preferred_and_other_arrays_do_no_harm(save):
-    rows = numbered(4)
-    objects = np.array([{}], dtype=object)
-    path = save("t.npz", x=rows, other=np.zeros((2, 2)), notes=objects)
-    np.testing.assert_array_equal(tabular.read_rows(path), rows.astype(np.float32))
+def test_csv_keeps_every_bit(save):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(500, 3)) * 10.0 ** rng.integers(-300, 37, (500, 3))
+    read = table_files.read_table_file(save("t.csv", csv_of(rows)))
+    np.testing.assert_array_equal(read.rows, rows, strict=True)
 
 
 def test_csv_forms_that_programs_write(save):
@@ -321,49 +267,27 @@ def test_csv_forms_that_programs_write(save):
     np.testing.assert_array_equal(tabular.read_rows(path), [[1, 2], [3, -0.5], [7, 8]])
 
 
-def test_read_rows_standardises_as_the_training_rows_were(save):
-    path = save("t.npz", x=1.7e9 + numbered(30))
-    table = tabular.load_table(path, 1, 0.2)
-    scored = tabular.read_rows(path, standardizer=table.standardizer)
-    assert scored.dtype == np.float32
-    everything = np.concatenate([table.train, table.test])
-    assert {tuple(row) for row in scored} == {tuple(row) for row in everything}
-
-
 def refused(path, *parts, dim=None):
-    """The one-line message of the refusal, which holds the path and the parts."""
-    with pytest.raises(ValueError) as caught:
-        tabular.read_rows(path, dim)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message
-    for part in parts:
-        assert part in message
-    return message
+    message = refused_cheaply(lambda: tabular.read_rows(path, dim), *parts)
+    assert message.startswith(f"{path}: ") and len(message) < 600
 
 
-def test_missing_file_is_named(tmp_path):
+def test_files_that_are_not_tables_at_all(save, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing.csv: no such file"):
         tabular.read_rows(tmp_path / "nothing.csv")
-
-
-def test_directory_is_refused(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     refused(tmp_path / "folder.csv", "not a regular file")
-
-
-@pytest.mark.parametrize("name", ["t.txt", "t", "t.npy", "t.pkl"])
-def test_wrong_suffix_is_refused(save, name):
-    refused(save(name, "1,2\n"), "suffix", ".csv, .npz")
-
-
-def test_suffix_may_be_upper_case(save):
+    os.mkfifo(tmp_path / "pipe.csv")
+    refused(tmp_path / "pipe.csv", "not a regular file")
+    for name in ("t.txt", "t", "t.npy", "t.pkl"):
+        refused(save(name, "1,2\n"), "suffix", ".csv, .npz")
     assert tabular.read_rows(save("T.CSV", "1,2\n")).shape == (1, 2)
 
 
 def test_wrong_width_is_refused(save):
     refused(save("t.csv", "1,2\n"), "2 columns found, 3 needed", dim=3)
     refused(save("t.npz", x=numbered(2)), "3 columns found, 4 needed", dim=4)
-    with pytest.raises(ValueError, match=r"t.csv: 2 columns found, 3 needed"):
+    with pytest.raises(InputError, match=r"t.csv: 2 columns found, 3 needed"):
         tabular.read_rows(
             save("t.csv", "1,2\n"), standardizer=Standardizer.fit(numbered(3))
         )
@@ -374,77 +298,73 @@ def test_wrong_width_is_refused(save):
     [
         ("", ["is empty"]),
         (" \n\n", ["is empty"]),
-        ("a,b\n", ["line 1 is a header", "no row follows"]),
-        ("a,b\n1,2\n3\n", ["line 3 has 1 columns", "line 1 has 2"]),
-        ("1,2\n3,4,5\n", ["line 2 has 3 columns", "line 1 has 2"]),
-        ("a,b\n1,2\n3,red\n", ["line 3, column 'b' is 'red'", "a number is needed"]),
+        ("a,b\n", ["is empty (0×2)"]),
+        ("a,b\n1,2\n3\n", ["line 3 has 1 columns", "first line has 2"]),
+        ("1,2\n3,4,5\n", ["line 2 has 3 columns", "first line has 2"]),
+        ("a,b\n1,2,3\n4,5,6\n", ["line 2 has 3 columns", "first line has 2"]),
+        ("a,b\n1,2\n3,red\n", ["line 3, column 'b' is 'red'", "number is needed"]),
         ("1,2\n3,\n", ["line 2, column 'column_1' is ''", "missing values"]),
         ("1,2\n3,1_0\n", ["line 2, column 'column_1' is '1_0'"]),
         ("1,2\n3,#N/A\n", ["line 2", "'#N/A'"]),
         ("a;b\n1;2\n", ["line 2", "'1;2'", "separate cells by commas"]),
-        ("a,b\n1,nan\n", ["line 2, column 'b' is nan", "missing values"]),
+        ("a,b\n1,nan\n", ["line 2, column 'b' is 'nan'", "missing values"]),
         ("a,b\n\n1,2\n-inf,2\n", ["line 4, column 'a' is -inf"]),
         ("a,b\n1e39,2\n", ["line 2, column 'a' is 1e+39", "3.4e+38"]),
         ("1,x\n1,2\n", ["line 1, column 2 is 'x'", "only names or only numbers"]),
         (",b\n1,2\n", ["line 1, column 1 of the header is empty", "index=False"]),
         ("b,b\n1,2\n", ["column 2 of the header is 'b' a second time"]),
-        ('"a\nb",c\n1,"x\ny"\n', ["column 'c' is 'x\\ny'"]),
+        ('"a\nb",c\n1,"x\ny"\n', ["line 4, column 'c' is 'x\\ny'"]),
         ('a,b\n1,"2\n', ["line 2 is not CSV"]),
         (f"a,b\n1,{'x' * 1000}\n", ["…'"]),
-        (f"a,b\n1,{'1' * 200_000}\n", ["line 2 is not CSV", "field"]),
+        ("a,b\n=1+1,2\n", ["column 'a' is '=1+1'"]),
         (b"a,b\n1,2\n\xff\xfe,3\n", ["not UTF-8"]),
         ("a,b\n1,2\n".encode("utf-16"), ["not UTF-8"]),
-        (b"1,\x00\n", ["t.csv"]),
+        (b"a,b\n1,\x00\n", ["line 2, column 'b' is '\\x00'"]),
+        (b"1" * 2**21, ["line 1 is not CSV", "field"]),
+        (b"1," * 70_000 + b"1\n", ["line 1 has 70001 columns", "at most 65536"]),
     ],
 )
 def test_unusable_csv_is_refused(save, text, parts):
-    message = refused(save("t.csv", text), *parts)
-    assert len(message) < 600
+    refused(save("t.csv", text), *parts)
 
 
-def test_large_csv_is_refused_before_it_is_read(save, monkeypatch):
-    path = save("t.csv", "1,2\n" * 10)
-    monkeypatch.setattr(table_files, "MAX_CSV_BYTES", 39)
-    refused(path, "40 bytes", "at most 39")
-
-
-@pytest.mark.parametrize(
-    "label,parts",
-    [
-        ("kind", ["no column 'kind'", "'a', 'b'"]),
-        ("b", ["line 3 has the label 2.0", "0 (inlier), 1 (outlier)"]),
-    ],
-)
-def test_unusable_csv_labels_are_refused(save, label, parts):
-    path = save("t.csv", "a,b\n1,0\n2,2\n")
-    with pytest.raises(ValueError) as caught:
-        tabular.load_table(path, 0, 0.5, label)
-    for part in [f"{path}: ", *parts]:
-        assert part in str(caught.value)
-
-
-def test_csv_of_labels_alone_is_refused(save):
-    with pytest.raises(ValueError, match="the label 'a' is the only column"):
-        tabular.load_table(save("t.csv", "a\n0\n1\n"), 0, 0.5, "a")
+def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
+    path = save("t.csv", b"")
+    os.truncate(path, 2**40)  # A sparse file: it takes no space.
+    refused(path, "1099511627776 bytes", "at most 268435456")
+    path = save("t.npz", x=np.zeros((100, 10), np.int8))
+    monkeypatch.setattr(table_files, "MAX_NPZ_BYTES", 2000)
+    refused(path, "'x' (100×10, int8) takes more than 2000 bytes as float64")
 
 
 @pytest.mark.parametrize(
-    "arrays,label,parts",
+    "text,label,part",
     [
-        ({"labels": np.zeros(3)}, None, ["'labels' (3, float64)", "4 rows"]),
-        ({"labels": np.zeros((4, 1))}, None, ["'labels' (4×1", "4 rows"]),
-        ({"labels": np.array([0, 0, 0.5, 1])}, None, ["row 2", "label 0.5"]),
-        ({"labels": np.array(list("abcd"))}, None, ["'labels'", "not hold real"]),
-        ({"labels": np.zeros(4, object)}, None, ["object arrays are refused"]),
-        ({"labels": np.zeros(4)}, "kind", ["no array 'kind'", "'labels'"]),
+        ("a,b\n1,0\n2,2\n", "kind", "no column 'kind' .*; found: 'a', 'b'"),
+        ("a,b\n1,0\n2,2\n", "b", r"line 3 has the label 2.0; allowed: 0 .inlier., 1"),
+        ("a\n0\n1\n", "a", "beside others; found: 'a'"),
     ],
 )
-def test_unusable_npz_labels_are_refused(save, arrays, label, parts):
+def test_unusable_csv_labels_are_refused(save, text, label, part):
+    with pytest.raises(InputError, match=part):
+        tabular.load_table(save("t.csv", text), 0, 0.5, label)
+
+
+@pytest.mark.parametrize(
+    "arrays,label,part",
+    [
+        ({"labels": np.zeros(3)}, None, r"each of the 4 rows; .*'labels' \(3, float64"),
+        ({"labels": np.zeros((4, 1))}, None, r"each of the 4 rows; .*'labels' \(4×1"),
+        ({"labels": np.array([0, 0, 0.5, 1])}, None, "row 2 .*label 0.5"),
+        ({"labels": np.array(list("abcd"))}, None, "'labels'.* not hold real"),
+        ({"labels": np.zeros(4, object)}, None, "Python objects"),
+        ({"labels": np.zeros(4)}, "kind", "1-D array 'kind' .*'labels'"),
+    ],
+)
+def test_unusable_npz_labels_are_refused(save, arrays, label, part):
     path = save("t.npz", x=numbered(4), **arrays)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError, match=f"{path}: .*{part}"):
         tabular.load_table(path, 0, 0.5, label)
-    for part in [f"{path}: ", *parts]:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -453,14 +373,12 @@ def test_unusable_npz_labels_are_refused(save, arrays, label, parts):
         ({"x": np.zeros(3)}, ["'x' (3, float64) is not 2-D"]),
         ({"a": np.zeros(3)}, ["0 2-D arrays", "'a' (3, float64)", "savez"]),
         ({"a": np.eye(2), "b": np.eye(3)}, ["2 2-D arrays", "'a' (2×2", "'b' (3×3"]),
-        ({"x": np.zeros((0, 3))}, ["'x' (0×3, float64) is empty"]),
-        ({"x": np.zeros((3, 0))}, ["'x' (3×0, float64) is empty"]),
+        ({"x": np.zeros((0, 3))}, ["is empty (0×3)"]),
+        ({"x": np.zeros((3, 0))}, ["is empty (3×0)"]),
         ({"x": np.array([["a"]])}, ["not hold real numbers"]),
         ({"x": np.zeros((2, 2), complex)}, ["complex128", "not hold real numbers"]),
-        ({"x": np.zeros((2, 2), "M8[s]")}, ["not hold real numbers"]),
         ({"x": np.zeros((2, 2), "f4,f4")}, ["not hold real numbers"]),
-        ({"x": np.array([[1, None]])}, ["object arrays are refused", "unpickling"]),
-        ({"rows": np.array([[1, None]])}, ["object arrays are refused"]),
+        ({"x": np.array([[1, None]])}, ["Python objects", "unpickling"]),
         (
             {"x": np.array([[0, 1], [2, np.nan]])},
             ["row 1 (counted from 0), column 'column_1' is nan"],
@@ -473,140 +391,68 @@ def test_unusable_npz_is_refused(save, arrays, parts):
     refused(save("t.npz", **arrays), *parts)
 
 
-def test_pickles_are_never_opened(save, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (tmp_path.joinpath("sprung").mkdir, ())
+@FUZZ
+@given(st.text(alphabet='0123.-+einaf,;\n\r\t\0 "x_', max_size=60))
+def test_any_csv_gives_numbers_or_a_refusal(save, text):
+    path = save("t.csv", text.encode())
 
-    path = save("t.npz", x=np.array([[Trap()]], dtype=object))
-    refused(path, "object arrays are refused")
-    assert not (tmp_path / "sprung").exists()
-
-
-def zipped(path, members, **options):
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def npy_header(shape, descr="<f8"):
-    """A .npy file that promises an array and holds none."""
-    file = io.BytesIO()
-    header = {"shape": shape, "fortran_order": False, "descr": descr}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.getvalue()
-
-
-def test_what_is_no_npz_is_refused(save, tmp_path):
-    refused(save("a.npz", "1,2\n"), "not a zip archive", "savez")
-    refused(save("b.npz", b""), "not a zip archive")
-    refused(save("c.npz", npy(np.eye(2))), "not a zip archive")
-    refused(zipped(tmp_path / "d.npz", {}), "found: none")
-    refused(
-        zipped(tmp_path / "e.npz", {"notes.txt": "hello"}), "'notes.txt'", "only .npy"
-    )
-    refused(
-        zipped(tmp_path / "f.npz", {"x.npy": b"hello"}),
-        "the member 'x.npy' cannot be read",
-    )
-    refused(zipped(tmp_path / "g.npz", {"x.npy": npy(np.eye(2))[:-1]}), "holds 31")
-    lzma = zipped(
-        tmp_path / "h.npz", {"x.npy": npy(np.eye(2))}, compression=zipfile.ZIP_LZMA
-    )
-    refused(lzma, "compressed by method 14", "stored and deflated")
-
-
-def test_npz_larger_than_the_bound_is_refused_unread(save, monkeypatch):
-    path = save("t.npz", x=numbered(10))
-    monkeypatch.setattr(table_files, "MAX_NPZ_BYTES", 200)
-    refused(path, "bytes once decompressed", "at most 200")
-
-
-def test_small_integers_count_as_the_float64_they_become(save, monkeypatch):
-    path = save("t.npz", x=np.zeros((100, 10), np.int8))
-    monkeypatch.setattr(table_files, "MAX_NPZ_BYTES", 2000)
-    refused(path, "takes 8000 bytes as float64")
-
-
-@pytest.mark.parametrize(
-    "shape", [(2**40, 2**20), (2**62, 8), (-4, -1), (1, 1), (10**30, 10)]
-)
-def test_array_that_promises_more_than_it_holds_is_not_allocated(tmp_path, shape):
-    path = zipped(tmp_path / "t.npz", {"x.npy": npy_header(shape)})
-    refused(path, "t.npz")
-
-
-def test_bomb_that_hides_its_size_is_cut_short(tmp_path):
-    """The zip's headers say 100 bytes; the deflated stream goes on to 64 MiB."""
-    path = tmp_path / "t.npz"
-    content = npy_header((2**20, 8)) + bytes(2**26)
-    zipped(path, {"x.npy": content}, compression=zipfile.ZIP_DEFLATED)
-    data = path.read_bytes().replace(
-        struct.pack("<I", len(content)), struct.pack("<I", 100)
-    )
-    path.write_bytes(data)
-    refused(path, "t.npz")
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_damaged_npz_gives_numbers_or_a_refusal(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("fuzz") / "t.npz"
-    np.savez_compressed(path, x=numbered(6), labels=np.zeros(6, int))
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        content[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(content)
-    try:
-        table = tabular.load_table(path, 0, 0.5)
-    except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:
-        assert np.isfinite(table.train).all()
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.text(alphabet='01.-e,;\n\r\t "ax_', max_size=40))
-def test_any_csv_gives_numbers_or_a_refusal(tmp_path_factory, text):
-    path = tmp_path_factory.mktemp("fuzz") / "t.csv"
-    path.write_text(text, encoding="utf-8", newline="")
-    try:
+    def read():
         rows = tabular.read_rows(path)
-    except ValueError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:
         assert rows.size and np.isfinite(rows).all()
 
+    read_or_refused(read)
 
-def test_a_kept_table_comes_back_and_damage_is_told(tmp_path: Path):
-    table = tabular.load_breast_cancer(0, 0.3)
+
+# --- Tables that a run keeps ----------------------------------------------------
+
+
+def test_a_kept_table_comes_back_and_damage_is_told(tmp_path):
+    table, other = (tabular.load_breast_cancer(seed, 0.3) for seed in (0, 1))
     path = tmp_path / "table.npz"
     tabular.save_table(table, path)
     again = tabular.load_saved_table(path)
-    assert tabular.fingerprint(again) == tabular.fingerprint(table)
-    assert again.columns == table.columns
+    assert_equal_tables(again, table)
     np.testing.assert_array_equal(again.standardizer.std, table.standardizer.std)
-    other = tabular.load_breast_cancer(1, 0.3)
+    assert tabular.fingerprint(again) == tabular.fingerprint(table)
     assert tabular.fingerprint(other) != tabular.fingerprint(table)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="does not hold the run's table"):
+    with pytest.raises(InputError, match=r"does not hold the run's table.*train again"):
         tabular.load_saved_table(path)
     path.unlink()
     with pytest.raises(InputError, match="does not hold the run's table"):
         tabular.load_saved_table(path)
 
 
-def test_columns_with_names_are_put_in_the_order_of_training(tmp_path: Path):
-    path = tmp_path / "rows.csv"
-    path.write_text("b,a\n1,2\n3,4\n")
+def test_tables_whose_arrays_do_not_fit_are_refused(save):
+    rows = np.zeros((5, 2), np.float32)
+    whole = {
+        "columns": np.array(["a", "b"]),
+        "train": rows,
+        "test": rows,
+        "mean": np.zeros(2),
+        "std": np.ones(2),
+    }
+    assert tabular.load_saved_table(save("t.npz", **whole)).columns == ("a", "b")
+    for changes in (
+        {"train": rows[0]},
+        {"train": rows[:, :1]},
+        {"train": rows[:0]},
+        {"test": rows + np.float32(np.nan)},
+        {"train": rows.astype(int)},
+        {"train": np.array([{}], object)},
+        {"std": np.zeros(2)},
+        {"mean": np.array(["a", "b"])},
+        {"mean": np.zeros(3)},
+        {"columns": np.array("a")},
+        {"test_labels": np.zeros(4, int)},
+        {"test_labels": np.zeros(5)},
+    ):
+        path = save("t.npz", **(whole | changes))
+        refused_cheaply(lambda path=path: tabular.load_saved_table(path), str(path))
+
+
+def test_columns_with_names_are_put_in_the_order_of_training(save):
+    path = save("rows.csv", "b,a\n1,2\n3,4\n")
     rows = tabular.read_rows(path, 2, None, ("a", "b"))
     np.testing.assert_array_equal(rows, [[2, 1], [4, 3]])
     nameless = ("column_0", "column_1")

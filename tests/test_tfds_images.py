@@ -2,7 +2,6 @@
 
 import errno
 import io
-import pickle
 import subprocess
 import sys
 import time
@@ -110,7 +109,7 @@ def test_the_same_images_in_another_order_are_other_data(prepared, tmp_path):
     turned = opened(write(tmp_path, "array_record", Turned))
     found = opened(prepared)
     assert as_set(images.stack(turned.train)) == as_set(images.stack(found.train))
-    assert turned.fingerprint() != found.fingerprint()
+    assert turned.fingerprint != found.fingerprint
 
 
 def as_set(stack):
@@ -215,17 +214,6 @@ def test_faults_of_the_file_system_are_not_passed_over(prepared, spoiled):
         found.train[2]
 
 
-def test_batches_are_the_records_that_the_order_names(prepared):
-    found = opened(prepared)
-    whole = images.stack(found.train)
-    stream = Batches(NUM_TRAIN, 8, 1, found.train, num_threads=2)
-    index = Batches(NUM_TRAIN, 8, 1).next(5)
-    np.testing.assert_array_equal(stream.next(5), whole[index])
-    stream.close()
-    copy = pickle.loads(pickle.dumps(found.train))  # As grain's workers get it.
-    np.testing.assert_array_equal(images.stack(copy), whole)
-
-
 def test_limit_takes_the_first_and_a_share_is_held_out(prepared):
     whole = images.stack(opened(prepared).train)
     few = opened(prepared, limit=5)
@@ -236,10 +224,10 @@ def test_limit_takes_the_first_and_a_share_is_held_out(prepared):
     assert len(split.test) == 5 and as_set(both) == as_set(whole)
     sliced = opened(prepared, split="train[:50%]", test_split="train[50%:]")
     assert (len(sliced.train), len(sliced.test)) == (10, 10)
-    prints = {s.fingerprint() for s in (opened(prepared), few, split, sliced)}
+    prints = {s.fingerprint for s in (opened(prepared), few, split, sliced)}
     assert len(prints) == 4
-    assert split.fingerprint() != opened(prepared, 1, test_split="").fingerprint()
-    assert split.fingerprint() == opened(prepared, test_split="").fingerprint()
+    assert split.fingerprint != opened(prepared, 1, test_split="").fingerprint
+    assert split.fingerprint == opened(prepared, test_split="").fingerprint
 
 
 def test_images_are_cropped_and_resized(prepared):
@@ -265,32 +253,18 @@ def test_images_are_cropped_and_resized(prepared):
         ({"split": "train+test[:1]"}, "share records"),
         ({"tfds": "cifar10/nope"}, "data.tfds is 'cifar10/nope', which TFDS cannot"),
         ({"tfds": "../up"}, "which TFDS cannot open"),
-        ({"tfds": "wikipedia"}, "has no feature 'image'; it has .*title"),
+        ({"tfds": "wikipedia"}, "has no feature 'image' of uint8; it has title"),
     ],
 )
-def test_sets_of_no_use_are_refused(prepared, changes, part):
+def test_unusable_sets_are_refused(prepared, changes, part):
     with pytest.raises(InputError, match=part) as caught:
         opened(prepared, **changes)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_name_is_answered_with_close_ones(prepared):
-    with pytest.raises(InputError, match=r"'cifr10'; .*close: cifar10, cifar100"):
+    with pytest.raises(InputError, match=r"'cifr10', .*close: cifar10, cifar100"):
         opened(prepared, tfds="cifr10")
-
-
-def test_damaged_record_is_named(prepared, tmp_path):
-    import shutil
-
-    folder = shutil.copytree(prepared / "cifar10", tmp_path / "cifar10")
-    (file,) = folder.glob("*/*train*")
-    content = bytearray(file.read_bytes())
-    content[200:-200] = bytes(len(content) - 400)
-    file.write_bytes(content)
-    with pytest.raises(
-        InputError, match=r"record \d+ of 'train': cannot be read|split"
-    ):
-        images.stack(opened(tmp_path).train)
 
 
 def test_set_in_another_format_is_refused(tmp_path):
@@ -315,7 +289,7 @@ def test_set_that_is_not_there_fails_soon_without_a_network(tmp_path, monkeypatc
 
 def test_package_that_preparing_needs_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(InputError, match="needs the Python package tensorflow"):
+    with pytest.raises(InputError, match=r"import of tensorflow.*pip install"):
         opened(tmp_path)
 
 

@@ -162,13 +162,6 @@ def files(workdir: Path) -> dict[Path, bytes]:
 # --- Beginning and end --------------------------------------------------------------
 
 
-def test_a_batch_that_cannot_be_split_is_refused_and_makes_nothing(tmp_path: Path):
-    config = small(parallel__num_devices=8, data__batch_size=12)
-    with pytest.raises(InputError, match="not divisible by the 8 devices; use 8 or 16"):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_without_a_latent_a_run_works_from_end_to_end(tmp_path: Path):
     config = small(train__num_steps=4, game__latent=False)
     report = train(config, tmp_path, figures=True)

@@ -135,6 +135,7 @@ def write_zip(
         content = described(arrays) if content is None else content
         archive.writestr("w/data.pkl", pickled(content, protocol))
         archive.writestr("w/byteorder", byteorder)
+        archive.writestr("w/version", "3\n")
         for i, array in enumerate(arrays.values()):
             archive.writestr(f"w/data/{i}", array.tobytes())
     return path
@@ -335,7 +336,7 @@ def test_the_hostile_pickles_work(tmp_path: Path):
         b"\x80\x02X\xff\xff\xff\x7f.",  # A text of two gigabytes.
         b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fa.",
         b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}.",
-        b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # A memo of two milliard places.
+        b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # A memo of two billion entries.
         b"\x80\x02K\x01p2147483647\n.",
         b"\x80\x02" + b")" + b"\x85" * 20_000 + b".",  # Deep.
         b"\x80\x02]q\x00h\x00a.",  # A list that holds itself.

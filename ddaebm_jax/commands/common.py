@@ -65,10 +65,16 @@ def user_errors() -> Iterator[None]:
 def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
     """Run a command; `words` are the program's name and arguments that are no flags."""
     logging.get_absl_handler().addFilter(_is_for_users)
+    sys.unraisablehook = _log_unraisable
     with user_errors():
         if words[1:]:
             raise InputError(f"what is {words[1]!r}? Flags start with --")
         command(flags.FLAGS)
+
+
+def _log_unraisable(unraisable: Any) -> None:
+    """Log what threads cannot raise; TensorStore's do hundreds after a failed save."""
+    logging.debug("ignored in %r: %r", unraisable.object, unraisable.exc_value)
 
 
 def _is_for_users(record: std_logging.LogRecord) -> bool:

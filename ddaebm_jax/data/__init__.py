@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
-from ddaebm_jax.data.records import STALL_SECONDS
+from ddaebm_jax.data.threads import TIMEOUT
 from ddaebm_jax.errors import InputError
 
 TABLE_FILE = "table.npz"
@@ -41,7 +41,7 @@ class Source(NamedTuple):
     distribution: synthetic.Synthetic | None = None
     table: tabular.Table | None = None
     image_set: images.ImageSet | None = None
-    timeout: int | float = STALL_SECONDS
+    timeout: int | float = TIMEOUT
 
     @property
     def holds_images(self) -> bool:
@@ -87,44 +87,11 @@ class Source(NamedTuple):
             tabular.save_table(self.table, workdir / TABLE_FILE)
 
 
-def _synthetic_source(distribution: synthetic.Synthetic) -> Source:
-    return Source(
-        name=distribution.name,
-        event_shape=(2,),
-        arrays=(),
-        draw=lambda arrays, batch, keys: synthetic.draw(distribution, keys),
-        distribution=distribution,
-    )
-
-
 def test_rows(table: tabular.Table, label: int) -> Float[np.ndarray, "n dim"]:
     """Returns a table's held-out rows of one label; unlabelled rows are inliers."""
     if table.test_labels is None:
         return table.test if label == tabular.INLIER else table.test[:0]
     return table.test[table.test_labels == label]
-
-
-def draw_rows(
-    rows: Float[Array, "n dim"], batch: None, keys: Array
-) -> Float[Array, "batch dim"]:
-    """Draws one row, with replacement, from each key."""
-    del batch
-    index = jax.vmap(lambda key: jax.random.randint(key, (), 0, rows.shape[0]))(keys)
-    return rows[index]
-
-
-def _image_source(data: Any, seed: int, opened: bool) -> Source:
-    found = images.open_images(data, seed) if opened else None
-    return Source(
-        name=data.name,
-        event_shape=(data.image_size, data.image_size, data.channels),
-        arrays=images.stack(found.train, None, "the training images", data.timeout)
-        if opened and data.on_device
-        else None,
-        draw=partial(images.draw, flip=data.flip),
-        image_set=found,
-        timeout=data.timeout,
-    )
 
 
 def open_source(
@@ -138,29 +105,62 @@ def open_source(
       workdir: a run directory; a table is then the one that `Source.save` kept.
       open_images: False: images are not looked for; their shape is known.
 
-    Raises:
-      InputError: for an unknown name, or data that cannot be trained on.
-      FileNotFoundError: if `data.path` is not there.
+    Raises InputError for an unknown name or data that cannot be trained on, and
+    FileNotFoundError if `data.path` is not there.
     """
     if data.name in synthetic.SYNTHETIC:
-        return _synthetic_source(synthetic.SYNTHETIC[data.name]())
+        distribution = synthetic.SYNTHETIC[data.name]()
+        return Source(
+            name=data.name,
+            event_shape=(2,),
+            arrays=(),
+            draw=lambda arrays, batch, keys: synthetic.draw(distribution, keys),
+            distribution=distribution,
+        )
     if data.name in choices.IMAGES:
         return _image_source(data, seed, open_images)
-    if workdir is not None:
-        table = tabular.load_saved_table(workdir / TABLE_FILE)
-    elif data.name == "breast_cancer":
-        table = tabular.load_breast_cancer(seed, data.test_fraction)
-    elif data.name == "table":
-        table = tabular.load_table(
-            data.path, seed, data.test_fraction, data.label_column or None
-        )
-    else:
-        known = ", ".join(choices.ALLOWED["data.name"])
-        raise InputError(f"data.name is '{data.name}'; allowed: {known}")
+    table = _table(data, seed, workdir)
     return Source(
         name=data.name,
         event_shape=(table.train.shape[1],),
         arrays=jnp.asarray(table.train),
-        draw=draw_rows,
+        draw=_draw_rows,
         table=table,
     )
+
+
+def _image_source(data: Any, seed: int, opened: bool) -> Source:
+    image_set = images.open_images(data, seed) if opened else None
+    arrays = None
+    if opened and data.on_device:
+        name = "the training images"
+        arrays = images.stack(image_set.train, None, name, data.timeout)
+    return Source(
+        name=data.name,
+        event_shape=(data.image_size, data.image_size, data.channels),
+        arrays=arrays,
+        draw=partial(images.draw, flip=data.flip),
+        image_set=image_set,
+        timeout=data.timeout,
+    )
+
+
+def _table(data: Any, seed: int, workdir: Path | None) -> tabular.Table:
+    if workdir is not None:
+        return tabular.load_saved_table(workdir / TABLE_FILE)
+    if data.name == "breast_cancer":
+        return tabular.load_breast_cancer(seed, data.test_fraction)
+    if data.name == "table":
+        label = data.label_column or None
+        return tabular.load_table(data.path, seed, data.test_fraction, label)
+    known = ", ".join(choices.ALLOWED["data.name"])
+    raise InputError(f"data.name is '{data.name}'; allowed: {known}")
+
+
+def _draw_rows(
+    rows: Float[Array, "n dim"], batch: None, keys: Array
+) -> Float[Array, "batch dim"]:
+    """Draws one row, with replacement, from each key."""
+    del batch
+    index = jax.vmap(lambda key: jax.random.randint(key, (), 0, rows.shape[0]))(keys)
+    return rows[index]

@@ -1,70 +1,56 @@
-"""Decodes an image and brings it to a model's shape.
+"""Decodes an image by Pillow and converts it to a model's shape.
 
 Nothing of an image is dropped in silence: alpha, colour, 16 bits and missing pixels
 are refused where the model has no place for them.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image, ImageOps
 
-from ddaebm_jax.data.records import UnusableRecord, one_line
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.data.records import UnusableRecord
+from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.files import open_regular
 
-# Most pixels of an image file, as its header says, and most bytes of the file.
-MAX_PIXELS = 64 * 2**20
 MAX_FILE_BYTES = 256 * 2**20
 
 # Left, top, right, bottom, in pixels.
 Crop = tuple[int, int, int, int]
 
-# By the number of channels: PIL's modes that lose nothing on the way.
+# Pillow's modes that convert without loss, by the number of channels; the first is
+# the mode that they are converted to.
 _LOSSLESS = {1: ("L", "1"), 3: ("RGB", "L", "1", "P")}
-_PIL_MODE = {1: "L", 3: "RGB"}
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_DEPTH = 24  # The place of the bit depth in a PNG file.
 
 
 def prepare(
-    image: Any,
+    image: Image.Image,
     size: int,
     channels: int,
     crop: Crop | None = None,
     name: str = "the image",
 ) -> UInt8[np.ndarray, "size size channels"]:
-    """Brings a PIL image to size × size pixels.
+    """Returns a Pillow image as size × size pixels.
 
     In this order: turned as its EXIF orientation says, converted if that loses
     nothing, cropped to the box, resized so that the short side is `size` (bilinear,
     antialiased), and cropped at the centre. An image that is of the size already, as
     a sample of a model is, is not cropped, and its pixels do not change.
 
-    Args:
-      image: a `PIL.Image.Image`.
-      size: of the result's sides, pixels.
-      channels: 1 or 3.
-      crop: left, top, right, bottom in pixels; None: all of the image.
-      name: of the image, for messages.
-
-    Raises:
-      InputError: if the image is smaller than `size` or than the box, or if it has
-        what the result cannot hold: alpha, colour, more than 8 bits.
+    Raises UnusableRecord, with the image's `name`, if it is smaller than `size` or
+    than the box, or has what the result cannot hold: alpha, colour, more than 8 bits.
     """
-    from PIL import Image, ImageOps
-
+    modes = _LOSSLESS[channels]
     transparent = "transparency" in image.info
-    if transparent or image.mode not in _LOSSLESS[channels]:
-        allowed = ", ".join(_LOSSLESS[channels])
+    if transparent or image.mode not in modes:
         raise UnusableRecord(
             f"{name}: its mode is {image.mode}{' with transparency' * transparent}; "
-            f"allowed for data.channels = {channels}: {allowed}, without "
-            f"transparency; convert it to {_PIL_MODE[channels]} first"
+            f"allowed for data.channels = {channels}: {', '.join(modes)}, without "
+            f"transparency; convert it to {modes[0]} first"
             + (", or set data.channels = 3" if channels == 1 else "")
         )
-    image = ImageOps.exif_transpose(image).convert(_PIL_MODE[channels])
+    image = ImageOps.exif_transpose(image).convert(modes[0])
     if crop is not None and image.size != (size, size):
         left, top, right, bottom = crop
         width, height = image.size
@@ -95,53 +81,28 @@ def decode_file(
 ) -> UInt8[np.ndarray, "size size channels"]:
     """Decodes a PNG or JPEG file, and prepares its image.
 
-    Sizes are bounded before anything is decoded. Of a JPEG file with several pictures
-    (MPO, as some cameras write) the first is taken; an animated PNG is refused.
+    Pillow's limits on pixels and text hold. Of a JPEG file with several pictures
+    (MPO, as some cameras write) the first is taken; an animated PNG is refused. The
+    file is called `name` in messages.
 
-    Args:
-      path: of the file.
-      name: of the file, for messages.
-      size: as in `prepare`.
-      channels: as in `prepare`.
-      crop: as in `prepare`.
-
-    Raises:
-      UnusableRecord: if the file is damaged, too large, or not usable by `prepare`.
-      InputError: if the file system fails.
+    Raises UnusableRecord if the file is damaged, too large or not usable by `prepare`,
+    another InputError if the file system fails.
     """
-    from PIL import Image
-
-    # PIL's decoders raise a dozen kinds of errors on damaged bytes.
     try:
-        with open_regular(path, MAX_FILE_BYTES, name) as file:
-            start = file.read(_PNG_DEPTH + 1)
-            # PIL would cut 16-bit colours to 8 bits without a word.
-            if start.startswith(_PNG_SIGNATURE) and start[_PNG_DEPTH:] == b"\x10":
-                raise UnusableRecord(
-                    f"{name}: 16 bits a channel; 8 are allowed; convert it first"
-                )
-            file.seek(0)
-            with Image.open(file, formats=("PNG", "JPEG")) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UnusableRecord(
-                        f"{name}: {width}×{height} pixels; at most {MAX_PIXELS} are "
-                        "allowed; make it smaller"
-                    )
-                if image.format == "PNG" and getattr(image, "is_animated", False):
-                    raise UnusableRecord(
-                        f"{name}: animated, {image.n_frames} frames; one is allowed; "
-                        "save the frames as files of their own"
-                    )
-                image.load()
-                return prepare(image, size, channels, crop, name)
+        with (
+            open_regular(path, MAX_FILE_BYTES, name) as file,
+            Image.open(file, formats=("PNG", "JPEG")) as image,
+        ):
+            _check(image, name)
+            image.load()
+            return prepare(image, size, channels, crop, name)
     except UnusableRecord:
         raise
     except InputError as error:
         raise UnusableRecord(str(error)) from error
-    except Exception as error:
+    except Exception as error:  # Pillow raises a dozen kinds on damaged bytes.
         reason = one_line(error).replace(str(path), name)
-        # PIL's own OSErrors have no number.
+        # Pillow's own OSErrors have no number.
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(
                 f"{name}: cannot be read ({reason}); check that it is there and the "
@@ -151,3 +112,23 @@ def decode_file(
             f"{name}: cannot be decoded ({reason}); a whole PNG or JPEG file is "
             "needed; fetch it again or remove it"
         ) from error
+
+
+def _check(image: Image.Image, name: str) -> None:
+    """Refuses what Pillow would only warn of, or decode in part, before decoding."""
+    width, height = image.size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise UnusableRecord(
+            f"{name}: {width}×{height} pixels; at most {limit} are allowed "
+            "(PIL.Image.MAX_IMAGE_PIXELS); make it smaller"
+        )
+    if any(";16" in str(tile.args) for tile in image.tile):
+        raise UnusableRecord(
+            f"{name}: 16 bits a channel; 8 are allowed; convert it first"
+        )
+    if image.format == "PNG" and getattr(image, "is_animated", False):
+        raise UnusableRecord(
+            f"{name}: animated, {image.n_frames} frames; one is allowed; save the "
+            "frames as files of their own"
+        )

@@ -1,102 +1,68 @@
-"""Reads sets of images from folders and NPZ files.
+"""Images from folders and NPZ files.
 
-Files are data from outside: sizes are bounded before anything is allocated, nothing
-is ever unpickled, and every error names the file, what was found and what to try.
+Sizes are bounded before anything is allocated, nothing is unpickled, and every error
+names the file, what was found and what to try.
 """
 
+import dataclasses
 import hashlib
-import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
 from ddaebm_jax.data.decoding import Crop, decode_file
-from ddaebm_jax.data.npz_files import ArrayHeader, NpzFile, described
 from ddaebm_jax.data.records import (
-    STALL_SECONDS,
+    ImageSet,
     Records,
     Subset,
-    UnusableRecord,
+    check_fraction,
     digest,
-    in_parallel,
+    hold_out,
+    split_set,
     stack,
 )
-from ddaebm_jax.errors import InputError
-from ddaebm_jax.files import printable
+from ddaebm_jax.data.threads import TIMEOUT, in_parallel
+from ddaebm_jax.errors import InputError, listed
+from ddaebm_jax.files import choose_array, npz_headers, printable, read_npz
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Most bytes of decoded images that are kept in memory.
 MAX_BYTES = 4 * 2**30
 
-_SAVE_AGAIN = "save it with numpy.savez(path, x=images)"
-
 
 class FolderImages(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-      records: its images, in the order of their names.
-      names: of the files, relative to the folder, sorted; as they may be printed.
-      skipped: number of corrupt files that were left out.
-      content: SHA-256 of the names and of the images.
-    """
+    """The usable images of a folder, in the order of their names; printable names."""
 
     records: Records
     names: tuple[str, ...]
-    skipped: int
-    content: str
+    num_skipped: int
+    content_sha256: str
 
 
+@dataclasses.dataclass
 class _Files:
-    """Images that are decoded whenever they are read; can be pickled."""
+    """Images that are decoded whenever they are read; `how`: size, channels, crop."""
 
-    def __init__(
-        self,
-        folder: Path,
-        names: tuple[str, ...],
-        size: int,
-        channels: int,
-        crop: Crop | None,
-    ) -> None:
-        self._folder = folder
-        self._root = folder.resolve()
-        self._names = names
-        self._how = (size, channels, crop)
+    folder: Path
+    names: tuple[str, ...]
+    how: tuple[int, int, Crop | None]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        path = self._folder / self._names[index]
-        name = printable(self._names[index])
-        if path.is_symlink() and not self._within(path):
-            raise UnusableRecord(
-                f"{name}: a link to outside of the folder, or to itself; put a copy of "
-                "the file there (cp --dereference)"
-            )
-        return decode_file(path, name, *self._how)
-
-    def _within(self, link: Path) -> bool:
-        try:
-            return link.resolve().is_relative_to(self._root)
-        except (OSError, RuntimeError):  # It leads round in a circle.
-            return False
+        name = self.names[index]
+        return decode_file(self.folder / name, printable(name), *self.how)
 
 
 def _image_names(folder: Path) -> tuple[str, ...]:
     """The image files below a folder, sorted; hidden ones are left out."""
-    names = []
-    for directory, subdirectories, files in os.walk(folder):
-        subdirectories[:] = [sub for sub in subdirectories if sub[0] != "."]
-        names += [
-            (Path(directory) / file).relative_to(folder).as_posix()
-            for file in files
-            if file[0] != "." and Path(file).suffix.lower() in SUFFIXES
-        ]
-    return tuple(sorted(names))
+    paths = (p.relative_to(folder) for p in folder.rglob("*"))
+    shown = (p for p in paths if not any(part[0] == "." for part in p.parts))
+    return tuple(sorted(p.as_posix() for p in shown if p.suffix.lower() in SUFFIXES))
 
 
 def read_folder(
@@ -105,27 +71,19 @@ def read_folder(
     channels: int,
     crop: Crop | None = None,
     skip_corrupt: bool = False,
-    timeout: int | float = STALL_SECONDS,
+    timeout: int | float = TIMEOUT,
 ) -> FolderImages:
-    """Reads every PNG and JPEG file of a folder, and of the folders in it.
+    """Reads and prepares every PNG and JPEG file of a folder and its subfolders.
 
-    Every file is decoded, so that all that are of no use are found at once. Images
-    are kept in memory if they take at most `MAX_BYTES`, else read again on demand.
-    Hidden files and files with other suffixes are left out. Links to folders are not
-    followed, and links to files outside of the folder are of no use.
-
-    Args:
-      path: of the folder.
-      size: as in `prepare`.
-      channels: as in `prepare`.
-      crop: as in `prepare`.
-      skip_corrupt: leave files of no use out, with a warning that names them.
-      timeout: seconds without progress before giving up; 0: never.
+    Every file is decoded, so that all unusable ones are found at once; with
+    `skip_corrupt` they are skipped with a warning. Images are kept in memory if they
+    take at most `MAX_BYTES`, else read again on demand. Hidden files, files with other
+    suffixes and links to folders are left out.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      InputError: if it is no folder, holds no image, or holds files of no use; the
-        message counts and names them.
+      InputError: if it is no folder, holds no image, or holds unusable files, which
+        the message counts and names; or without progress for `timeout` seconds.
     """
     folder = Path(path)
     if not folder.exists():
@@ -138,10 +96,9 @@ def read_folder(
             f"{folder}: no image in this folder or below it; files that end in "
             f"{', '.join(SUFFIXES)} are needed; check the path"
         )
-    files = _Files(folder, names, size, channels, crop)
+    files = _Files(folder, names, (size, channels, crop))
     keep = len(names) * size * size * channels <= MAX_BYTES
-    shape = (len(names) if keep else 0, size, size, channels)
-    images = np.empty(shape, np.uint8)
+    images = np.empty((len(names) if keep else 0, size, size, channels), np.uint8)
 
     def decode(index: int) -> bytes | InputError:
         try:
@@ -153,12 +110,12 @@ def read_folder(
         return hashlib.sha256(image).digest()
 
     results = in_parallel(decode, len(names), f"{folder}: decoding images", timeout)
-    errors = {i: r for i, r in enumerate(results) if isinstance(r, InputError)}
+    errors = {names[i]: r for i, r in enumerate(results) if isinstance(r, InputError)}
     records: Records = images if keep else files
     if errors:
-        _report(folder, names, errors, skip_corrupt)
-        good = np.array([i for i in range(len(names)) if i not in errors])
-        records = Subset(records, good)
+        _report(folder, len(names), errors, skip_corrupt)
+        good = [i for i, name in enumerate(names) if name not in errors]
+        records = Subset(records, np.array(good))
         names = tuple(names[i] for i in good)
     pixels = b"".join(result for result in results if isinstance(result, bytes))
     content = digest("\n".join(names).encode(errors="surrogateescape"), pixels)
@@ -166,26 +123,47 @@ def read_folder(
 
 
 def _report(
-    folder: Path,
-    names: tuple[str, ...],
-    errors: dict[int, InputError],
-    skip_corrupt: bool,
+    folder: Path, num: int, errors: dict[str, InputError], skip_corrupt: bool
 ) -> None:
-    """Tells which files are of no use: as a warning if they may be left out."""
+    """Names the unusable files of `num`: in a warning if they may be skipped."""
     first, *_ = errors.values()
-    some = ", ".join(printable(names[i]) for i in list(errors)[:5])
-    more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
-    found = f"{folder}: {len(errors)} of {len(names)} images are of no use"
-    if len(errors) == len(names):
+    found = f"{folder}: {len(errors)} of {num} images are unusable"
+    if len(errors) == num:
         raise InputError(f"{found}, that is all; the first: {first}")
     if not skip_corrupt:
         raise InputError(
-            f"{found}: {some}{more}; the first: {first}; or leave them out: "
-            "--config.data.skip_corrupt=True in training, --skip_corrupt in scoring"
+            f"{found}: {listed(map(printable, errors), 5)}; the first: {first}; or "
+            "skip them: --config.data.skip_corrupt=True in training, --skip_corrupt "
+            "in scoring"
         )
-    logging.warning("%s and are left out: %s%s", found, some, more)
+    logging.warning("%s and are skipped", found)
     for error in errors.values():
-        logging.warning("left out: %s", error)
+        logging.warning("skipped: %s", error)
+
+
+def load_folder(data: Any, seed: int) -> ImageSet:
+    """Loads the folder that a config's `data` section names, split by the seed.
+
+    Raises what `read_folder` does.
+    """
+    check_fraction(data.test_fraction)
+    if not data.path:
+        raise InputError(
+            "data.path is empty; data.name = 'folder' needs the folder of the images"
+        )
+    crop = None if data.crop is None else tuple(data.crop)
+    size, channels = data.image_size, data.channels
+    folder = read_folder(
+        data.path, size, channels, crop, data.skip_corrupt, data.timeout
+    )
+    return split_set(
+        "folder",
+        folder.records,
+        (size, size, channels),
+        hold_out(len(folder.names), data.test_fraction, seed, f"{data.path}: images"),
+        folder.content_sha256,
+        skipped=folder.num_skipped,
+    )
 
 
 def read_images(
@@ -193,29 +171,18 @@ def read_images(
     event_shape: tuple[int, int, int],
     skip_corrupt: bool = False,
     crop: Crop | None = None,
-    timeout: int | float = STALL_SECONDS,
+    timeout: int | float = TIMEOUT,
 ) -> tuple[UInt8[np.ndarray, "n height width channels"], tuple[str, ...]]:
-    """Reads images from outside, to be scored.
+    """Returns images from outside, to be scored, and their names.
 
-    A folder is read as by `read_folder`. An NPZ file's images are its array `x`, or
-    its only 4-D array: uint8 [n, height, width, channels] of the model's shape, or
-    [n, height, width] for one channel.
-
-    Args:
-      path: of the folder, or of a file that ends in `.npz`.
-      event_shape: the model's height, width and channels.
-      skip_corrupt: leave a folder's files of no use out, with a warning.
-      crop: as in `prepare`; for folders only.
-      timeout: seconds without progress before giving up; 0: never.
-
-    Returns:
-      The images, and their names: a file's is its path in the folder, an array's its
-      index.
+    A folder is read as by `read_folder`; a file's name is its path in the folder. An
+    NPZ file's images are its array `x`, or its only 4-D array: uint8 [n, height,
+    width, channels] of the model's shape, or [n, height, width] for one channel; their
+    names are their indices.
 
     Raises:
       FileNotFoundError: if there is no such folder or file.
-      InputError: for what cannot be used; the message names the file, what was found,
-        what is allowed and what to try.
+      InputError: for what cannot be used.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz" and not path.is_dir():
@@ -241,42 +208,25 @@ def read_images(
 def _read_npz(
     path: Path, event_shape: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "n height width channels"]:
-    with NpzFile(path, MAX_BYTES, _SAVE_AGAIN) as file:
-        array = _npz_images(path, file.arrays)
-        if array.dtype.kind == "O":
-            return file.read(array)  # Which refuses it.
-        if array.dtype != np.uint8:
-            raise InputError(
-                f"{path}: the array {array} is not of uint8; pixels 0 … 255 are "
-                "needed; for floats in [-1, 1] save "
-                "numpy.round((x + 1) * 127.5).astype('uint8')"
-            )
-        wanted = [event_shape] + [event_shape[:2]] * (event_shape[2] == 1)
-        if array.shape[1:] not in wanted:
-            shapes = " or ".join("n×" + "×".join(map(str, shape)) for shape in wanted)
-            raise InputError(
-                f"{path}: the array {array} is not of the model's shape; {shapes} is "
-                "needed; resize the images, or give them as a folder of files"
-            )
-        if not array.shape[0]:
-            raise InputError(f"{path}: the array {array} is empty; give an image")
-        images = file.read(array).reshape(-1, *event_shape)
-        if images.max() == 1:
-            raise InputError(
-                f"{path}: the array {array} holds nothing above 1, so hardly pixels "
-                "0 … 255; save (255 * x).astype('uint8')"
-            )
-        return images
-
-
-def _npz_images(path: Path, arrays: dict[str, ArrayHeader]) -> ArrayHeader:
-    """Chooses the images among the arrays."""
-    if "x" in arrays:
-        return arrays["x"]
-    found = [array for array in arrays.values() if len(array.shape) == 4]
-    if len(found) != 1:
+    array = choose_array(path, npz_headers(path, MAX_BYTES), 4)
+    if array.dtype != np.uint8 and not array.dtype.hasobject:
         raise InputError(
-            f"{path}: no array 'x' and {len(found)} 4-D arrays where exactly one is "
-            f"needed; found: {described(arrays)}; {_SAVE_AGAIN}"
+            f"{path}: the array {array} is not of uint8; pixels 0 … 255 are needed; "
+            "for floats in [-1, 1] save numpy.round((x + 1) * 127.5).astype('uint8')"
         )
-    return found[0]
+    allowed = [event_shape] + [event_shape[:2]] * (event_shape[2] == 1)
+    if array.shape[1:] not in allowed:
+        shapes = " or ".join("n×" + "×".join(map(str, shape)) for shape in allowed)
+        raise InputError(
+            f"{path}: the array {array} is not of the model's shape; {shapes} is "
+            "needed; resize the images, or give them as a folder of files"
+        )
+    if not array.shape[0]:
+        raise InputError(f"{path}: the array {array} is empty; give an image")
+    images = read_npz(path, MAX_BYTES, [array.name])[array.name]
+    if images.max() == 1:
+        raise InputError(
+            f"{path}: the array {array} holds nothing above 1, so hardly pixels "
+            "0 … 255; save (255 * x).astype('uint8')"
+        )
+    return images.reshape(-1, *event_shape)

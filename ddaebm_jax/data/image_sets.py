@@ -1,10 +1,10 @@
-"""Image sets that need no download: digits, patches of photographs, a folder."""
+"""Image sets bundled with scikit-learn: digits, and patches of photographs."""
+
+import dataclasses
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from ddaebm_jax.data.decoding import Crop
-from ddaebm_jax.data.image_files import read_folder
 from ddaebm_jax.data.records import (
     ImageSet,
     Split,
@@ -24,17 +24,8 @@ def load_digits(
 ) -> ImageSet:
     """Loads scikit-learn's 1,797 handwritten digits, 8×8, grey.
 
-    The same share of every digit is held out.
-
-    Args:
-      image_size: 8.
-      channels: 1.
-      test_fraction: share that is held out, in (0, 1).
-      seed: of the split; the result is a pure function of it.
-
-    Raises:
-      InputError: for another shape, or a fraction out of range.
-      ModuleNotFoundError: without scikit-learn.
+    The same share of every digit is held out. Raises InputError for another shape, or
+    a fraction out of range.
     """
     _require("digits", "data.image_size", image_size, _DIGIT_SIZE)
     _require("digits", "data.channels", channels, 1)
@@ -48,7 +39,7 @@ def load_digits(
     parts = []
     for label in range(10):
         places = np.flatnonzero(labels == label)
-        split = hold_out(len(places), test_fraction, seed + label, f"digit {label}")
+        split = hold_out(len(places), test_fraction, seed + label, f"digits {label}")
         parts.append((places[split.train], places[split.test]))
     train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
     return split_set(
@@ -61,34 +52,29 @@ def load_digits(
     )
 
 
-def _require(name: str, field: str, found: int, wanted: int) -> None:
-    if found != wanted:
+def _require(name: str, field: str, found: int, needed: int) -> None:
+    if found != needed:
         raise InputError(
-            f"{field} is {found}; the images of data.name = '{name}' have {wanted}; "
-            f"set {field} = {wanted}"
+            f"{field} is {found}; the images of data.name = '{name}' have {needed}; "
+            f"set {field} = {needed}"
         )
 
 
+@dataclasses.dataclass
 class _Patches:
     """Square patches, cut from photographs when they are read."""
 
-    def __init__(
-        self,
-        photos: UInt8[np.ndarray, "photos height width channels"],
-        places: Integer[np.ndarray, "n 3"],
-        size: int,
-    ) -> None:
-        self._photos = photos
-        self._places = places
-        self._size = size
+    photos: UInt8[np.ndarray, "photos height width channels"]
+    places: Integer[np.ndarray, "n 3"]
+    size: int
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        photo, top, left = self._places[index]
-        size = self._size
-        return self._photos[photo, top : top + size, left : left + size]
+        photo, top, left = self.places[index]
+        size = self.size
+        return self.photos[photo, top : top + size, left : left + size]
 
 
 def load_photos(
@@ -98,21 +84,11 @@ def load_photos(
 
     Patches are cut at random places, as many from either photograph. Those held out
     lie in a strip at the right side that no training patch touches; the strip's share
-    of the width, and theirs of the patches, is `test_fraction`.
-
-    Args:
-      image_size: of the patches.
-      channels: 3.
-      num_patches: of both photographs, those held out included.
-      test_fraction: in (0, 1).
-      seed: of the places; the result is a pure function of it.
-
-    Raises:
-      InputError: for another number of channels, or patches that do not fit.
-      ModuleNotFoundError: without scikit-learn or Pillow.
+    of the width, and theirs of `num_patches`, is `test_fraction`. Raises InputError
+    for another number of channels, or patches that do not fit.
     """
     _require("photos", "data.channels", channels, 3)
-    split = hold_out(num_patches, test_fraction, seed, "data.num_patches")
+    split = hold_out(num_patches, test_fraction, seed, "data.num_patches: patches")
     from sklearn import datasets
 
     photos = np.stack(datasets.load_sample_images().images)
@@ -140,47 +116,5 @@ def load_photos(
         event_shape=(image_size, image_size, channels),
         train=train,
         test=test,
-        content=digest(photos, train._places, test._places),
-    )
-
-
-def load_folder(
-    path: str,
-    image_size: int,
-    channels: int,
-    crop: Crop | None,
-    test_fraction: float,
-    seed: int,
-    skip_corrupt: bool,
-    timeout: int | float,
-) -> ImageSet:
-    """Loads a folder of PNG and JPEG files; see `image_files.read_folder`.
-
-    Args:
-      path: of the folder.
-      image_size: as in `decoding.prepare`.
-      channels: as in `decoding.prepare`.
-      crop: as in `decoding.prepare`.
-      test_fraction: share that is held out, in (0, 1).
-      seed: of the split, a pure function of it and of the number of files.
-      skip_corrupt: leave files of no use out, with a warning.
-      timeout: seconds without progress before giving up; 0: never.
-
-    Raises:
-      FileNotFoundError: if there is no such folder.
-      InputError: if it cannot be used; the message names the files.
-    """
-    check_fraction(test_fraction)
-    if not path:
-        raise InputError(
-            "data.path is empty; data.name = 'folder' needs the folder of the images"
-        )
-    folder = read_folder(path, image_size, channels, crop, skip_corrupt, timeout)
-    return split_set(
-        "folder",
-        folder.records,
-        (image_size, image_size, channels),
-        hold_out(len(folder.names), test_fraction, seed, path),
-        folder.content,
-        skipped=folder.skipped,
+        fingerprint=digest(photos, train.places, test.places),
     )

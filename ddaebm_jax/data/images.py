@@ -12,16 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
-from ddaebm_jax.config.choices import IMAGES
-from ddaebm_jax.data import image_sets, tfds_images
-from ddaebm_jax.data.batches import Batches, order
+from ddaebm_jax.data import image_files, image_sets, tfds_images
+from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.data.decoding import prepare
 from ddaebm_jax.data.image_files import read_images
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
+    SkipUnusable,
     Subset,
-    WithoutUnusable,
     digest,
     stack,
 )
@@ -31,9 +30,9 @@ __all__ = [
     "Batches",
     "ImageSet",
     "Records",
+    "Subset",
     "draw",
     "open_images",
-    "order",
     "prepare",
     "read_images",
     "stack",
@@ -43,59 +42,28 @@ __all__ = [
 
 
 def open_images(data: Any, seed: int) -> ImageSet:
-    """Opens the image set that a config names.
-
-    Args:
-      data: the config's `data` section.
-      seed: of the split into what is trained on and what is held out.
+    """Opens the image set that a config's `data` section names, split by the seed.
 
     Raises:
       FileNotFoundError: if `data.path` is not there.
-      InputError: for an unknown name, or images that cannot be trained on.
+      InputError: for images that cannot be trained on.
     """
-    crop = None if data.crop is None else tuple(data.crop)
-    shape = (data.image_size, data.channels)
-    if data.channels not in (1, 3):
-        raise InputError(
-            f"data.channels is {data.channels}; allowed: 1 (grey), 3 (colour)"
-        )
+    shape, share = (data.image_size, data.channels), data.test_fraction
     if data.name == "digits":
-        images = image_sets.load_digits(*shape, data.test_fraction, seed)
+        images = image_sets.load_digits(*shape, share, seed)
     elif data.name == "photos":
-        images = image_sets.load_photos(
-            *shape, data.num_patches, data.test_fraction, seed
-        )
+        images = image_sets.load_photos(*shape, data.num_patches, share, seed)
     elif data.name == "folder":
-        images = image_sets.load_folder(
-            data.path,
-            *shape,
-            crop,
-            data.test_fraction,
-            seed,
-            data.skip_corrupt,
-            data.timeout,
-        )
-    elif data.name == "tfds":
-        images = tfds_images.load_tfds(
-            data.tfds,
-            data.tfds_dir,
-            data.split,
-            data.test_split,
-            *shape,
-            crop,
-            data.test_fraction,
-            seed,
-            data.skip_corrupt,
-        )
+        images = image_files.load_folder(data, seed)
     else:
-        raise InputError(f"data.name is '{data.name}'; allowed: {', '.join(IMAGES)}")
+        images = tfds_images.load_tfds(data, seed)
     images = _first(images, data.limit)
     if data.skip_corrupt:
         # After the split: what is held out must not take the place of what is not.
         images = dataclasses.replace(
             images,
-            train=WithoutUnusable(images.train, "the training images"),
-            test=WithoutUnusable(images.test, "the test images"),
+            train=SkipUnusable(images.train, "the training images"),
+            test=SkipUnusable(images.test, "the test images"),
         )
     classes = tuple(data.held_out_classes)
     return _without_classes(images, classes, data.timeout) if classes else images
@@ -104,33 +72,32 @@ def open_images(data: Any, seed: int) -> ImageSet:
 def _without_classes(
     images: ImageSet, classes: tuple[int, ...], timeout: int | float
 ) -> ImageSet:
-    """Takes classes out of what is trained on and what is tested with."""
-    labels = (images.train_labels, images.test_labels)
-    if labels[0] is None or labels[1] is None:
+    """Moves classes from what is trained on and tested with to `left_out`."""
+    if images.train_labels is None or images.test_labels is None:
         raise InputError(
             f"data.held_out_classes is {classes}, but the images of data.name = "
             f"'{images.name}' have no labels; it is for digits"
         )
-    known = np.union1d(*labels).tolist()
-    unknown = sorted(set(classes) - set(known))
-    if unknown or len(set(known) - set(classes)) < 2:
+    known = set(images.train_labels.tolist()) | set(images.test_labels.tolist())
+    if not set(classes) <= known or len(known - set(classes)) < 2:
         raise InputError(
-            f"data.held_out_classes is {classes}; choose of {known}, and leave at "
-            "least two to train on"
+            f"data.held_out_classes is {classes}; choose of {sorted(known)}, and leave "
+            "at least two to train on"
         )
-    kept, left = [], []
-    for part, of_part in zip((images.train, images.test), labels, strict=True):
-        out = np.isin(of_part, classes)
-        kept.append((Subset(part, np.flatnonzero(~out)), of_part[~out]))
-        left.append(stack(Subset(part, np.flatnonzero(out)), timeout=timeout))
+    train_out = np.isin(images.train_labels, classes)
+    test_out = np.isin(images.test_labels, classes)
+    left_out = [
+        stack(Subset(part, np.flatnonzero(out)), timeout=timeout)
+        for part, out in ((images.train, train_out), (images.test, test_out))
+    ]
     return dataclasses.replace(
         images,
-        train=kept[0][0],
-        train_labels=kept[0][1],
-        test=kept[1][0],
-        test_labels=kept[1][1],
-        content=digest(images.content.encode(), np.array(sorted(set(classes)))),
-        left_out=np.concatenate(left),
+        train=Subset(images.train, np.flatnonzero(~train_out)),
+        train_labels=images.train_labels[~train_out],
+        test=Subset(images.test, np.flatnonzero(~test_out)),
+        test_labels=images.test_labels[~test_out],
+        fingerprint=digest(images.fingerprint.encode(), np.array(sorted(set(classes)))),
+        left_out=np.concatenate(left_out),
     )
 
 
@@ -143,7 +110,7 @@ def _first(images: ImageSet, limit: int) -> ImageSet:
         images,
         train=Subset(images.train, np.arange(limit)),
         train_labels=None if labels is None else labels[:limit],
-        content=digest(images.content.encode(), np.array(limit)),
+        fingerprint=digest(images.fingerprint.encode(), np.array(limit)),
     )
 
 

@@ -1,7 +1,4 @@
-"""Reads a table of numbers from a CSV or NPZ file.
-
-Files are data from outside: sizes are bounded before anything is allocated, nothing
-is ever unpickled, and every error names the file, the place and the value found.
+"""Tables of numbers from CSV files, by pandas, and from NPZ files.
 
 CSV: comma-separated numbers in UTF-8. The first line is a header if none of its cells
 is a number; without one the columns are `column_0`, `column_1`, ….
@@ -11,40 +8,31 @@ NPZ: the table is the array `x`, or the only 2-D array.
 
 import csv
 import io
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from ddaebm_jax.data.npz_files import ArrayHeader, NpzFile, described, shown
-from ddaebm_jax.errors import InputError
-from ddaebm_jax.files import open_regular
+from ddaebm_jax.errors import InputError, listed, one_line, shown
+from ddaebm_jax.files import choose_array, npz_headers, open_regular, read_npz
 
-# Largest CSV file that is read, bytes; longest line, characters; most columns.
+# Largest CSV file, bytes; longest line, characters; most columns.
 MAX_CSV_BYTES = 256 * 2**20
 MAX_CSV_LINE = 2**20
 MAX_CSV_COLUMNS = 2**16
-# Most bytes that an NPZ file may hold once decompressed, as its headers say, and
-# most bytes that a table may take as float64.
+# Most bytes that a table may take as float64.
 MAX_NPZ_BYTES = 512 * 2**20
+# Largest number that float32 holds.
+LARGEST = float(np.finfo(np.float32).max)
 
 INLIER, OUTLIER = 0, 1
 
-_LARGEST = float(np.finfo(np.float32).max)
-
 
 class TableFile(NamedTuple):
-    """What a file holds.
-
-    Attributes:
-      columns: names of the d columns.
-      rows: their numbers, float64, finite in float32.
-      labels: 0 (inlier) or 1 (outlier) for each row; None where there are none.
-      row_name: the place of row i in the file, for messages.
-    """
+    """Columns' names, float64 rows, labels, and row i → its place, for messages."""
 
     columns: tuple[str, ...]
     rows: Float[np.ndarray, "n d"]
@@ -55,18 +43,16 @@ class TableFile(NamedTuple):
 def read_table_file(
     path: Path, label_column: str | None = None, labelled: bool = False
 ) -> TableFile:
-    """Reads a file by its suffix, and checks that every number is usable.
+    """Reads a `.csv` or `.npz` file, and checks that numbers are finite in float32.
 
-    Args:
-      path: ends in `.csv` or `.npz`.
-      label_column: the CSV's column, or the NPZ's 1-D array, that holds the labels;
-        None: none in a CSV, and in an NPZ the array `labels` if there is one.
-      labelled: False: labels are not looked for.
+    If it is `labelled`, the labels, 0 (inlier) or 1 (outlier), are the CSV's column or
+    the NPZ's 1-D array of the name `label_column`; None: an NPZ's array `labels`, if
+    there is one.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      InputError: for a file that cannot be used; the message names the file, the
-        place, the value found, what is allowed and what to try.
+      InputError: for a file that cannot be used; the message names the place and the
+        value found.
     """
     readers = {".csv": _read_csv, ".npz": _read_npz}
     reader = readers.get(path.suffix.lower())
@@ -77,26 +63,98 @@ def read_table_file(
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; check the path")
-    if not path.is_file():
-        raise InputError(f"{path}: not a regular file; give the path of a file")
     table = reader(path, label_column, labelled)
-    bad = np.argwhere(~(np.abs(table.rows) <= _LARGEST))
+    if not table.rows.size:
+        raise InputError(
+            f"{path}: the table is empty ({'×'.join(map(str, table.rows.shape))}); at "
+            "least one row and one column of numbers are needed"
+        )
+    bad = np.argwhere(~(np.abs(table.rows) <= LARGEST))
     if len(bad):
         i, j = bad[0]
         raise InputError(
-            f"{path}: {table.row_name(i)}, column {shown(table.columns[j])} is "
-            f"{table.rows[i, j]}; finite numbers of size at most {_LARGEST:.2g} are "
+            f"{path}: {table.row_name(int(i))}, column {shown(table.columns[j])} is "
+            f"{table.rows[i, j]}; finite numbers of size at most {LARGEST:.2g} are "
             "allowed; fill in missing values or drop the row"
         )
     if table.labels is not None:
         bad = np.flatnonzero(~np.isin(table.labels, (INLIER, OUTLIER)))
         if len(bad):
             raise InputError(
-                f"{path}: {table.row_name(bad[0])} has the label "
+                f"{path}: {table.row_name(int(bad[0]))} has the label "
                 f"{table.labels[bad[0]]}; allowed: 0 (inlier), 1 (outlier); write "
                 "the labels as 0 and 1"
             )
     return table
+
+
+# --- CSV ------------------------------------------------------------------------
+
+
+def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile:
+    import pandas as pd
+
+    line, cells = next(_csv_rows(path), (0, []))
+    if not cells:
+        raise InputError(f"{path}: the file is empty; a row of numbers is needed")
+    names = _csv_header(path, line, cells)
+    columns = names or tuple(f"column_{j}" for j in range(len(cells)))
+    try:
+        with open_regular(path, MAX_CSV_BYTES) as file:
+            frame = pd.read_csv(
+                file,
+                header=0 if names else None,
+                dtype=np.float64,
+                na_filter=False,
+                encoding="utf-8-sig",
+            )
+        # pandas takes the first of too many columns for an index.
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise ValueError("rows longer than the header")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise _csv_fault(path, columns, names is not None, error) from error
+    rows, labels = frame.to_numpy(), None
+    if labelled and label_column is not None:
+        if label_column not in columns or len(columns) == 1:
+            raise InputError(
+                f"{path}: no column {shown(label_column)} for label_column beside "
+                f"others; found: {listed(map(shown, columns))}"
+            )
+        label = columns.index(label_column)
+        labels, rows = rows[:, label], np.delete(rows, label, axis=1)
+        columns = columns[:label] + columns[label + 1 :]
+
+    def row_name(i: int) -> str:
+        later = itertools.islice(_csv_rows(path), i + (names is not None), None)
+        return f"line {next(later)[0]}"
+
+    return TableFile(columns, rows, labels, row_name)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number, cells) of the rows that are not blank.
+
+    For the header, and for messages: pandas does not tell where it fails.
+    """
+    with (
+        open_regular(path, MAX_CSV_BYTES) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
+    ):
+        rows = csv.reader(iter(lambda: text.readline(MAX_CSV_LINE), ""), strict=True)
+        try:
+            for cells in rows:
+                if len(cells) > 1 or "".join(cells).strip():
+                    yield rows.line_num, cells
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: not UTF-8 text after line {rows.line_num} "
+                f"({error.reason}); save it as a CSV in UTF-8"
+            ) from error
+        except csv.Error as error:
+            raise InputError(
+                f"{path}: line {rows.line_num} is not CSV ({error}); save the table "
+                "again as comma-separated values"
+            ) from error
 
 
 def _number(cell: str) -> float | None:
@@ -107,52 +165,13 @@ def _number(cell: str) -> float | None:
         return None
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, cells) of a CSV file; blank lines are left out."""
-    number = length = 0
-
-    def bounded(text: io.TextIOWrapper) -> Iterator[str]:
-        # A quote that is open could gather up the rest of the file.
-        nonlocal number, length
-        while line := text.readline(MAX_CSV_LINE + 1):
-            number += 1
-            length += len(line)
-            if length > MAX_CSV_LINE:
-                raise InputError(
-                    f"{path}: the row at line {number} has more than {MAX_CSV_LINE} "
-                    "characters, which no row of numbers needs; save the table again "
-                    "with a row a line, or as NPZ"
-                )
-            yield line
-
-    with (
-        open_regular(path, MAX_CSV_BYTES) as file,
-        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
-    ):
-        try:
-            for cells in csv.reader(bounded(text), strict=True):
-                length = 0
-                if len(cells) > MAX_CSV_COLUMNS:
-                    raise InputError(
-                        f"{path}: line {number} has {len(cells)} columns; at most "
-                        f"{MAX_CSV_COLUMNS} are allowed; save the table as NPZ"
-                    )
-                if cells and (len(cells) > 1 or cells[0].strip()):
-                    yield number, cells
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}: not UTF-8 text after line {number} "
-                f"({error.reason}); save it as a CSV in UTF-8"
-            ) from error
-        except csv.Error as error:
-            raise InputError(
-                f"{path}: line {number} is not CSV ({error}); save the table again as "
-                "comma-separated values"
-            ) from error
-
-
 def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | None:
     """The columns' names, or None if the first line holds numbers."""
+    if len(cells) > MAX_CSV_COLUMNS:
+        raise InputError(
+            f"{path}: line {line} has {len(cells)} columns; at most {MAX_CSV_COLUMNS} "
+            "are allowed; save the table as NPZ"
+        )
     numbers = [_number(cell) is not None for cell in cells]
     if all(numbers):
         return None
@@ -174,155 +193,66 @@ def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | No
     return names
 
 
-def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile:
-    lines = _csv_lines(path)
-    first = next(lines, None)
-    if first is None:
-        raise InputError(f"{path}: the file is empty; a row of numbers is needed")
-    header = _csv_header(path, *first)
-    width = len(first[1])
-    columns = header or tuple(f"column_{j}" for j in range(width))
-    label = _csv_label(path, columns, label_column) if labelled else None
-
-    numbers, line_numbers = array("d"), array("q")
-
-    def append(line: int, cells: list[str]) -> None:
-        if len(cells) != width:
-            raise InputError(
-                f"{path}: line {line} has {len(cells)} columns, line {first[0]} has "
-                f"{width}; every line needs as many; add or remove cells there"
+def _csv_fault(
+    path: Path, columns: tuple[str, ...], header: bool, error: Exception
+) -> InputError:
+    """Returns an error that names the first cell that is no finite number."""
+    for line, cells in itertools.islice(_csv_rows(path), header, None):
+        if len(cells) != len(columns):
+            return InputError(
+                f"{path}: line {line} has {len(cells)} columns, the first line has "
+                f"{len(columns)}; every line needs as many; add or remove cells there"
             )
         for name, cell in zip(columns, cells, strict=True):
             number = _number(cell)
-            if number is None:
-                raise InputError(
+            if number is None or not abs(number) <= LARGEST:
+                return InputError(
                     f"{path}: line {line}, column {shown(name)} is {shown(cell)}; a "
-                    "number is needed; drop the column or write it as numbers, fill "
-                    "in missing values, and separate cells by commas"
+                    "finite number is needed; drop the column or write it as numbers, "
+                    "fill in missing values, and separate cells by commas"
                 )
-            numbers.append(number)
-        line_numbers.append(line)
-        if len(numbers) * numbers.itemsize > MAX_NPZ_BYTES:
-            raise InputError(
-                f"{path}: more than {MAX_NPZ_BYTES // numbers.itemsize} numbers, at "
-                f"line {line}, which is the most that are allowed; split the table"
-            )
-
-    if header is None:
-        append(*first)
-    for line, cells in lines:
-        append(line, cells)
-    if not line_numbers:
-        raise InputError(
-            f"{path}: line {first[0]} is a header and no row follows; at least one "
-            "row of numbers is needed"
-        )
-    rows = np.frombuffer(numbers, np.float64).reshape(-1, width)
-    labels = None
-    if label is not None:
-        labels, rows = rows[:, label], np.delete(rows, label, axis=1)
-        columns = columns[:label] + columns[label + 1 :]
-    return TableFile(columns, rows, labels, lambda i: f"line {line_numbers[i]}")
-
-
-def _csv_label(
-    path: Path, columns: tuple[str, ...], label_column: str | None
-) -> int | None:
-    """The place of the label's column."""
-    if label_column is None:
-        return None
-    if label_column not in columns:
-        raise InputError(
-            f"{path}: no column {shown(label_column)} for label_column; found: "
-            f"{_listed(columns)}"
-        )
-    if len(columns) == 1:
-        raise InputError(
-            f"{path}: the label {shown(label_column)} is the only column; at "
-            "least one other is needed"
-        )
-    return columns.index(label_column)
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    """Names for a message, not too many of them."""
-    more = len(names) - most
-    return ", ".join(map(shown, names[:most])) + (
-        f" and {more} more" if more > 0 else ""
+    return InputError(
+        f"{path}: not a CSV of numbers ({one_line(error)}); save the table again"
     )
 
 
-_SAVE_AGAIN = "save it with numpy.savez(path, x=rows)"
+# --- NPZ ------------------------------------------------------------------------
 
 
 def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile:
-    with NpzFile(path, MAX_NPZ_BYTES, _SAVE_AGAIN) as file:
-        table = _npz_table(path, file.arrays)
-        rows = _npz_numbers(path, file, table)
-        label = label_column
-        if label is None and "labels" in file.arrays:
-            label = "labels"
-        labels = None
-        if labelled and label is not None:
-            chosen = _npz_labels(path, file.arrays, label, len(rows))
-            labels = _npz_numbers(path, file, chosen)
-    if not rows.size:
+    arrays = npz_headers(path, MAX_NPZ_BYTES)
+    chosen = [choose_array(path, arrays, 2)]
+    if len(chosen[0].shape) != 2:
         raise InputError(
-            f"{path}: the array {table} is empty; at least one row and one column "
-            "are needed"
+            f"{path}: the array {chosen[0]} is not 2-D; save rows × columns with "
+            "numpy.savez(path, x=rows)"
         )
-    columns = tuple(f"column_{j}" for j in range(rows.shape[1]))
-    return TableFile(columns, rows, labels, lambda i: f"row {i} (counted from 0)")
-
-
-def _npz_table(path: Path, arrays: dict[str, ArrayHeader]) -> ArrayHeader:
-    """Chooses the table among the arrays."""
-    found = described(arrays)
-    if "x" in arrays:
-        if len(arrays["x"].shape) != 2:
+    label = label_column or ("labels" if "labels" in arrays else None)
+    if labelled and label is not None:
+        if label not in arrays or arrays[label].shape != chosen[0].shape[:1]:
             raise InputError(
-                f"{path}: the array {arrays['x']} is not 2-D; rows × columns are "
-                f"needed; {_SAVE_AGAIN}"
+                f"{path}: label_column needs a 1-D array {shown(label)} with a label "
+                f"for each of the {chosen[0].shape[0]} rows; found: "
+                f"{listed(arrays.values())}"
             )
-        return arrays["x"]
-    tables = [array for array in arrays.values() if len(array.shape) == 2]
-    if len(tables) != 1:
-        raise InputError(
-            f"{path}: no array 'x' and {len(tables)} 2-D arrays where exactly one is "
-            f"needed; found: {found}; {_SAVE_AGAIN}"
-        )
-    return tables[0]
-
-
-def _npz_labels(
-    path: Path, arrays: dict[str, ArrayHeader], name: str, num_rows: int
-) -> ArrayHeader:
-    if name not in arrays:
-        raise InputError(
-            f"{path}: no array {shown(name)} for label_column; found: "
-            f"{described(arrays)}"
-        )
-    if arrays[name].shape != (num_rows,):
-        raise InputError(
-            f"{path}: the labels {arrays[name]} are not one for each of the "
-            f"{num_rows} rows; save a 1-D array of that length"
-        )
-    return arrays[name]
-
-
-def _npz_numbers(
-    path: Path, file: NpzFile, array: ArrayHeader
-) -> Float[np.ndarray, "..."]:
-    """Reads one array as float64."""
-    if array.size * 8 > MAX_NPZ_BYTES:
-        raise InputError(
-            f"{path}: the array {array} takes {array.size * 8} bytes as float64; at "
-            f"most {MAX_NPZ_BYTES} are allowed; split the table"
-        )
-    if array.dtype.kind not in "biufO":
-        raise InputError(
-            f"{path}: the array {array} does not hold real numbers; integers, "
-            "floats and booleans are allowed; convert it before saving"
-        )
-    with np.errstate(over="ignore"):
-        return file.read(array).astype(np.float64)
+        chosen.append(arrays[label])
+    for array in chosen:
+        if 8 * np.prod(array.shape, dtype=float) > MAX_NPZ_BYTES:
+            raise InputError(
+                f"{path}: the array {array} takes more than {MAX_NPZ_BYTES} bytes as "
+                "float64, which is the most that is allowed; split the table"
+            )
+        if array.dtype.kind not in "biufO":  # Objects are refused when read.
+            raise InputError(
+                f"{path}: the array {array} does not hold real numbers; integers, "
+                "floats and booleans are allowed; convert it before saving"
+            )
+    found = read_npz(path, MAX_NPZ_BYTES, [array.name for array in chosen])
+    rows, *labels = (found[array.name].astype(np.float64) for array in chosen)
+    columns = tuple(f"column_{j}" for j in range(rows.shape[1]))
+    return TableFile(
+        columns,
+        rows,
+        labels[0] if labels else None,
+        lambda i: f"row {i} (counted from 0)",
+    )

@@ -4,8 +4,6 @@ A table comes from scikit-learn's breast-cancer data, or from any CSV or NPZ fil
 Where rows are labelled 0 (inlier) or 1 (outlier), a model trains on inliers only and
 is tested on held-out inliers and on every outlier. Standardisation is fitted on the
 training rows alone.
-
-Files are read by `table_files`.
 """
 
 import hashlib
@@ -15,16 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from ddaebm_jax.data.npz_files import NpzFile
-from ddaebm_jax.data.records import one_line
-from ddaebm_jax.data.table_files import INLIER, MAX_NPZ_BYTES, OUTLIER, read_table_file
-from ddaebm_jax.errors import InputError
-from ddaebm_jax.files import written_atomically
-
-_LARGEST = float(np.finfo(np.float32).max)
-_LEAST_TRAIN_ROWS = 2
-# Of a saved table: its rows and what describes them.
-_MOST_SAVED_BYTES = 2 * MAX_NPZ_BYTES
+from ddaebm_jax.data.records import hold_out
+from ddaebm_jax.data.table_files import (
+    INLIER,
+    LARGEST,
+    MAX_NPZ_BYTES,
+    OUTLIER,
+    read_table_file,
+)
+from ddaebm_jax.errors import InputError, one_line
+from ddaebm_jax.files import read_npz, written_atomically
 
 
 class Standardizer(NamedTuple):
@@ -43,12 +41,9 @@ class Standardizer(NamedTuple):
 
     @classmethod
     def fit(cls, rows: Float[np.ndarray, "n d"]) -> "Standardizer":
-        """Returns the standardizer of these rows, computed in float64.
+        """Returns the standardizer of at least one row, computed in float64.
 
-        The standard deviation divides by n.
-
-        Raises:
-          InputError: if there are no rows.
+        The standard deviation divides by n. Raises InputError without a row.
         """
         if not len(rows):
             raise InputError("a standardizer needs at least 1 row to fit; found 0")
@@ -62,28 +57,23 @@ class Standardizer(NamedTuple):
     def transform(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """Returns (rows − mean) / std, computed in float64, stored as float32.
 
-        Raises:
-          InputError: if the rows' width differs, or a result leaves float32's range.
+        Raises InputError for another width, or a result beyond float32's range.
         """
         _check_width(rows.shape[1], len(self.mean), "the rows to standardise")
         scaled = (np.asarray(rows, np.float64) - self.mean) / self.std
-        beyond = np.argwhere(~(np.abs(scaled) <= _LARGEST))
+        beyond = np.argwhere(~(np.abs(scaled) <= LARGEST))
         if len(beyond):
             i, j = beyond[0]
             raise InputError(
                 f"row {i} of those given, column {j} (both from 0) is {rows[i, j]}, "
                 f"which is {scaled[i, j]:.3g} once standardised; finite values below "
-                f"{_LARGEST:.2g} are allowed; correct or drop the row"
+                f"{LARGEST:.2g} are allowed; correct or drop the row"
             )
         return scaled.astype(np.float32)
 
     def inverse(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        """Returns rows·std + mean in the columns' units, float64.
-
-        Raises:
-          InputError: if the rows' width differs.
-        """
-        _check_width(rows.shape[1], len(self.mean), "the rows to bring back")
+        """Returns rows·std + mean in the columns' units, float64."""
+        _check_width(rows.shape[1], len(self.mean), "the rows to scale back")
         return np.asarray(rows, np.float64) * self.std + self.mean
 
     def to_dict(self) -> dict[str, list[float]]:
@@ -92,29 +82,18 @@ class Standardizer(NamedTuple):
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Standardizer":
-        """Returns the standardizer that `to_dict` saved.
-
-        Raises:
-          InputError: if a key is missing, or the values are not two equally long
-            lists of finite numbers with std > 0.
-        """
+        """Returns the standardizer that `to_dict` saved; InputError if damaged."""
         try:
             mean, std = (np.asarray(saved[key], np.float64) for key in ("mean", "std"))
+            if mean.ndim != 1 or mean.shape != std.shape:
+                raise ValueError(f"shapes {mean.shape} and {std.shape}")
+            if not (np.isfinite([mean, std]).all() and (std > 0).all()):
+                raise ValueError("a number that is not finite, or a std not above 0")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"a saved standardizer needs 'mean' and 'std', lists of numbers "
-                f"({type(error).__name__}: {error}); save it again with to_dict"
+                "a saved standardizer needs 'mean' and 'std', equally long lists of "
+                f"finite numbers ({one_line(error)}); save it again with to_dict"
             ) from error
-        if mean.ndim != 1 or mean.shape != std.shape:
-            raise InputError(
-                f"a saved standardizer has mean of shape {mean.shape} and std of "
-                f"shape {std.shape}; two equally long lists are needed"
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            raise InputError(
-                "a saved standardizer holds a value that is not finite, or a std "
-                f"that is not positive (least std: {std.min()}); save it again"
-            )
         return cls(mean, std)
 
 
@@ -161,64 +140,42 @@ def save_table(table: Table, path: Path) -> None:
 
 
 def load_saved_table(path: Path) -> Table:
-    """Returns the table that `save_table` kept.
-
-    Raises:
-      InputError: if the file is not there, or not such a file.
-    """
-    advice = "copy the whole run directory, or train again"
+    """Returns the table that `save_table` kept; InputError if it is not there whole."""
     try:
-        with NpzFile(path, _MOST_SAVED_BYTES, advice) as file:
-            arrays = {name: file.read(array) for name, array in file.arrays.items()}
+        arrays = read_npz(path, 2 * MAX_NPZ_BYTES)
+        columns, train, test = (arrays[key] for key in ("columns", "train", "test"))
         labels = arrays.get("test_labels")
-        table = Table(
-            columns=tuple(map(str, arrays["columns"].tolist())),
-            train=arrays["train"],
-            test=arrays["test"],
-            test_labels=labels,
-            standardizer=Standardizer.from_dict(arrays),
-        )
-        width = len(table.columns)
-        if arrays["columns"].ndim != 1 or arrays["columns"].dtype.kind != "U":
-            raise ValueError("columns without a list of names")
-        for rows in (table.train, table.test):
-            if rows.dtype != np.float32 or rows.shape[1:] != (width,):
-                raise ValueError(f"rows of {rows.dtype}, {rows.shape}, width {width}")
-            if not (np.abs(rows) <= _LARGEST).all():
-                raise ValueError("rows that are not finite")
-        if len(table.standardizer.mean) != width or not len(table.train):
-            raise ValueError("no rows, or not one scale a column")
-        if labels is not None and (
-            labels.dtype.kind != "i" or labels.shape != table.test.shape[:1]
-        ):
-            raise ValueError(f"labels of {labels.dtype}, {labels.shape}")
-        return table
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        standardizer = Standardizer.from_dict(arrays)
+        width = (len(standardizer.mean),)
+        fits = (columns.dtype.kind, columns.shape) == ("U", width) and len(train) > 0
+        for rows in (train, test):
+            fits &= (rows.dtype, rows.shape[1:]) == (np.float32, width)
+            fits &= bool(np.isfinite(rows).all())
+        if labels is not None:
+            fits &= (labels.dtype.kind, labels.shape) == ("i", test.shape[:1])
+        if not fits:
+            raise ValueError("its arrays do not fit together, or are not finite")
+    except (OSError, KeyError, ValueError) as error:
         raise InputError(
-            f"{path} does not hold the run's table ({one_line(error)}); {advice}"
+            f"{path} does not hold the run's table ({one_line(error)}); copy the whole "
+            "run directory, or train again"
         ) from error
+    return Table(tuple(columns.tolist()), train, test, labels, standardizer)
 
 
 def load_breast_cancer(seed: int, test_fraction: float) -> Table:
     """Loads scikit-learn's breast-cancer table: 569 rows, 30 columns.
 
-    357 rows are benign (inliers), 212 malignant (outliers). Training uses benign
-    rows only; the test set is the held-out benign rows, then all malignant rows.
-
-    Args:
-      seed: of the split; the result is a pure function of it.
-      test_fraction: share of the benign rows that is held out, in (0, 1).
-
-    Raises:
-      InputError: for a fraction out of range, or one that leaves too few rows.
-      ModuleNotFoundError: without scikit-learn.
+    357 rows are benign (inliers), 212 malignant (outliers). Training uses benign rows
+    only; the test set is the held-out benign rows, then all malignant rows. Raises
+    InputError for a fraction that cannot be used.
     """
     from sklearn import datasets
 
     raw = datasets.load_breast_cancer()
     # scikit-learn's target is 1 for benign.
     labels = np.where(raw.target == 1, INLIER, OUTLIER)
-    columns = tuple(str(name) for name in raw.feature_names)
+    columns = tuple(map(str, raw.feature_names))
     rows = np.asarray(raw.data, np.float64)
     return _split(
         "scikit-learn's breast-cancer table", columns, rows, labels, seed, test_fraction
@@ -233,27 +190,13 @@ def load_table(
 ) -> Table:
     """Loads a table from a file, splits it and standardises it.
 
-    CSV: comma-separated numbers in UTF-8. The first line is a header if none of its
-    cells is a number; without one the columns are `column_0`, `column_1`, ….
-    `label_column` names the column of labels.
+    The formats are those of `table_files`. With labels, 0 (inlier) or 1 (outlier),
+    training uses inliers only, and the test set is the held-out inliers, then all
+    outliers; without, the split is of all rows.
 
-    NPZ: the table is the array `x`, or the only 2-D array. `label_column` names the
-    1-D array of labels; where it is None, an array `labels` is used if present.
-
-    Labels are 0 (inlier) or 1 (outlier). With them, training uses inliers only, and
-    the test set is the held-out inliers, then all outliers. Without, the split is of
-    all rows.
-
-    Args:
-      path: ends in `.csv` or `.npz`.
-      seed: of the split; the result is a pure function of it and of the file.
-      test_fraction: share of the rows (of the inliers) that is held out, in (0, 1).
-      label_column: where the labels are; None: see above.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: for a file or a fraction that cannot be used; the message names the
-        file, the place and the value found.
+    `test_fraction` is the share of the rows (of the inliers) that is held out, chosen
+    by the seed; `label_column` is that of `read_table_file`. Raises FileNotFoundError,
+    or InputError for a file or a fraction that cannot be used.
     """
     path = Path(path)
     table = read_table_file(path, label_column, labelled=True)
@@ -268,26 +211,20 @@ def read_rows(
     standardizer: Standardizer | None = None,
     columns: tuple[str, ...] | None = None,
 ) -> Float[np.ndarray, "n d"]:
-    """Reads the rows of a CSV or NPZ file, to be scored; formats as in `load_table`.
+    """Reads the rows of a CSV or NPZ file, to be scored, as float32.
 
     Labels are not looked for: a CSV must hold the model's columns only.
 
     Args:
       path: ends in `.csv` or `.npz`.
       dim: the width that the rows must have; None: any (or the standardizer's).
-      standardizer: the training table's. With it the rows are standardised before
-        they are rounded to float32, exactly as the training rows were; None: they
-        stay in the columns' units.
+      standardizer: the training table's, applied before rounding to float32, as to the
+        training rows; None: the rows stay in the columns' units.
       columns: the training table's names. A file whose own names are these in
         another order is put in order; a file without names is taken as it stands.
 
-    Returns:
-      float32 rows.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: for a file that cannot be used, or rows of another width or
-        with other names.
+    Raises FileNotFoundError, or InputError for a file that cannot be used, or rows of
+    another width or with other names.
     """
     path = Path(path)
     table = read_table_file(path)
@@ -308,7 +245,7 @@ def read_rows(
         return rows.astype(np.float32)
     try:
         return standardizer.transform(rows)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
@@ -317,10 +254,10 @@ def _are_names(columns: tuple[str, ...]) -> bool:
     return columns != tuple(f"column_{i}" for i in range(len(columns)))
 
 
-def _check_width(found: int, wanted: int, what: str) -> None:
-    if found != wanted:
+def _check_width(found: int, needed: int, what: str) -> None:
+    if found != needed:
         raise InputError(
-            f"{what}: {found} columns found, {wanted} needed; give the columns that "
+            f"{what}: {found} columns found, {needed} needed; give the columns that "
             "the model was trained on, in the same order and without labels"
         )
 
@@ -334,31 +271,17 @@ def _split(
     test_fraction: float,
 ) -> Table:
     """Holds out a random share of the inliers; all outliers are for testing."""
-    if not 0.0 < test_fraction < 1.0:
-        raise InputError(
-            f"test_fraction is {test_fraction}; a number between 0 and 1 is needed, "
-            "for example 0.3"
-        )
     inliers = np.arange(len(rows)) if labels is None else np.flatnonzero(labels == 0)
-    num_test = round(len(inliers) * test_fraction)
-    num_train = len(inliers) - num_test
-    if num_test < 1 or num_train < _LEAST_TRAIN_ROWS:
-        kind = "rows" if labels is None else "rows labelled 0"
-        raise InputError(
-            f"{name}: {len(inliers)} {kind} split with test_fraction {test_fraction} "
-            f"into {num_train} to train on and {num_test} to test on; at least "
-            f"{_LEAST_TRAIN_ROWS} and 1 are needed; give more rows or another fraction"
-        )
-    order = np.random.default_rng(seed).permutation(inliers)
-    held_out, kept = np.sort(order[:num_test]), np.sort(order[num_test:])
-    if labels is None:
-        test, test_labels = held_out, None
-    else:
-        test = np.concatenate([held_out, np.flatnonzero(labels == OUTLIER)])
+    kind = "rows" if labels is None else "rows labelled 0"
+    split = hold_out(len(inliers), test_fraction, seed, f"{name}: {kind}", min_train=2)
+    kept, test = inliers[split.train], inliers[split.test]
+    test_labels = None
+    if labels is not None:
+        test = np.concatenate([test, np.flatnonzero(labels == OUTLIER)])
         test_labels = labels[test].astype(np.int64)
     standardizer = Standardizer.fit(rows[kept])
     try:
         train_rows, test_rows = map(standardizer.transform, (rows[kept], rows[test]))
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return Table(columns, train_rows, test_rows, test_labels, standardizer)

@@ -1,67 +1,97 @@
-"""Threads that read, and that never keep the program from ending.
+"""Daemon threads that read.
 
-The standard library's pools wait at exit for all that they have begun; where a file
-system stalls that is for ever. These threads are daemons: Python ends over them.
+`concurrent.futures` joins its threads when the program exits: never, where a file
+system stalls. Daemon threads are not joined.
 """
 
 import concurrent.futures
+import contextlib
 import queue
 import threading
-import weakref
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+from absl import logging
+
+from ddaebm_jax.errors import InputError
+
+# Seconds without progress before reading is given up.
+TIMEOUT = 600
+# Threads of `in_parallel`, and the indices that a thread takes at once.
+_NUM_THREADS, _CHUNK = 8, 64
+_SECONDS_BETWEEN_REPORTS = 10.0
+
+_Result = TypeVar("_Result")
 
 
-class Pool:
-    """A few daemon threads, and the calls that wait for them."""
+class DaemonPool:
+    """A few daemon threads and a queue of calls, begun in the order of submission."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        """Starts the threads.
-
-        Args:
-          num_threads: at least 1.
-          name: of the threads.
-        """
-        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
-        for i in range(num_threads):
-            threading.Thread(
-                target=_work, args=(self._tasks,), name=f"{name}-{i}", daemon=True
-            ).start()
-        # Threads know the queue, not the pool: one that is forgotten ends them too.
-        self._end = weakref.finalize(self, _end, self._tasks, num_threads)
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(num_threads):
+            threading.Thread(target=_work, args=(self._calls,), daemon=True).start()
 
     def submit(
         self, function: Callable[..., Any], *arguments: Any
     ) -> concurrent.futures.Future:
-        """Returns the future of a call; calls begin in the order of submission."""
+        """Returns the future of a call."""
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self._tasks.put((future, function, arguments))
+        self._calls.put((future, function, arguments))
         return future
 
     def close(self) -> None:
-        """Cancels what has not begun; what has is not waited for."""
-        self._end()
+        """Drops the calls that have not begun, and waits for none."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()
+        for _ in range(self._num_threads):
+            self._calls.put(None)
 
 
-def _end(tasks: queue.SimpleQueue, num_threads: int) -> None:
-    while True:
+def _work(calls: queue.SimpleQueue) -> None:
+    while (call := calls.get()) is not None:
+        future, function, arguments = call
         try:
-            task = tasks.get_nowait()
-        except queue.Empty:
-            break
-        if task is not None:
-            task[0].cancel()
-    for _ in range(num_threads):
-        tasks.put(None)
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
 
 
-def _work(tasks: queue.SimpleQueue) -> None:
-    while (task := tasks.get()) is not None:
-        future, function, arguments = task
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-        # Or a result would be held until the next task comes.
-        del task, future, function, arguments
+def in_parallel(
+    function: Callable[[int], _Result],
+    num: int,
+    progress_name: str = "",
+    timeout: int | float = TIMEOUT,
+) -> list[_Result]:
+    """Returns function(0), …, function(num − 1), computed by several threads.
+
+    The first exception stops it. Long work is reported in the log, unless
+    `progress_name` is empty. Raises InputError if there is no progress for `timeout`
+    seconds; 0: never.
+    """
+
+    def work(start: int) -> list[_Result]:
+        return [function(i) for i in range(start, min(start + _CHUNK, num))]
+
+    results: list[_Result] = []
+    reported = time.monotonic()
+    pool = DaemonPool(_NUM_THREADS)
+    try:
+        for future in [pool.submit(work, i) for i in range(0, num, _CHUNK)]:
+            results += future.result(timeout or None)
+            now = time.monotonic()
+            if progress_name and now - reported > _SECONDS_BETWEEN_REPORTS:
+                reported = now
+                logging.info("%s: %d of %d images", progress_name, len(results), num)
+    except TimeoutError as error:
+        raise InputError(
+            f"{progress_name or 'reading images'}: no progress for {timeout} s after "
+            f"{len(results)} of {num}; a file system may stall: fix that, or raise "
+            "data.timeout (0: no limit)"
+        ) from error
+    finally:
+        pool.close()
+    return results

@@ -166,7 +166,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self, raising: bool = True) -> None:
-        """Waits until a save is whole on disk; a failure raises SaveError, or is logged."""
+        """Waits until a save is whole on disk; raises or logs a SaveError if not."""
         if self.pending is not None:
             step, best, settled = self.pending
             futures.wait([settled])  # A signal may end this; then it stays pending.

@@ -117,14 +117,12 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
     """
     path = workdir / CONFIG_FILE
     try:
-        text = read_text(path, _LARGEST_CONFIG)
+        return config_lib.from_json(read_text(path, _LARGEST_CONFIG))
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}); --workdir must name a run "
             "directory that --mode=train has made"
         ) from error
-    try:
-        return config_lib.from_json(text)
     except config_lib.ConfigError as error:
         raise InputError(f"{path}: {error}") from error
 

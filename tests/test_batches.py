@@ -1,0 +1,290 @@
+"""Batches: their order, their position, and readers that stall, fail or skip."""
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from cli import ROOT, environment
+from faulty import Faulty
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddaebm_jax.data import records, threads
+from ddaebm_jax.data.batches import Batches, order
+from ddaebm_jax.data.records import SkipUnusable
+from ddaebm_jax.errors import InputError
+
+NUMBER = 20
+WORKERS = {"num_threads": 1, "prefetch": 1, "num_workers": 1}
+
+
+def pixels(n):
+    shape = (n, 4, 4, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def fault(action):
+    """The one-line message of an InputError."""
+    with pytest.raises(InputError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def read(stream, length):
+    """The records that a stream of `Faulty` delivers."""
+    return stream.next(length)[..., 0, 0, 0]
+
+
+@pytest.fixture
+def closing():
+    """Closes streams, and checks that closing takes a bounded time."""
+    streams = []
+    yield lambda stream: streams.append(stream) or stream
+    start = time.monotonic()
+    for stream in streams:
+        stream.close()
+    assert time.monotonic() - start < 15
+
+
+# --- The order ------------------------------------------------------------------
+
+
+def test_order_never_changes():
+    """A run must resume in the same order under any version of NumPy."""
+    assert order(7, 3, 0, 14).tolist() == [0, 1, 2, 5, 6, 4, 3, 5, 6, 3, 0, 1, 2, 4]
+
+
+@given(st.integers(1, 40), st.integers(0, 2**64))
+def test_every_epoch_is_a_permutation_of_the_records(num, seed):
+    epochs = order(num, seed, 0, 3 * num).reshape(3, num)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(num), (3, 1)))
+
+
+@given(st.integers(0, 1000))
+def test_epochs_of_a_seed_and_of_its_neighbour_all_differ(seed):
+    epochs = np.concatenate([order(60, s, 0, 240) for s in (seed, seed + 1)])
+    np.testing.assert_array_equal(order(60, seed, 100, 130), epochs[100:130])
+    assert len(np.unique(epochs.reshape(8, 60), axis=0)) == 8
+
+
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 5))
+def test_epochs_follow_one_another_without_a_gap(num, batch, length):
+    stream = Batches(num, batch, 3)
+    delivered = np.concatenate([stream.next(length), stream.next(1)])
+    assert delivered.dtype == np.int32
+    expected = order(num, 3, 0, (length + 1) * batch).reshape(length + 1, batch)
+    np.testing.assert_array_equal(delivered, expected)
+    stream.close()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_deliver_disjoint_parts_of_the_very_batch(count):
+    data = pixels(50)
+    whole = Batches(50, 8, 1, data).next(9)
+    parts = [
+        Batches(50, 8, 1, data, process_index=j, process_count=count).next(9)
+        for j in range(count)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@given(st.integers(0, 9), st.sampled_from([(1, 1), (3, 8)]), st.integers(1, 3))
+def test_position_survives_json_whatever_was_read_ahead(before, ahead, step):
+    data = pixels(11)
+    first = Batches(11, 4, 5, data, num_threads=ahead[0], prefetch=ahead[1])
+    for _ in range(before):
+        first.next(step)
+    state = json.dumps(first.state())
+    assert json.loads(state)["batches"] == before * step
+    second = Batches(11, 4, 5, data)
+    second.next(2)
+    second.restore(json.loads(state))
+    expected = first.next(4)
+    np.testing.assert_array_equal(second.next(4), expected)
+    first.restore(json.loads(state))
+    np.testing.assert_array_equal(first.next(4), expected)
+    for stream in (first, second):
+        stream.close()
+
+
+def test_state_of_another_stream_is_refused():
+    state = Batches(10, 4, 0).state()
+    for other in (Batches(11, 4, 0), Batches(10, 2, 0), Batches(10, 4, 1)):
+        assert "the saved input position has" in fault(lambda o=other: o.restore(state))
+
+
+@pytest.mark.parametrize(
+    "arguments,part",
+    [
+        ((0, 4, 0), "at least 1"),
+        ((5, 0, 0), "data.batch_size is 0"),
+        ((5, 6, 0, None, 0, 4), "data.batch_size is 6; .* 4 processes .* example 8"),
+    ],
+)
+def test_impossible_batches_are_refused(arguments, part):
+    with pytest.raises(InputError, match=part):
+        Batches(*arguments)
+
+
+# --- Stalls and errors ----------------------------------------------------------
+
+
+def test_stall_ends_after_the_time_out_and_the_stream_stays(closing):
+    data = Faulty(NUMBER, stalled=7)
+    stream = closing(Batches(NUMBER, 5, 0, data, prefetch=3, timeout=0.2))
+    place = int(np.flatnonzero(order(NUMBER, 0, 0, NUMBER) == 7)[0])
+    message = fault(lambda: stream.next(4))
+    assert "no batch came for 0.2 s" in message and "data.timeout" in message
+    assert f"batch {place // 5} (" in message and "records " in message
+    assert stream.state()["batches"] == 0
+    data.stalled = None
+    assert sorted(read(stream, 4).ravel()) == list(range(NUMBER))
+
+
+_STALLED = """
+import faulty
+from ddaebm_jax.data.batches import Batches
+Batches(20, 5, 0, faulty.Faulty(20, stalled=3), timeout=0.2).next(4)
+"""
+
+
+def test_program_ends_though_its_threads_are_stalled():
+    result = subprocess.run(
+        [sys.executable, "-c", _STALLED],
+        cwd=ROOT,
+        env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "InputError: no batch came" in result.stderr
+
+
+def test_loading_that_stalls_is_given_up():
+    message = fault(
+        lambda: records.stack(Faulty(NUMBER, stalled=7), None, "faces", timeout=0.2)
+    )
+    assert "faces: no progress for 0.2 s" in message and "data.timeout" in message
+
+
+def test_threads_compute_in_order_and_raise_the_first_error():
+    assert threads.in_parallel(lambda i: i * i, 1000) == [i * i for i in range(1000)]
+    with pytest.raises(KeyError, match="'70'"):
+        threads.in_parallel(lambda i: {}[str(i)] if i > 69 else i, 1000)
+
+
+def test_worker_processes_deliver_the_same_stream_and_may_die_or_stall(closing):
+    expected = Batches(NUMBER, 5, 0, Faulty(NUMBER)).next(60)
+    before = set(multiprocessing.active_children())
+    stream = closing(Batches(NUMBER, 5, 0, Faulty(NUMBER), timeout=60, **WORKERS))
+    np.testing.assert_array_equal(stream.next(2), expected[:2])
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
+    message = fault(lambda: [stream.next(1) for _ in range(50)])
+    assert "data.num_workers=1" in message and "exit code -9" in message
+    # The same stream goes on with new workers.
+    place = stream.state()["batches"]
+    np.testing.assert_array_equal(stream.next(2), expected[place : place + 2])
+    stalled = Faulty(NUMBER, stalled=7)
+    stream = closing(Batches(NUMBER, 5, 0, stalled, timeout=2, **WORKERS))
+    assert "no batch came for 2 s" in fault(lambda: stream.next(10))
+    closing(stream).close()
+    assert len(set(multiprocessing.active_children()) - before) <= 1
+
+
+@pytest.mark.parametrize(
+    "how", [{"num_threads": 2}, WORKERS], ids=["threads", "worker"]
+)
+def test_any_error_of_a_reader_names_the_record_in_one_line(how, closing):
+    data = Faulty(NUMBER, errors={7: KeyError("one\nand two")})
+    stream = closing(Batches(NUMBER, 5, 0, data, **how))
+    message = fault(lambda: stream.next(4))
+    assert message.startswith("record 7 (counted from 0) cannot be read (KeyError: ")
+    assert stream.state()["batches"] == 0
+
+
+@pytest.mark.parametrize("error", [StopIteration(), OSError(errno.EIO, "I/O error")])
+def test_errors_of_readers_are_neither_an_end_nor_skipped(error):
+    data = SkipUnusable(Faulty(NUMBER, errors={7: error}), "the images")
+    stream = Batches(NUMBER, 5, 0, data)
+    assert "record 7 (counted from 0) cannot be read" in fault(lambda: stream.next(4))
+
+
+# --- Unusable records -----------------------------------------------------------
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The lines that records warn of."""
+    lines = []
+    monkeypatch.setattr(records.logging, "warning", lines.append)
+    return lines
+
+
+@given(st.sets(st.integers(0, NUMBER - 1), max_size=9))
+def test_unusable_records_are_replaced_by_the_next_usable_one(unusable):
+    found = SkipUnusable(Faulty(NUMBER, unusable), "the images")
+    usable = [i for i in range(2 * NUMBER) if i % NUMBER not in unusable]
+    for index in range(NUMBER):
+        expected = min(i for i in usable if i >= index) % NUMBER
+        assert found[index].item() == expected
+        assert pickle.loads(pickle.dumps(found))[index].item() == expected
+
+
+def test_replacement_depends_on_no_thread_process_or_resume(closing):
+    def skipping():
+        return SkipUnusable(Faulty(NUMBER, {3, 4, 19}), "the images")
+
+    expected = read(Batches(NUMBER, 4, 5, skipping()), 10)
+    assert not {3, 4, 19} & set(expected.ravel().tolist())
+    resumed = closing(Batches(NUMBER, 4, 5, skipping(), **WORKERS))
+    resumed.restore({"batches": 4, "num_records": NUMBER, "batch_size": 4, "seed": 5})
+    np.testing.assert_array_equal(read(resumed, 6), expected[4:])
+    parts = [
+        read(Batches(NUMBER, 4, 5, skipping(), process_index=j, process_count=2), 10)
+        for j in range(2)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+
+
+def test_each_unusable_record_is_warned_of_once_and_counted(warnings):
+    found = SkipUnusable(Faulty(NUMBER, {3, 4}), "the images")
+    for _ in range(3):
+        records.stack(found)
+    assert len(warnings) == 2
+    assert "the images: skipped, and the next taken: record 3" in warnings[0]
+    assert "(2 so far, at most 10)" in warnings[1]
+
+
+@pytest.mark.parametrize("number,most", [(20, 10), (1_000, 10), (4_000, 40)])
+def test_more_than_a_share_of_unusable_records_is_refused(number, most, warnings):
+    def load(count):
+        return SkipUnusable(Faulty(number, range(count)), "the images")[0]
+
+    assert load(most).item() == most
+    message = fault(lambda: load(most + 1))
+    assert f"{most + 1} of {number} records" in message and "skip_corrupt" in message
+    few = SkipUnusable(Faulty(4, range(4)), "the images")
+    assert "none of the 4 records is usable" in fault(lambda: few[1])
+
+
+@given(st.integers(0, 30), st.floats(0.01, 0.99), st.integers(0, 2**32))
+def test_held_out_part_is_disjoint_and_covers_all(num, share, seed):
+    if not 1 <= round(num * share) < num:
+        with pytest.raises(InputError, match=r"these: data\.test_fraction|between"):
+            records.hold_out(num, share, seed, "these")
+        return
+    split = records.hold_out(num, share, seed, "these")
+    assert len(split.test) == round(num * share)
+    assert sorted([*split.train, *split.test]) == list(range(num))
