@@ -266,6 +266,8 @@ class Saver:
 
     def save(self, state: Any, info: dict[str, Any]) -> None:
         """Starts saving; raises TrainingError when patience is over."""
+        if self._checkpoints.pending:  # Its success ends a series of failures.
+            self._attempt(self._checkpoints.wait)
         self._attempt(lambda: self._checkpoints.save(state, info))
 
     def poll(self) -> None:
