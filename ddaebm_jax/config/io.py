@@ -18,7 +18,7 @@ FREE_ON_RESUME = frozenset(
     "train.evaluate_every train.checkpoint_every train.keep_checkpoints "
     "train.tensorboard recovery.max_rollbacks recovery.save_patience "
     "recovery.max_energy recovery.max_gap parallel.num_devices parallel.mode "
-    "parallel.fsdp evaluation.num_samples evaluation.batch_size "
+    "parallel.fsdp evaluation.batch_size "
     "evaluation.reference_path evaluation.num_kept_features evaluation.num_projections "
     "compilation_cache.enabled compilation_cache.directory".split()
 )

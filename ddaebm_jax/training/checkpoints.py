@@ -31,7 +31,6 @@ from ddaebm_jax.errors import InputError, TrainingError
 from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
-_LARGEST_INFO = 64 * 2**20
 # Arrays may declare so many times the bytes of their files, since zeros are compressed.
 _ALLOWANCE, _MOST_COMPRESSION = 256 * 2**20, 200
 
@@ -57,11 +56,10 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory; `pending` is the save under way, if any."""
 
     def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
-        # The save under way, until `poll` or `wait` has seen its end.
         self.pending: tuple[int, bool, futures.Future] | None = None
         self._workdir = _LiteralPath(Path(workdir).resolve())
         self._keep, self._read_only = keep, read_only
@@ -108,24 +106,22 @@ class Checkpoints:
                     end()
 
     def save_best(self, state: Any, info: dict[str, Any], fid: float) -> None:
-        """Starts saving if the FID is the lowest so far; raises as `save`.
-
-        One kept whose info has another `measurement` does not compare: it is replaced.
-        """
-        if fid < math.inf:
+        """Starts saving if the FID is the lowest so far; raises CheckpointError."""
+        self.wait()
+        kept = [self.info(step, best=True)["fid"] for step in self.steps(best=True)]
+        if fid < min(kept, default=math.inf):
             self.save(state, {**info, "fid": fid}, {"fid": fid})
 
     def save(self, state: Any, info: dict[str, Any], metrics: Any = None) -> None:
         """Starts saving under `state.step`, unless it is there; buffers may be reused.
 
-        Waits for the save before. Raises SaveError if it, or this one, has failed. With
-        metrics it is the best one; see `save_best`.
+        Waits for the save before. Raises SaveError if it, or this one, has failed.
         """
         self.wait()
         step, best = int(state.step), metrics is not None
         try:
             manager = self._manager(best)
-            if (best and not self._is_best(step, info)) or step in manager.all_steps():
+            if step in manager.all_steps():
                 return
             if jax.default_backend() == "cpu":
                 # There a save reads device memory itself, which the next step reuses.
@@ -139,24 +135,10 @@ class Checkpoints:
             raise self._failed(step, best, error) from error
         self.pending = step, best, self._thread.submit(self._settle, step, best)
 
-    def _is_best(self, step: int, info: dict[str, Any]) -> bool:
-        """Compares with the one kept, which is deleted where it is in the way."""
-        for kept in self._manager(best=True).all_steps():
-            with contextlib.suppress(DamagedCheckpointError):
-                found = self.info(kept, best=True)
-                if found.get("measurement") == info.get("measurement"):
-                    if found["fid"] <= info["fid"]:
-                        return False
-                    if kept != step:
-                        continue  # Orbax deletes it when the better one is written.
-            self._manager(best=True).delete(kept)
-        return True
-
     def _settle(self, step: int, best: bool) -> None:
         """Waits for a save and finds it on disk: its files describe what was saved."""
         self._managers[best].wait_until_finished()
-        # Others may see the folder late on a network file system. To read the arrays,
-        # too, would cost as much as a resume.
+        # Not the arrays, which costs as much as a resume; others may see it later.
         if jax.process_index() == 0:
             self.info(step, best)
 
@@ -205,10 +187,10 @@ class Checkpoints:
         self.wait(raising=False)
         steps = self.steps(best) if step is None else [step]
         if not steps:
-            hint = "holds no checkpoint; train first, with --mode=train"
-            if best:
-                hint = "keeps no best checkpoint; evaluation.inception=True makes it"
-            raise CheckpointError(f"{self._workdir} {hint}")
+            which = (
+                "best checkpoint (see evaluation.inception)" if best else "checkpoint"
+            )
+            raise CheckpointError(f"{self._workdir} holds no {which}; train first")
         return _load(self.path(steps[-1], best), like)
 
     def restore_newest(self, like: Any) -> Restored | None:
@@ -240,8 +222,7 @@ class Checkpoints:
         target = self._workdir / DAMAGED
         for step in steps if jax.process_index() == 0 else ():
             target.mkdir(exist_ok=True)
-            others = len(list(target.glob(f"{NEWEST}-{step}*")))
-            moved = target / (f"{NEWEST}-{step}" + f"-{others}" * bool(others))
+            moved = target / f"{NEWEST}-{step}-{time.time_ns()}"
             shutil.move(self.path(step), moved)
             logging.warning("moved a damaged checkpoint to %s", moved)
         self._close_manager()  # The next one, for which all wait, sees what is left.
@@ -262,7 +243,7 @@ class Saver:
         """Wraps a run's checkpoints; patience: seconds from the first failure."""
         self._checkpoints, self._patience = checkpoints, patience
         self._since: float | None = None  # The first failure.
-        self._next, self._delay = 0.0, 1.0
+        self._next = 0.0
 
     def save(self, state: Any, info: dict[str, Any]) -> None:
         """Starts saving; raises TrainingError when patience is over."""
@@ -307,13 +288,13 @@ class Saver:
             logging.warning(
                 "a checkpoint cannot be written: %s; training goes on", error
             )
-            # The last attempt comes when patience is over, not long after.
-            self._next = now + min(self._delay, self._patience - waited)
-            self._since, self._delay = now - waited, min(2 * self._delay, 60.0)
+            # The longer it lasts the later, but at the latest when patience is over.
+            self._since = now - waited
+            self._next = now + min(1.0 + waited, 60.0, self._patience - waited)
             return False
         if self._since is not None and not self._checkpoints.pending:
             logging.warning("a checkpoint is written at last, after %.0f s", waited)
-            self._since, self._delay = None, 1.0
+            self._since = None
         return True
 
 
@@ -328,10 +309,7 @@ class _LiteralPath(type(epath.Path())):
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier, for a process whose save has not just failed.
-
-    To one that failed the others do not come: they wait for its files until it ends.
-    """
+    """Orbax's barrier; raises where a save has failed, since the others do not come."""
     if failure := sys.exc_info()[1]:
         raise failure
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
@@ -361,7 +339,7 @@ def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Resto
 
 
 def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
-    info = json.loads(files.read_text(Path(path / "info" / "metadata"), _LARGEST_INFO))
+    info = json.loads(files.read_text(Path(path / "info" / "metadata"), 64 * 2**20))
     rest = {name: value for name, value in info.items() if name != "sha256"}
     if info.get("sha256") != _sealed(rest)["sha256"]:
         raise ValueError("its info does not match its checksum")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped, UInt32
+from jaxtyping import Array, UInt32
 
 # Odd constants of well-spread bits: 2³² over the golden ratio, and the multipliers of
 # an integer hash (shifts 16, 15, 16).
@@ -43,12 +43,6 @@ def _sums(array: Array, mesh: Mesh | None) -> UInt32[Array, "2"]:
     return jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, PartitionSpec()))
 
 
-def of_array(array: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
-    """Returns an array's two sums, in all of the processes that hold a part of it."""
-    array = jnp.asarray(array)  # NumPy's, on the default device.
-    return _sums(array, getattr(array.sharding, "mesh", None))
-
-
 def described(tree: Any) -> dict[str, str]:
     """Returns name → type of every leaf, in any kind of node: w/0 → float32[2,3]."""
     named = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
@@ -60,6 +54,7 @@ def described(tree: Any) -> dict[str, str]:
 
 def of_tree(tree: Any) -> dict[str, str]:
     """Returns name → checksum of every array, in hexadecimal; see `described`."""
-    sums = jax.device_get([of_array(leaf) for leaf in jax.tree.leaves(tree)])
-    told = (f"{int(first):08x}{int(second):08x}" for first, second in sums)
-    return dict(zip(described(tree), told, strict=True))
+    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    sums = [_sums(array, getattr(array.sharding, "mesh", None)) for array in arrays]
+    texts = ("".join(f"{int(one):08x}" for one in two) for two in jax.device_get(sums))
+    return dict(zip(described(tree), texts, strict=True))

@@ -26,7 +26,12 @@ from ddaebm_jax.evaluation import image_quality, pictures
 from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import dispatch, processes, run_directory
-from ddaebm_jax.training.checkpoints import Checkpoints, SaveError, Saver
+from ddaebm_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    SaveError,
+    Saver,
+)
 from ddaebm_jax.training.preemption import Preemption, Stopped, StopRequested
 from ddaebm_jax.training.reports import Reports
 
@@ -290,13 +295,10 @@ def _save_best(run: Run, state: TrainState, found: dict[str, Any]) -> None:
     """Keep the state if its FID is the lowest so far; a failure is only warned of."""
     if run.meter is None:
         return
-    # Only FIDs that were measured in the same way compare.
-    names = ("num_images", "num_reference", *run.meter.about)
-    measurement = {name: found[name] for name in names}
-    info = _info(run) | {"input": None, "measurement": measurement}
     try:
+        info = _info(run) | {"input": None}
         run.checkpoints.save_best(state, info, found["fid"])
-    except SaveError as error:
+    except CheckpointError as error:
         if jax.process_count() > 1:
             raise
         logging.warning("the best checkpoint cannot be kept: %s", error)
