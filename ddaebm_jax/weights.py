@@ -69,9 +69,7 @@ def _read_safetensors(path: Path) -> Arrays:
         ) from error
 
 
-# PyTorch's state_dicts, as in torch/serialization.py of PyTorch 1.0 to 2.x: a zip
-# archive, or before version 1.6 pickles in a row (pytorch-fid's weights are such).
-
+# PyTorch's state_dicts: a zip archive or, before version 1.6, pickles in a row.
 _MAX_PICKLE_BYTES = 2**23  # A tensor takes about 200.
 _MAX_INSTRUCTIONS = 500_000  # A tensor takes about 30.
 _DTYPES = {
@@ -90,10 +88,7 @@ class _Storage(NamedTuple):
     dtype: str
     key: str
     size: int  # In numbers, as all sizes below.
-
-    @property
-    def num_bytes(self) -> int:
-        return self.size * np.dtype(self.dtype).itemsize
+    num_bytes: int
 
 
 class _Tensor(NamedTuple):
@@ -120,7 +115,8 @@ class _Unpickler(pickle.Unpickler):
         match pid:
             case ("storage", str(dtype), str(key), _, int(size), *view):
                 if dtype in _DTYPES.values() and size >= 0 and view in ([], [None]):
-                    return _Storage(dtype, key, size)
+                    num_bytes = size * np.dtype(dtype).itemsize
+                    return _Storage(dtype, key, size, num_bytes)
         raise pickle.UnpicklingError("one of its storages is of no known kind")
 
     def _tensor(
@@ -156,8 +152,7 @@ def _unpickle(file: io.BufferedIOBase) -> Any:
 
 def _read_torch(path: Path) -> Arrays:
     with files.open_regular(path, MAX_BYTES) as file:
-        zipped = file.read(4) == b"PK\3\4"
-        file.seek(0)
+        zipped = file.peek(4)[:4] == b"PK\3\4"
         try:
             return _read_zip(file) if zipped else _read_legacy(file)
         except Exception as error:  # zipfile and pickle raise a dozen kinds.
@@ -209,19 +204,17 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, no dict of tensors")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, _Tensor):
-            key = shown(name) if isinstance(name, str) else type(name).__name__
+        if not isinstance(value, _Tensor):
             kind = type(value).__name__
-            raise ValueError(f"{key} is a {kind}, not a tensor under a name")
-    return content
+            raise ValueError(f"{shown(str(name))} is a {kind}, not a tensor")
+    return {str(name): value for name, value in content.items()}
 
 
 def _view(tensor: _Tensor, data: Mapping[str, bytes]) -> Shaped[np.ndarray, "..."]:
     storage, offset, shape, strides = tensor
-    found = len(data[storage.key])
-    if found != storage.num_bytes:
-        raise ValueError(f"a storage of {storage.num_bytes} bytes has {found}")
-    numbers = np.frombuffer(data[storage.key], storage.dtype)[offset:]
+    raw = data[storage.key]
+    if len(raw) != storage.num_bytes:
+        raise ValueError(f"a storage of {storage.num_bytes} bytes has {len(raw)}")
+    numbers = np.frombuffer(raw, storage.dtype)[offset:]
     steps = [stride * numbers.itemsize for stride in strides]
-    # Within the storage: `_Unpickler` has compared the two.
     return np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)
