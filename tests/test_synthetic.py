@@ -72,7 +72,6 @@ def test_draws_follow_the_density(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_draw_depends_on_its_key_alone(name: str):
     """Not on its neighbours or its place, nor on an earlier call."""
-    assert synthetic.SYNTHETIC[name]().name == name
     order = np.random.default_rng(0).permutation(DRAWS)
     again = drawer(name)(keys()[order])
     np.testing.assert_allclose(again, draws(name)[order], rtol=1e-5, atol=1e-6)

@@ -329,7 +329,7 @@ def test_unusable_npz_labels_are_refused(save, arrays, label, part):
         ({"x": np.array([["a"]])}, ["no table of real numbers"]),
         ({"x": np.zeros((2, 2), complex)}, ["complex128", "no table of real numbers"]),
         ({"x": np.zeros((2, 2), "f4,f4")}, ["no table of real numbers"]),
-        ({"x": np.array([[1, None]])}, ["Python objects", "unpickling"]),
+        ({"x": np.array([[1, None]])}, ["Python objects"]),
         ({"x": np.array([[0, 1], [2, np.nan]])}, ["row 1 ", "'column_1' is nan"]),
         ({"x": np.array([[0.0, 1e300]])}, ["row 0", "column 'column_1' is 1e+300"]),
         ({"x": numbered(2)}, ["3 columns found, 4 needed"]),

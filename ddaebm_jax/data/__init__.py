@@ -27,10 +27,9 @@ class Source(NamedTuple):
       draw: (arrays, batch, keys [batch]) → x_0 [batch, *event_shape]; pure. `batch`
         is what the input stream gave: images, or indices of them; None where there
         is no stream, and examples are drawn from the keys.
-      distribution: the true distribution, of synthetic data.
-      table: the table, of tabular data.
-      image_set: the images, where they have been opened.
-      timeout: seconds without progress in reading them before giving up; 0: never.
+      distribution, table, image_set: the data, of whichever kind; images only where
+        they have been opened.
+      timeout: seconds without progress in reading images before giving up; 0: never.
     """
 
     name: str
@@ -93,13 +92,10 @@ def test_rows(table: tabular.Table, label: int) -> Float[np.ndarray, "n dim"]:
 def open_source(
     data: Any, seed: int, workdir: Path | None = None, open_images: bool = True
 ) -> Source:
-    """Opens the data set that a valid config names.
+    """Opens the data set that a valid config's `data` section names.
 
-    Args:
-      data: the config's `data` section.
-      seed: of the train/test split.
-      workdir: a run directory; a table is then the one that `Source.save` kept.
-      open_images: False: images are not looked for; their shape is known.
+    Its split depends on the seed. Of a run directory the table is the one that
+    `Source.save` kept. Without `open_images` images are not looked for.
 
     Raises InputError for data that cannot be trained on, and FileNotFoundError if
     `data.path` is not there.

@@ -94,8 +94,8 @@ class Batches:
         """Opens the stream at its first batch.
 
         Args:
-          num_records: how many records there are.
-          batch_size: B, over all processes.
+          num_records: at least 1.
+          batch_size: B, over all processes, a multiple of them; else InputError.
           seed: of the order, not negative.
           records: what to read; None: the stream is of record indices.
           process_index: j.
@@ -104,8 +104,6 @@ class Batches:
           prefetch: local batches that are read ahead, in each worker; at least 1.
           num_workers: processes that read, by grain; 0: threads of this one.
           timeout: seconds to wait for a batch before giving up; 0: no limit.
-
-        Raises InputError if the batch is not a multiple of the processes.
         """
         if batch_size % process_count:
             raise InputError(

@@ -151,11 +151,8 @@ def read_images(
     A folder is read as by `read_folder`; a file's name is its path in the folder. An
     NPZ file's images are its array `x`, or its only 4-D array: uint8 [n, height,
     width, channels] of the model's shape, or [n, height, width] for one channel; their
-    names are their indices.
-
-    Raises:
-      FileNotFoundError: if there is no such folder or file.
-      InputError: for what cannot be used.
+    names are their indices. Raises FileNotFoundError, or InputError for what cannot
+    be used.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz" and not path.is_dir():

@@ -112,28 +112,19 @@ class SkipUnusable:
 class ImageSet:
     """A set of images, split.
 
-    Attributes:
-      name: as in the config.
-      event_shape: height, width and channels of every image.
-      train: images to train on.
-      test: images that training does not see.
-      fingerprint: SHA-256 of the images and their split; for a TFDS set of its name,
-        version, splits and a few records, for others of all pixels.
-      train_labels: the class of each training image; None where there are none.
-      test_labels: of each test image.
-      skipped: number of unusable files that were skipped.
-      left_out: images of `data.held_out_classes`.
+    The fingerprint is a SHA-256 of the images and their split; for a TFDS set of its
+    name, version, splits and a few records, for others of all pixels.
     """
 
-    name: str
-    event_shape: tuple[int, int, int]
+    name: str  # As in the config.
+    event_shape: tuple[int, int, int]  # Height, width and channels of every image.
     train: Records
     test: Records
     fingerprint: str
     train_labels: Integer[np.ndarray, " n"] | None = None
     test_labels: Integer[np.ndarray, " m"] | None = None
-    skipped: int = 0
-    left_out: Records | None = None
+    skipped: int = 0  # Number of unusable files.
+    left_out: Records | None = None  # Images of `data.held_out_classes`.
 
     def metadata(self) -> dict[str, Any]:
         """Returns what must travel with a checkpoint, as plain JSON values."""
@@ -210,13 +201,9 @@ def stack(
     progress_name: str = "",
     timeout: int | float = TIMEOUT,
 ) -> UInt8[np.ndarray, "n height width channels"]:
-    """Loads records into one array, by several threads.
+    """Loads records of one shape, or the first `limit`, into one array.
 
-    Args:
-      records: at least one, all of one shape.
-      limit: the first so many only; None: all.
-      progress_name: as in `in_parallel`.
-      timeout: as in `in_parallel`.
+    There must be a record; the other arguments are those of `in_parallel`.
     """
     num = len(records) if limit is None else min(limit, len(records))
     images = np.empty((num, *records[0].shape), np.uint8)

@@ -27,12 +27,10 @@ class Synthetic(NamedTuple):
     Attributes:
       sample: key → one point, [2].
       log_density: points [n, 2] → log p, nats, [n].
-      extent: the square [−extent, extent]² holds all but a negligible mass, and is
-        where densities are compared.
-      cells: cells a side for that comparison; a cell is well below the finest
-        detail.
-      modes: centres of the modes, [m, 2], where the distribution is a mixture of
-        Gaussians; else None.
+      extent: the square [−extent, extent]², in which densities are compared, holds all
+        but a negligible mass.
+      cells: cells a side for that comparison, well below the finest detail.
+      modes: centres of the modes of a mixture of Gaussians, [m, 2]; else None.
       mode_std: standard deviation of a mode.
     """
 
@@ -49,8 +47,15 @@ def _log_normal(squares: Array, std: float) -> Array:
     return -0.5 * squares / std**2 - _LOG_2PI - 2 * np.log(std)
 
 
-def _squared_distances(x: Array, centres: Array) -> Array:
-    return ((x[:, None, :] - centres[None, :, :]) ** 2).sum(axis=-1)
+def _gaussians_at(centres: np.ndarray, std: float) -> LogDensity:
+    """Returns the log density of an even mixture of round Gaussians."""
+
+    def log_density(x: Array) -> Array:
+        gaps = x[:, None, :] - jnp.asarray(centres)[None, :, :]
+        logs = _log_normal((gaps**2).sum(axis=-1), std)
+        return logsumexp(logs, axis=1) - np.log(len(centres))
+
+    return log_density
 
 
 def _mixture(modes: np.ndarray, std: float, extent: float, cells: int):
@@ -62,11 +67,7 @@ def _mixture(modes: np.ndarray, std: float, extent: float, cells: int):
         mode = jax.random.randint(key_mode, (), 0, len(modes))
         return jnp.asarray(modes)[mode] + std * jax.random.normal(key_noise, (2,))
 
-    def log_density(x: Array) -> Array:
-        logs = _log_normal(_squared_distances(x, jnp.asarray(modes)), std)
-        return logsumexp(logs, axis=1) - np.log(len(modes))
-
-    return Synthetic(sample, log_density, extent, cells, modes, std)
+    return Synthetic(sample, _gaussians_at(modes, std), extent, cells, modes, std)
 
 
 def gaussians25() -> Synthetic:
@@ -155,11 +156,7 @@ def _noisy_curve(
         which = jax.random.randint(key_curve, (), 0, len(curves))
         return points[which] + std * jax.random.normal(key_noise, (2,))
 
-    def log_density(x: Array) -> Array:
-        logs = _log_normal(_squared_distances(x, jnp.asarray(centres)), std)
-        return logsumexp(logs, axis=1) - np.log(len(centres))
-
-    return Synthetic(sample, log_density, extent, cells)
+    return Synthetic(sample, _gaussians_at(centres, std), extent, cells)
 
 
 def _arc(radius: float, start: float, stop: float, centre: tuple[float, float]):

@@ -197,8 +197,8 @@ def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile
     if len(bad):
         i, j = bad[0]
         raise InputError(
-            f"{path}: row {i} (counted from 0), column 'column_{j}' is {rows[i, j]}; finite "
-            f"numbers of size at most {LARGEST:.2g} are allowed; fill in missing "
+            f"{path}: row {i} (counted from 0), column 'column_{j}' is {rows[i, j]}; "
+            f"a finite number of size at most {LARGEST:.2g} is needed; fill in missing "
             "values or drop the row"
         )
     columns = tuple(f"column_{j}" for j in range(rows.shape[1]))
