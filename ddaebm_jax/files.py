@@ -32,8 +32,7 @@ _ARRAY_KINDS = "biufcUS"
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` only once it is complete.
 
-    A crash or a power cut leaves the old file or the new one. After an error the
-    partial file is removed: on a full disk it would take what is left.
+    A crash or a power cut leaves the old file or the new one.
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # It may be a link or a pipe.
@@ -152,10 +151,8 @@ def read_npz(
       max_bytes: most bytes that all arrays together may take, decompressed.
       names: of the arrays to read, all of which must be there; None: all arrays.
 
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: if it is not an NPZ file, is damaged or too large, lacks an array, or
-        one of those to read holds Python objects or records.
+    Raises FileNotFoundError, or InputError if it is not an NPZ file, is damaged or too
+    large, lacks an array, or one of those to read holds Python objects or records.
     """
     with _open_npz(path, max_bytes) as (npz, headers):
         arrays = {}

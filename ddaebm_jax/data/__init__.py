@@ -70,9 +70,10 @@ class Source(NamedTuple):
             return None if self.image_set is None else self.image_set.metadata()
         if self.table is None:
             return {}
+        standardizer = self.table.standardizer._asdict()
         return {
             "columns": list(self.table.columns),
-            "standardizer": self.table.standardizer.to_dict(),
+            "standardizer": {k: v.tolist() for k, v in standardizer.items()},
             "fingerprint": tabular.fingerprint(self.table),
         }
 

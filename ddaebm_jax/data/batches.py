@@ -24,11 +24,10 @@ from ddaebm_jax.errors import InputError, listed, one_line
 
 @functools.lru_cache(maxsize=8)
 def _epoch(num_records: int, seed: int, epoch: int) -> Int32[np.ndarray, " n"]:
-    """Returns the order of one epoch.
+    """Returns the order of one epoch, the same under any version of NumPy.
 
-    NumPy promises that a bit generator's raw numbers never change, which it does not
-    for its own permutations: a run can be resumed under any version. grain's shuffle
-    adds the epoch to the seed, so that neighbouring seeds would share epochs.
+    NumPy promises that of a bit generator's raw numbers, but not of its permutations.
+    grain's shuffle adds the epoch to the seed: neighbouring seeds would share epochs.
     """
     bits = np.random.Philox(np.random.SeedSequence((seed, epoch)))
     keys = bits.random_raw(num_records)
@@ -59,7 +58,6 @@ class _Reader:
     places: slice
 
     def indices(self, step: int) -> Int32[np.ndarray, " local"]:
-        """Returns the records of this process's part of batch `step`."""
         start = step * self.batch_size
         stop = start + self.batch_size
         return order(self.num_records, self.seed, start, stop)[self.places]
@@ -144,10 +142,7 @@ class Batches:
         return result
 
     def state(self) -> dict[str, int]:
-        """Returns the position of the stream, as plain JSON values.
-
-        It is the same in all processes, and does not depend on what was read ahead.
-        """
+        """Returns the position, as JSON values that are the same in all processes."""
         return {"batches": self._delivered, **self._identity}
 
     def restore(self, state: dict[str, int]) -> None:

@@ -1,7 +1,6 @@
 """Decodes an image by Pillow and converts it to a model's shape.
 
-Nothing of an image is dropped in silence: alpha, colour, 16 bits and missing pixels
-are refused where the model has no place for them.
+Alpha, colour and 16 bits are refused where the model has no place for them.
 """
 
 from pathlib import Path

@@ -66,13 +66,10 @@ def read_folder(
 
     Every file is decoded, so that all unusable ones are found at once; with
     `skip_corrupt` they are skipped with a warning. Images are kept in memory if they
-    take at most `MAX_BYTES`, else read again on demand. Hidden files, files with other
-    suffixes and links to folders are left out.
+    take at most `MAX_BYTES`, else read again on demand. Hidden files are left out.
 
-    Raises:
-      FileNotFoundError: if there is no such folder.
-      InputError: if it holds no image or unusable files, which the message counts and
-        names; or without progress for `timeout` seconds.
+    Raises FileNotFoundError, or InputError if there is no image or an unusable file,
+    or no progress for `timeout` seconds.
     """
     folder = Path(path)
     if not folder.exists():

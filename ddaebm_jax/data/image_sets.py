@@ -32,7 +32,7 @@ def load_digits(data: Any, seed: int) -> ImageSet:
             f"data.image_size = {_DIGIT_SIZE} and data.channels = 1"
         )
     classes = sorted({*data.held_out_classes})
-    if not {*classes} <= {*range(10)} or len(classes) > 8:
+    if len(classes) > 8 or not {*classes} <= {*range(10)}:
         raise InputError(
             f"data.held_out_classes is {tuple(classes)}; choose of 0 … 9, and leave at "
             "least two to train on"
@@ -87,9 +87,9 @@ def load_photos(
     """Loads patches of scikit-learn's two photographs, a temple and a flower.
 
     Patches are cut at random places, as many from either photograph. Those held out
-    lie in a strip at the right side that no training patch touches; the strip's share
-    of the width, and theirs of `num_patches`, is `test_fraction`. Raises InputError
-    for another number of channels, or patches that do not fit.
+    lie in a strip at the right side that no training patch touches; `test_fraction` is
+    its share of the width, and theirs of `num_patches`. Raises InputError for another
+    number of channels, or patches that do not fit.
     """
     if channels != 3:
         raise InputError(

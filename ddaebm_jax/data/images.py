@@ -42,9 +42,7 @@ __all__ = [
 def open_images(data: Any, seed: int) -> ImageSet:
     """Opens the image set that a config's `data` section names, split by the seed.
 
-    Raises:
-      FileNotFoundError: if `data.path` is not there.
-      InputError: for images that cannot be trained on.
+    Raises FileNotFoundError, or InputError for images that cannot be trained on.
     """
     if data.name == "digits":
         images = image_sets.load_digits(data, seed)
@@ -83,10 +81,7 @@ def draw(
     keys: Key[Array, " batch"],
     flip: bool,
 ) -> Float[Array, "batch height width channels"]:
-    """Returns a batch of x_0 in [−1, 1]; pure.
-
-    Both ways of input give the same numbers: example i depends on its pixels and on
-    key i alone.
+    """Returns a batch of x_0 in [−1, 1]; example i depends on its pixels and key i.
 
     Args:
       arrays: the whole training set, on the device; None: `batch` holds the images.

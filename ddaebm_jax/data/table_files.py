@@ -45,12 +45,8 @@ def read_table_file(
 
     If it is `labelled`, the labels, 0 (inlier) or 1 (outlier), are the CSV's column or
     the NPZ's 1-D array of the name `label_column`; None: an NPZ's array `labels`, if
-    there is one.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: for a file that cannot be used; the message names the place and the
-        value found.
+    there is one. Raises FileNotFoundError, or InputError, which names the place and
+    the value found.
     """
     readers = {".csv": _read_csv, ".npz": _read_npz}
     reader = readers.get(path.suffix.lower())

@@ -30,10 +30,6 @@ class Standardizer(NamedTuple):
     """Moves and scales columns to mean 0 and standard deviation 1.
 
     A constant column is moved but not scaled: its `std` is 1.
-
-    Attributes:
-      mean: of each column, in the column's unit.
-      std: of each column, in the column's unit; positive.
     """
 
     mean: Float[np.ndarray, " d"]
@@ -41,10 +37,7 @@ class Standardizer(NamedTuple):
 
     @classmethod
     def fit(cls, rows: Float[np.ndarray, "n d"]) -> "Standardizer":
-        """Returns the standardizer of at least one row, computed in float64.
-
-        The standard deviation divides by n.
-        """
+        """Returns the standardizer of at least one row; its std divides by n."""
         rows = np.asarray(rows, np.float64)
         # Rounding gives a constant column a tiny spread: compare values instead.
         constant = (rows == rows[0]).all(axis=0)
@@ -71,10 +64,6 @@ class Standardizer(NamedTuple):
     def inverse(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         """Returns rows·std + mean in the columns' units, float64."""
         return np.asarray(rows, np.float64) * self.std + self.mean
-
-    def to_dict(self) -> dict[str, list[float]]:
-        """Returns {'mean': […], 'std': […]}, which JSON keeps exactly."""
-        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
 
 class Table(NamedTuple):
@@ -158,14 +147,9 @@ def load_table(
     With labels, 0 (inlier) or 1 (outlier), training uses inliers only, and the test
     set is the held-out inliers, then all outliers; without, the split is of all rows.
 
-    Args:
-      path: as in `read_table_file`.
-      seed: of the split.
-      test_fraction: share of the rows (of the inliers) that is held out.
-      label_column: as in `read_table_file`.
-
-    Raises FileNotFoundError, or InputError for a file or a fraction that cannot be
-    used.
+    The path and the column are those of `read_table_file`; the fraction is of the rows
+    (of the inliers). Raises FileNotFoundError, or InputError for a file or a fraction
+    that cannot be used.
     """
     table = read_table_file(Path(path), label_column, labelled=True)
     return _split(str(path), table, seed, test_fraction)
@@ -179,18 +163,11 @@ def read_rows(
 ) -> Float[np.ndarray, "n d"]:
     """Reads the rows of a CSV or NPZ file, to be scored, as float32.
 
-    Labels are not looked for: a CSV must hold the model's columns only.
-
-    Args:
-      path: ends in `.csv` or `.npz`.
-      dim: the width that the rows must have; None: any.
-      standardizer: the training table's, applied before rounding to float32, as to the
-        training rows; None: the rows stay in the columns' units.
-      columns: the training table's names. A file whose own names are these in
-        another order is put in order; a file without names is taken as it stands.
+    Labels are not looked for: a CSV must hold the model's columns only. Where it and
+    the training table (`columns`) have names, they may be in another order.
 
     Raises FileNotFoundError, or InputError for a file that cannot be used, or rows of
-    another width or with other names.
+    another width than `dim` or with other names.
     """
     path = Path(path)
     table = read_table_file(path)

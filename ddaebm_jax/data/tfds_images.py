@@ -1,8 +1,6 @@
 """Image sets of TensorFlow Datasets, read at random places from ArrayRecord files.
 
-Reading a prepared set needs neither TensorFlow nor a network; preparing one needs
-both, once. Everything is opened through the prepared folder, so that a set that was
-prepared elsewhere is as good as one prepared here.
+Reading a prepared folder needs neither TensorFlow nor a network; preparing it does.
 """
 
 import dataclasses
@@ -67,23 +65,16 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
 
     `data.test_split` is held out, or, if that is empty, a share of `data.split` chosen
     by the seed. With `data.skip_corrupt` unusable records do not keep the set from
-    being opened; reading them is still refused, see `SkipUnusable`.
-
-    Raises:
-      InputError: if there is no such set or split, it cannot be prepared, or its
-        images cannot be used; the message says what to do.
+    being opened; reading them is still refused. Raises InputError if there is no such
+    set or split, it cannot be prepared, or its images cannot be used.
     """
     builder = _prepared(data.tfds, data.tfds_dir, data.channels)
     folder = os.fspath(builder.data_dir)
     crop = None if data.crop is None else tuple(data.crop)
     event_shape = (data.image_size, data.image_size, data.channels)
 
-    def opened(split: str) -> tuple[Records, Records]:
-        """Returns a split, and how its records are read before training."""
-        records = _TfdsImages(folder, split, *event_shape[1:], crop)
-        return records, SkipUnusable(records, folder) if data.skip_corrupt else records
-
-    train, readable = opened(data.split)
+    train = _TfdsImages(folder, data.split, *event_shape[1:], crop)
+    readable = SkipUnusable(train, folder) if data.skip_corrupt else train
     how = repr((builder.info.full_name, data.split, len(train), event_shape, crop))
     # A set prepared again may hold the same images in another order, which would give
     # a resumed run other batches; reading all of them would take too long.
@@ -91,9 +82,8 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
     some = np.stack([readable[int(place)] for place in places])
     content = digest(how.encode(), some)
     if data.test_split:
-        test, readable = opened(data.test_split)
+        test = _TfdsImages(folder, data.test_split, *event_shape[1:], crop)
         _check_apart(folder, data.split, data.test_split)
-        readable[0]  # What cannot be prepared shows itself before training.
         part = repr((data.test_split, len(test)))
         fingerprint = digest(content.encode(), part.encode())
         images = ImageSet("tfds", event_shape, train, test, fingerprint)
@@ -119,11 +109,7 @@ def open_split(
     crop: Crop | None,
     skip_corrupt: bool = False,
 ) -> Records:
-    """Opens the images of one split of a TFDS set; prepares the set if needed.
-
-    With `skip_corrupt` the next usable record takes the place of an unusable one.
-    Raises as `load_tfds`.
-    """
+    """Opens the images of one split of a TFDS set; otherwise as `load_tfds`."""
     folder = os.fspath(_prepared(name, tfds_dir, channels).data_dir)
     records = _TfdsImages(folder, split, image_size, channels, crop)
     return SkipUnusable(records, folder) if skip_corrupt else records
@@ -208,11 +194,7 @@ def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
 
 
 def _prepare(builder: Any, name: str) -> None:
-    """Downloads a set and writes it as ArrayRecord files.
-
-    TFDS writes under another name and renames at the end: a set that failed half-way
-    is not taken for a prepared one.
-    """
+    """Downloads a set and writes it as ArrayRecord files, under its name once whole."""
     logging.info(
         "data.tfds = '%s' is not in %s: downloading it (%s) and preparing it once",
         name,
@@ -249,10 +231,7 @@ def _prepare(builder: Any, name: str) -> None:
 def _lsun_examples(
     extracted_dir: os.PathLike | str, file_path: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields LSUN's records from its LMDB file, as TFDS's builder does.
-
-    TFDS reads it with tensorflow-io, which has no release for TensorFlow ≥ 2.17.
-    """
+    """Yields LSUN's records as TFDS does by tensorflow-io, which TensorFlow outgrew."""
     import lmdb
 
     folder = Path(os.fspath(extracted_dir)) / file_path
