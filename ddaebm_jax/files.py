@@ -79,9 +79,8 @@ def printable(text: str) -> str:
 def open_regular(path: Path, max_bytes: int, name: str = "") -> BinaryIO:
     """Opens a regular file for reading, in binary; `name` stands for it in messages.
 
-    Raises:
-      InputError: if it is a folder, pipe or device, or larger than `max_bytes`.
-      OSError: if it cannot be opened.
+    Raises InputError if it is a folder, pipe or device, or larger than `max_bytes`, and
+    OSError if it cannot be opened.
     """
     status = os.stat(path)  # Before opening, which would wait for a pipe's other end.
     if not stat.S_ISREG(status.st_mode):
@@ -132,9 +131,8 @@ def choose_array(
     found = [headers["x"]] if "x" in headers else fitting
     if len(found) != 1:
         raise InputError(
-            f"{path}: no array 'x' and {len(fitting)} {num_axes}-D arrays where one is "
-            f"needed; found: {listed(headers.values())}; save it with "
-            "numpy.savez(path, x=array)"
+            f"{path}: no array 'x' and {len(fitting)} {num_axes}-D arrays; found: "
+            f"{listed(headers.values())}; save it with numpy.savez(path, x=array)"
         )
     return found[0]
 

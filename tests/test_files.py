@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from untrusted import FUZZ, MEGABYTE, mutations, read_or_refused, refused
 
 from ddaebm_jax import files
-from ddaebm_jax.errors import InputError
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -47,22 +46,15 @@ def read(path, max_bytes=2**40, names=None):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_arrays_are_read_as_they_were_saved(tmp_path, save):
+def test_named_arrays_are_read_as_they_were_saved(tmp_path, save):
     path = tmp_path / "a.npz"
-    save(path, **ARRAYS)
-    found = read(path)
+    save(path, **ARRAYS, objects=np.array([{}], object))
+    found = read(path, names=ARRAYS)
     assert set(found) == set(ARRAYS)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
-    headers = files.npz_headers(path, 2**20)
-    assert str(headers["first"]) == "'first' (3×2, float32)"
-    assert headers["third"].shape == ()
-
-
-def test_only_the_named_arrays_are_read_and_all_must_be_there(tmp_path):
-    path = saved(tmp_path / "a.npz", x=np.ones(2), objects=np.array([{}], object))
-    assert read(path, names=["x"]).keys() == {"x"}
-    refused(lambda: read(path, names=["x", "y"]), str(path), "no array 'y'", "'x' (2")
+    assert str(files.npz_headers(path, 2**20)["first"]) == "'first' (3×2, float32)"
+    refused(lambda: read(path, names=["first", "y"]), "no array 'y'", "'first' (3×2")
     refused(lambda: read(path), str(path), "'objects' (1, object)", "Python objects")
 
 
@@ -172,27 +164,18 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, content):
     assert list(tmp_path.iterdir()) == [path] * (content is not None)
     files.write_json_atomically(path, {"a": 1})
     assert files.read_text(path, 100) == '{\n  "a": 1\n}\n'
-    with pytest.raises(InputError, match="at most 3 are allowed"):
-        files.read_text(path, 3)
+    refused(lambda: files.read_text(path, 3), "at most 3 are allowed")
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    done: list[tuple[str, int]] = []
+    done: list[str] = []
     fsync, replace = os.fsync, Path.replace
-
-    def noted_fsync(descriptor):
-        done.append(("sync", os.fstat(descriptor).st_ino))
-        fsync(descriptor)
-
-    def noted_replace(self, target):
-        done.append(("rename", self.stat().st_ino))
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), fsync(fd)))
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (done.append("rename"), replace(self, to))
+    )
     files.write_text_atomically(tmp_path / "file", "text")
-    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
-    assert done == [("sync", file), ("rename", file), ("sync", folder)]
+    assert done == ["sync", "rename", "sync"]  # The last of the folder.
 
 
 def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path):

@@ -98,41 +98,41 @@ def test_flips_are_a_function_of_the_key_and_mirror_half():
 
 def test_crop_and_centre_take_the_pixels_that_they_say():
     image = pixels(1, 20)[0]
-    box = images.prepare(Image.fromarray(image), 8, 3, (3, 5, 11, 13))
+    box = decoding.prepare(Image.fromarray(image), 8, 3, (3, 5, 11, 13))
     np.testing.assert_array_equal(box, image[5:13, 3:11])
-    again = images.prepare(Image.fromarray(box), 8, 3, (3, 5, 11, 13))
+    again = decoding.prepare(Image.fromarray(box), 8, 3, (3, 5, 11, 13))
     np.testing.assert_array_equal(again, box)  # It is of the size already.
-    wide = images.prepare(Image.fromarray(image[:8]), 8, 3)
+    wide = decoding.prepare(Image.fromarray(image[:8]), 8, 3)
     np.testing.assert_array_equal(wide, image[:8, 6:14])
-    tall = images.prepare(Image.fromarray(image[:, :8]), 8, 3)
+    tall = decoding.prepare(Image.fromarray(image[:, :8]), 8, 3)
     np.testing.assert_array_equal(tall, image[6:14, :8])
 
 
 def test_resize_averages_and_keeps_a_constant():
     flat = np.full((30, 50, 3), 77, np.uint8)
-    assert (images.prepare(Image.fromarray(flat), 8, 3) == 77).all()
+    assert (decoding.prepare(Image.fromarray(flat), 8, 3) == 77).all()
     # A fine checkerboard becomes grey: the filter is antialiased.
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    small = images.prepare(Image.fromarray(board), 8, 1)
+    small = decoding.prepare(Image.fromarray(board), 8, 1)
     assert abs(small.astype(int) - 127).max() <= 2
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P"])
-def test_conversions_that_lose_nothing_are_made(mode):
-    levels = Image.fromarray(pixels(1, 8, 1)[0, ..., 0]).convert(mode)
-    expected = np.asarray(levels.convert("RGB"))
-    np.testing.assert_array_equal(images.prepare(levels, 8, 3), expected)
-
-
-@pytest.mark.parametrize("channels,modes", [(3, "RGBA LA CMYK I;16 F"), (1, "RGB P")])
-def test_conversions_that_lose_something_are_refused(channels, modes):
-    for mode in modes.split():
+@pytest.mark.parametrize(
+    "channels,kept,refused_modes",
+    [(3, "L 1 P", "RGBA LA CMYK I;16 F"), (1, "1", "RGB P")],
+)
+def test_conversions_are_made_that_lose_nothing(channels, kept, refused_modes):
+    grey = Image.fromarray(pixels(1, 8, 1)[0, ..., 0])
+    for mode in kept.split():
+        image = grey.convert(mode)
+        expected = np.asarray(image.convert("RGB"))[..., :channels]
+        np.testing.assert_array_equal(decoding.prepare(image, 8, channels), expected)
+    for mode in refused_modes.split():
         with pytest.raises(InputError, match=rf"^a\.png: its mode is {mode}; allowed"):
-            images.prepare(Image.new(mode, (8, 8)), 8, channels, name="a.png")
-    image = Image.new("1", (8, 8))
-    image.info["transparency"] = 0
-    with pytest.raises(InputError, match="1 with transparency"):
-        images.prepare(image, 8, channels)
+            decoding.prepare(Image.new(mode, (8, 8)), 8, channels, name="a.png")
+    grey.info["transparency"] = 0
+    with pytest.raises(InputError, match="L with transparency"):
+        decoding.prepare(grey, 8, channels)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_conversions_that_lose_something_are_refused(channels, modes):
 )
 def test_images_that_are_too_small_are_refused(size, crop, part):
     with pytest.raises(InputError, match=part):
-        images.prepare(Image.new("RGB", (10, 8)), size, 3, crop)
+        decoding.prepare(Image.new("RGB", (10, 8)), size, 3, crop)
 
 
 # --- Folders --------------------------------------------------------------------
@@ -206,12 +206,11 @@ def test_folder_is_split_without_overlap_by_the_seed(folder):
 def test_fingerprint_sees_every_pixel_and_name(folder):
     path, data = folder
     prints = {opened("folder", path=str(path)).fingerprint}
-    changed = data[3].copy()
-    changed[0, 0, 0] ^= 1
-    Image.fromarray(changed).save(path / "3.png")
-    prints.add(opened("folder", path=str(path)).fingerprint)
-    (path / "3.png").rename(path / "3a.png")
-    prints.add(opened("folder", path=str(path)).fingerprint)
+    data[3, 0, 0, 0] ^= 1
+    for name in ("3.png", "3a.png"):
+        (path / "3.png").unlink()
+        Image.fromarray(data[3]).save(path / name)
+        prints.add(opened("folder", path=str(path)).fingerprint)
     assert len(prints) == 3
 
 
@@ -341,14 +340,14 @@ def test_damaged_file_gives_an_image_or_a_refusal(tmp_path, kind, data):
 def test_npz_images_are_read(tmp_path):
     data = pixels(5, 8)
     np.savez(tmp_path / "a.npz", x=data, other=pixels(2, 3))
-    np.savez_compressed(tmp_path / "b.npz", pictures=data, labels=np.arange(5))
+    np.savez_compressed(tmp_path / "b.npz", pictures=data[..., 0], pixels=data)
     for name in ("a.npz", "b.npz"):
         found, names = images.read_images(tmp_path / name, (8, 8, 3))
         np.testing.assert_array_equal(found, data)
         assert names == ("0", "1", "2", "3", "4")
     np.savez(tmp_path / "c.npz", x=data[..., 0])
     found, _ = images.read_images(tmp_path / "c.npz", (8, 8, 1))
-    np.testing.assert_array_equal(found[..., 0], data[..., 0])
+    np.testing.assert_array_equal(found, data[..., :1])
 
 
 @pytest.mark.parametrize(
@@ -356,7 +355,7 @@ def test_npz_images_are_read(tmp_path):
     [
         ({"x": np.zeros((2, 8, 8, 3), np.float32)}, ["float32", "uint8", "127.5"]),
         ({"x": np.zeros((2, 8, 8, 1), np.uint8)}, ["n×8×8×3 is needed"]),
-        ({"x": np.zeros((0, 8, 8, 3), np.uint8)}, ["is empty"]),
+        ({"x": np.zeros((0, 8, 8, 3), np.uint8)}, ["is empty or"]),
         ({"x": np.ones((1, 8, 8, 3), np.uint8)}, ["nothing above 1"]),
         ({"a": np.eye(2)}, ["0 4-D arrays", "'a' (2×2"]),
         ({"a": pixels(1), "b": pixels(1)}, ["2 4-D arrays"]),
@@ -368,13 +367,10 @@ def test_unusable_npz_is_refused(tmp_path, arrays, parts):
     refused_set(tmp_path / "a.npz", *parts)
 
 
-def test_sets_that_do_not_fit_into_memory_are_refused(folder, tmp_path, monkeypatch):
-    path, data = folder
+def test_sets_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
+    path, _ = folder
     monkeypatch.setattr(image_files, "MAX_BYTES", 100)
     refused_set(path, "10 images take 1920 bytes; at most 100")
-    monkeypatch.setattr(image_files, "MAX_BYTES", -MEGABYTE + 100)
-    np.savez(tmp_path / "c.npz", x=data)
-    refused_set(tmp_path / "c.npz", "at most")
 
 
 # --- scikit-learn's images ------------------------------------------------------
@@ -401,26 +397,13 @@ def test_photos_keep_the_held_out_strip_apart():
     from sklearn import datasets
 
     found, again, other = (opened("photos", s, num_patches=60) for s in (3, 3, 4))
-    assert found.event_shape == (8, 8, 3)
     assert (len(found.train), len(found.test)) == (45, 15)
     photos = datasets.load_sample_images().images
-    windows = [
-        np.lib.stride_tricks.sliding_window_view(photo, (8, 8, 3))[:, :, 0]
-        for photo in photos
-    ]
-
-    def columns(part, photo):
-        """The left edges at which the part's patches are found in the photograph."""
-        edges = []
-        for patch in images.stack(part)[photo::2]:
-            near = np.argwhere((windows[photo][..., 0, 0, :] == patch[0, 0]).all(-1))
-            place = [p for p in near if (windows[photo][tuple(p)] == patch).all()]
-            edges.append(place[0][1])
-        return np.array(edges)
-
-    for photo in (0, 1):  # Patches alternate between the photographs.
-        assert (columns(found.train, photo) + 8 <= 480).all()
-        assert (columns(found.test, photo) >= 480).all()
+    for part, left, right in ((found.train, 0, 480), (found.test, 480, 640)):
+        for i, (photo, top, side) in enumerate(part.places):
+            assert photo == i % 2 and left <= side <= right - 8
+            patch = photos[photo][top : top + 8, side : side + 8]
+            np.testing.assert_array_equal(part[i], patch)
     np.testing.assert_array_equal(both_parts(again), both_parts(found))
     assert found.fingerprint == again.fingerprint != other.fingerprint
 

@@ -22,11 +22,6 @@ tables = hnp.arrays(
 )
 
 
-def rows_of(table, part):
-    """The rows in the table's own units, as a sorted list."""
-    return sorted(map(tuple, table.standardizer.inverse(part).round(3).tolist()))
-
-
 @pytest.fixture
 def save(tmp_path):
     """Saves text, bytes or arrays; returns the path."""
@@ -131,22 +126,14 @@ def test_breast_cancer_trains_on_benign_rows_and_covers_all(seed):
     assert sorted(near(outliers)) == list(np.flatnonzero(raw.target == 0))
 
 
-@given(st.integers(4, 40), st.floats(0.1, 0.7), st.integers(0, 2**32))
-def test_split_is_disjoint_covers_all_and_repeats(tmp_path_factory, n, share, seed):
-    path = tmp_path_factory.mktemp("split") / "t.npz"
-    rows = numbered(n)
-    np.savez(path, x=rows)
-    if not 1 <= round(n * share) <= n - 2:
-        with pytest.raises(InputError, match="test_fraction"):
-            tabular.load_table(path, seed, share)
-        return
-    table = tabular.load_table(path, seed, share)
-    assert table.test_labels is None
-    assert len(table.test) == round(n * share)
-    everything = rows_of(table, table.train) + rows_of(table, table.test)
-    assert len(set(everything)) == n
-    np.testing.assert_allclose(sorted(everything), rows, rtol=1e-4, atol=1e-2)
-    assert_equal_tables(table, tabular.load_table(path, seed, share))
+def test_split_is_disjoint_covers_all_and_repeats(save):
+    rows = numbered(30)
+    path = save("t.npz", x=rows)
+    table, again = (tabular.load_table(path, 3, 0.3) for _ in range(2))
+    assert_equal_tables(table, again)
+    assert table.test_labels is None and len(table.test) == 9
+    back = table.standardizer.inverse(np.concatenate([table.train, table.test]))
+    np.testing.assert_allclose(np.sort(back, axis=0), rows, rtol=1e-4, atol=1e-2)
 
 
 def test_standardizer_sees_training_rows_only(save):
@@ -165,34 +152,30 @@ def test_standardizer_sees_training_rows_only(save):
         np.testing.assert_array_equal(own, table.standardizer)
 
 
-def csv_of(rows, labels=None, header=None):
-    lines = [] if header is None else [",".join(header)]
-    for i, row in enumerate(rows):
-        cells = [repr(float(cell)) for cell in row]
-        if labels is not None:
-            cells.insert(1, str(labels[i]))
-        lines.append(",".join(cells))
+def csv_of(rows, header=()):
+    lines = [",".join(header)] * bool(header)
+    lines += [",".join(map(repr, row)) for row in np.asarray(rows, float).tolist()]
     return "\n".join(lines) + "\n"
 
 
 def test_labels_mean_the_same_in_csv_and_npz(save):
     rows, labels = numbered(20), np.arange(20) % 4 // 3
-    header = ["a", "label", "b", "c"]
-    named = tabular.load_table(
-        save("t.csv", csv_of(rows, labels, header)), 2, 0.4, label_column="label"
-    )
-    bare = tabular.load_table(
-        save("bare.csv", csv_of(rows, labels)), 2, 0.4, label_column="column_1"
-    )
-    implied = tabular.load_table(save("t.npz", x=rows, labels=labels), 2, 0.4)
-    given_name = tabular.load_table(
-        save("u.npz", x=rows, outlier=labels.astype(bool)), 2, 0.4, "outlier"
-    )
-    assert named.columns == ("a", "b", "c")
-    assert bare.columns == ("column_0", "column_2", "column_3")
-    for table in (named, bare, implied, given_name):
-        np.testing.assert_array_equal(table.train, implied.train)
-        np.testing.assert_array_equal(table.test, implied.test)
+    both = np.insert(rows, 1, labels, axis=1)
+    header = ("a", "label", "b", "c")
+    found = [
+        tabular.load_table(path, 2, 0.4, label)
+        for path, label in (
+            (save("t.csv", csv_of(both, header)), "label"),
+            (save("bare.csv", csv_of(both)), "column_1"),
+            (save("t.npz", x=rows, labels=labels), None),
+            (save("u.npz", x=rows, outlier=labels.astype(bool)), "outlier"),
+        )
+    ]
+    assert found[0].columns == ("a", "b", "c")
+    assert found[1].columns == ("column_0", "column_2", "column_3")
+    for table in found:
+        np.testing.assert_array_equal(table.train, found[0].train)
+        np.testing.assert_array_equal(table.test, found[0].test)
         assert table.train.shape == (9, 3)
         np.testing.assert_array_equal(table.test_labels, np.repeat([0, 1], [6, 5]))
 
@@ -293,7 +276,6 @@ def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
     [
         ("a,b\n1,0\n2,2\n", "kind", "no column 'kind' .*; found: 'a', 'b'"),
         ("a,b\n1,0\n2,2\n", "b", r"line 3 has the label 2.0; allowed: 0 .inlier., 1"),
-        ("a\n0\n1\n", "a", "beside others; found: 'a'"),
     ],
 )
 def test_unusable_csv_labels_are_refused(save, text, label, part):
@@ -305,7 +287,6 @@ def test_unusable_csv_labels_are_refused(save, text, label, part):
     "arrays,label,part",
     [
         ({"labels": np.zeros(3)}, None, r"each of the 4 rows; .*'labels' \(3, float64"),
-        ({"labels": np.zeros((4, 1))}, None, r"each of the 4 rows; .*'labels' \(4×1"),
         ({"labels": np.array([0, 0, 0.5, 1])}, None, "row 2 .*label 0.5"),
         ({"labels": np.array(list("abcd"))}, None, "'labels'.* no table of real"),
         ({"labels": np.zeros(4, object)}, None, "Python objects"),

@@ -114,38 +114,19 @@ def test_prepared_set_is_read_bit_for_bit_and_its_order_is_fingerprinted(
     assert turned.fingerprint != found.fingerprint
 
 
-_READ = '''
+_READ = """
 import sys
-from importlib.machinery import PathFinder
-from types import SimpleNamespace
-from ddaebm_jax.data import images
-
-
-class Without(PathFinder):
-    """A machine on which these are not installed."""
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name.partition(".")[0] in ("tensorflow", "importlib_resources"):
-            return None
-        return super().find_spec(name, path, target)
-
-
-sys.meta_path[:] = [f for f in sys.meta_path if f is not PathFinder] + [Without]
-data = SimpleNamespace(
-    name="tfds", tfds="cifar10", tfds_dir=sys.argv[1], split="train",
-    test_split="test", limit=0, image_size=32, channels=3, crop=None,
-    test_fraction=0.1, held_out_classes=(), skip_corrupt=False,
-)
-print(images.stack(images.open_images(data, 0).train).shape)
-'''
+sys.modules["tensorflow"] = sys.modules["importlib_resources"] = None  # Not installed.
+from test_tfds_images import images, opened
+print(images.stack(opened(sys.argv[1]).train).shape)
+"""
 
 
 def test_reading_needs_no_tensorflow(prepared):
     result = subprocess.run(
         [sys.executable, "-c", _READ, str(prepared)],
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
         check=False,
@@ -200,19 +181,18 @@ def test_faults_of_the_file_system_are_not_passed_over(prepared, spoil):
 
 
 def test_limit_takes_the_first_and_a_share_is_held_out(prepared):
-    whole = images.stack(opened(prepared).train)
+    found = opened(prepared)
+    whole = images.stack(found.train)
     few = opened(prepared, limit=5)
     np.testing.assert_array_equal(images.stack(few.train), whole[:5])
     assert len(few.test) == NUM_TEST
-    split = opened(prepared, test_split="")
+    split, again, other = (opened(prepared, s, test_split="") for s in (0, 0, 1))
     both = np.concatenate([images.stack(split.train), images.stack(split.test)])
     assert len(split.test) == 5 and as_set(both) == as_set(whole)
     sliced = opened(prepared, split="train[:50%]", test_split="train[50%:]")
     assert (len(sliced.train), len(sliced.test)) == (10, 10)
-    prints = {s.fingerprint for s in (opened(prepared), few, split, sliced)}
-    assert len(prints) == 4
-    assert split.fingerprint != opened(prepared, 1, test_split="").fingerprint
-    assert split.fingerprint == opened(prepared, test_split="").fingerprint
+    prints = {s.fingerprint for s in (found, few, split, again, other, sliced)}
+    assert len(prints) == 5 and split.fingerprint == again.fingerprint
 
 
 def test_images_are_cropped_and_resized(prepared):
@@ -230,10 +210,8 @@ def test_images_are_cropped_and_resized(prepared):
         ({"channels": 1}, "have 3 channels, and data.channels is 1; set data.channels"),
         ({"image_size": 33}, "record 0 of 'train': 32×32 pixels; at least 33"),
         ({"split": "nope"}, "split 'nope' cannot be opened .* has train, test"),
-        ({"test_split": "nope"}, "split 'nope'"),
         ({"split": "train[:0]"}, "split 'train"),
         ({"test_split": "train"}, "share records"),
-        ({"test_split": "train[:10%]"}, "share records"),
         ({"split": "train[:60%]", "test_split": "train[50%:]"}, "share records"),
         ({"split": "train+test[:1]"}, "share records"),
         ({"tfds": "cifar10/nope"}, "data.tfds is 'cifar10/nope', which TFDS cannot"),
@@ -266,12 +244,6 @@ def test_set_that_is_not_there_fails_soon_without_a_network(tmp_path, monkeypatc
             opened(tmp_path)
     assert time.monotonic() - start < 20
     assert not list(tmp_path.rglob("dataset_info.json"))
-
-
-def test_package_that_preparing_needs_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(InputError, match=r"import of tensorflow.*pip install"):
-        opened(tmp_path)
 
 
 def test_lsun_is_prepared_from_its_database(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Shaped
 
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
+from ddaebm_jax.data.records import Subset
 from ddaebm_jax.data.threads import TIMEOUT
 
 TABLE_FILE = "table.npz"
@@ -27,8 +28,7 @@ class Source(NamedTuple):
       draw: (arrays, batch, keys [batch]) → x_0 [batch, *event_shape]; pure. `batch`
         is what the input stream gave: images, or indices of them; None where there
         is no stream, and examples are drawn from the keys.
-      distribution, table, image_set: the data, of whichever kind; images only where
-        they have been opened.
+      distribution, table, image_set: the data of each kind, images once opened.
       timeout: seconds without progress in reading images before giving up; 0: never.
     """
 
@@ -47,10 +47,9 @@ class Source(NamedTuple):
         return len(self.event_shape) == 3
 
     def held_out(self, num: int, seed: int) -> Shaped[np.ndarray, "n *shape"]:
-        """Returns data that training does not see.
+        """Returns data that training does not see, chosen by the seed.
 
-        Synthetic: `num` draws. A table: the test inliers. Images: at most `num` of the
-        test images, chosen by the seed, as uint8.
+        It is `num` draws, a table's test inliers, or at most `num` test images, uint8.
         """
         if self.distribution is not None:
             keys = jax.random.split(jax.random.key(seed), num)
@@ -60,7 +59,7 @@ class Source(NamedTuple):
             test = self.image_set.test
             # Not the first ones: files in order of names may be of one kind.
             order = np.random.default_rng(seed).permutation(len(test))
-            chosen = images.Subset(test, np.sort(order[:num]))
+            chosen = Subset(test, np.sort(order[:num]))
             return images.stack(chosen, timeout=self.timeout)
         return test_rows(self.table, tabular.INLIER)
 
@@ -95,8 +94,8 @@ def open_source(
 ) -> Source:
     """Opens the data set that a valid config's `data` section names.
 
-    Its split depends on the seed. Of a run directory the table is the one that
-    `Source.save` kept. Without `open_images` images are not looked for.
+    In a run directory the table is the one that `Source.save` kept. Without
+    `open_images` images are not looked for.
 
     Raises InputError for data that cannot be trained on, and FileNotFoundError if
     `data.path` is not there.

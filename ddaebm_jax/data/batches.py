@@ -1,9 +1,8 @@
 """The order of training examples, and the batches that follow it.
 
-The order is a function of a seed alone. Epoch e is a permutation of the records drawn
-from (seed, e); epochs follow one another without a gap, and batch s takes the places
-s·B … s·B + B − 1. So a batch does not depend on how many processes, workers or
-threads read it, nor on what was read ahead when a run was cut off.
+Epoch e is a permutation of the records drawn from (seed, e); epochs follow one another
+without a gap, and batch s takes the places s·B … s·B + B − 1. So a batch does not
+depend on who reads it, nor on what was read ahead when a run was cut off.
 """
 
 import collections
@@ -37,10 +36,7 @@ def _epoch(num_records: int, seed: int, epoch: int) -> Int32[np.ndarray, " n"]:
 def order(
     num_records: int, seed: int, start: int, stop: int
 ) -> Int32[np.ndarray, " n"]:
-    """Returns the records at places start … stop − 1 of the global order.
-
-    Places e·N … e·N + N − 1 are epoch e, where N = `num_records`.
-    """
+    """Returns the records at places start … stop − 1 of the global order."""
     first, last = start // num_records, (stop - 1) // num_records
     epochs = [_epoch(num_records, seed, epoch) for epoch in range(first, last + 1)]
     offset = first * num_records
@@ -124,13 +120,10 @@ class Batches:
         self._pending: collections.deque = collections.deque()  # Of futures.
 
     def next(self, length: int) -> Shaped[np.ndarray, "length batch ..."]:
-        """Returns the next `length` local batches.
+        """Returns the next `length` local batches: records, or int32 [length, B/n].
 
-        They are uint8 images [length, B/n, height, width, channels], or int32 record
-        indices [length, B/n].
-
-        Raises InputError if a record cannot be read, no batch comes in time, or a
-        worker process dies. The stream stays where it was, and can be read again.
+        After an InputError, if a record cannot be read, no batch comes in time, or a
+        worker process dies, the stream is where it was, and can be read again.
         """
         try:
             steps = range(self._delivered, self._delivered + length)
@@ -151,8 +144,7 @@ class Batches:
             if state.get(name) != value:
                 raise InputError(
                     f"the saved input position has {name} {state.get(name)}, this run "
-                    f"has {value}; go on with the data, batch size and seed that "
-                    "the run was started with"
+                    f"has {value}; go on with the data, batch size and seed as before"
                 )
         self.close()
         self._delivered = int(state["batches"])

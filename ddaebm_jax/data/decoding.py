@@ -34,8 +34,7 @@ def prepare(
 
     In this order: turned as its EXIF orientation says, converted if that loses
     nothing, cropped to the box, resized so that the short side is `size` (bilinear,
-    antialiased), and cropped at the centre. An image that is of the size already, as
-    a sample of a model is, is not cropped, and its pixels do not change.
+    antialiased), and cropped at the centre. One that is of the size already stays.
 
     Raises InputError, with the image's `name`, if it is smaller than `size` or
     than the box, or has what the result cannot hold: alpha, colour, more than 8 bits.

@@ -30,10 +30,10 @@ MAX_BYTES = 4 * 2**30
 
 
 class FolderImages(NamedTuple):
-    """The usable images of a folder, in the order of their names; printable names."""
+    """The usable images of a folder, in the order of their names."""
 
     records: Records
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # Printable.
     num_skipped: int
     content_sha256: str
 
@@ -177,14 +177,12 @@ def _read_npz(
             "for floats in [-1, 1] save numpy.round((x + 1) * 127.5).astype('uint8')"
         )
     allowed = [event_shape] + [event_shape[:2]] * (event_shape[2] == 1)
-    if array.shape[1:] not in allowed:
+    if array.shape[1:] not in allowed or not array.shape[0]:
         shapes = " or ".join("n×" + "×".join(map(str, shape)) for shape in allowed)
         raise InputError(
-            f"{path}: the array {array} is not of the model's shape; {shapes} is "
-            "needed; resize the images, or give them as a folder of files"
+            f"{path}: the array {array} is empty or not of the model's shape; {shapes} "
+            "is needed; resize the images, or give them as a folder of files"
         )
-    if not array.shape[0]:
-        raise InputError(f"{path}: the array {array} is empty; give an image")
     images = read_npz(path, MAX_BYTES, [array.name])[array.name]
     if images.max() == 1:
         raise InputError(

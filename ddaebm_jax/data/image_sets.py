@@ -43,12 +43,10 @@ def load_digits(data: Any, seed: int) -> ImageSet:
     images = np.round(raw.images * (255 / _DIGIT_WHITE)).astype(np.uint8)[..., None]
     labels = raw.target.astype(np.int64)
     # A digit's own seed: how many another has does not move its choice.
-    parts = []
+    share, parts = data.test_fraction, []
     for label in range(10):
         places = np.flatnonzero(labels == label)
-        split = hold_out(
-            len(places), data.test_fraction, seed + label, f"digits {label}"
-        )
+        split = hold_out(len(places), share, seed + label, f"digits {label}")
         parts.append((places[split.train], places[split.test]))
     train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
     shape, content = images.shape[1:], digest(images, labels)

@@ -14,29 +14,10 @@ from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from ddaebm_jax.data import image_files, image_sets, tfds_images
 from ddaebm_jax.data.batches import Batches
-from ddaebm_jax.data.decoding import prepare
 from ddaebm_jax.data.image_files import read_images
-from ddaebm_jax.data.records import (
-    ImageSet,
-    Records,
-    SkipUnusable,
-    Subset,
-    stack,
-)
+from ddaebm_jax.data.records import ImageSet, SkipUnusable, stack
 
-__all__ = [
-    "Batches",
-    "ImageSet",
-    "Records",
-    "Subset",
-    "draw",
-    "open_images",
-    "prepare",
-    "read_images",
-    "stack",
-    "to_float",
-    "to_uint8",
-]
+__all__ = ["Batches", "ImageSet", "read_images", "stack"]
 
 
 def open_images(data: Any, seed: int) -> ImageSet:

@@ -22,15 +22,12 @@ _MAX_UNUSABLE, _MIN_LIMIT = 0.01, 10
 
 
 class UnusableRecord(InputError):
-    """A record that is damaged or does not fit, whoever reads it and whenever."""
+    """A record that is damaged or does not fit."""
 
 
 @contextlib.contextmanager
 def reading(name: str, remedy: str) -> Iterator[None]:
-    """Turns an error of reading and preparing a record into an InputError.
-
-    It is an UnusableRecord unless the file system is at fault.
-    """
+    """Turns errors into an UnusableRecord, or an InputError if the file system fails."""
     try:
         yield
     except UnusableRecord:
@@ -77,8 +74,7 @@ class Subset:
 class SkipUnusable:
     """Records of which each unusable one is replaced by the next usable one.
 
-    The replacement depends on the records alone, so it is the same in all processes,
-    threads and runs. Errors of the file system are raised.
+    So the replacement is the same in all processes, threads and runs.
     """
 
     def __init__(self, whole: Records, name: str) -> None:
@@ -137,7 +133,7 @@ class ImageSet:
 
 
 class Split(NamedTuple):
-    """Indices, ascending, of the records for training and of those held out."""
+    """Ascending indices of the records for training and of those held out."""
 
     train: Integer[np.ndarray, " n"]
     test: Integer[np.ndarray, " m"]
@@ -170,8 +166,7 @@ def hold_out(
 ) -> Split:
     """Holds out a random share of `num` records; a pure function of its arguments.
 
-    Raises InputError, in which `what` names the records, for a fraction that holds out
-    none or leaves fewer than `min_train`.
+    Raises InputError, which calls the records `what`, if too few are on either side.
     """
     num_test = round(num * test_fraction) if 0.0 < test_fraction < 1.0 else 0
     if num_test < 1 or num - num_test < min_train:

@@ -1,6 +1,5 @@
-"""Tables: rows of numbers, split, standardised, and read back for scoring.
+"""Tables: rows of numbers, split, standardised, and read for scoring.
 
-A table comes from scikit-learn's breast-cancer data, or from any CSV or NPZ file.
 Where rows are labelled 0 (inlier) or 1 (outlier), a model trains on inliers only and
 is tested on held-out inliers and on every outlier. Standardisation is fitted on the
 training rows alone.
@@ -45,17 +44,16 @@ class Standardizer(NamedTuple):
         std = np.where(constant, 1.0, rows.std(axis=0))
         return cls(mean, np.where(std > 0.0, std, 1.0))
 
-    def transform(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        """Returns (rows − mean) / std, computed in float64, stored as float32.
-
-        Raises InputError for a result beyond float32's range.
-        """
+    def transform(
+        self, rows: Float[np.ndarray, "n d"], name: str = "the rows"
+    ) -> Float[np.ndarray, "n d"]:
+        """Returns (rows − mean) / std as float32; InputError if beyond its range."""
         scaled = (np.asarray(rows, np.float64) - self.mean) / self.std
         beyond = np.argwhere(~(np.abs(scaled) <= LARGEST))
         if len(beyond):
             i, j = beyond[0]
             raise InputError(
-                f"row {i}, column {j} (both from 0) is {rows[i, j]}, which is "
+                f"{name}: row {i}, column {j} (both from 0) is {rows[i, j]}, which is "
                 f"{scaled[i, j]:.3g} once standardised; finite values below "
                 f"{LARGEST:.2g} are allowed; correct or drop the row"
             )
@@ -85,7 +83,7 @@ class Table(NamedTuple):
 
 
 def fingerprint(table: Table) -> str:
-    """Returns a SHA-256 of a table: columns, split rows, and their units."""
+    """Returns a SHA-256 of all that a table holds."""
     digest = hashlib.sha256(repr(table.columns).encode())
     for values in (*table.standardizer, table.train, table.test, table.test_labels):
         if values is not None:
@@ -144,12 +142,9 @@ def load_table(
 ) -> Table:
     """Loads a table from a file, splits it and standardises it.
 
-    With labels, 0 (inlier) or 1 (outlier), training uses inliers only, and the test
-    set is the held-out inliers, then all outliers; without, the split is of all rows.
-
     The path and the column are those of `read_table_file`; the fraction is of the rows
-    (of the inliers). Raises FileNotFoundError, or InputError for a file or a fraction
-    that cannot be used.
+    (of the inliers). The test set is the held-out rows, then all outliers. Raises
+    FileNotFoundError, or InputError for a file or a fraction that cannot be used.
     """
     table = read_table_file(Path(path), label_column, labelled=True)
     return _split(str(path), table, seed, test_fraction)
@@ -187,21 +182,12 @@ def read_rows(
         rows = rows[:, [table.columns.index(name) for name in columns]]
     if standardizer is None:
         return rows.astype(np.float32)
-    return _standardised(str(path), standardizer, rows)
+    return standardizer.transform(rows, str(path))
 
 
 def _are_names(columns: tuple[str, ...]) -> bool:
     """Whether a file gave these names, rather than their places."""
     return columns != tuple(f"column_{i}" for i in range(len(columns)))
-
-
-def _standardised(
-    name: str, standardizer: Standardizer, rows: np.ndarray
-) -> np.ndarray:
-    try:
-        return standardizer.transform(rows)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def _split(name: str, table: TableFile, seed: int, test_fraction: float) -> Table:
@@ -216,5 +202,5 @@ def _split(name: str, table: TableFile, seed: int, test_fraction: float) -> Tabl
         test = np.concatenate([test, np.flatnonzero(labels == OUTLIER)])
         test_labels = labels[test].astype(np.int64)
     standardizer = Standardizer.fit(rows[kept])
-    parts = (_standardised(name, standardizer, rows[part]) for part in (kept, test))
+    parts = (standardizer.transform(rows[part], name) for part in (kept, test))
     return Table(columns, *parts, test_labels, standardizer)

@@ -29,8 +29,7 @@ from ddaebm_jax.data.records import (
 from ddaebm_jax.errors import InputError, listed, one_line
 
 _FORMAT = "array_record"
-# TFDS itself would go on for three minutes where there is no network.
-_RETRIES = 3
+_RETRIES = 3  # TFDS would go on for three minutes without a network.
 # Records of a split that its fingerprint reads.
 _FINGERPRINTED = 16
 
@@ -76,8 +75,7 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
     train = _TfdsImages(folder, data.split, *event_shape[1:], crop)
     readable = SkipUnusable(train, folder) if data.skip_corrupt else train
     how = repr((builder.info.full_name, data.split, len(train), event_shape, crop))
-    # A set prepared again may hold the same images in another order, which would give
-    # a resumed run other batches; reading all of them would take too long.
+    # A set prepared again may have another order; to read all would take too long.
     places = np.linspace(0, len(train) - 1, _FINGERPRINTED).round().astype(int)
     some = np.stack([readable[int(place)] for place in places])
     content = digest(how.encode(), some)

@@ -1,7 +1,6 @@
-"""Daemon threads that read.
+"""Daemon threads that read: a stalled file system does not keep a program from ending.
 
-`concurrent.futures` joins its threads when the program exits: never, where a file
-system stalls. Daemon threads are not joined.
+`concurrent.futures` would join its threads at the end.
 """
 
 import contextlib
