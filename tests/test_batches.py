@@ -163,17 +163,13 @@ def test_program_ends_though_its_threads_are_stalled():
     assert "has not come within 0.2 s" in result.stderr
 
 
-def test_loading_that_stalls_is_given_up():
-    message = fault(
-        lambda: records.stack(Faulty(NUMBER, stalled=7), None, "faces", timeout=0.2)
-    )
-    assert "faces: no progress for 0.2 s" in message and "data.timeout" in message
-
-
-def test_threads_compute_in_order_and_raise_the_first_error():
+def test_threads_compute_in_order_raise_the_first_error_and_give_up_stalls():
     assert threads.in_parallel(lambda i: i * i, 1000) == [i * i for i in range(1000)]
     with pytest.raises(KeyError, match="'70'"):
         threads.in_parallel(lambda i: {}[str(i)] if i > 69 else i, 1000)
+    stalled = Faulty(NUMBER, stalled=7)
+    message = fault(lambda: records.stack(stalled, None, "faces", timeout=0.2))
+    assert "faces: no progress for 0.2 s" in message and "data.timeout" in message
 
 
 def test_worker_processes_deliver_the_same_stream_and_may_die_or_stall(closing):

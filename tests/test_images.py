@@ -108,13 +108,10 @@ def test_crop_and_centre_take_the_pixels_that_they_say():
     np.testing.assert_array_equal(tall, image[6:14, :8])
 
 
-def test_resize_averages_and_keeps_a_constant():
-    flat = np.full((30, 50, 3), 77, np.uint8)
-    assert (decoding.prepare(Image.fromarray(flat), 8, 3) == 77).all()
-    # A fine checkerboard becomes grey: the filter is antialiased.
+def test_resize_is_antialiased():
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
     small = decoding.prepare(Image.fromarray(board), 8, 1)
-    assert abs(small.astype(int) - 127).max() <= 2
+    assert abs(small.astype(int) - 127).max() <= 2  # A checkerboard becomes grey.
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class UnusableRecord(InputError):
 
 @contextlib.contextmanager
 def reading(name: str, remedy: str) -> Iterator[None]:
-    """Turns errors into an UnusableRecord, or an InputError if the file system fails."""
+    """Turns errors into an UnusableRecord, or InputError if the file system fails."""
     try:
         yield
     except UnusableRecord:
