@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from ddaebm_jax.errors import InputError, listed, one_line, shown
 
@@ -19,8 +20,10 @@ from ddaebm_jax.errors import InputError, listed, one_line, shown
 _OVERHEAD_BYTES = 2**20
 # NumPy's magic string and lengths, and the longest header that NumPy parses.
 _MAX_HEADER_BYTES = 12 + 10_000
-# Of an archive with and without entries, as numpy.load tells it from other files.
-_ZIP_SIGNATURES = (b"PK\3\4", b"PK\5\6")
+_HEADER_PARSERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 # Booleans, numbers and text.
 _ARRAY_KINDS = "biufcUS"
 
@@ -29,8 +32,7 @@ _ARRAY_KINDS = "biufcUS"
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` only once it is complete.
 
-    A crash or a power cut leaves the old file or the new one. After an error the
-    partial file is removed: on a full disk it would take what is left.
+    A crash or a power cut leaves the old file or the new one.
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)  # It may be a link or a pipe.
@@ -77,9 +79,8 @@ def printable(text: str) -> str:
 def open_regular(path: Path, max_bytes: int, name: str = "") -> BinaryIO:
     """Opens a regular file for reading, in binary; `name` stands for it in messages.
 
-    Raises:
-      InputError: if it is a folder, pipe or device, or larger than `max_bytes`.
-      OSError: if it cannot be opened.
+    Raises InputError if it is a folder, pipe or device, or larger than `max_bytes`, and
+    OSError if it cannot be opened.
     """
     status = os.stat(path)  # Before opening, which would wait for a pipe's other end.
     if not stat.S_ISREG(status.st_mode):
@@ -130,9 +131,8 @@ def choose_array(
     found = [headers["x"]] if "x" in headers else fitting
     if len(found) != 1:
         raise InputError(
-            f"{path}: no array 'x' and {len(fitting)} {num_axes}-D arrays where one is "
-            f"needed; found: {listed(headers.values())}; save it with "
-            "numpy.savez(path, x=array)"
+            f"{path}: no array 'x' and {len(fitting)} {num_axes}-D arrays; found: "
+            f"{listed(headers.values())}; save it with numpy.savez(path, x=array)"
         )
     return found[0]
 
@@ -142,114 +142,76 @@ def read_npz(
 ) -> dict[str, np.ndarray]:
     """Returns arrays of numbers, booleans or text from an NPZ file, by name.
 
-    `numpy.load(allow_pickle=False)` behind a check of the archive's directory and of
-    every .npy header: nothing is allocated that the file does not hold, and nothing
-    is unpickled.
+    Nothing is allocated that the file does not hold, and nothing is unpickled.
 
     Args:
       path: of the file.
       max_bytes: most bytes that all arrays together may take, decompressed.
       names: of the arrays to read, all of which must be there; None: all arrays.
 
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: if it is not an NPZ file, is damaged or too large, lacks an array, or
-        one of those to read holds Python objects or records.
+    Raises FileNotFoundError, or InputError if it is not an NPZ file, is damaged or too
+    large, lacks an array, or one of those to read holds Python objects or records.
     """
     with _open_npz(path, max_bytes) as (npz, headers):
         arrays = {}
         for name in headers if names is None else names:
-            _check_readable(path, headers, name)
+            if name not in headers:
+                raise InputError(
+                    f"{path}: there is no array {shown(name)}; found: "
+                    f"{listed(headers.values())}; save it under that name with "
+                    "numpy.savez"
+                )
+            dtype = headers[name].dtype
+            if dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
+                objects = ": Python objects are not unpickled" * dtype.hasobject
+                raise InputError(
+                    f"{path}: the array {headers[name]} holds neither numbers nor "
+                    f"text{objects}; convert it, and save it again with numpy.savez"
+                )
             with _damage_refused(path, f"the array {headers[name]}"):
                 arrays[name] = npz[name]
         return arrays
 
 
 @contextlib.contextmanager
-def _open_npz(path: Path, max_bytes: int) -> Iterator[tuple[Any, dict]]:
-    """Yields NumPy's open NPZ file and its checked headers."""
-    try:
-        file = open_regular(path, max_bytes + _OVERHEAD_BYTES)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; check the path") from error
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be opened ({error.strerror}); check the file"
-        ) from error
-    with file:
-        if file.read(4) not in _ZIP_SIGNATURES:
-            raise InputError(
-                f"{path}: not an NPZ file (not a zip archive); save it with numpy.savez"
-            )
-        file.seek(0)
-        with _damage_refused(path, "the zip archive"):
-            npz = np.load(file, allow_pickle=False)
+def _open_npz(path: Path, max_bytes: int) -> Iterator[tuple[NpzFile, dict]]:
+    """Yields NumPy's open NPZ file and its headers, all sizes checked."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    with open_regular(path, max_bytes + _OVERHEAD_BYTES) as file:
+        with _damage_refused(path, "the NPZ archive"):
+            npz = NpzFile(file, allow_pickle=False)
         with npz:
-            yield npz, _checked_headers(path, npz.zip, max_bytes)
+            entries = npz.zip.infolist()
+            size = sum(entry.file_size for entry in entries)
+            if size > max_bytes + _OVERHEAD_BYTES:
+                raise InputError(
+                    f"{path}: {size} bytes once decompressed; at most {max_bytes} are "
+                    "allowed; split it, or save a smaller type"
+                )
+            headers = [_header(path, npz.zip, entry) for entry in entries]
+            yield npz, {header.name: header for header in headers}
 
 
-def _checked_headers(
-    path: Path, archive: zipfile.ZipFile, max_bytes: int
-) -> dict[str, ArrayHeader]:
-    entries = archive.infolist()
-    for entry in entries:
-        stored = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if not (stored and entry.filename.endswith(".npy")):
-            raise InputError(
-                f"{path}: a zip archive but not an NPZ file: it holds "
-                f"{shown(entry.filename)}, compressed by method {entry.compress_type}; "
-                "only .npy entries, stored or deflated, are allowed; save it with "
-                "numpy.savez"
-            )
-    size = sum(entry.file_size for entry in entries)
-    if size > max_bytes + _OVERHEAD_BYTES:
-        raise InputError(
-            f"{path}: {size} bytes once decompressed; at most {max_bytes} are allowed; "
-            "split it, or save a smaller type"
-        )
-    headers = [_checked_header(path, archive, entry) for entry in entries]
-    return {header.name: header for header in headers}
-
-
-def _checked_header(
+def _header(
     path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo
 ) -> ArrayHeader:
     """Compares a .npy header with the size of its entry, at which zipfile stops."""
-    parsers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
     with (
         _damage_refused(path, f"the entry {shown(entry.filename)}"),
         archive.open(entry) as file,
     ):
         start = io.BytesIO(file.read(_MAX_HEADER_BYTES))
-        shape, _, dtype = parsers[np.lib.format.read_magic(start)](start)
+        shape, _, dtype = _HEADER_PARSERS[np.lib.format.read_magic(start)](start)
         held = entry.file_size - start.tell()
     header = ArrayHeader(entry.filename.removesuffix(".npy"), shape, dtype)
     needed = math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and (needed != held or min(shape, default=0) < 0):
+    if not dtype.hasobject and needed != held:
         raise InputError(
             f"{path}: the array {header} needs {needed} bytes and the file holds "
             f"{held}; it is damaged: save it again with numpy.savez"
         )
     return header
-
-
-def _check_readable(path: Path, headers: dict[str, ArrayHeader], name: str) -> None:
-    if name not in headers:
-        raise InputError(
-            f"{path}: there is no array {shown(name)}; found: "
-            f"{listed(headers.values())}; save it under that name with numpy.savez"
-        )
-    dtype = headers[name].dtype
-    if dtype.kind not in _ARRAY_KINDS or not dtype.itemsize:
-        objects = ": Python objects are not read, which would mean unpickling"
-        raise InputError(
-            f"{path}: the array {headers[name]} holds neither numbers nor text"
-            f"{objects * dtype.hasobject}; convert it, and save it again with "
-            "numpy.savez"
-        )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from untrusted import FUZZ, MEGABYTE, mutations, read_or_refused, refused
 
 from ddaebm_jax import files
-from ddaebm_jax.errors import InputError
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -29,16 +28,14 @@ def saved(path, **arrays):
     return path
 
 
-def header(shape, dtype="'|u1'", version=1):
+def header(shape, dtype="'|u1'"):
     """The start of a .npy entry that claims what it is told to claim."""
     text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n"
-    lengths = {1: "<H", 2: "<I"}
-    length = struct.pack(lengths[version], len(text))
-    return b"\x93NUMPY" + bytes((version, 0)) + length + text.encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
-def archive(path, *entries, method=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(path, "w", method) as file:
+def archive(path, *entries):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content in entries:
             file.writestr(name, content)
     return path
@@ -49,22 +46,15 @@ def read(path, max_bytes=2**40, names=None):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_arrays_are_read_as_they_were_saved(tmp_path, save):
+def test_named_arrays_are_read_as_they_were_saved(tmp_path, save):
     path = tmp_path / "a.npz"
-    save(path, **ARRAYS)
-    found = read(path)
+    save(path, **ARRAYS, objects=np.array([{}], object))
+    found = read(path, names=ARRAYS)
     assert set(found) == set(ARRAYS)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
-    headers = files.npz_headers(path, 2**20)
-    assert str(headers["first"]) == "'first' (3×2, float32)"
-    assert headers["third"].shape == ()
-
-
-def test_only_the_named_arrays_are_read_and_all_must_be_there(tmp_path):
-    path = saved(tmp_path / "a.npz", x=np.ones(2), objects=np.array([{}], object))
-    assert read(path, names=["x"]).keys() == {"x"}
-    refused(lambda: read(path, names=["x", "y"]), str(path), "no array 'y'", "'x' (2")
+    assert str(files.npz_headers(path, 2**20)["first"]) == "'first' (3×2, float32)"
+    refused(lambda: read(path, names=["first", "y"]), "no array 'y'", "'first' (3×2")
     refused(lambda: read(path), str(path), "'objects' (1, object)", "Python objects")
 
 
@@ -75,17 +65,15 @@ def test_files_that_are_not_npz_files(tmp_path):
     np.save(path.with_suffix(".npy"), np.ones(3))
     for content in (b"", b"text", path.with_suffix(".npy").read_bytes()):
         path.write_bytes(content)
-        refused(lambda: read(path), str(path), "not an NPZ file")
+        refused(lambda: read(path), str(path), "NPZ archive cannot be read")
     whole = saved(path, x=np.arange(50.0)).read_bytes()
     path.write_bytes(whole[:200])
-    refused(lambda: read(path), str(path), "zip archive cannot be read")
+    refused(lambda: read(path), str(path), "NPZ archive cannot be read")
     path.write_bytes(whole.replace(np.float64(7.0).tobytes(), bytes(8)))
     refused(lambda: read(path), "'x.npy' cannot be read", "CRC")
     content = header((1,)) + b"\7"
     archive(path, ("x.npy", content), ("evil.pkl", b""))
-    refused(lambda: read(path), "'evil.pkl'", ".npy")
-    archive(path, ("x.npy", content), method=zipfile.ZIP_LZMA)
-    refused(lambda: read(path), "'x.npy', compressed by method 14")
+    refused(lambda: read(path), "'evil.pkl' cannot be read")
     with path.open("wb") as file:
         file.truncate(2**42)  # A sparse file: it takes no space.
     refused(lambda: read(path), "at most")
@@ -107,16 +95,14 @@ def test_bound_on_the_decompressed_bytes(tmp_path):
     [
         ((2**40,), "'|u1'", "needs 1099511627776 bytes"),
         ((2**31, 2**31, 2**31), "'<f8'", "needs"),
-        ((-4, -4), "'|u1'", "needs 16 bytes"),
+        ((-4, -4), "'|u1'", "cannot be read"),
         ((0, 2**62), "'|u1'", "needs 0 bytes"),
-        ((16,), "'|S100000000'", "needs"),
         ((10**12,), "'|S0'", "needs 0 bytes"),
         ((2,), "[('a', '<f4'), ('b', '<f4')]", "neither numbers nor text"),
         ((2,), "'<M8[s]'", "neither numbers nor text"),
         ((1,), "'|O'", "Python objects"),
         ((1,), "[('a', '|O')]", "Python objects"),
         ("__import__('os').abort()", "'|u1'", "cannot be read"),
-        ("(1,) * 10**9", "'|u1'", "cannot be read"),
         ("(" * 9_000, "'|u1'", "cannot be read"),
     ],
 )
@@ -151,19 +137,8 @@ def test_no_pickle_is_run(tmp_path):
         archive(path, ("x.npy", header((1,), dtype) + payload))
         refused(lambda: read(path), part)
     path.write_bytes(payload)
-    refused(lambda: read(path), "not an NPZ file")
+    refused(lambda: read(path), "NPZ archive cannot be read")
     assert not (tmp_path / "sprung").exists()
-
-
-def test_names_that_lead_elsewhere_are_only_names(tmp_path):
-    names = ["../up", "/tmp/absolute", "..\\windows", "C:\\drive", "a/../../b"]
-    (tmp_path / "deep").mkdir()
-    path = archive(
-        tmp_path / "deep" / "a.npz",
-        *((f"{name}.npy", header((1,)) + b"\7") for name in names),
-    )
-    assert set(read(path)) == set(names)
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
 @FUZZ
@@ -187,27 +162,18 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, content):
     assert list(tmp_path.iterdir()) == [path] * (content is not None)
     files.write_json_atomically(path, {"a": 1})
     assert files.read_text(path, 100) == '{\n  "a": 1\n}\n'
-    with pytest.raises(InputError, match="at most 3 are allowed"):
-        files.read_text(path, 3)
+    refused(lambda: files.read_text(path, 3), "at most 3 are allowed")
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    done: list[tuple[str, int]] = []
+    done: list[str] = []
     fsync, replace = os.fsync, Path.replace
-
-    def noted_fsync(descriptor):
-        done.append(("sync", os.fstat(descriptor).st_ino))
-        fsync(descriptor)
-
-    def noted_replace(self, target):
-        done.append(("rename", self.stat().st_ino))
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), fsync(fd)))
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (done.append("rename"), replace(self, to))
+    )
     files.write_text_atomically(tmp_path / "file", "text")
-    file, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
-    assert done == [("sync", file), ("rename", file), ("sync", folder)]
+    assert done == ["sync", "rename", "sync"]  # The last of the folder.
 
 
 def test_what_lies_in_the_way_of_a_file_is_not_written_to(tmp_path):

@@ -25,12 +25,10 @@ def pixels(n, size=4, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def settings_of(name, **changes):
-    """A config's data section."""
+def opened(name, seed=0, **changes):
+    """The set that a config's data section names."""
     defaults = {
         "path": "",
-        "tfds": "",
-        "limit": 0,
         "held_out_classes": (),
         "image_size": 8,
         "channels": 3,
@@ -40,11 +38,8 @@ def settings_of(name, **changes):
         "test_fraction": 0.25,
         "num_patches": 40,
     }
-    return SimpleNamespace(name=name, **{**defaults, **changes})
-
-
-def opened(name, seed=0, **changes):
-    return images.open_images(settings_of(name, **changes), seed)
+    data = SimpleNamespace(name=name, **{**defaults, **changes})
+    return images.open_images(data, seed)
 
 
 def as_set(stack):
@@ -101,49 +96,40 @@ def test_flips_are_a_function_of_the_key_and_mirror_half():
 # --- Bringing an image to its shape ---------------------------------------------
 
 
-def test_image_of_the_size_does_not_change():
-    for channels, mode in ((3, "RGB"), (1, "L")):
-        image = pixels(1, 8, channels)[0]
-        pil = Image.fromarray(image if channels == 3 else image[..., 0])
-        assert pil.mode == mode
-        np.testing.assert_array_equal(images.prepare(pil, 8, channels), image)
-
-
 def test_crop_and_centre_take_the_pixels_that_they_say():
     image = pixels(1, 20)[0]
-    box = images.prepare(Image.fromarray(image), 8, 3, (3, 5, 11, 13))
+    box = decoding.prepare(Image.fromarray(image), 8, 3, (3, 5, 11, 13))
     np.testing.assert_array_equal(box, image[5:13, 3:11])
-    wide = images.prepare(Image.fromarray(image[:8]), 8, 3)
+    again = decoding.prepare(Image.fromarray(box), 8, 3, (3, 5, 11, 13))
+    np.testing.assert_array_equal(again, box)  # It is of the size already.
+    wide = decoding.prepare(Image.fromarray(image[:8]), 8, 3)
     np.testing.assert_array_equal(wide, image[:8, 6:14])
-    tall = images.prepare(Image.fromarray(image[:, :8]), 8, 3)
+    tall = decoding.prepare(Image.fromarray(image[:, :8]), 8, 3)
     np.testing.assert_array_equal(tall, image[6:14, :8])
 
 
-def test_resize_averages_and_keeps_a_constant():
-    flat = np.full((30, 50, 3), 77, np.uint8)
-    assert (images.prepare(Image.fromarray(flat), 8, 3) == 77).all()
-    # A fine checkerboard becomes grey: the filter is antialiased.
+def test_resize_is_antialiased():
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    small = images.prepare(Image.fromarray(board), 8, 1)
-    assert abs(small.astype(int) - 127).max() <= 2
+    small = decoding.prepare(Image.fromarray(board), 8, 1)
+    assert abs(small.astype(int) - 127).max() <= 2  # A checkerboard becomes grey.
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P"])
-def test_conversions_that_lose_nothing_are_made(mode):
-    levels = Image.fromarray(pixels(1, 8, 1)[0, ..., 0]).convert(mode)
-    expected = np.asarray(levels.convert("RGB"))
-    np.testing.assert_array_equal(images.prepare(levels, 8, 3), expected)
-
-
-@pytest.mark.parametrize("channels,modes", [(3, "RGBA LA CMYK I;16 F"), (1, "RGB P")])
-def test_conversions_that_lose_something_are_refused(channels, modes):
-    for mode in modes.split():
+@pytest.mark.parametrize(
+    "channels,kept,refused_modes",
+    [(3, "L 1 P", "RGBA LA CMYK I;16 F"), (1, "1", "RGB P")],
+)
+def test_conversions_are_made_that_lose_nothing(channels, kept, refused_modes):
+    grey = Image.fromarray(pixels(1, 8, 1)[0, ..., 0])
+    for mode in kept.split():
+        image = grey.convert(mode)
+        expected = np.asarray(image.convert("RGB"))[..., :channels]
+        np.testing.assert_array_equal(decoding.prepare(image, 8, channels), expected)
+    for mode in refused_modes.split():
         with pytest.raises(InputError, match=rf"^a\.png: its mode is {mode}; allowed"):
-            images.prepare(Image.new(mode, (8, 8)), 8, channels, name="a.png")
-    image = Image.new("1", (8, 8))
-    image.info["transparency"] = 0
-    with pytest.raises(InputError, match="1 with transparency"):
-        images.prepare(image, 8, channels)
+            decoding.prepare(Image.new(mode, (8, 8)), 8, channels, name="a.png")
+    grey.info["transparency"] = 0
+    with pytest.raises(InputError, match="L with transparency"):
+        decoding.prepare(grey, 8, channels)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +138,11 @@ def test_conversions_that_lose_something_are_refused(channels, modes):
         (9, None, "10×8 pixels; at least 9"),
         (4, (0, 0, 3, 8), "3×8 pixels once cropped; at least 4"),
         (4, (2, 0, 11, 8), r"data\.crop is \(2, 0, 11, 8\)"),
-        (4, (-1, 0, 8, 8), "inside of the image"),
-        (4, (5, 0, 5, 8), "inside of the image"),
     ],
 )
 def test_images_that_are_too_small_are_refused(size, crop, part):
     with pytest.raises(InputError, match=part):
-        images.prepare(Image.new("RGB", (10, 8)), size, 3, crop)
+        decoding.prepare(Image.new("RGB", (10, 8)), size, 3, crop)
 
 
 # --- Folders --------------------------------------------------------------------
@@ -178,15 +162,6 @@ def folder(tmp_path, monkeypatch, request):
     for name in ("notes.txt", ".4.png", ".hidden/5.png"):
         (tmp_path / name).write_text("not an image")
     return tmp_path, data
-
-
-def spoil(path):
-    """Makes three files unusable: one cut short, one not an image, one transparent."""
-    content = (path / "1.png").read_bytes()
-    (path / "1.png").write_bytes(content[: len(content) // 2])
-    (path / "4.png").write_text("not an image")
-    Image.new("RGBA", (8, 8)).save(path / "deep" / "er" / "7.png")
-    return ["1.png", "4.png", "deep/er/7.png"]
 
 
 def test_files_to_be_scored_come_in_the_order_of_names(tmp_path):
@@ -215,15 +190,12 @@ def test_folder_is_split_without_overlap_by_the_seed(folder):
     assert as_set(both_parts(first)) == as_set(data) and len(as_set(data)) == 10
     np.testing.assert_array_equal(train, images.stack(again.train))
     assert first.fingerprint == again.fingerprint != other.fingerprint
-    few = opened("folder", path=str(path), limit=3)
-    np.testing.assert_array_equal(images.stack(few.train), train[:3])
-    assert few.metadata() == {
-        "fingerprint": few.fingerprint,
-        "num_train": 3,
+    assert first.metadata() == {
+        "fingerprint": first.fingerprint,
+        "num_train": 8,
         "num_test": 2,
         "skipped": 0,
     }
-    assert few.fingerprint != first.fingerprint
     copy = pickle.loads(pickle.dumps(first.train))
     np.testing.assert_array_equal(images.stack(copy, 2), train[:2])
 
@@ -231,32 +203,26 @@ def test_folder_is_split_without_overlap_by_the_seed(folder):
 def test_fingerprint_sees_every_pixel_and_name(folder):
     path, data = folder
     prints = {opened("folder", path=str(path)).fingerprint}
-    changed = data[3].copy()
-    changed[0, 0, 0] ^= 1
-    Image.fromarray(changed).save(path / "3.png")
-    prints.add(opened("folder", path=str(path)).fingerprint)
-    (path / "3.png").rename(path / "3a.png")
-    prints.add(opened("folder", path=str(path)).fingerprint)
+    data[3, 0, 0, 0] ^= 1
+    for name in ("3.png", "3a.png"):
+        (path / "3.png").unlink()
+        Image.fromarray(data[3]).save(path / name)
+        prints.add(opened("folder", path=str(path)).fingerprint)
     assert len(prints) == 3
 
 
-def test_unusable_files_are_named_or_skipped(folder, monkeypatch):
+def test_unusable_files_are_named_or_skipped(folder, caplog):
     path, data = folder
-    bad = spoil(path)
-    with pytest.raises(InputError) as caught:
-        opened("folder", path=str(path))
-    message = str(caught.value)
-    assert message.startswith(f"{path}: 3 of 10 images are unusable: {', '.join(bad)};")
-    assert "data.skip_corrupt" in message and "\n" not in message
-    lines = []
-    monkeypatch.setattr(
-        image_files.logging,
-        "warning",
-        lambda text, *values: lines.append(text % values),
-    )
-    found = opened("folder", path=str(path), skip_corrupt=True)
-    assert found.skipped == found.metadata()["skipped"] == 3
-    assert all(name in str(lines) for name in bad)
+    (path / "1.png").write_bytes((path / "1.png").read_bytes()[:60])
+    (path / "4.png").write_text("not an image")
+    Image.new("RGBA", (8, 8)).save(path / "deep" / "er" / "7.png")
+    bad = "1.png, 4.png, deep/er/7.png"
+    message = refused(lambda: opened("folder", path=str(path)), "data.skip_corrupt")
+    assert message.startswith(f"{path}: 3 of 10 images are unusable: {bad};")
+    with caplog.at_level("WARNING", logger="absl"):
+        found = opened("folder", path=str(path), skip_corrupt=True)
+    assert found.metadata()["skipped"] == 3
+    assert all(f"{name}: " in caplog.text for name in bad.split(", "))
     assert as_set(both_parts(found)) == as_set(np.delete(data, [1, 4, 7], axis=0))
 
 
@@ -287,18 +253,16 @@ def refused_set(path, *parts, event_shape=(8, 8, 3), **options):
 
 
 def test_unusable_folders_are_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    refused_set(tmp_path / "empty", "no image in this folder", ".png, .jpg, .jpeg")
     for read in (
         lambda path: images.read_images(path, (8, 8, 3)),
         lambda path: opened("folder", path=str(path)),
     ):
         with pytest.raises(FileNotFoundError, match="missing: no such folder"):
             read(tmp_path / "missing")
+    refused_set(tmp_path, "not a folder with images", ".png, .jpg, .jpeg")
     (tmp_path / "a.png").write_text("x")
     refused_set(tmp_path / "a.png", "not a folder")
-    refused_set(tmp_path, "1 of 1 images", "that is all", "a.png", skip_corrupt=True)
-    refused_set(tmp_path, "become square", event_shape=(8, 9, 3))
+    refused_set(tmp_path, "1 of 1 images", "a.png", skip_corrupt=True)
 
 
 # --- Damaged and hostile files --------------------------------------------------
@@ -322,13 +286,11 @@ def decode(path):
     return decoding.decode_file(path, path.name, 8, 3, None)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     path = tmp_path / "a.png"
     # Text that is large once decompressed.
     text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(64 * MEGABYTE)))
     for content, part in (
-        (png(10_000, 10_000), "at most 89478485"),
         (png(2**16, 2**16), "Bomb"),
         (png(2**31 - 1, 2**31 - 1), "Bomb"),
         (png(8, 8, more=text), "ecompress"),
@@ -340,16 +302,14 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     refused(lambda: decode(path), "a.png: 1099511627776 bytes")
 
 
-def test_sixteen_bits_and_animations_are_refused(tmp_path):
+def test_sixteen_bits_are_refused_and_of_several_pictures_the_first_is_taken(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(8, 8, depth=16))
     assert Image.open(path).mode == "RGB"  # Pillow would not tell.
     refused(lambda: decode(path), "a.png: 16 bits a channel; 8 are allowed")
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(path, "PNG", save_all=True, append_images=frames[1:])
-    refused(lambda: decode(path), "animated, 2 frames")
     frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
-    assert decode(path)[0, 0, 0] > 200  # The first, red.
+    assert decode(path)[0, 0, 0] > 200  # Red.
 
 
 def test_pipes_and_devices_do_not_hold_anything_up(tmp_path):
@@ -377,24 +337,22 @@ def test_damaged_file_gives_an_image_or_a_refusal(tmp_path, kind, data):
 def test_npz_images_are_read(tmp_path):
     data = pixels(5, 8)
     np.savez(tmp_path / "a.npz", x=data, other=pixels(2, 3))
-    np.savez_compressed(tmp_path / "b.npz", pictures=data, labels=np.arange(5))
+    np.savez_compressed(tmp_path / "b.npz", pictures=data[..., 0], pixels=data)
     for name in ("a.npz", "b.npz"):
         found, names = images.read_images(tmp_path / name, (8, 8, 3))
         np.testing.assert_array_equal(found, data)
         assert names == ("0", "1", "2", "3", "4")
     np.savez(tmp_path / "c.npz", x=data[..., 0])
     found, _ = images.read_images(tmp_path / "c.npz", (8, 8, 1))
-    np.testing.assert_array_equal(found[..., 0], data[..., 0])
+    np.testing.assert_array_equal(found, data[..., :1])
 
 
 @pytest.mark.parametrize(
     "arrays,parts",
     [
         ({"x": np.zeros((2, 8, 8, 3), np.float32)}, ["float32", "uint8", "127.5"]),
-        ({"x": np.zeros((2, 8, 8, 3), np.int64)}, ["int64", "not of uint8"]),
         ({"x": np.zeros((2, 8, 8, 1), np.uint8)}, ["n×8×8×3 is needed"]),
-        ({"x": np.zeros((2, 8, 8), np.uint8)}, ["'x' (2×8×8", "n×8×8×3"]),
-        ({"x": np.zeros((0, 8, 8, 3), np.uint8)}, ["is empty"]),
+        ({"x": np.zeros((0, 8, 8, 3), np.uint8)}, ["is empty or"]),
         ({"x": np.ones((1, 8, 8, 3), np.uint8)}, ["nothing above 1"]),
         ({"a": np.eye(2)}, ["0 4-D arrays", "'a' (2×2"]),
         ({"a": pixels(1), "b": pixels(1)}, ["2 4-D arrays"]),
@@ -406,13 +364,10 @@ def test_unusable_npz_is_refused(tmp_path, arrays, parts):
     refused_set(tmp_path / "a.npz", *parts)
 
 
-def test_sets_that_do_not_fit_into_memory_are_refused(folder, tmp_path, monkeypatch):
-    path, data = folder
+def test_sets_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
+    path, _ = folder
     monkeypatch.setattr(image_files, "MAX_BYTES", 100)
     refused_set(path, "10 images take 1920 bytes; at most 100")
-    monkeypatch.setattr(image_files, "MAX_BYTES", -MEGABYTE + 100)
-    np.savez(tmp_path / "c.npz", x=data)
-    refused_set(tmp_path / "c.npz", "at most")
 
 
 # --- scikit-learn's images ------------------------------------------------------
@@ -430,8 +385,6 @@ def test_digits_are_split_evenly_by_class():
         assert abs(held_out / (kept + held_out) - 0.25) < 0.01
     again, other = (opened("digits", seed, channels=1) for seed in (0, 1))
     assert found.fingerprint == again.fingerprint != other.fingerprint
-    few = opened("digits", channels=1, limit=7)
-    np.testing.assert_array_equal(few.train_labels, found.train_labels[:7])
     without = opened("digits", channels=1, held_out_classes=(1, 8))
     assert not {1, 8} & {*without.train_labels.tolist(), *without.test_labels.tolist()}
     assert len(both_parts(without)) + len(without.left_out) == 1797
@@ -441,26 +394,13 @@ def test_photos_keep_the_held_out_strip_apart():
     from sklearn import datasets
 
     found, again, other = (opened("photos", s, num_patches=60) for s in (3, 3, 4))
-    assert found.event_shape == (8, 8, 3)
     assert (len(found.train), len(found.test)) == (45, 15)
     photos = datasets.load_sample_images().images
-    windows = [
-        np.lib.stride_tricks.sliding_window_view(photo, (8, 8, 3))[:, :, 0]
-        for photo in photos
-    ]
-
-    def columns(part, photo):
-        """The left edges at which the part's patches are found in the photograph."""
-        edges = []
-        for patch in images.stack(part)[photo::2]:
-            near = np.argwhere((windows[photo][..., 0, 0, :] == patch[0, 0]).all(-1))
-            place = [p for p in near if (windows[photo][tuple(p)] == patch).all()]
-            edges.append(place[0][1])
-        return np.array(edges)
-
-    for photo in (0, 1):  # Patches alternate between the photographs.
-        assert (columns(found.train, photo) + 8 <= 480).all()
-        assert (columns(found.test, photo) >= 480).all()
+    for part, left, right in ((found.train, 0, 480), (found.test, 480, 640)):
+        for i, (photo, top, side) in enumerate(part.places):
+            assert photo == i % 2 and left <= side <= right - 8
+            patch = photos[photo][top : top + 8, side : side + 8]
+            np.testing.assert_array_equal(part[i], patch)
     np.testing.assert_array_equal(both_parts(again), both_parts(found))
     assert found.fingerprint == again.fingerprint != other.fingerprint
 
@@ -470,14 +410,11 @@ def test_photos_keep_the_held_out_strip_apart():
     [
         ("digits", {"channels": 3}, "data.channels = 1"),
         ("digits", {"channels": 1, "image_size": 16}, "data.image_size is 16"),
-        ("digits", {"channels": 1, "test_fraction": 1.0}, "test_fraction is 1.0"),
-        ("digits", {"channels": 1, "held_out_classes": (1, 10)}, "choose of .0, 1, 2"),
+        ("digits", {"channels": 1, "held_out_classes": (1, 10)}, "choose of 0 … 9"),
+        ("digits", {"channels": 1, "held_out_classes": range(9)}, "at least two"),
         ("photos", {"channels": 1}, "data.channels = 3"),
         ("photos", {"num_patches": 1}, "data.num_patches: .* of 1 holds out 0"),
         ("photos", {"image_size": 161}, "leave room for 160"),
-        ("photos", {"held_out_classes": (1,)}, "have no labels"),
-        ("folder", {}, "data.path is empty"),
-        ("tfds", {}, "data.tfds is empty"),
     ],
 )
 def test_impossible_sets_are_refused(name, changes, part):

@@ -1,6 +1,5 @@
 """Tables: what is split, standardised and read, and what is refused."""
 
-import json
 import os
 
 import hypothesis.extra.numpy as hnp
@@ -21,11 +20,6 @@ tables = hnp.arrays(
     st.tuples(st.integers(2, 12), st.integers(1, 4)),
     elements=values,
 )
-
-
-def rows_of(table, part):
-    """The rows in the table's own units, as a sorted list."""
-    return sorted(map(tuple, table.standardizer.inverse(part).round(3).tolist()))
 
 
 @pytest.fixture
@@ -78,8 +72,7 @@ def test_inverse_undoes_transform(rows):
 def test_constant_column_is_moved_and_not_scaled(constant):
     rows = np.stack([np.full(7, constant), np.arange(7.0)], axis=1)
     standardizer = Standardizer.fit(rows)
-    assert standardizer.mean[0] == constant
-    assert standardizer.std[0] == 1.0
+    assert (standardizer.mean[0], standardizer.std[0]) == (constant, 1.0)
     assert (standardizer.transform(rows)[:, 0] == 0).all()
 
 
@@ -92,41 +85,19 @@ def test_transform_gives_float32_from_float64_arithmetic():
     )
 
 
-def test_standardizer_survives_json_exactly_and_damage_is_told():
-    standardizer = Standardizer.fit(numbered(9) / 7)
-    saved = json.loads(json.dumps(standardizer.to_dict()))
-    for a, b in zip(Standardizer.from_dict(saved), standardizer, strict=True):
-        np.testing.assert_array_equal(a, b)
-    for changes in (
-        {"mean": None},
-        {"std": ["wide"] * 3},
-        {"std": [1.0]},
-        {"std": [1.0, 1.0, 0.0]},
-        {"mean": [0.0, 0.0, float("nan")]},
-    ):
-        with pytest.raises(InputError, match="a saved standardizer needs"):
-            Standardizer.from_dict(saved | changes)
-
-
 def test_rows_that_cannot_be_standardised_are_refused():
     standardizer = Standardizer(np.zeros(2), np.array([1.0, 1e-30]))
-    with pytest.raises(InputError, match=r"row 1 .*column 1 .*1e\+20.*1e\+50"):
+    with pytest.raises(InputError, match=r"row 1, column 1 .*1e\+20.*1e\+50"):
         standardizer.transform(np.array([[0.0, 0.0], [1.0, 1e20]]))
-    for method in (standardizer.transform, standardizer.inverse):
-        with pytest.raises(InputError, match="3 columns found, 2 needed"):
-            method(np.zeros((1, 3)))
-    with pytest.raises(InputError, match="found 0"):
-        Standardizer.fit(np.zeros((0, 3)))
 
 
 # --- The split ------------------------------------------------------------------
 
 
 def assert_equal_tables(first, second):
-    assert first.columns == second.columns
+    assert tabular.fingerprint(first) == tabular.fingerprint(second)
     np.testing.assert_array_equal(first.train, second.train)
     np.testing.assert_array_equal(first.test, second.test)
-    np.testing.assert_array_equal(first.test_labels, second.test_labels)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -140,103 +111,73 @@ def test_breast_cancer_trains_on_benign_rows_and_covers_all(seed):
     assert table.train.dtype == table.test.dtype == np.float32
     assert (table.test_labels == np.repeat([0, 1], [107, 212])).all()
     assert table.columns[0] == "mean radius" and len(table.columns) == 30
-    held_out = table.test[table.test_labels == 0]
-    outliers = table.test[table.test_labels == 1]
-
-    def near(rows):
-        """Index of the raw row that each of these is."""
-        back = table.standardizer.inverse(rows)
-        gaps = np.abs(back[:, None] - raw.data[None]) / raw.data.std(axis=0)
-        assert (gaps.max(axis=2).min(axis=1) < 1e-5).all()
-        return gaps.max(axis=2).argmin(axis=1)
-
-    benign = np.concatenate([near(table.train), near(held_out)])
-    assert sorted(benign) == list(np.flatnonzero(raw.target == 1))
-    assert sorted(near(outliers)) == list(np.flatnonzero(raw.target == 0))
+    benign = np.concatenate([table.train, table.test[:107]])
+    for rows, target in ((benign, 1), (table.test[107:], 0)):
+        back = np.sort(table.standardizer.inverse(rows), axis=0)
+        expected = np.sort(raw.data[raw.target == target], axis=0)
+        np.testing.assert_allclose(back, expected, rtol=1e-4, atol=1e-5)
 
 
-@given(st.integers(4, 40), st.floats(0.1, 0.7), st.integers(0, 2**32))
-def test_split_is_disjoint_covers_all_and_repeats(tmp_path_factory, n, share, seed):
-    path = tmp_path_factory.mktemp("split") / "t.npz"
-    rows = numbered(n)
-    np.savez(path, x=rows)
-    if not 1 <= round(n * share) <= n - 2:
-        with pytest.raises(InputError, match="test_fraction"):
-            tabular.load_table(path, seed, share)
-        return
-    table = tabular.load_table(path, seed, share)
-    assert table.test_labels is None
-    assert len(table.test) == round(n * share)
-    everything = rows_of(table, table.train) + rows_of(table, table.test)
-    assert len(set(everything)) == n
-    np.testing.assert_allclose(sorted(everything), rows, rtol=1e-4, atol=1e-2)
-    assert_equal_tables(table, tabular.load_table(path, seed, share))
+def test_split_is_disjoint_covers_all_and_repeats(save):
+    rows = numbered(30)
+    path = save("t.npz", x=rows)
+    table, again = (tabular.load_table(path, 3, 0.3) for _ in range(2))
+    assert_equal_tables(table, again)
+    assert table.test_labels is None and len(table.test) == 9
+    back = table.standardizer.inverse(np.concatenate([table.train, table.test]))
+    np.testing.assert_allclose(np.sort(back, axis=0), rows, rtol=1e-4, atol=1e-2)
 
 
 def test_standardizer_sees_training_rows_only(save):
     """Outliers and held-out rows may be anything: what is fitted does not move."""
     rows, labels = numbered(40), np.repeat([0, 1], [30, 10])
     first = tabular.load_table(save("a.npz", x=rows, labels=labels), 5, 0.3)
-    changed = rows.copy()
-    test_rows = {tuple(row) for row in np.round(first.standardizer.inverse(first.test))}
-    is_test = np.array([tuple(np.round(row)) in test_rows for row in rows])
+    held_out = np.round(first.standardizer.inverse(first.test)[:, 0])
+    is_test = np.isin(np.round(rows[:, 0]), held_out)
     assert is_test.sum() == len(first.test)
-    changed[is_test] *= 1e4
+    changed = np.where(is_test[:, None], rows * 1e4, rows)
     second = tabular.load_table(save("b.npz", x=changed, labels=labels), 5, 0.3)
-    np.testing.assert_array_equal(first.standardizer.mean, second.standardizer.mean)
-    np.testing.assert_array_equal(first.standardizer.std, second.standardizer.std)
     np.testing.assert_array_equal(first.train, second.train)
-    own = Standardizer.fit(np.array(rows[~is_test]))
-    np.testing.assert_array_equal(own.mean, first.standardizer.mean)
-    np.testing.assert_array_equal(own.std, first.standardizer.std)
+    for table in (first, second):
+        np.testing.assert_array_equal(
+            Standardizer.fit(rows[~is_test]), table.standardizer
+        )
 
 
-def csv_of(rows, labels=None, header=None):
-    lines = [] if header is None else [",".join(header)]
-    for i, row in enumerate(rows):
-        cells = [repr(float(cell)) for cell in row]
-        if labels is not None:
-            cells.insert(1, str(labels[i]))
-        lines.append(",".join(cells))
+def csv_of(rows, header=()):
+    lines = [",".join(header)] * bool(header)
+    lines += [",".join(map(repr, row)) for row in np.asarray(rows, float).tolist()]
     return "\n".join(lines) + "\n"
 
 
 def test_labels_mean_the_same_in_csv_and_npz(save):
     rows, labels = numbered(20), np.arange(20) % 4 // 3
-    header = ["a", "label", "b", "c"]
-    named = tabular.load_table(
-        save("t.csv", csv_of(rows, labels, header)), 2, 0.4, label_column="label"
-    )
-    bare = tabular.load_table(
-        save("bare.csv", csv_of(rows, labels)), 2, 0.4, label_column="column_1"
-    )
-    implied = tabular.load_table(save("t.npz", x=rows, labels=labels), 2, 0.4)
-    given_name = tabular.load_table(
-        save("u.npz", x=rows, outlier=labels.astype(bool)), 2, 0.4, "outlier"
-    )
-    assert named.columns == ("a", "b", "c")
-    assert bare.columns == ("column_0", "column_2", "column_3")
-    for table in (named, bare, implied, given_name):
-        np.testing.assert_array_equal(table.train, implied.train)
-        np.testing.assert_array_equal(table.test, implied.test)
+    both = np.insert(rows, 1, labels, axis=1)
+    header = ("a", "label", "b", "c")
+    found = [
+        tabular.load_table(path, 2, 0.4, label)
+        for path, label in (
+            (save("t.csv", csv_of(both, header)), "label"),
+            (save("bare.csv", csv_of(both)), "column_1"),
+            (save("t.npz", x=rows, labels=labels), None),
+            (save("u.npz", x=rows, outlier=labels.astype(bool)), "outlier"),
+        )
+    ]
+    assert found[0].columns == ("a", "b", "c")
+    assert found[1].columns == ("column_0", "column_2", "column_3")
+    for table in found:
+        np.testing.assert_array_equal(table.train, found[0].train)
+        np.testing.assert_array_equal(table.test, found[0].test)
         assert table.train.shape == (9, 3)
         np.testing.assert_array_equal(table.test_labels, np.repeat([0, 1], [6, 5]))
 
 
-@pytest.mark.parametrize(
-    "n,share,part",
-    [
-        (9, 0.0, r"test_fraction is 0\.0; .*between 0 and 1"),
-        (9, float("nan"), "test_fraction is nan; .*between 0 and 1"),
-        (2, 0.5, r"few.npz: rows: .* of 2 holds out 1 and leaves 1 .* 1 and 2 are"),
-        (3, 0.1, "few.npz: rows: .* of 3 holds out 0"),
-    ],
-)
-def test_impossible_splits_are_refused(save, n, share, part):
-    with pytest.raises(InputError, match=part):
+@pytest.mark.parametrize("n,share", [(9, 0.0), (9, float("nan")), (2, 0.5), (3, 0.1)])
+def test_impossible_splits_are_refused(save, n, share):
+    with pytest.raises(InputError, match=rf"few.npz: rows: .* of {n} holds out"):
         tabular.load_table(save("few.npz", x=numbered(n)), 0, share)
     path = save("none.npz", x=numbered(9), labels=np.ones(9, int))
-    with pytest.raises(InputError, match=r"rows labelled 0: .* of 0 |between"):
+    with pytest.raises(InputError, match=r"rows labelled 0: .* of 0 "):
         tabular.load_table(path, 0, share)
 
 
@@ -244,8 +185,7 @@ def test_impossible_splits_are_refused(save, n, share, part):
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", "i1", "u2", "i8", "?"])
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("saver", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order,saver", [("C", np.savez), ("F", np.savez_compressed)])
 def test_npz_of_any_real_type_is_read(tmp_path, dtype, order, saver):
     rows = (numbered(5, 4) % 7).astype(dtype, order=order)
     saver(tmp_path / "t.npz", rows)
@@ -284,48 +224,34 @@ def test_files_that_are_not_tables_at_all(save, tmp_path):
     assert tabular.read_rows(save("T.CSV", "1,2\n")).shape == (1, 2)
 
 
-def test_wrong_width_is_refused(save):
-    refused(save("t.csv", "1,2\n"), "2 columns found, 3 needed", dim=3)
-    refused(save("t.npz", x=numbered(2)), "3 columns found, 4 needed", dim=4)
-    with pytest.raises(InputError, match=r"t.csv: 2 columns found, 3 needed"):
-        tabular.read_rows(
-            save("t.csv", "1,2\n"), standardizer=Standardizer.fit(numbered(3))
-        )
-
-
 @pytest.mark.parametrize(
     "text,parts",
     [
-        ("", ["is empty"]),
+        ("", ["not a CSV", "No columns"]),
         (" \n\n", ["is empty"]),
         ("a,b\n", ["is empty (0×2)"]),
-        ("a,b\n1,2\n3\n", ["line 3 has 1 columns", "first line has 2"]),
-        ("1,2\n3,4,5\n", ["line 2 has 3 columns", "first line has 2"]),
-        ("a,b\n1,2,3\n4,5,6\n", ["line 2 has 3 columns", "first line has 2"]),
-        ("a,b\n1,2\n3,red\n", ["line 3, column 'b' is 'red'", "number is needed"]),
+        ("1,2\n", ["2 columns found, 3 needed"]),
+        ("a,b\n1,2\n3\n", ["line 3, column 'b' is ''"]),
+        ("a,b\n1,2,3\n4,5,6\n", ["Expected 2 fields in line 2, saw 3"]),
+        ("a,b\n1,2\n3,red\n", ["line 3, column 'b' is 'red'", "number of size"]),
         ("1,2\n3,\n", ["line 2, column 'column_1' is ''", "missing values"]),
-        ("1,2\n3,1_0\n", ["line 2, column 'column_1' is '1_0'"]),
         ("1,2\n3,#N/A\n", ["line 2", "'#N/A'"]),
         ("a;b\n1;2\n", ["line 2", "'1;2'", "separate cells by commas"]),
         ("a,b\n1,nan\n", ["line 2, column 'b' is 'nan'", "missing values"]),
-        ("a,b\n\n1,2\n-inf,2\n", ["line 4, column 'a' is -inf"]),
-        ("a,b\n1e39,2\n", ["line 2, column 'a' is 1e+39", "3.4e+38"]),
-        ("1,x\n1,2\n", ["line 1, column 2 is 'x'", "only names or only numbers"]),
-        (",b\n1,2\n", ["line 1, column 1 of the header is empty", "index=False"]),
-        ("b,b\n1,2\n", ["column 2 of the header is 'b' a second time"]),
-        ('"a\nb",c\n1,"x\ny"\n', ["line 4, column 'c' is 'x\\ny'"]),
-        ('a,b\n1,"2\n', ["line 2 is not CSV"]),
+        ("a,b\n\n1,2\n-inf,2\n", ["line 4, column 'a' is '-inf'"]),
+        ("a,b\n1e39,2\n", ["line 2, column 'a' is '1e39'", "3.4e+38"]),
+        ("1,x\n1,2\n", ["line 1, column 2", "'x'", "only names or only numbers"]),
+        (",b\n1,2\n", ["line 1, column 1", "empty", "index=False"]),
+        ("b,b\n1,2\n", ["line 1, column 2", "'b'", "used twice"]),
+        ('a,b\n1,"2\n', ["not a CSV", "EOF inside string"]),
         (f"a,b\n1,{'x' * 1000}\n", ["…'"]),
-        ("a,b\n=1+1,2\n", ["column 'a' is '=1+1'"]),
-        (b"a,b\n1,2\n\xff\xfe,3\n", ["not UTF-8"]),
-        ("a,b\n1,2\n".encode("utf-16"), ["not UTF-8"]),
-        (b"a,b\n1,\x00\n", ["line 2, column 'b' is '\\x00'"]),
-        (b"1" * 2**21, ["line 1 is not CSV", "field"]),
-        (b"1," * 70_000 + b"1\n", ["line 1 has 70001 columns", "at most 65536"]),
+        (b"a,b\n1,2\n\xff\xfe,3\n", ["not a CSV", "UTF-8"]),
+        ("a,b\n1,2\n".encode("utf-16"), ["not a CSV", "UTF-8"]),
+        (b"1," * 2**21, ["its first line is longer than 1048576 bytes"]),
     ],
 )
 def test_unusable_csv_is_refused(save, text, parts):
-    refused(save("t.csv", text), *parts)
+    refused(save("t.csv", text), *parts, dim=3)
 
 
 def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
@@ -334,7 +260,7 @@ def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
     refused(path, "1099511627776 bytes", "at most 268435456")
     path = save("t.npz", x=np.zeros((100, 10), np.int8))
     monkeypatch.setattr(table_files, "MAX_NPZ_BYTES", 2000)
-    refused(path, "'x' (100×10, int8) takes more than 2000 bytes as float64")
+    refused(path, "'x' (100×10, int8)", "at most 2000 bytes as float64")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +268,6 @@ def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
     [
         ("a,b\n1,0\n2,2\n", "kind", "no column 'kind' .*; found: 'a', 'b'"),
         ("a,b\n1,0\n2,2\n", "b", r"line 3 has the label 2.0; allowed: 0 .inlier., 1"),
-        ("a\n0\n1\n", "a", "beside others; found: 'a'"),
     ],
 )
 def test_unusable_csv_labels_are_refused(save, text, label, part):
@@ -354,9 +279,8 @@ def test_unusable_csv_labels_are_refused(save, text, label, part):
     "arrays,label,part",
     [
         ({"labels": np.zeros(3)}, None, r"each of the 4 rows; .*'labels' \(3, float64"),
-        ({"labels": np.zeros((4, 1))}, None, r"each of the 4 rows; .*'labels' \(4×1"),
         ({"labels": np.array([0, 0, 0.5, 1])}, None, "row 2 .*label 0.5"),
-        ({"labels": np.array(list("abcd"))}, None, "'labels'.* not hold real"),
+        ({"labels": np.array(list("abcd"))}, None, "'labels'.* no table of real"),
         ({"labels": np.zeros(4, object)}, None, "Python objects"),
         ({"labels": np.zeros(4)}, "kind", "1-D array 'kind' .*'labels'"),
     ],
@@ -375,20 +299,17 @@ def test_unusable_npz_labels_are_refused(save, arrays, label, part):
         ({"a": np.eye(2), "b": np.eye(3)}, ["2 2-D arrays", "'a' (2×2", "'b' (3×3"]),
         ({"x": np.zeros((0, 3))}, ["is empty (0×3)"]),
         ({"x": np.zeros((3, 0))}, ["is empty (3×0)"]),
-        ({"x": np.array([["a"]])}, ["not hold real numbers"]),
-        ({"x": np.zeros((2, 2), complex)}, ["complex128", "not hold real numbers"]),
-        ({"x": np.zeros((2, 2), "f4,f4")}, ["not hold real numbers"]),
-        ({"x": np.array([[1, None]])}, ["Python objects", "unpickling"]),
-        (
-            {"x": np.array([[0, 1], [2, np.nan]])},
-            ["row 1 (counted from 0), column 'column_1' is nan"],
-        ),
-        ({"x": np.array([[np.inf, 1]])}, ["row 0", "column 'column_0' is inf"]),
+        ({"x": np.array([["a"]])}, ["no table of real numbers"]),
+        ({"x": np.zeros((2, 2), complex)}, ["complex128", "no table of real numbers"]),
+        ({"x": np.zeros((2, 2), "f4,f4")}, ["no table of real numbers"]),
+        ({"x": np.array([[1, None]])}, ["Python objects"]),
+        ({"x": np.array([[0, 1], [2, np.nan]])}, ["row 1 ", "'column_1' is nan"]),
         ({"x": np.array([[0.0, 1e300]])}, ["row 0", "column 'column_1' is 1e+300"]),
+        ({"x": numbered(2)}, ["3 columns found, 4 needed"]),
     ],
 )
 def test_unusable_npz_is_refused(save, arrays, parts):
-    refused(save("t.npz", **arrays), *parts)
+    refused(save("t.npz", **arrays), *parts, dim=4)
 
 
 @FUZZ
@@ -412,43 +333,12 @@ def test_a_kept_table_comes_back_and_damage_is_told(tmp_path):
     tabular.save_table(table, path)
     again = tabular.load_saved_table(path)
     assert_equal_tables(again, table)
-    np.testing.assert_array_equal(again.standardizer.std, table.standardizer.std)
-    assert tabular.fingerprint(again) == tabular.fingerprint(table)
+    assert again.columns == table.columns
     assert tabular.fingerprint(other) != tabular.fingerprint(table)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"does not hold the run's table.*train again"):
-        tabular.load_saved_table(path)
-    path.unlink()
-    with pytest.raises(InputError, match="does not hold the run's table"):
-        tabular.load_saved_table(path)
-
-
-def test_tables_whose_arrays_do_not_fit_are_refused(save):
-    rows = np.zeros((5, 2), np.float32)
-    whole = {
-        "columns": np.array(["a", "b"]),
-        "train": rows,
-        "test": rows,
-        "mean": np.zeros(2),
-        "std": np.ones(2),
-    }
-    assert tabular.load_saved_table(save("t.npz", **whole)).columns == ("a", "b")
-    for changes in (
-        {"train": rows[0]},
-        {"train": rows[:, :1]},
-        {"train": rows[:0]},
-        {"test": rows + np.float32(np.nan)},
-        {"train": rows.astype(int)},
-        {"train": np.array([{}], object)},
-        {"std": np.zeros(2)},
-        {"mean": np.array(["a", "b"])},
-        {"mean": np.zeros(3)},
-        {"columns": np.array("a")},
-        {"test_labels": np.zeros(4, int)},
-        {"test_labels": np.zeros(5)},
-    ):
-        path = save("t.npz", **(whole | changes))
-        refused_cheaply(lambda path=path: tabular.load_saved_table(path), str(path))
+    for content in (path.read_bytes()[:1000], None):
+        path.write_bytes(content) if content else path.unlink()
+        with pytest.raises(InputError, match=r"not hold the run's table.*train again"):
+            tabular.load_saved_table(path)
 
 
 def test_columns_with_names_are_put_in_the_order_of_training(save):

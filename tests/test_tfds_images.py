@@ -21,10 +21,12 @@ tfds = pytest.importorskip("tensorflow_datasets")
 NUM_TRAIN, NUM_TEST = 20, 8
 
 
-def settings_of(directory, **changes):
-    """A config's data section."""
+def opened(directory, seed=0, **changes):
+    """The set that a config's data section names."""
     defaults = {
+        "name": "tfds",
         "tfds": "cifar10",
+        "tfds_dir": str(directory),
         "split": "train",
         "test_split": "test",
         "limit": 0,
@@ -34,16 +36,7 @@ def settings_of(directory, **changes):
         "skip_corrupt": False,
         "test_fraction": 0.25,
     }
-    return SimpleNamespace(
-        name="tfds",
-        tfds_dir=str(directory),
-        held_out_classes=(),
-        **{**defaults, **changes},
-    )
-
-
-def opened(directory, seed=0, **changes):
-    return images.open_images(settings_of(directory, **changes), seed)
+    return images.open_images(SimpleNamespace(**{**defaults, **changes}), seed)
 
 
 def pictures(split):
@@ -105,24 +98,20 @@ class Turned(Cifar10, skip_registration=True):
             yield i, record
 
 
-def test_the_same_images_in_another_order_are_other_data(prepared, tmp_path):
-    turned = opened(write(tmp_path, "array_record", Turned))
-    found = opened(prepared)
-    assert as_set(images.stack(turned.train)) == as_set(images.stack(found.train))
-    assert turned.fingerprint != found.fingerprint
-
-
 def as_set(stack):
     return {image.tobytes() for image in stack}
 
 
-def test_prepared_set_is_read_bit_for_bit(prepared):
+def test_prepared_set_is_read_bit_for_bit_and_its_order_is_fingerprinted(
+    prepared, tmp_path
+):
     found = opened(prepared)
-    assert found.event_shape == (32, 32, 3)
-    assert as_set(images.stack(found.train)) == as_set(pictures("train"))
-    assert as_set(images.stack(found.test)) == as_set(pictures("test"))
-    assert found.metadata()["num_train"] == NUM_TRAIN
-    assert found.metadata()["num_test"] == NUM_TEST
+    turned = opened(write(tmp_path, "array_record", Turned))
+    for images_of in (found, turned):
+        assert images_of.event_shape == (32, 32, 3)
+        assert as_set(images.stack(images_of.train)) == as_set(pictures("train"))
+        assert as_set(images.stack(images_of.test)) == as_set(pictures("test"))
+    assert turned.fingerprint != found.fingerprint
 
 
 _READ = '''
@@ -165,38 +154,34 @@ def test_reading_needs_no_tensorflow(prepared):
     assert result.stdout.strip() == f"({NUM_TRAIN}, 32, 32, 3)"
 
 
-class Spoiled:
-    """A split of which some records cannot be read."""
-
-    def __init__(self, source, errors):
-        self._source = source
-        self._errors = errors
-
-    def __len__(self):
-        return len(self._source)
+class Spoiled(list):
+    """Records of which some cannot be read."""
 
     def __getitem__(self, index):
-        if index in self._errors:
-            raise self._errors[index]
-        return self._source[index]
+        record = super().__getitem__(index)
+        if isinstance(record, Exception):
+            raise record
+        return record
 
 
 @pytest.fixture
-def spoiled(prepared, monkeypatch):
-    """Spoils the set's records; returns how to say which."""
-    whole, errors = tfds_images._open_source, {}
-    monkeypatch.setattr(
-        tfds_images, "_open_source", lambda *split: Spoiled(whole(*split), errors)
-    )
-    return lambda **kinds: errors.update(
-        {int(name[1:]): error for name, error in kinds.items()}
-    )
+def spoil(monkeypatch):
+    """Replaces records of the sets that are opened from then on by errors."""
+    whole = tfds_images._open_source
+
+    def replace(errors):
+        def spoiled(folder, split):
+            return Spoiled(errors.get(i, r) for i, r in enumerate(whole(folder, split)))
+
+        monkeypatch.setattr(tfds_images, "_open_source", spoiled)
+
+    return replace
 
 
-def test_damaged_records_are_named_or_passed_over(prepared, spoiled):
+def test_damaged_records_are_named_or_passed_over(prepared, spoil):
     whole = images.stack(opened(prepared).train)
     # The first is looked at when the set is opened, the second is not.
-    spoiled(_0=ValueError("checksum\nfails"), _2=ValueError("checksum fails"))
+    spoil({0: ValueError("checksum\nfails"), 2: ValueError("checksum fails")})
     with pytest.raises(InputError, match=r"record 0 of 'train': .*checksum fails"):
         opened(prepared)
     found = opened(prepared, skip_corrupt=True)
@@ -207,36 +192,26 @@ def test_damaged_records_are_named_or_passed_over(prepared, spoiled):
     np.testing.assert_array_equal(stream.next(9), expected[index])
 
 
-def test_faults_of_the_file_system_are_not_passed_over(prepared, spoiled):
-    spoiled(_2=OSError(errno.EIO, "Input/output error"))
+def test_faults_of_the_file_system_are_not_passed_over(prepared, spoil):
+    spoil({2: OSError(errno.EIO, "Input/output error")})
     found = opened(prepared, skip_corrupt=True)
     with pytest.raises(InputError, match=r"record 2 .* the file system works"):
         found.train[2]
 
 
 def test_limit_takes_the_first_and_a_share_is_held_out(prepared):
-    whole = images.stack(opened(prepared).train)
+    found = opened(prepared)
+    whole = images.stack(found.train)
     few = opened(prepared, limit=5)
     np.testing.assert_array_equal(images.stack(few.train), whole[:5])
     assert len(few.test) == NUM_TEST
-    split = opened(prepared, test_split="")
+    split, again, other = (opened(prepared, s, test_split="") for s in (0, 0, 1))
     both = np.concatenate([images.stack(split.train), images.stack(split.test)])
     assert len(split.test) == 5 and as_set(both) == as_set(whole)
     sliced = opened(prepared, split="train[:50%]", test_split="train[50%:]")
     assert (len(sliced.train), len(sliced.test)) == (10, 10)
-    prints = {s.fingerprint for s in (opened(prepared), few, split, sliced)}
-    assert len(prints) == 4
-    assert split.fingerprint != opened(prepared, 1, test_split="").fingerprint
-    assert split.fingerprint == opened(prepared, test_split="").fingerprint
-
-
-def test_images_are_cropped_and_resized(prepared):
-    whole = images.stack(opened(prepared).train)
-    crop = opened(prepared, image_size=16, crop=(4, 6, 20, 22))
-    np.testing.assert_array_equal(images.stack(crop.train), whole[:, 6:22, 4:20])
-    half = images.stack(opened(prepared, image_size=16).train)
-    means = whole.mean(axis=(1, 2)), half.mean(axis=(1, 2))
-    np.testing.assert_allclose(*means, atol=6)
+    prints = {s.fingerprint for s in (found, few, split, again, other, sliced)}
+    assert len(prints) == 5 and split.fingerprint == again.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -245,14 +220,13 @@ def test_images_are_cropped_and_resized(prepared):
         ({"channels": 1}, "have 3 channels, and data.channels is 1; set data.channels"),
         ({"image_size": 33}, "record 0 of 'train': 32×32 pixels; at least 33"),
         ({"split": "nope"}, "split 'nope' cannot be opened .* has train, test"),
-        ({"test_split": "nope"}, "split 'nope'"),
         ({"split": "train[:0]"}, "split 'train"),
         ({"test_split": "train"}, "share records"),
-        ({"test_split": "train[:10%]"}, "share records"),
         ({"split": "train[:60%]", "test_split": "train[50%:]"}, "share records"),
         ({"split": "train+test[:1]"}, "share records"),
         ({"tfds": "cifar10/nope"}, "data.tfds is 'cifar10/nope', which TFDS cannot"),
         ({"tfds": "../up"}, "which TFDS cannot open"),
+        ({"tfds": "cifr10"}, "'cifr10', .*close: cifar10, cifar100"),
         ({"tfds": "wikipedia"}, "has no feature 'image' of uint8; it has title"),
     ],
 )
@@ -260,11 +234,6 @@ def test_unusable_sets_are_refused(prepared, changes, part):
     with pytest.raises(InputError, match=part) as caught:
         opened(prepared, **changes)
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_name_is_answered_with_close_ones(prepared):
-    with pytest.raises(InputError, match=r"'cifr10', .*close: cifar10, cifar100"):
-        opened(prepared, tfds="cifr10")
 
 
 def test_set_in_another_format_is_refused(tmp_path):
@@ -285,12 +254,6 @@ def test_set_that_is_not_there_fails_soon_without_a_network(tmp_path, monkeypatc
             opened(tmp_path)
     assert time.monotonic() - start < 20
     assert not list(tmp_path.rglob("dataset_info.json"))
-
-
-def test_package_that_preparing_needs_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(InputError, match=r"import of tensorflow.*pip install"):
-        opened(tmp_path)
 
 
 def test_lsun_is_prepared_from_its_database(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Shaped
 
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
+from ddaebm_jax.data.records import Subset
 from ddaebm_jax.data.threads import TIMEOUT
-from ddaebm_jax.errors import InputError
 
 TABLE_FILE = "table.npz"
 
@@ -28,10 +28,8 @@ class Source(NamedTuple):
       draw: (arrays, batch, keys [batch]) → x_0 [batch, *event_shape]; pure. `batch`
         is what the input stream gave: images, or indices of them; None where there
         is no stream, and examples are drawn from the keys.
-      distribution: the true distribution, of synthetic data.
-      table: the table, of tabular data.
-      image_set: the images, where they have been opened.
-      timeout: seconds without progress in reading them before giving up; 0: never.
+      distribution, table, image_set: the data of each kind, images once opened.
+      timeout: seconds without progress in reading images before giving up; 0: never.
     """
 
     name: str
@@ -49,10 +47,9 @@ class Source(NamedTuple):
         return len(self.event_shape) == 3
 
     def held_out(self, num: int, seed: int) -> Shaped[np.ndarray, "n *shape"]:
-        """Returns data that training does not see.
+        """Returns data that training does not see, chosen by the seed.
 
-        Synthetic: `num` draws. A table: the test inliers. Images: at most `num` of the
-        test images, chosen by the seed, as uint8.
+        It is `num` draws, a table's test inliers, or at most `num` test images, uint8.
         """
         if self.distribution is not None:
             keys = jax.random.split(jax.random.key(seed), num)
@@ -62,22 +59,20 @@ class Source(NamedTuple):
             test = self.image_set.test
             # Not the first ones: files in order of names may be of one kind.
             order = np.random.default_rng(seed).permutation(len(test))
-            chosen = images.Subset(test, np.sort(order[:num]))
+            chosen = Subset(test, np.sort(order[:num]))
             return images.stack(chosen, timeout=self.timeout)
         return test_rows(self.table, tabular.INLIER)
 
     def metadata(self) -> dict[str, Any] | None:
-        """Returns what must travel with a checkpoint, as plain JSON values.
-
-        None where images have not been opened.
-        """
+        """Returns JSON values that identify the data; None for images not opened."""
         if self.holds_images:
             return None if self.image_set is None else self.image_set.metadata()
         if self.table is None:
             return {}
+        standardizer = self.table.standardizer._asdict()
         return {
             "columns": list(self.table.columns),
-            "standardizer": self.table.standardizer.to_dict(),
+            "standardizer": {k: v.tolist() for k, v in standardizer.items()},
             "fingerprint": tabular.fingerprint(self.table),
         }
 
@@ -97,16 +92,13 @@ def test_rows(table: tabular.Table, label: int) -> Float[np.ndarray, "n dim"]:
 def open_source(
     data: Any, seed: int, workdir: Path | None = None, open_images: bool = True
 ) -> Source:
-    """Opens the data set that a config names.
+    """Opens the data set that a valid config's `data` section names.
 
-    Args:
-      data: the config's `data` section.
-      seed: of the train/test split.
-      workdir: a run directory; a table is then the one that `Source.save` kept.
-      open_images: False: images are not looked for; their shape is known.
+    In a run directory the table is the one that `Source.save` kept. Without
+    `open_images` images are not looked for.
 
-    Raises InputError for an unknown name or data that cannot be trained on, and
-    FileNotFoundError if `data.path` is not there.
+    Raises InputError for data that cannot be trained on, and FileNotFoundError if
+    `data.path` is not there.
     """
     if data.name in synthetic.SYNTHETIC:
         distribution = synthetic.SYNTHETIC[data.name]()
@@ -118,8 +110,26 @@ def open_source(
             distribution=distribution,
         )
     if data.name in choices.IMAGES:
-        return _image_source(data, seed, open_images)
-    table = _table(data, seed, workdir)
+        image_set = images.open_images(data, seed) if open_images else None
+        arrays = None
+        if open_images and data.on_device:
+            name = "the training images"
+            arrays = images.stack(image_set.train, None, name, data.timeout)
+        return Source(
+            name=data.name,
+            event_shape=(data.image_size, data.image_size, data.channels),
+            arrays=arrays,
+            draw=partial(images.draw, flip=data.flip),
+            image_set=image_set,
+            timeout=data.timeout,
+        )
+    if workdir is not None:
+        table = tabular.load_saved_table(workdir / TABLE_FILE)
+    elif data.name == "breast_cancer":
+        table = tabular.load_breast_cancer(seed, data.test_fraction)
+    else:
+        label = data.label_column or None
+        table = tabular.load_table(data.path, seed, data.test_fraction, label)
     return Source(
         name=data.name,
         event_shape=(table.train.shape[1],),
@@ -127,34 +137,6 @@ def open_source(
         draw=_draw_rows,
         table=table,
     )
-
-
-def _image_source(data: Any, seed: int, opened: bool) -> Source:
-    image_set = images.open_images(data, seed) if opened else None
-    arrays = None
-    if opened and data.on_device:
-        name = "the training images"
-        arrays = images.stack(image_set.train, None, name, data.timeout)
-    return Source(
-        name=data.name,
-        event_shape=(data.image_size, data.image_size, data.channels),
-        arrays=arrays,
-        draw=partial(images.draw, flip=data.flip),
-        image_set=image_set,
-        timeout=data.timeout,
-    )
-
-
-def _table(data: Any, seed: int, workdir: Path | None) -> tabular.Table:
-    if workdir is not None:
-        return tabular.load_saved_table(workdir / TABLE_FILE)
-    if data.name == "breast_cancer":
-        return tabular.load_breast_cancer(seed, data.test_fraction)
-    if data.name == "table":
-        label = data.label_column or None
-        return tabular.load_table(data.path, seed, data.test_fraction, label)
-    known = ", ".join(choices.ALLOWED["data.name"])
-    raise InputError(f"data.name is '{data.name}'; allowed: {known}")
 
 
 def _draw_rows(

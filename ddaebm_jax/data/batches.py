@@ -1,9 +1,8 @@
 """The order of training examples, and the batches that follow it.
 
-The order is a function of a seed alone. Epoch e is a permutation of the records drawn
-from (seed, e); epochs follow one another without a gap, and batch s takes the places
-s·B … s·B + B − 1. So a batch does not depend on how many processes, workers or
-threads read it, nor on what was read ahead when a run was cut off.
+Epoch e is a permutation of the records drawn from (seed, e); epochs follow one another
+without a gap, and batch s takes the places s·B … s·B + B − 1. So a batch does not
+depend on who reads it, nor on what was read ahead when a run was cut off.
 """
 
 import collections
@@ -24,11 +23,10 @@ from ddaebm_jax.errors import InputError, listed, one_line
 
 @functools.lru_cache(maxsize=8)
 def _epoch(num_records: int, seed: int, epoch: int) -> Int32[np.ndarray, " n"]:
-    """Returns the order of one epoch.
+    """Returns the order of one epoch, the same under any version of NumPy.
 
-    NumPy promises that a bit generator's raw numbers never change, which it does not
-    for its own permutations: a run can be resumed under any version. grain's shuffle
-    adds the epoch to the seed, so that neighbouring seeds would share epochs.
+    NumPy promises that of a bit generator's raw numbers, but not of its permutations.
+    grain's shuffle adds the epoch to the seed: neighbouring seeds would share epochs.
     """
     bits = np.random.Philox(np.random.SeedSequence((seed, epoch)))
     keys = bits.random_raw(num_records)
@@ -38,10 +36,7 @@ def _epoch(num_records: int, seed: int, epoch: int) -> Int32[np.ndarray, " n"]:
 def order(
     num_records: int, seed: int, start: int, stop: int
 ) -> Int32[np.ndarray, " n"]:
-    """Returns the records at places start … stop − 1 of the global order.
-
-    Places e·N … e·N + N − 1 are epoch e, where N = `num_records`.
-    """
+    """Returns the records at places start … stop − 1 of the global order."""
     first, last = start // num_records, (stop - 1) // num_records
     epochs = [_epoch(num_records, seed, epoch) for epoch in range(first, last + 1)]
     offset = first * num_records
@@ -59,7 +54,6 @@ class _Reader:
     places: slice
 
     def indices(self, step: int) -> Int32[np.ndarray, " local"]:
-        """Returns the records of this process's part of batch `step`."""
         start = step * self.batch_size
         stop = start + self.batch_size
         return order(self.num_records, self.seed, start, stop)[self.places]
@@ -68,18 +62,7 @@ class _Reader:
         indices = self.indices(step)
         if self.records is None:
             return indices
-        return np.stack([self._read(int(index)) for index in indices])
-
-    def _read(self, index: int) -> np.ndarray:
-        try:
-            return self.records[index]
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"record {index} (counted from 0) cannot be read "
-                f"({one_line(error)}); check the data, and start the run again"
-            ) from error
+        return np.stack([self.records[int(index)] for index in indices])
 
 
 class Batches:
@@ -105,8 +88,8 @@ class Batches:
         """Opens the stream at its first batch.
 
         Args:
-          num_records: how many records there are.
-          batch_size: B, over all processes.
+          num_records: at least 1.
+          batch_size: B, over all processes, a multiple of them; else InputError.
           seed: of the order, not negative.
           records: what to read; None: the stream is of record indices.
           process_index: j.
@@ -115,28 +98,19 @@ class Batches:
           prefetch: local batches that are read ahead, in each worker; at least 1.
           num_workers: processes that read, by grain; 0: threads of this one.
           timeout: seconds to wait for a batch before giving up; 0: no limit.
-
-        Raises:
-          InputError: if there are no records, or the batch is not a multiple of the
-            processes.
         """
-        if num_records < 1:
-            raise InputError("there are no records to train on; at least 1 is needed")
-        if batch_size < 1 or batch_size % process_count:
+        if batch_size % process_count:
             raise InputError(
-                f"data.batch_size is {batch_size}; a positive multiple of the "
-                f"{process_count} processes is needed, for example "
-                f"{process_count * max(1, round(batch_size / process_count))}"
+                f"data.batch_size is {batch_size}; a multiple of the {process_count} "
+                "processes is needed"
             )
-        self._identity = {
-            "num_records": num_records,
-            "batch_size": batch_size,
-            "seed": seed,
-        }
+        names = "num_records", "batch_size", "seed"
+        self._identity = dict(zip(names, (num_records, batch_size, seed), strict=True))
         local = batch_size // process_count
         places = slice(process_index * local, (process_index + 1) * local)
         self._reader = _Reader(num_records, batch_size, seed, records, places)
-        self._num_threads = num_threads
+        # More threads than batches to read ahead would find nothing to do.
+        self._num_threads = min(num_threads, prefetch)
         self._prefetch = prefetch
         self._num_workers = num_workers
         self._timeout = timeout
@@ -146,14 +120,10 @@ class Batches:
         self._pending: collections.deque = collections.deque()  # Of futures.
 
     def next(self, length: int) -> Shaped[np.ndarray, "length batch ..."]:
-        """Returns the next `length` local batches.
+        """Returns the next `length` local batches: records, or int32 [length, B/n].
 
-        They are uint8 images [length, B/n, height, width, channels], or int32 record
-        indices [length, B/n].
-
-        Raises:
-          InputError: if a record cannot be read, no batch comes in time, or a worker
-            process dies. The stream stays where it was, and the next call begins anew.
+        After an InputError, if a record cannot be read, no batch comes in time, or a
+        worker process dies, the stream is where it was, and can be read again.
         """
         try:
             steps = range(self._delivered, self._delivered + length)
@@ -165,10 +135,7 @@ class Batches:
         return result
 
     def state(self) -> dict[str, int]:
-        """Returns the position of the stream, as plain JSON values.
-
-        It is the same in all processes, and does not depend on what was read ahead.
-        """
+        """Returns the position, as JSON values that are the same in all processes."""
         return {"batches": self._delivered, **self._identity}
 
     def restore(self, state: dict[str, int]) -> None:
@@ -177,8 +144,7 @@ class Batches:
             if state.get(name) != value:
                 raise InputError(
                     f"the saved input position has {name} {state.get(name)}, this run "
-                    f"has {value}; go on with the data, batch size and seed that "
-                    "the run was started with"
+                    f"has {value}; go on with the data, batch size and seed as before"
                 )
         self.close()
         self._delivered = int(state["batches"])
@@ -205,21 +171,19 @@ class Batches:
             )
         try:
             batch = self._pending[0].result(self._timeout or None)
-        except TimeoutError as error:
-            raise InputError(
-                f"no batch came for {self._timeout} s: batch {step} (counted from 0; "
-                f"records {listed(self._reader.indices(step), 5)}) is waited for; a "
-                "file system may stall or a worker hang: fix that and restart the run, "
-                "or raise data.timeout (0: no limit)"
-            ) from error
         except InputError:
             raise
         except Exception as error:
+            indices = listed(self._reader.indices(step), 5)
+            fault = f"cannot be read ({one_line(error)})"
+            remedy = "if a worker process was killed (exit code -9), lower "
+            remedy += f"data.num_workers={self._num_workers} or data.prefetch"
+            if isinstance(error, TimeoutError):
+                fault = f"has not come within {self._timeout} s"
+                remedy = "a file system may stall: fix that, or raise data.timeout"
             raise InputError(
-                f"the worker processes (data.num_workers={self._num_workers}) failed "
-                f"({one_line(error)}); if one was killed (exit code -9), memory is the "
-                "usual reason: lower data.num_workers or data.prefetch; then start the "
-                "run again: it goes on from its last checkpoint"
+                f"batch {step} (counted from 0; records {indices}) {fault}; {remedy}; "
+                "the same command continues the run from its last checkpoint"
             ) from error
         self._pending.popleft()
         return batch
@@ -229,10 +193,8 @@ class Batches:
 
     def _open(self, step: int) -> None:
         """Starts threads, or one thread that waits for worker processes."""
-        # More threads than batches to read ahead would find nothing to do.
-        num_threads = min(self._num_threads, self._prefetch)
         if not self._num_workers:
-            self._pool = DaemonPool(num_threads)
+            self._pool = DaemonPool(self._num_threads)
             return
         import grain
 
@@ -240,16 +202,9 @@ class Batches:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = grain.MapDataset.range(step, sys.maxsize).map(self._reader)
-        stream = batches.to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=num_threads, prefetch_buffer_size=self._prefetch
-            )
-        ).mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=self._num_workers, per_worker_buffer_size=self._prefetch
-            )
-        )
-        self._workers = iter(stream)
+        threads = grain.ReadOptions(self._num_threads, self._prefetch)
+        workers = grain.MultiprocessingOptions(self._num_workers, self._prefetch)
+        self._workers = iter(batches.to_iter_dataset(threads).mp_prefetch(workers))
         self._pool = DaemonPool(1)
 
 

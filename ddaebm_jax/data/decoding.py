@@ -1,7 +1,6 @@
 """Decodes an image by Pillow and converts it to a model's shape.
 
-Nothing of an image is dropped in silence: alpha, colour, 16 bits and missing pixels
-are refused where the model has no place for them.
+Alpha, colour and 16 bits are refused where the model has no place for them.
 """
 
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from ddaebm_jax.data.records import UnusableRecord
-from ddaebm_jax.errors import InputError, one_line
+from ddaebm_jax.data.records import reading
+from ddaebm_jax.errors import InputError
 from ddaebm_jax.files import open_regular
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -35,16 +34,15 @@ def prepare(
 
     In this order: turned as its EXIF orientation says, converted if that loses
     nothing, cropped to the box, resized so that the short side is `size` (bilinear,
-    antialiased), and cropped at the centre. An image that is of the size already, as
-    a sample of a model is, is not cropped, and its pixels do not change.
+    antialiased), and cropped at the centre. One that is of the size already stays.
 
-    Raises UnusableRecord, with the image's `name`, if it is smaller than `size` or
+    Raises InputError, with the image's `name`, if it is smaller than `size` or
     than the box, or has what the result cannot hold: alpha, colour, more than 8 bits.
     """
     modes = _LOSSLESS[channels]
     transparent = "transparency" in image.info
     if transparent or image.mode not in modes:
-        raise UnusableRecord(
+        raise InputError(
             f"{name}: its mode is {image.mode}{' with transparency' * transparent}; "
             f"allowed for data.channels = {channels}: {', '.join(modes)}, without "
             f"transparency; convert it to {modes[0]} first"
@@ -54,16 +52,16 @@ def prepare(
     if crop is not None and image.size != (size, size):
         left, top, right, bottom = crop
         width, height = image.size
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise UnusableRecord(
-                f"{name}: {width}×{height} pixels, and data.crop is {tuple(crop)} "
+        if right > width or bottom > height:
+            raise InputError(
+                f"{name}: {width}×{height} pixels, and data.crop is {crop} "
                 "(left, top, right, bottom); a box inside of the image is needed"
             )
-        image = image.crop(tuple(crop))
+        image = image.crop(crop)
     width, height = image.size
     short = min(width, height)
     if short < size:
-        raise UnusableRecord(
+        raise InputError(
             f"{name}: {width}×{height} pixels{' once cropped' * (crop is not None)}; "
             f"at least {size} a side are needed; lower data.image_size or leave the "
             "image out"
@@ -81,54 +79,23 @@ def decode_file(
 ) -> UInt8[np.ndarray, "size size channels"]:
     """Decodes a PNG or JPEG file, and prepares its image.
 
-    Pillow's limits on pixels and text hold. Of a JPEG file with several pictures
-    (MPO, as some cameras write) the first is taken; an animated PNG is refused. The
-    file is called `name` in messages.
+    Pillow's limits on pixels and text hold. Of a file with several pictures the first
+    is taken. The file is called `name` in messages.
 
     Raises UnusableRecord if the file is damaged, too large or not usable by `prepare`,
     another InputError if the file system fails.
     """
-    try:
-        with (
-            open_regular(path, MAX_FILE_BYTES, name) as file,
-            Image.open(file, formats=("PNG", "JPEG")) as image,
-        ):
-            _check(image, name)
-            image.load()
-            return prepare(image, size, channels, crop, name)
-    except UnusableRecord:
-        raise
-    except InputError as error:
-        raise UnusableRecord(str(error)) from error
-    except Exception as error:  # Pillow raises a dozen kinds on damaged bytes.
-        reason = one_line(error).replace(str(path), name)
-        # Pillow's own OSErrors have no number.
-        if isinstance(error, OSError) and error.errno is not None:
+    with (
+        reading(
+            name, "a whole PNG or JPEG file is needed; fetch it again or remove it"
+        ),
+        open_regular(path, MAX_FILE_BYTES, name) as file,
+        Image.open(file, formats=("PNG", "JPEG")) as image,
+    ):
+        # Pillow would drop half of the bits without a word.
+        if any(";16" in str(tile.args) for tile in image.tile):
             raise InputError(
-                f"{name}: cannot be read ({reason}); check that it is there and the "
-                "file system works, and start again"
-            ) from error
-        raise UnusableRecord(
-            f"{name}: cannot be decoded ({reason}); a whole PNG or JPEG file is "
-            "needed; fetch it again or remove it"
-        ) from error
-
-
-def _check(image: Image.Image, name: str) -> None:
-    """Refuses what Pillow would only warn of, or decode in part, before decoding."""
-    width, height = image.size
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise UnusableRecord(
-            f"{name}: {width}×{height} pixels; at most {limit} are allowed "
-            "(PIL.Image.MAX_IMAGE_PIXELS); make it smaller"
-        )
-    if any(";16" in str(tile.args) for tile in image.tile):
-        raise UnusableRecord(
-            f"{name}: 16 bits a channel; 8 are allowed; convert it first"
-        )
-    if image.format == "PNG" and getattr(image, "is_animated", False):
-        raise UnusableRecord(
-            f"{name}: animated, {image.n_frames} frames; one is allowed; save the "
-            "frames as files of their own"
-        )
+                f"{name}: 16 bits a channel; 8 are allowed; convert it first"
+            )
+        image.load()
+        return prepare(image, size, channels, crop, name)

@@ -1,11 +1,8 @@
-"""Images from folders and NPZ files.
-
-Sizes are bounded before anything is allocated, nothing is unpickled, and every error
-names the file, what was found and what to try.
-"""
+"""Images from folders and NPZ files."""
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +15,6 @@ from ddaebm_jax.data.records import (
     ImageSet,
     Records,
     Subset,
-    check_fraction,
     digest,
     hold_out,
     split_set,
@@ -34,10 +30,10 @@ MAX_BYTES = 4 * 2**30
 
 
 class FolderImages(NamedTuple):
-    """The usable images of a folder, in the order of their names; printable names."""
+    """The usable images of a folder, in the order of their names."""
 
     records: Records
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # Printable.
     num_skipped: int
     content_sha256: str
 
@@ -58,13 +54,6 @@ class _Files:
         return decode_file(self.folder / name, printable(name), *self.how)
 
 
-def _image_names(folder: Path) -> tuple[str, ...]:
-    """The image files below a folder, sorted; hidden ones are left out."""
-    paths = (p.relative_to(folder) for p in folder.rglob("*"))
-    shown = (p for p in paths if not any(part[0] == "." for part in p.parts))
-    return tuple(sorted(p.as_posix() for p in shown if p.suffix.lower() in SUFFIXES))
-
-
 def read_folder(
     path: str | Path,
     size: int,
@@ -77,28 +66,26 @@ def read_folder(
 
     Every file is decoded, so that all unusable ones are found at once; with
     `skip_corrupt` they are skipped with a warning. Images are kept in memory if they
-    take at most `MAX_BYTES`, else read again on demand. Hidden files, files with other
-    suffixes and links to folders are left out.
+    take at most `MAX_BYTES`, else read again on demand. Hidden files are left out.
 
-    Raises:
-      FileNotFoundError: if there is no such folder.
-      InputError: if it is no folder, holds no image, or holds unusable files, which
-        the message counts and names; or without progress for `timeout` seconds.
+    Raises FileNotFoundError, or InputError if there is no image or an unusable file,
+    or no progress for `timeout` seconds.
     """
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; check the path")
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; give the folder of the images")
-    names = _image_names(folder)
+    paths = (p.relative_to(folder) for p in folder.rglob("*"))
+    visible = (p for p in paths if not any(part[0] == "." for part in p.parts))
+    images = (p.as_posix() for p in visible if p.suffix.lower() in SUFFIXES)
+    names = tuple(sorted(images))
     if not names:
         raise InputError(
-            f"{folder}: no image in this folder or below it; files that end in "
+            f"{folder}: not a folder with images in it or below it; files that end in "
             f"{', '.join(SUFFIXES)} are needed; check the path"
         )
     files = _Files(folder, names, (size, channels, crop))
     keep = len(names) * size * size * channels <= MAX_BYTES
-    images = np.empty((len(names) if keep else 0, size, size, channels), np.uint8)
+    kept = np.empty((len(names) if keep else 0, size, size, channels), np.uint8)
 
     def decode(index: int) -> bytes | InputError:
         try:
@@ -106,14 +93,22 @@ def read_folder(
         except InputError as error:
             return error
         if keep:
-            images[index] = image
+            kept[index] = image
         return hashlib.sha256(image).digest()
 
     results = in_parallel(decode, len(names), f"{folder}: decoding images", timeout)
     errors = {names[i]: r for i, r in enumerate(results) if isinstance(r, InputError)}
-    records: Records = images if keep else files
+    records: Records = kept if keep else files
     if errors:
-        _report(folder, len(names), errors, skip_corrupt)
+        first, *_ = errors.values()
+        found = f"{folder}: {len(errors)} of {len(names)} images are unusable"
+        if len(errors) == len(names) or not skip_corrupt:
+            raise InputError(
+                f"{found}: {listed(map(printable, errors), 5)}; the first: {first}; or "
+                "skip them, unless none is left: --config.data.skip_corrupt=True in "
+                "training, --skip_corrupt in scoring"
+            )
+        logging.warning("%s and are skipped: %s", found, listed(errors.values(), 99))
         good = [i for i, name in enumerate(names) if name not in errors]
         records = Subset(records, np.array(good))
         names = tuple(names[i] for i in good)
@@ -122,39 +117,14 @@ def read_folder(
     return FolderImages(records, tuple(map(printable, names)), len(errors), content)
 
 
-def _report(
-    folder: Path, num: int, errors: dict[str, InputError], skip_corrupt: bool
-) -> None:
-    """Names the unusable files of `num`: in a warning if they may be skipped."""
-    first, *_ = errors.values()
-    found = f"{folder}: {len(errors)} of {num} images are unusable"
-    if len(errors) == num:
-        raise InputError(f"{found}, that is all; the first: {first}")
-    if not skip_corrupt:
-        raise InputError(
-            f"{found}: {listed(map(printable, errors), 5)}; the first: {first}; or "
-            "skip them: --config.data.skip_corrupt=True in training, --skip_corrupt "
-            "in scoring"
-        )
-    logging.warning("%s and are skipped", found)
-    for error in errors.values():
-        logging.warning("skipped: %s", error)
-
-
 def load_folder(data: Any, seed: int) -> ImageSet:
     """Loads the folder that a config's `data` section names, split by the seed.
 
     Raises what `read_folder` does.
     """
-    check_fraction(data.test_fraction)
-    if not data.path:
-        raise InputError(
-            "data.path is empty; data.name = 'folder' needs the folder of the images"
-        )
-    crop = None if data.crop is None else tuple(data.crop)
     size, channels = data.image_size, data.channels
     folder = read_folder(
-        data.path, size, channels, crop, data.skip_corrupt, data.timeout
+        data.path, size, channels, data.crop, data.skip_corrupt, data.timeout
     )
     return split_set(
         "folder",
@@ -178,24 +148,16 @@ def read_images(
     A folder is read as by `read_folder`; a file's name is its path in the folder. An
     NPZ file's images are its array `x`, or its only 4-D array: uint8 [n, height,
     width, channels] of the model's shape, or [n, height, width] for one channel; their
-    names are their indices.
-
-    Raises:
-      FileNotFoundError: if there is no such folder or file.
-      InputError: for what cannot be used.
+    names are their indices. Raises FileNotFoundError, or InputError for what cannot
+    be used.
     """
     path = Path(path)
     if path.suffix.lower() == ".npz" and not path.is_dir():
         images = _read_npz(path, event_shape)
         return images, tuple(map(str, range(len(images))))
-    height, width, channels = event_shape
-    if height != width:
-        raise InputError(
-            f"{path}: a folder's images become square, and the model's are "
-            f"{height}×{width}; give an NPZ file"
-        )
-    folder = read_folder(path, height, channels, crop, skip_corrupt, timeout)
-    num_bytes = len(folder.names) * height * width * channels
+    size, _, channels = event_shape
+    folder = read_folder(path, size, channels, crop, skip_corrupt, timeout)
+    num_bytes = len(folder.names) * math.prod(event_shape)
     if num_bytes > MAX_BYTES:
         raise InputError(
             f"{path}: {len(folder.names)} images take {num_bytes} bytes; at most "
@@ -215,14 +177,12 @@ def _read_npz(
             "for floats in [-1, 1] save numpy.round((x + 1) * 127.5).astype('uint8')"
         )
     allowed = [event_shape] + [event_shape[:2]] * (event_shape[2] == 1)
-    if array.shape[1:] not in allowed:
+    if array.shape[1:] not in allowed or not array.shape[0]:
         shapes = " or ".join("n×" + "×".join(map(str, shape)) for shape in allowed)
         raise InputError(
-            f"{path}: the array {array} is not of the model's shape; {shapes} is "
-            "needed; resize the images, or give them as a folder of files"
+            f"{path}: the array {array} is empty or not of the model's shape; {shapes} "
+            "is needed; resize the images, or give them as a folder of files"
         )
-    if not array.shape[0]:
-        raise InputError(f"{path}: the array {array} is empty; give an image")
     images = read_npz(path, MAX_BYTES, [array.name])[array.name]
     if images.max() == 1:
         raise InputError(

@@ -1,6 +1,7 @@
 """Image sets bundled with scikit-learn: digits, and patches of photographs."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -8,7 +9,6 @@ from jaxtyping import Integer, UInt8
 from ddaebm_jax.data.records import (
     ImageSet,
     Split,
-    check_fraction,
     digest,
     hold_out,
     split_set,
@@ -19,45 +19,47 @@ _DIGIT_SIZE = 8
 _DIGIT_WHITE = 16  # scikit-learn's digits hold 0 … 16.
 
 
-def load_digits(
-    image_size: int, channels: int, test_fraction: float, seed: int
-) -> ImageSet:
+def load_digits(data: Any, seed: int) -> ImageSet:
     """Loads scikit-learn's 1,797 handwritten digits, 8×8, grey.
 
-    The same share of every digit is held out. Raises InputError for another shape, or
-    a fraction out of range.
+    The same share of every digit is held out; those of `data.held_out_classes` are
+    `left_out`. Raises InputError for another shape, or classes that cannot be.
     """
-    _require("digits", "data.image_size", image_size, _DIGIT_SIZE)
-    _require("digits", "data.channels", channels, 1)
-    check_fraction(test_fraction)
+    if (data.image_size, data.channels) != (_DIGIT_SIZE, 1):
+        raise InputError(
+            f"data.image_size is {data.image_size} and data.channels is "
+            f"{data.channels}; the images of data.name = 'digits' are 8×8, grey: set "
+            f"data.image_size = {_DIGIT_SIZE} and data.channels = 1"
+        )
+    classes = sorted({*data.held_out_classes})
+    if len(classes) > 8 or not {*classes} <= {*range(10)}:
+        raise InputError(
+            f"data.held_out_classes is {tuple(classes)}; choose of 0 … 9, and leave at "
+            "least two to train on"
+        )
     from sklearn import datasets
 
     raw = datasets.load_digits()
     images = np.round(raw.images * (255 / _DIGIT_WHITE)).astype(np.uint8)[..., None]
     labels = raw.target.astype(np.int64)
     # A digit's own seed: how many another has does not move its choice.
-    parts = []
+    share, parts = data.test_fraction, []
     for label in range(10):
         places = np.flatnonzero(labels == label)
-        split = hold_out(len(places), test_fraction, seed + label, f"digits {label}")
+        split = hold_out(len(places), share, seed + label, f"digits {label}")
         parts.append((places[split.train], places[split.test]))
     train, test = (np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))
-    return split_set(
-        "digits",
-        images,
-        (_DIGIT_SIZE, _DIGIT_SIZE, 1),
-        Split(train, test),
-        digest(images, labels),
-        labels,
+    shape, content = images.shape[1:], digest(images, labels)
+    found = split_set("digits", images, shape, Split(train, test), content, labels)
+    if not classes:
+        return found
+    out = np.isin(labels, classes)
+    kept = Split(train[~out[train]], test[~out[test]])
+    return dataclasses.replace(
+        split_set("digits", images, shape, kept, content, labels),
+        fingerprint=digest(found.fingerprint.encode(), np.array(classes)),
+        left_out=np.concatenate([images[train[out[train]]], images[test[out[test]]]]),
     )
-
-
-def _require(name: str, field: str, found: int, needed: int) -> None:
-    if found != needed:
-        raise InputError(
-            f"{field} is {found}; the images of data.name = '{name}' have {needed}; "
-            f"set {field} = {needed}"
-        )
 
 
 @dataclasses.dataclass
@@ -83,11 +85,15 @@ def load_photos(
     """Loads patches of scikit-learn's two photographs, a temple and a flower.
 
     Patches are cut at random places, as many from either photograph. Those held out
-    lie in a strip at the right side that no training patch touches; the strip's share
-    of the width, and theirs of `num_patches`, is `test_fraction`. Raises InputError
-    for another number of channels, or patches that do not fit.
+    lie in a strip at the right side that no training patch touches; `test_fraction` is
+    its share of the width, and theirs of `num_patches`. Raises InputError for another
+    number of channels, or patches that do not fit.
     """
-    _require("photos", "data.channels", channels, 3)
+    if channels != 3:
+        raise InputError(
+            f"data.channels is {channels}; set data.channels = 3: the images of "
+            "data.name = 'photos' are in colour"
+        )
     split = hold_out(num_patches, test_fraction, seed, "data.num_patches: patches")
     from sklearn import datasets
 

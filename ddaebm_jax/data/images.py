@@ -14,103 +14,34 @@ from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from ddaebm_jax.data import image_files, image_sets, tfds_images
 from ddaebm_jax.data.batches import Batches
-from ddaebm_jax.data.decoding import prepare
 from ddaebm_jax.data.image_files import read_images
-from ddaebm_jax.data.records import (
-    ImageSet,
-    Records,
-    SkipUnusable,
-    Subset,
-    digest,
-    stack,
-)
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.data.records import ImageSet, SkipUnusable, stack
 
-__all__ = [
-    "Batches",
-    "ImageSet",
-    "Records",
-    "Subset",
-    "draw",
-    "open_images",
-    "prepare",
-    "read_images",
-    "stack",
-    "to_float",
-    "to_uint8",
-]
+__all__ = ["Batches", "ImageSet", "read_images", "stack"]
 
 
 def open_images(data: Any, seed: int) -> ImageSet:
     """Opens the image set that a config's `data` section names, split by the seed.
 
-    Raises:
-      FileNotFoundError: if `data.path` is not there.
-      InputError: for images that cannot be trained on.
+    Raises FileNotFoundError, or InputError for images that cannot be trained on.
     """
-    shape, share = (data.image_size, data.channels), data.test_fraction
     if data.name == "digits":
-        images = image_sets.load_digits(*shape, share, seed)
+        images = image_sets.load_digits(data, seed)
     elif data.name == "photos":
-        images = image_sets.load_photos(*shape, data.num_patches, share, seed)
+        images = image_sets.load_photos(
+            data.image_size, data.channels, data.num_patches, data.test_fraction, seed
+        )
     elif data.name == "folder":
         images = image_files.load_folder(data, seed)
     else:
         images = tfds_images.load_tfds(data, seed)
-    images = _first(images, data.limit)
-    if data.skip_corrupt:
-        # After the split: what is held out must not take the place of what is not.
-        images = dataclasses.replace(
-            images,
-            train=SkipUnusable(images.train, "the training images"),
-            test=SkipUnusable(images.test, "the test images"),
-        )
-    classes = tuple(data.held_out_classes)
-    return _without_classes(images, classes, data.timeout) if classes else images
-
-
-def _without_classes(
-    images: ImageSet, classes: tuple[int, ...], timeout: int | float
-) -> ImageSet:
-    """Moves classes from what is trained on and tested with to `left_out`."""
-    if images.train_labels is None or images.test_labels is None:
-        raise InputError(
-            f"data.held_out_classes is {classes}, but the images of data.name = "
-            f"'{images.name}' have no labels; it is for digits"
-        )
-    known = set(images.train_labels.tolist()) | set(images.test_labels.tolist())
-    if not set(classes) <= known or len(known - set(classes)) < 2:
-        raise InputError(
-            f"data.held_out_classes is {classes}; choose of {sorted(known)}, and leave "
-            "at least two to train on"
-        )
-    train_out = np.isin(images.train_labels, classes)
-    test_out = np.isin(images.test_labels, classes)
-    left_out = [
-        stack(Subset(part, np.flatnonzero(out)), timeout=timeout)
-        for part, out in ((images.train, train_out), (images.test, test_out))
-    ]
-    return dataclasses.replace(
-        images,
-        train=Subset(images.train, np.flatnonzero(~train_out)),
-        train_labels=images.train_labels[~train_out],
-        test=Subset(images.test, np.flatnonzero(~test_out)),
-        test_labels=images.test_labels[~test_out],
-        fingerprint=digest(images.fingerprint.encode(), np.array(sorted(set(classes)))),
-        left_out=np.concatenate(left_out),
-    )
-
-
-def _first(images: ImageSet, limit: int) -> ImageSet:
-    """Keeps the first `limit` training images; 0: all."""
-    if not 0 < limit < len(images.train):
+    if not data.skip_corrupt:
         return images
-    labels = images.train_labels
+    # After the split: what is held out must not take the place of what is not.
     return dataclasses.replace(
         images,
-        train=Subset(images.train, np.arange(limit)),
-        train_labels=None if labels is None else labels[:limit],
-        fingerprint=digest(images.fingerprint.encode(), np.array(limit)),
+        train=SkipUnusable(images.train, "the training images"),
+        test=SkipUnusable(images.test, "the test images"),
     )
 
 
@@ -131,10 +62,7 @@ def draw(
     keys: Key[Array, " batch"],
     flip: bool,
 ) -> Float[Array, "batch height width channels"]:
-    """Returns a batch of x_0 in [−1, 1]; pure.
-
-    Both ways of input give the same numbers: example i depends on its pixels and on
-    key i alone.
+    """Returns a batch of x_0 in [−1, 1]; example i depends on its pixels and key i.
 
     Args:
       arrays: the whole training set, on the device; None: `batch` holds the images.

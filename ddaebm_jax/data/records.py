@@ -3,9 +3,11 @@
 Images are uint8 and channels-last wherever they are on the host.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,33 +15,46 @@ from absl import logging
 from jaxtyping import Integer, UInt8
 
 from ddaebm_jax.data.threads import TIMEOUT, in_parallel
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.errors import InputError, one_line
 
-# Share of the records that may be skipped while reading, and the least number of
-# records of which that share is taken. More is no accident.
-_MAX_UNUSABLE = 0.01
-_MIN_COUNTED = 1_000
+# Share of the records that may be skipped while reading, and the least such limit.
+_MAX_UNUSABLE, _MIN_LIMIT = 0.01, 10
 
 
 class UnusableRecord(InputError):
-    """A record that is damaged or does not fit, whoever reads it and whenever."""
+    """A record that is damaged or does not fit."""
+
+
+@contextlib.contextmanager
+def reading(name: str, remedy: str) -> Iterator[None]:
+    """Turns errors into an UnusableRecord, or InputError if the file system fails."""
+    try:
+        yield
+    except UnusableRecord:
+        raise
+    except InputError as error:
+        raise UnusableRecord(str(error)) from error
+    except Exception as error:  # Damaged bytes show themselves in many kinds.
+        # Pillow's own OSErrors have no number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(
+                f"{name}: cannot be read ({one_line(error)}); check that it is there "
+                "and the file system works, and start again"
+            ) from error
+        raise UnusableRecord(
+            f"{name}: cannot be decoded ({one_line(error)}); {remedy}"
+        ) from error
 
 
 @runtime_checkable
 class Records(Protocol):
-    """Images that can be read in any order, by several threads; an array is one.
-
-    All can be pickled, so that grain's worker processes can read them too.
-    """
+    """Images that threads can read in any order; picklable, for worker processes."""
 
     def __len__(self) -> int:
         """The number of images."""
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Returns one image, uint8 [height, width, channels].
-
-        Raises InputError, which names the file or the record, if it cannot be read.
-        """
+        """Returns one image, uint8 [height, width, channels]; else InputError."""
 
 
 class Subset:
@@ -59,15 +74,13 @@ class Subset:
 class SkipUnusable:
     """Records of which each unusable one is replaced by the next usable one.
 
-    The replacement depends on the records alone, so it is the same in all processes,
-    threads and runs. Each process warns once of each record that it skips. Errors of
-    the file system are no fault of a record, and are raised.
+    So the replacement is the same in all processes, threads and runs.
     """
 
     def __init__(self, whole: Records, name: str) -> None:
         self._whole = whole
         self._name = name
-        self._limit = int(max(len(whole), _MIN_COUNTED) * _MAX_UNUSABLE)
+        self._limit = max(int(len(whole) * _MAX_UNUSABLE), _MIN_LIMIT)
         self._skipped: set[int] = set()
 
     def __len__(self) -> int:
@@ -80,50 +93,34 @@ class SkipUnusable:
             try:
                 return self._whole[place]
             except UnusableRecord as error:
-                self._skip(place, error)
+                self._skipped.add(place)
+                count = f"{len(self._skipped)} of {len(self)} records are unusable"
+                if len(self._skipped) > self._limit:
+                    raise InputError(
+                        f"{self._name}: {count}, more than the {self._limit} that "
+                        f"data.skip_corrupt skips; the last: {error}"
+                    ) from error
+                logging.warning(f"{self._name}: {error}; the next is taken ({count})")
         raise InputError(f"{self._name}: none of the {len(self)} records is usable")
-
-    def _skip(self, place: int, error: UnusableRecord) -> None:
-        self._skipped.add(place)
-        count = len(self._skipped)
-        if count > self._limit:
-            raise InputError(
-                f"{self._name}: {count} of {len(self)} records are unusable, more than "
-                f"the {self._limit} that data.skip_corrupt skips (1% of them, or of "
-                f"{_MIN_COUNTED}); the last: {error}"
-            )
-        logging.warning(
-            f"{self._name}: skipped, and the next taken: {error} ({count} so far, at "
-            f"most {self._limit})"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
     """A set of images, split.
 
-    Attributes:
-      name: as in the config.
-      event_shape: height, width and channels of every image.
-      train: images to train on.
-      test: images that training does not see.
-      fingerprint: SHA-256 of the images and their split; for a TFDS set of its name,
-        version, splits and a few records, for others of all pixels.
-      train_labels: the class of each training image; None where there are none.
-      test_labels: of each test image.
-      skipped: number of unusable files that were skipped.
-      left_out: images of `data.held_out_classes`.
+    The fingerprint is a SHA-256 of the images and their split; for a TFDS set of its
+    name, version, splits and a few records, for others of all pixels.
     """
 
-    name: str
-    event_shape: tuple[int, int, int]
+    name: str  # As in the config.
+    event_shape: tuple[int, int, int]  # Height, width and channels of every image.
     train: Records
     test: Records
     fingerprint: str
     train_labels: Integer[np.ndarray, " n"] | None = None
     test_labels: Integer[np.ndarray, " m"] | None = None
-    skipped: int = 0
-    left_out: Records | None = None
+    skipped: int = 0  # Number of unusable files.
+    left_out: Records | None = None  # Images of `data.held_out_classes`.
 
     def metadata(self) -> dict[str, Any]:
         """Returns what must travel with a checkpoint, as plain JSON values."""
@@ -136,7 +133,7 @@ class ImageSet:
 
 
 class Split(NamedTuple):
-    """Indices, ascending, of the records for training and of those held out."""
+    """Ascending indices of the records for training and of those held out."""
 
     train: Integer[np.ndarray, " n"]
     test: Integer[np.ndarray, " m"]
@@ -164,25 +161,14 @@ def split_set(
     )
 
 
-def check_fraction(test_fraction: float) -> None:
-    """Raises InputError for a `data.test_fraction` that is not between 0 and 1."""
-    if not 0.0 < test_fraction < 1.0:
-        raise InputError(
-            f"data.test_fraction is {test_fraction}; a number between 0 and 1 is "
-            "needed, for example 0.1"
-        )
-
-
 def hold_out(
     num: int, test_fraction: float, seed: int, what: str, min_train: int = 1
 ) -> Split:
     """Holds out a random share of `num` records; a pure function of its arguments.
 
-    Raises InputError, in which `what` names the records, for a fraction out of range
-    or one that holds out none or leaves fewer than `min_train`.
+    Raises InputError, which calls the records `what`, if too few are on either side.
     """
-    check_fraction(test_fraction)
-    num_test = round(num * test_fraction)
+    num_test = round(num * test_fraction) if 0.0 < test_fraction < 1.0 else 0
     if num_test < 1 or num - num_test < min_train:
         raise InputError(
             f"{what}: data.test_fraction {test_fraction} of {num} holds out {num_test} "
@@ -210,20 +196,11 @@ def stack(
     progress_name: str = "",
     timeout: int | float = TIMEOUT,
 ) -> UInt8[np.ndarray, "n height width channels"]:
-    """Loads records into one array, by several threads.
+    """Loads records of one shape, or the first `limit`, into one array.
 
-    Args:
-      records: all of one shape.
-      limit: the first so many only; None: all.
-      progress_name: as in `in_parallel`.
-      timeout: as in `in_parallel`.
-
-    Raises:
-      InputError: if there is no record, or one cannot be read.
+    There must be a record; the other arguments are those of `in_parallel`.
     """
     num = len(records) if limit is None else min(limit, len(records))
-    if num < 1:
-        raise InputError(f"{progress_name or 'images'}: there is none to load")
     images = np.empty((num, *records[0].shape), np.uint8)
 
     def load(index: int) -> None:

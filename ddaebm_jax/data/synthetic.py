@@ -25,19 +25,15 @@ class Synthetic(NamedTuple):
     """A distribution in the plane.
 
     Attributes:
-      name: as `data.name` in a config.
       sample: key → one point, [2].
       log_density: points [n, 2] → log p, nats, [n].
-      extent: the square [−extent, extent]² holds all but a negligible mass, and is
-        where densities are compared.
-      cells: cells a side for that comparison; a cell is well below the finest
-        detail.
-      modes: centres of the modes, [m, 2], where the distribution is a mixture of
-        Gaussians; else None.
+      extent: the square [−extent, extent]², in which densities are compared, holds all
+        but a negligible mass.
+      cells: cells a side for that comparison, well below the finest detail.
+      modes: centres of the modes of a mixture of Gaussians, [m, 2]; else None.
       mode_std: standard deviation of a mode.
     """
 
-    name: str
     sample: Callable[[Array], Float[Array, "2"]]
     log_density: LogDensity
     extent: float
@@ -51,11 +47,18 @@ def _log_normal(squares: Array, std: float) -> Array:
     return -0.5 * squares / std**2 - _LOG_2PI - 2 * np.log(std)
 
 
-def _squared_distances(x: Array, centres: Array) -> Array:
-    return ((x[:, None, :] - centres[None, :, :]) ** 2).sum(axis=-1)
+def _gaussians_at(centres: np.ndarray, std: float) -> LogDensity:
+    """Returns the log density of an even mixture of round Gaussians."""
+
+    def log_density(x: Array) -> Array:
+        gaps = x[:, None, :] - jnp.asarray(centres)[None, :, :]
+        logs = _log_normal((gaps**2).sum(axis=-1), std)
+        return logsumexp(logs, axis=1) - np.log(len(centres))
+
+    return log_density
 
 
-def _mixture(name: str, modes: np.ndarray, std: float, extent: float, cells: int):
+def _mixture(modes: np.ndarray, std: float, extent: float, cells: int):
     """An even mixture of round Gaussians."""
     modes = modes.astype(np.float32)
 
@@ -64,25 +67,21 @@ def _mixture(name: str, modes: np.ndarray, std: float, extent: float, cells: int
         mode = jax.random.randint(key_mode, (), 0, len(modes))
         return jnp.asarray(modes)[mode] + std * jax.random.normal(key_noise, (2,))
 
-    def log_density(x: Array) -> Array:
-        logs = _log_normal(_squared_distances(x, jnp.asarray(modes)), std)
-        return logsumexp(logs, axis=1) - np.log(len(modes))
-
-    return Synthetic(name, sample, log_density, extent, cells, modes, std)
+    return Synthetic(sample, _gaussians_at(modes, std), extent, cells, modes, std)
 
 
 def gaussians25() -> Synthetic:
     """25 Gaussians on the grid 2·{−2..2}², std 0.1, all divided by 2.828."""
     axis = 2.0 * np.arange(-2, 3)
     modes = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
-    return _mixture("gaussians25", modes / 2.828, 0.1 / 2.828, 4.0, 800)
+    return _mixture(modes / 2.828, 0.1 / 2.828, 4.0, 800)
 
 
 def gaussians8() -> Synthetic:
     """8 Gaussians on a circle of radius 2, std 0.1, all divided by 1.414."""
     angle = 2 * np.pi * np.arange(8) / 8
     modes = 2.0 * np.stack([np.cos(angle), np.sin(angle)], -1)
-    return _mixture("gaussians8", modes / 1.414, 0.1 / 1.414, 4.0, 400)
+    return _mixture(modes / 1.414, 0.1 / 1.414, 4.0, 400)
 
 
 def pinwheel() -> Synthetic:
@@ -131,11 +130,10 @@ def pinwheel() -> Synthetic:
         logs = jnp.where(solved, logs, -1e3)
         return logsumexp(logs, axis=1) - np.log(arms * scale**2)
 
-    return Synthetic("pinwheel", sample, log_density, 4.0, 200)
+    return Synthetic(sample, log_density, 4.0, 200)
 
 
 def _noisy_curve(
-    name: str,
     curves: list[Callable[[Array], Array]],
     std: float,
     extent: float,
@@ -158,11 +156,7 @@ def _noisy_curve(
         which = jax.random.randint(key_curve, (), 0, len(curves))
         return points[which] + std * jax.random.normal(key_noise, (2,))
 
-    def log_density(x: Array) -> Array:
-        logs = _log_normal(_squared_distances(x, jnp.asarray(centres)), std)
-        return logsumexp(logs, axis=1) - np.log(len(centres))
-
-    return Synthetic(name, sample, log_density, extent, cells)
+    return Synthetic(sample, _gaussians_at(centres, std), extent, cells)
 
 
 def _arc(radius: float, start: float, stop: float, centre: tuple[float, float]):
@@ -181,14 +175,14 @@ def swissroll() -> Synthetic:
         s = 1.5 * jnp.pi * (1.0 + 2.0 * place)
         return jnp.stack([s * jnp.cos(s), s * jnp.sin(s)], axis=-1) / 5.0
 
-    return _noisy_curve("swissroll", [curve], 0.2, 4.0, 200, 400)
+    return _noisy_curve([curve], 0.2, 4.0, 200, 400)
 
 
 def moons() -> Synthetic:
     """Two interleaving half circles of radius 1.5, noise 0.15."""
     upper = _arc(1.5, 0.0, np.pi, (-0.75, -0.375))
     lower = _arc(1.5, np.pi, 2 * np.pi, (0.75, 0.375))
-    return _noisy_curve("moons", [upper, lower], 0.15, 4.0, 200, 200)
+    return _noisy_curve([upper, lower], 0.15, 4.0, 200, 200)
 
 
 def spirals() -> Synthetic:
@@ -202,10 +196,10 @@ def spirals() -> Synthetic:
 
         return curve
 
-    return _noisy_curve("spirals", [arm(1.0), arm(-1.0)], 0.1, 4.0, 400, 1000)
+    return _noisy_curve([arm(1.0), arm(-1.0)], 0.1, 4.0, 400, 1000)
 
 
-def _rings(name: str, radii: np.ndarray, std: float) -> Synthetic:
+def _rings(radii: np.ndarray, std: float) -> Synthetic:
     """Even shares on concentric circles, plus round Gaussian noise.
 
     A noisy circle's density is (2πσ²)⁻¹ exp(−(r²+R²)/2σ²) I_0(rR/σ²).
@@ -226,17 +220,17 @@ def _rings(name: str, radii: np.ndarray, std: float) -> Synthetic:
         logs = _log_normal((r - ring) ** 2, std) + bessel
         return logsumexp(logs, axis=1) - np.log(len(radii))
 
-    return Synthetic(name, sample, log_density, 4.0, 400)
+    return Synthetic(sample, log_density, 4.0, 400)
 
 
 def circles() -> Synthetic:
     """Two circles, radii 1 and 2, noise 0.12."""
-    return _rings("circles", np.array([1.0, 2.0]), 0.12)
+    return _rings(np.array([1.0, 2.0]), 0.12)
 
 
 def rings() -> Synthetic:
     """Four circles, radii 0.6, 1.2, 1.8 and 2.4, noise 0.08."""
-    return _rings("rings", np.array([0.6, 1.2, 1.8, 2.4]), 0.08)
+    return _rings(np.array([0.6, 1.2, 1.8, 2.4]), 0.08)
 
 
 def checkerboard() -> Synthetic:
@@ -256,7 +250,7 @@ def checkerboard() -> Synthetic:
         # A floor rather than −inf keeps differences of logs finite.
         return jnp.where(inside & dark, -np.log(8.0), -1e3)
 
-    return Synthetic("checkerboard", sample, log_density, 4.0, 200)
+    return Synthetic(sample, log_density, 4.0, 200)
 
 
 _MAKERS = (gaussians25, gaussians8, pinwheel, swissroll, moons)

@@ -1,15 +1,14 @@
 """Tables of numbers from CSV files, by pandas, and from NPZ files.
 
 CSV: comma-separated numbers in UTF-8. The first line is a header if none of its cells
-is a number; without one the columns are `column_0`, `column_1`, ….
+is a number; without one the columns are `column_0`, `column_1`, …. Lines whose cells
+are all blank are left out.
 
 NPZ: the table is the array `x`, or the only 2-D array.
 """
 
-import csv
-import io
-import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +18,9 @@ from jaxtyping import Float
 from ddaebm_jax.errors import InputError, listed, one_line, shown
 from ddaebm_jax.files import choose_array, npz_headers, open_regular, read_npz
 
-# Largest CSV file, bytes; longest line, characters; most columns.
+# Largest CSV file and longest first line, bytes.
 MAX_CSV_BYTES = 256 * 2**20
 MAX_CSV_LINE = 2**20
-MAX_CSV_COLUMNS = 2**16
 # Most bytes that a table may take as float64.
 MAX_NPZ_BYTES = 512 * 2**20
 # Largest number that float32 holds.
@@ -47,12 +45,8 @@ def read_table_file(
 
     If it is `labelled`, the labels, 0 (inlier) or 1 (outlier), are the CSV's column or
     the NPZ's 1-D array of the name `label_column`; None: an NPZ's array `labels`, if
-    there is one.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      InputError: for a file that cannot be used; the message names the place and the
-        value found.
+    there is one. Raises FileNotFoundError, or InputError, which names the place and
+    the value found.
     """
     readers = {".csv": _read_csv, ".npz": _read_npz}
     reader = readers.get(path.suffix.lower())
@@ -68,14 +62,6 @@ def read_table_file(
         raise InputError(
             f"{path}: the table is empty ({'×'.join(map(str, table.rows.shape))}); at "
             "least one row and one column of numbers are needed"
-        )
-    bad = np.argwhere(~(np.abs(table.rows) <= LARGEST))
-    if len(bad):
-        i, j = bad[0]
-        raise InputError(
-            f"{path}: {table.row_name(int(i))}, column {shown(table.columns[j])} is "
-            f"{table.rows[i, j]}; finite numbers of size at most {LARGEST:.2g} are "
-            "allowed; fill in missing values or drop the row"
         )
     if table.labels is not None:
         bad = np.flatnonzero(~np.isin(table.labels, (INLIER, OUTLIER)))
@@ -94,26 +80,45 @@ def read_table_file(
 def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile:
     import pandas as pd
 
-    line, cells = next(_csv_rows(path), (0, []))
-    if not cells:
-        raise InputError(f"{path}: the file is empty; a row of numbers is needed")
-    names = _csv_header(path, line, cells)
-    columns = names or tuple(f"column_{j}" for j in range(len(cells)))
     try:
         with open_regular(path, MAX_CSV_BYTES) as file:
-            frame = pd.read_csv(
+            if len(file.readline(MAX_CSV_LINE)) == MAX_CSV_LINE:
+                raise ValueError(f"its first line is longer than {MAX_CSV_LINE} bytes")
+            file.seek(0)
+            # As text, so that a cell that is no number can be named.
+            cells = pd.read_csv(
                 file,
-                header=0 if names else None,
-                dtype=np.float64,
+                header=None,
+                dtype=object,
                 na_filter=False,
+                skip_blank_lines=False,
                 encoding="utf-8-sig",
-            )
-        # pandas takes the first of too many columns for an index.
-        if not isinstance(frame.index, pd.RangeIndex):
-            raise ValueError("rows longer than the header")
-    except (ValueError, pd.errors.ParserError) as error:
-        raise _csv_fault(path, columns, names is not None, error) from error
-    rows, labels = frame.to_numpy(), None
+            ).to_numpy()
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: not a CSV of numbers ({one_line(error)}); save the table again "
+            "as comma-separated values in UTF-8, with as many cells on every line"
+        ) from error
+    lines = np.flatnonzero([any(cell.strip() for cell in row) for row in cells])
+    columns = _csv_header(path, cells[lines[0]]) if len(lines) else ()
+    if columns:
+        lines = lines[1:]
+    else:
+        columns = tuple(f"column_{j}" for j in range(cells.shape[1]))
+    rows = np.empty((len(lines), len(columns)))
+    for row, line in zip(rows, lines, strict=True):
+        for j, cell in enumerate(cells[line]):
+            row[j] = _number(cell)
+            if not abs(row[j]) <= LARGEST:
+                raise InputError(
+                    f"{path}: line {line + 1}, column {shown(columns[j])} is "
+                    f"{shown(cell)}; a finite number of size at most {LARGEST:.2g} is "
+                    "needed; fill in missing values, write columns as numbers or drop "
+                    "them, and separate cells by commas"
+                )
+    labels = None
     if labelled and label_column is not None:
         if label_column not in columns or len(columns) == 1:
             raise InputError(
@@ -123,97 +128,35 @@ def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile
         label = columns.index(label_column)
         labels, rows = rows[:, label], np.delete(rows, label, axis=1)
         columns = columns[:label] + columns[label + 1 :]
-
-    def row_name(i: int) -> str:
-        later = itertools.islice(_csv_rows(path), i + (names is not None), None)
-        return f"line {next(later)[0]}"
-
-    return TableFile(columns, rows, labels, row_name)
+    return TableFile(columns, rows, labels, lambda i: f"line {lines[i] + 1}")
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, cells) of the rows that are not blank.
-
-    For the header, and for messages: pandas does not tell where it fails.
-    """
-    with (
-        open_regular(path, MAX_CSV_BYTES) as file,
-        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
-    ):
-        rows = csv.reader(iter(lambda: text.readline(MAX_CSV_LINE), ""), strict=True)
-        try:
-            for cells in rows:
-                if len(cells) > 1 or "".join(cells).strip():
-                    yield rows.line_num, cells
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}: not UTF-8 text after line {rows.line_num} "
-                f"({error.reason}); save it as a CSV in UTF-8"
-            ) from error
-        except csv.Error as error:
-            raise InputError(
-                f"{path}: line {rows.line_num} is not CSV ({error}); save the table "
-                "again as comma-separated values"
-            ) from error
-
-
-def _number(cell: str) -> float | None:
-    """The cell's number, or None. Python's 1_000 is not a number here."""
+def _number(cell: str) -> float:
+    """Returns the cell's number, or NaN."""
     try:
-        return None if "_" in cell else float(cell)
+        return float(cell)
     except ValueError:
-        return None
+        return math.nan
 
 
-def _csv_header(path: Path, line: int, cells: list[str]) -> tuple[str, ...] | None:
-    """The columns' names, or None if the first line holds numbers."""
-    if len(cells) > MAX_CSV_COLUMNS:
-        raise InputError(
-            f"{path}: line {line} has {len(cells)} columns; at most {MAX_CSV_COLUMNS} "
-            "are allowed; save the table as NPZ"
-        )
-    numbers = [_number(cell) is not None for cell in cells]
-    if all(numbers):
-        return None
-    if any(numbers):
-        j = numbers.index(False)
-        raise InputError(
-            f"{path}: line {line}, column {j + 1} is {shown(cells[j])} beside cells "
-            "that are numbers; a first line holds only names or only numbers; rename "
-            "the columns or correct the cell"
-        )
+def _csv_header(path: Path, cells: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of the columns; () if the first line holds numbers."""
     names = tuple(cell.strip() for cell in cells)
+    numbers = [not math.isnan(_number(name)) for name in names]
+    if all(numbers):
+        return ()
     for j, name in enumerate(names):
-        if not name or name in names[:j]:
-            fault = f"{shown(name)} a second time" if name else "empty"
-            raise InputError(
-                f"{path}: line {line}, column {j + 1} of the header is {fault}; every "
-                "column needs a name of its own (pandas: to_csv with index=False)"
-            )
+        if any(numbers) and not numbers[j]:
+            fault = "beside cells that are numbers; write only names or only numbers"
+        elif not name or name in names[:j]:
+            fault = "empty or used twice (in pandas: to_csv with index=False)"
+        else:
+            continue
+        raise InputError(
+            f"{path}: line 1, column {j + 1} of the header is {shown(name)}, {fault}; "
+            "every column needs a name of its own"
+        )
     return names
-
-
-def _csv_fault(
-    path: Path, columns: tuple[str, ...], header: bool, error: Exception
-) -> InputError:
-    """Returns an error that names the first cell that is no finite number."""
-    for line, cells in itertools.islice(_csv_rows(path), header, None):
-        if len(cells) != len(columns):
-            return InputError(
-                f"{path}: line {line} has {len(cells)} columns, the first line has "
-                f"{len(columns)}; every line needs as many; add or remove cells there"
-            )
-        for name, cell in zip(columns, cells, strict=True):
-            number = _number(cell)
-            if number is None or not abs(number) <= LARGEST:
-                return InputError(
-                    f"{path}: line {line}, column {shown(name)} is {shown(cell)}; a "
-                    "finite number is needed; drop the column or write it as numbers, "
-                    "fill in missing values, and separate cells by commas"
-                )
-    return InputError(
-        f"{path}: not a CSV of numbers ({one_line(error)}); save the table again"
-    )
 
 
 # --- NPZ ------------------------------------------------------------------------
@@ -237,22 +180,24 @@ def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile
             )
         chosen.append(arrays[label])
     for array in chosen:
-        if 8 * np.prod(array.shape, dtype=float) > MAX_NPZ_BYTES:
+        size = 8 * math.prod(array.shape)
+        # Objects are refused when read.
+        if size > MAX_NPZ_BYTES or array.dtype.kind not in "biufO":
             raise InputError(
-                f"{path}: the array {array} takes more than {MAX_NPZ_BYTES} bytes as "
-                "float64, which is the most that is allowed; split the table"
-            )
-        if array.dtype.kind not in "biufO":  # Objects are refused when read.
-            raise InputError(
-                f"{path}: the array {array} does not hold real numbers; integers, "
-                "floats and booleans are allowed; convert it before saving"
+                f"{path}: the array {array} is no table of real numbers of at most "
+                f"{MAX_NPZ_BYTES} bytes as float64; convert it to numbers, or split it"
             )
     found = read_npz(path, MAX_NPZ_BYTES, [array.name for array in chosen])
     rows, *labels = (found[array.name].astype(np.float64) for array in chosen)
+    bad = np.argwhere(~(np.abs(rows) <= LARGEST))
+    if len(bad):
+        i, j = bad[0]
+        raise InputError(
+            f"{path}: row {i} (counted from 0), column 'column_{j}' is {rows[i, j]}; "
+            f"a finite number of size at most {LARGEST:.2g} is needed; fill in missing "
+            "values or drop the row"
+        )
     columns = tuple(f"column_{j}" for j in range(rows.shape[1]))
     return TableFile(
-        columns,
-        rows,
-        labels[0] if labels else None,
-        lambda i: f"row {i} (counted from 0)",
+        columns, rows, labels[0] if labels else None, "row {} (counted from 0)".format
     )

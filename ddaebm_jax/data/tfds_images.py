@@ -1,10 +1,9 @@
 """Image sets of TensorFlow Datasets, read at random places from ArrayRecord files.
 
-Reading a prepared set needs neither TensorFlow nor a network; preparing one needs
-both, once. Everything is opened through the prepared folder, so that a set that was
-prepared elsewhere is as good as one prepared here.
+Reading a prepared folder needs neither TensorFlow nor a network; preparing it does.
 """
 
+import dataclasses
 import difflib
 import io
 import os
@@ -14,22 +13,23 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from ddaebm_jax.data.decoding import Crop, prepare
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
     SkipUnusable,
-    UnusableRecord,
+    Subset,
     digest,
     hold_out,
+    reading,
     split_set,
 )
 from ddaebm_jax.errors import InputError, listed, one_line
 
 _FORMAT = "array_record"
-# TFDS itself would go on for three minutes where there is no network.
-_RETRIES = 3
+_RETRIES = 3  # TFDS would go on for three minutes without a network.
 # Records of a split that its fingerprint reads.
 _FINGERPRINTED = 16
 
@@ -52,23 +52,11 @@ class _TfdsImages:
         return len(self._source)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        from PIL import Image
-
         name = f"{self._folder}: record {index} of '{self._split}'"
-        try:
+        with reading(name, "remove the folder and prepare the set again"):
             pixels = self._source[index]["image"]
-        except Exception as error:  # Damage shows itself in many kinds of errors.
-            fault = f"{name}: cannot be read ({one_line(error)})"
-            if isinstance(error, OSError) and error.errno is not None:
-                raise InputError(
-                    f"{fault}; check that the folder is there and the file system "
-                    "works, and start again"
-                ) from error
-            raise UnusableRecord(
-                f"{fault}; remove the folder and prepare the set again"
-            ) from error
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return prepare(image, *self._how, name)
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            return prepare(image, *self._how, name)
 
 
 def load_tfds(data: Any, seed: int) -> ImageSet:
@@ -76,44 +64,38 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
 
     `data.test_split` is held out, or, if that is empty, a share of `data.split` chosen
     by the seed. With `data.skip_corrupt` unusable records do not keep the set from
-    being opened; reading them is still refused, see `SkipUnusable`.
-
-    Raises:
-      InputError: if there is no such set or split, it cannot be prepared, or its
-        images cannot be used; the message says what to do.
+    being opened; reading them is still refused. Raises InputError if there is no such
+    set or split, it cannot be prepared, or its images cannot be used.
     """
-    if not data.tfds:
-        raise InputError(
-            "data.tfds is empty; data.name = 'tfds' needs the name of a TFDS set, for "
-            "example cifar10"
-        )
     builder = _prepared(data.tfds, data.tfds_dir, data.channels)
     folder = os.fspath(builder.data_dir)
     crop = None if data.crop is None else tuple(data.crop)
     event_shape = (data.image_size, data.image_size, data.channels)
 
-    def opened(split: str) -> tuple[Records, Records]:
-        """Returns a split, and how its records are read before training."""
-        records = _TfdsImages(folder, split, *event_shape[1:], crop)
-        return records, SkipUnusable(records, folder) if data.skip_corrupt else records
-
-    train, readable = opened(data.split)
+    train = _TfdsImages(folder, data.split, *event_shape[1:], crop)
+    readable = SkipUnusable(train, folder) if data.skip_corrupt else train
     how = repr((builder.info.full_name, data.split, len(train), event_shape, crop))
-    # A set prepared again may hold the same images in another order, which would give
-    # a resumed run other batches; reading all of them would take too long.
+    # A set prepared again may have another order; to read all would take too long.
     places = np.linspace(0, len(train) - 1, _FINGERPRINTED).round().astype(int)
     some = np.stack([readable[int(place)] for place in places])
     content = digest(how.encode(), some)
-    if not data.test_split:
+    if data.test_split:
+        test = _TfdsImages(folder, data.test_split, *event_shape[1:], crop)
+        _check_apart(folder, data.split, data.test_split)
+        part = repr((data.test_split, len(test)))
+        fingerprint = digest(content.encode(), part.encode())
+        images = ImageSet("tfds", event_shape, train, test, fingerprint)
+    else:
         share, name = data.test_fraction, f"data.tfds = '{data.tfds}': records"
         held_out = hold_out(len(train), share, seed, name)
-        return split_set("tfds", train, event_shape, held_out, content)
-    test, readable = opened(data.test_split)
-    _check_apart(folder, data.split, data.test_split)
-    readable[0]  # What cannot be prepared shows itself before training.
-    part = repr((data.test_split, len(test)))
-    fingerprint = digest(content.encode(), part.encode())
-    return ImageSet("tfds", event_shape, train, test, fingerprint)
+        images = split_set("tfds", train, event_shape, held_out, content)
+    if not 0 < data.limit < len(images.train):
+        return images
+    return dataclasses.replace(
+        images,
+        train=Subset(images.train, np.arange(data.limit)),
+        fingerprint=digest(images.fingerprint.encode(), np.array(data.limit)),
+    )
 
 
 def open_split(
@@ -125,11 +107,7 @@ def open_split(
     crop: Crop | None,
     skip_corrupt: bool = False,
 ) -> Records:
-    """Opens the images of one split of a TFDS set; prepares the set if needed.
-
-    The arguments are what a config's `data` section says of a set; with `skip_corrupt`
-    the next usable record takes the place of an unusable one. Raises as `load_tfds`.
-    """
+    """Opens the images of one split of a TFDS set; otherwise as `load_tfds`."""
     folder = os.fspath(_prepared(name, tfds_dir, channels).data_dir)
     records = _TfdsImages(folder, split, image_size, channels, crop)
     return SkipUnusable(records, folder) if skip_corrupt else records
@@ -179,32 +157,20 @@ def _open_source(folder: str, split: str) -> Any:
 
 
 def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
-    """Returns the builder of a set of images, prepared if it was not yet."""
+    """Returns the builder of a set of such images, prepared if it was not yet."""
     import tensorflow_datasets as tfds
 
     try:
         directory = os.path.expanduser(tfds_dir) if tfds_dir else None
         builder = tfds.builder(name, data_dir=directory)
     except Exception as error:  # A bad name, config, version or folder: of many kinds.
-        unknown = isinstance(error, tfds.core.registered.DatasetNotFoundError)
         bare = name.partition("/")[0].partition(":")[0]
         close = difflib.get_close_matches(bare, set(tfds.list_builders()), 4)
         raise InputError(
-            f"data.tfds is '{name}', which TFDS "
-            + ("does not know" if unknown else f"cannot open ({one_line(error)})")
-            + f"; close: {listed(close)}; give builder or builder/config, for "
-            "example lsun/church_outdoor; see tensorflow.org/datasets/catalog"
+            f"data.tfds is '{name}', which TFDS cannot open ({one_line(error, 100)}); "
+            f"close: {listed(close)}; give builder or builder/config, for example "
+            "lsun/church_outdoor; see tensorflow.org/datasets/catalog"
         ) from error
-    _check_feature(builder, name, channels)
-    if not builder.is_prepared():
-        _prepare(builder, name)
-    return builder
-
-
-def _check_feature(builder: Any, name: str, channels: int) -> None:
-    """Refuses a set whose records hold no image of this kind."""
-    import tensorflow_datasets as tfds
-
     features = builder.info.features
     image = features["image"] if "image" in features else None
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
@@ -212,24 +178,21 @@ def _check_feature(builder: Any, name: str, channels: int) -> None:
             f"data.tfds = '{name}' has no feature 'image' of uint8; it has "
             f"{listed(features)}; choose a set of images"
         )
-    found = image.shape[-1]
-    if found not in (1, channels):
-        remedy = f"set data.channels = {found}, or " if found == 3 else ""
+    if image.shape[-1] not in (1, channels):
         raise InputError(
-            f"data.tfds = '{name}': its images have {found} channels, and "
-            f"data.channels is {channels}; {remedy}choose another set"
+            f"data.tfds = '{name}': its images have {image.shape[-1]} channels, and "
+            f"data.channels is {channels}; set data.channels, or choose another set"
         )
+    if not builder.is_prepared():
+        _prepare(builder, name)
+    return builder
 
 
 # --- Preparing ------------------------------------------------------------------
 
 
 def _prepare(builder: Any, name: str) -> None:
-    """Downloads a set and writes it as ArrayRecord files.
-
-    TFDS writes under another name and renames at the end: a set that failed half-way
-    is not taken for a prepared one.
-    """
+    """Downloads a set and writes it as ArrayRecord files, under its name once whole."""
     logging.info(
         "data.tfds = '%s' is not in %s: downloading it (%s) and preparing it once",
         name,
@@ -266,10 +229,7 @@ def _prepare(builder: Any, name: str) -> None:
 def _lsun_examples(
     extracted_dir: os.PathLike | str, file_path: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields LSUN's records from its LMDB file, as TFDS's builder does.
-
-    TFDS reads it with tensorflow-io, which has no release for TensorFlow ≥ 2.17.
-    """
+    """Yields LSUN's records as TFDS does by tensorflow-io, which TensorFlow outgrew."""
     import lmdb
 
     folder = Path(os.fspath(extracted_dir)) / file_path

@@ -1,15 +1,14 @@
-"""Daemon threads that read.
+"""Daemon threads that read: a stalled file system does not keep a program from ending.
 
-`concurrent.futures` joins its threads when the program exits: never, where a file
-system stalls. Daemon threads are not joined.
+`concurrent.futures` would join its threads at the end.
 """
 
-import concurrent.futures
 import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from absl import logging
@@ -20,7 +19,7 @@ from ddaebm_jax.errors import InputError
 TIMEOUT = 600
 # Threads of `in_parallel`, and the indices that a thread takes at once.
 _NUM_THREADS, _CHUNK = 8, 64
-_SECONDS_BETWEEN_REPORTS = 10.0
+_REPORT_SECONDS = 10.0
 
 _Result = TypeVar("_Result")
 
@@ -32,14 +31,12 @@ class DaemonPool:
         self._num_threads = num_threads
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         for _ in range(num_threads):
-            threading.Thread(target=_work, args=(self._calls,), daemon=True).start()
+            threading.Thread(target=self._work, daemon=True).start()
 
-    def submit(
-        self, function: Callable[..., Any], *arguments: Any
-    ) -> concurrent.futures.Future:
+    def submit(self, function: Callable[[int], Any], argument: int) -> Future:
         """Returns the future of a call."""
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        self._calls.put((future, function, arguments))
+        future: Future = Future()
+        self._calls.put((future, function, argument))
         return future
 
     def close(self) -> None:
@@ -50,14 +47,13 @@ class DaemonPool:
         for _ in range(self._num_threads):
             self._calls.put(None)
 
-
-def _work(calls: queue.SimpleQueue) -> None:
-    while (call := calls.get()) is not None:
-        future, function, arguments = call
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, argument = call
+            try:
+                future.set_result(function(argument))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def in_parallel(
@@ -82,9 +78,8 @@ def in_parallel(
     try:
         for future in [pool.submit(work, i) for i in range(0, num, _CHUNK)]:
             results += future.result(timeout or None)
-            now = time.monotonic()
-            if progress_name and now - reported > _SECONDS_BETWEEN_REPORTS:
-                reported = now
+            if progress_name and time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
                 logging.info("%s: %d of %d images", progress_name, len(results), num)
     except TimeoutError as error:
         raise InputError(
