@@ -1,4 +1,4 @@
-"""Tiny games and networks that several of the tests play with."""
+"""Tiny games, networks and inputs that several test modules share."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +30,13 @@ GAME = Game(
 )
 
 
-def mlp_config(**changes: Any) -> SimpleNamespace:
-    """Returns a tiny `model` section; `changes` go to `mlp`, but for `nz`."""
-    nz = changes.pop("nz", NZ)
+def normals(seed: int, *shape: int) -> jax.Array:
+    """Return standard normal numbers in float32."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def mlp_config(nz: int = NZ, **changes: Any) -> SimpleNamespace:
+    """Return a tiny `model` section; `changes` go to `mlp`."""
     mlp = {
         "x_widths": (4, 4),
         "t_embed_dim": 4,
@@ -44,12 +48,11 @@ def mlp_config(**changes: Any) -> SimpleNamespace:
         "norm": "none",
         "posterior_features": 4,
     }
-    mlp.update(changes)
-    return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp))
+    return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp | changes))
 
 
 def filled_variables(networks: models.Networks, seed: int = 0) -> models.Players:
-    """Returns variables of the right shapes without compiling the initialisers.
+    """Return variables without compiling the initialisers.
 
     Parameters are small normal numbers, running averages 0 (means) and 1.
     """
@@ -65,8 +68,8 @@ def filled_variables(networks: models.Networks, seed: int = 0) -> models.Players
     return jax.tree.map_with_path(fill, shapes)
 
 
-def smooth_layer(params: dict, x: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns tanh(x·w + b_t)·v + c_t, one hidden layer that knows the time."""
+def _smooth_layer(params: dict, x: jax.Array, t: jax.Array) -> jax.Array:
+    """Return tanh(x·w + b_t)·v + c_t, one hidden layer conditioned on time."""
     hidden = jnp.tanh(x @ params["w"] + params["b"][t])
     return hidden @ params["v"] + params["c"][t]
 
@@ -84,13 +87,10 @@ def _smooth_params(rng: np.random.Generator, inputs: int, out: int) -> dict:
 def smooth_networks(
     dim: int = DIM, nz: int = NZ, running_averages: bool = False
 ) -> models.Networks:
-    """Returns networks of one smooth layer each: quick to compile, everywhere C^∞.
+    """Return networks of one smooth layer each: quick to compile, everywhere C^∞.
 
-    Args:
-      dim: width of the data.
-      nz: width of the latent.
-      running_averages: the generator and the posterior keep a running average of
-        the input that they are trained on, as batch norm does.
+    With `running_averages` generator and posterior average the inputs that they are
+    trained on, as batch norm does.
     """
 
     def init(key: jax.Array) -> models.Players:
@@ -105,15 +105,15 @@ def smooth_networks(
         return models.Players(*variables)
 
     def energy(variables, x, t, rngs=None):
-        return smooth_layer(variables["params"], x, t)[:, 0]
+        return _smooth_layer(variables["params"], x, t)[:, 0]
 
     def generator(variables, x_next, t, z, rngs=None):
         inputs = jnp.concatenate([x_next, z], axis=1)
-        return smooth_layer(variables["params"], inputs, t)
+        return _smooth_layer(variables["params"], inputs, t)
 
     def posterior(variables, x_t, x_next, t):
         inputs = jnp.concatenate([x_t, x_next], axis=1)
-        moments = smooth_layer(variables["params"], inputs, t)
+        moments = _smooth_layer(variables["params"], inputs, t)
         return moments[:, :nz], moments[:, nz:]
 
     def seen(variables, x):
@@ -140,7 +140,7 @@ def smooth_networks(
 
 
 def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.0):
-    """Asserts that two pytrees have one structure and nearly the same numbers."""
+    """Assert equal structures and nearly equal numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
         jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
@@ -151,7 +151,7 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.
 
 
 def assert_trees_equal(actual: Any, expected: Any):
-    """Asserts that two pytrees are the same, bit for bit."""
+    """Assert that two pytrees are the same, bit for bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
         jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
@@ -162,7 +162,7 @@ def assert_trees_equal(actual: Any, expected: Any):
 
 
 def differ(first: Any, second: Any) -> bool:
-    """Returns whether any leaf of two pytrees of one structure differs."""
+    """Return whether any leaf of two pytrees of one structure differs."""
     return any(
         not np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
