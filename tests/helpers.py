@@ -1,5 +1,6 @@
 """Tiny games, networks and inputs that several test modules share."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,21 +52,22 @@ def mlp_config(nz: int = NZ, **changes: Any) -> SimpleNamespace:
     return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp | changes))
 
 
-def filled_variables(networks: models.Networks, seed: int = 0) -> models.Players:
-    """Return variables without compiling the initialisers.
-
-    Parameters are small normal numbers, running averages 0 (means) and 1.
-    """
+def filled_like(shapes: Any, seed: int = 0) -> Any:
+    """Return variables as large as trained ones."""
     rng = np.random.default_rng(seed)
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        if "batch_stats" in name:
-            return jnp.full(leaf.shape, 0.0 if "mean" in name else 1.0, leaf.dtype)
-        return jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype)
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        drawn = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return drawn / np.float32(math.prod(leaf.shape[:-1]) ** 0.5)
+        return np.float32(path[-1].key in ("scale", "var")) + np.float32(0.1) * drawn
 
-    shapes = jax.eval_shape(networks.init, jax.random.key(0))
     return jax.tree.map_with_path(fill, shapes)
+
+
+def filled_variables(networks: models.Networks) -> models.Players:
+    """Return variables without compiling the initialisers."""
+    return filled_like(jax.eval_shape(networks.init, jax.random.key(0)))
 
 
 def _smooth_layer(params: dict, x: jax.Array, t: jax.Array) -> jax.Array:

@@ -226,22 +226,16 @@ SHAPES = [(2,), (4, 4, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_diffuse_scales_each_example_by_its_level(shape):
-    x0, eps = normals(0, 5, *shape), normals(1, 5, *shape)
-    x = diffusion.diffuse(SCHEDULE, x0, jnp.arange(5), eps)
-    for k in range(5):
-        expected = SCHEDULE.a_cum[k] * x0[k] + SCHEDULE.sigma_cum[k] * eps[k]
-        np.testing.assert_allclose(x[k], expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_pair_is_two_draws_of_one_chain(shape):
+def test_diffusion_to_two_successive_levels(shape):
+    s = SCHEDULE
     x0, eps, eps_next = (normals(i, 4, *shape) for i in range(3))
     t = jnp.array([3, 0, 1, 2])
-    x_t, x_next = diffusion.diffuse_pair(SCHEDULE, x0, t, eps, eps_next)
-    np.testing.assert_array_equal(x_t, diffusion.diffuse(SCHEDULE, x0, t, eps))
+    x_t, x_next = diffusion.diffuse_pair(s, x0, t, eps, eps_next)
+    np.testing.assert_array_equal(x_t, diffusion.diffuse(s, x0, t, eps))
     for i, k in enumerate([3, 0, 1, 2]):
-        expected = SCHEDULE.a[k + 1] * x_t[i] + SCHEDULE.sigma[k + 1] * eps_next[i]
+        expected = s.a_cum[k] * x0[i] + s.sigma_cum[k] * eps[i]
+        np.testing.assert_allclose(x_t[i], expected, rtol=1e-6, atol=1e-6)
+        expected = s.a[k + 1] * x_t[i] + s.sigma[k + 1] * eps_next[i]
         np.testing.assert_allclose(x_next[i], expected, rtol=1e-6, atol=1e-6)
 
 

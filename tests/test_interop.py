@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -281,32 +282,33 @@ def test_the_command_line_reports_one_line(files: Players, tmp_path: Path):
 # Errors, each of one line that names its cause.
 
 
-def without(arrays: dict, name: str) -> dict:
-    return {key: value for key, value in arrays.items() if key != name}
-
-
 NAME = "all_modules.2.weight"
+
+
+def zeros(*shape: int, dtype: str = "f") -> Callable[[dict], None]:
+    return lambda w: w.update({NAME: np.zeros(shape, dtype)})
 
 
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda w: without(w, NAME), ("missing: all_modules.2.weight;", "flag")),
-        (lambda w: {**w, "extra": w[NAME]}, ("unknown: extra;",)),
+        (lambda w: w.pop(NAME), (f"missing: {NAME};", "flag")),
+        (lambda w: w.update(extra=w[NAME]), ("unknown: extra;",)),
         (
-            lambda w: {**w, NAME: np.zeros((16, 1, 3, 3), np.float32)},
+            zeros(16, 1, 3, 3),
             (NAME, "16×1×3×3; 8×1×3×3 is needed for trunk/conv_in/kernel"),
         ),
-        (lambda w: {**w, NAME: np.zeros(72, np.float32)}, (NAME, "shape 72")),
-        (lambda w: {**w, NAME: w[NAME] * np.nan}, (NAME, "NaN")),
-        (lambda w: {**w, NAME: np.full((8, 1, 3, 3), 1e300)}, (NAME, "float32")),
-        (lambda w: {**w, NAME: np.zeros((8, 1, 3, 3), int)}, (NAME, "int64")),
-        (lambda w: {**w, NAME: np.zeros((8, 1, 3, 3), "U1")}, (NAME, "<U1")),
-        (lambda w: {}, ("missing: all_modules.0.weight", "more")),
+        (zeros(72), (NAME, "shape 72")),
+        (lambda w: w.update({NAME: w[NAME] * np.nan}), (NAME, "NaN")),
+        (lambda w: w.update({NAME: w[NAME] + np.float64(1e300)}), (NAME, "float32")),
+        (zeros(8, 1, 3, 3, dtype="i8"), (NAME, "int64")),
+        (zeros(8, 1, 3, 3, dtype="U1"), (NAME, "<U1")),
+        (dict.clear, ("missing: all_modules.0.weight", "more")),
     ],
 )
 def test_wrong_weights(small: Released, change, parts: tuple[str, ...]):
-    weights = change(small.state_dicts.energy)
+    weights = dict(small.state_dicts.energy)
+    change(weights)
     refused(lambda: small.to_params("energy", weights), "x.pth", *parts)
 
 

@@ -188,19 +188,14 @@ def evaluate(found: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the pooled features and the logits of images [n, 3, 299, 299]."""
     for layer in STEM:
         x = pool(x, "pool") if layer is None else _run(found, layer.name, layer, x)
-    for name in BLOCKS:
-        x = run_block(found, name, x)
+    for name, block in BLOCKS.items():
+        seen = {"in": x, **{kind: pool(x, kind) for kind in ("avg", "max", "pool")}}
+        for layer in block.layers:
+            inputs = seen[layer.source]
+            seen[layer.name] = _run(found, f"{name}.{layer.name}", layer, inputs)
+        x = np.concatenate([seen[branch] for branch in block.out], axis=1)
     features = x.mean((2, 3))
     return features, features @ found["fc.weight"].T
-
-
-def run_block(found: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    """Return the output of a block of `BLOCKS`."""
-    seen = {"in": x, **{kind: pool(x, kind) for kind in ("avg", "max", "pool")}}
-    for layer in BLOCKS[name].layers:
-        inputs = seen[layer.source]
-        seen[layer.name] = _run(found, f"{name}.{layer.name}", layer, inputs)
-    return np.concatenate([seen[branch] for branch in BLOCKS[name].out], axis=1)
 
 
 def _run(found: Weights, name: str, layer: Conv, x: np.ndarray) -> np.ndarray:
