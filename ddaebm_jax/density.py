@@ -1,9 +1,8 @@
-"""Energies, scores, and densities normalised on a grid."""
+"""Energies and scores of data, grids of the plane, and evaluation in chunks."""
 
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -69,24 +68,3 @@ def evaluate_in_chunks(
             part = xp.concatenate([part, xp.repeat(part[:1], missing, axis=0)])
         parts.append(function(part)[: chunk - missing])
     return jnp.concatenate(parts)
-
-
-def log_density_on_grid(
-    log_density: Callable[[Array], Array], extent: float, cells: int
-) -> tuple[Float[Array, "cells cells"], Float[Array, ""]]:
-    """Normalises an unnormalised log density on a grid.
-
-    Args:
-      log_density: rows [n, 2] → [n].
-      extent: the grid covers [−extent, extent]².
-      cells: cells a side.
-
-    Returns:
-      (log density, normalised so that the cells' masses sum to one; log Z by the
-      midpoint rule).
-    """
-    points = grid_points(extent, cells)
-    values = evaluate_in_chunks(jax.jit(log_density), points).reshape(cells, cells)
-    area = (2.0 * extent / cells) ** 2
-    log_z = jax.scipy.special.logsumexp(values) + jnp.log(area)
-    return values - log_z, log_z

@@ -1,5 +1,6 @@
-"""Tiny games and networks that several of the tests play with."""
+"""Tiny games, networks and inputs that several test modules share."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +31,13 @@ GAME = Game(
 )
 
 
-def mlp_config(**changes: Any) -> SimpleNamespace:
-    """Returns a tiny `model` section; `changes` go to `mlp`, but for `nz`."""
-    nz = changes.pop("nz", NZ)
+def normals(seed: int, *shape: int) -> jax.Array:
+    """Return standard normal numbers in float32."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def mlp_config(nz: int = NZ, **changes: Any) -> SimpleNamespace:
+    """Return a tiny `model` section; `changes` go to `mlp`."""
     mlp = {
         "x_widths": (4, 4),
         "t_embed_dim": 4,
@@ -44,29 +49,29 @@ def mlp_config(**changes: Any) -> SimpleNamespace:
         "norm": "none",
         "posterior_features": 4,
     }
-    mlp.update(changes)
-    return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp))
+    return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp | changes))
 
 
-def filled_variables(networks: models.Networks, seed: int = 0) -> models.Players:
-    """Returns variables of the right shapes without compiling the initialisers.
-
-    Parameters are small normal numbers, running averages 0 (means) and 1.
-    """
+def filled_like(shapes: Any, seed: int = 0) -> Any:
+    """Return variables as large as trained ones."""
     rng = np.random.default_rng(seed)
 
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        if "batch_stats" in name:
-            return jnp.full(leaf.shape, 0.0 if "mean" in name else 1.0, leaf.dtype)
-        return jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype)
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        drawn = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return drawn / np.float32(math.prod(leaf.shape[:-1]) ** 0.5)
+        return np.float32(path[-1].key in ("scale", "var")) + np.float32(0.1) * drawn
 
-    shapes = jax.eval_shape(networks.init, jax.random.key(0))
     return jax.tree.map_with_path(fill, shapes)
 
 
-def smooth_layer(params: dict, x: jax.Array, t: jax.Array) -> jax.Array:
-    """Returns tanh(x·w + b_t)·v + c_t, one hidden layer that knows the time."""
+def filled_variables(networks: models.Networks) -> models.Players:
+    """Return variables without compiling the initialisers."""
+    return filled_like(jax.eval_shape(networks.init, jax.random.key(0)))
+
+
+def _smooth_layer(params: dict, x: jax.Array, t: jax.Array) -> jax.Array:
+    """Return tanh(x·w + b_t)·v + c_t, one hidden layer conditioned on time."""
     hidden = jnp.tanh(x @ params["w"] + params["b"][t])
     return hidden @ params["v"] + params["c"][t]
 
@@ -84,13 +89,10 @@ def _smooth_params(rng: np.random.Generator, inputs: int, out: int) -> dict:
 def smooth_networks(
     dim: int = DIM, nz: int = NZ, running_averages: bool = False
 ) -> models.Networks:
-    """Returns networks of one smooth layer each: quick to compile, everywhere C^∞.
+    """Return networks of one smooth layer each: quick to compile, everywhere C^∞.
 
-    Args:
-      dim: width of the data.
-      nz: width of the latent.
-      running_averages: the generator and the posterior keep a running average of
-        the input that they are trained on, as batch norm does.
+    With `running_averages` generator and posterior average the inputs that they are
+    trained on, as batch norm does.
     """
 
     def init(key: jax.Array) -> models.Players:
@@ -105,15 +107,15 @@ def smooth_networks(
         return models.Players(*variables)
 
     def energy(variables, x, t, rngs=None):
-        return smooth_layer(variables["params"], x, t)[:, 0]
+        return _smooth_layer(variables["params"], x, t)[:, 0]
 
     def generator(variables, x_next, t, z, rngs=None):
         inputs = jnp.concatenate([x_next, z], axis=1)
-        return smooth_layer(variables["params"], inputs, t)
+        return _smooth_layer(variables["params"], inputs, t)
 
     def posterior(variables, x_t, x_next, t):
         inputs = jnp.concatenate([x_t, x_next], axis=1)
-        moments = smooth_layer(variables["params"], inputs, t)
+        moments = _smooth_layer(variables["params"], inputs, t)
         return moments[:, :nz], moments[:, nz:]
 
     def seen(variables, x):
@@ -140,7 +142,7 @@ def smooth_networks(
 
 
 def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.0):
-    """Asserts that two pytrees have one structure and nearly the same numbers."""
+    """Assert equal structures and nearly equal numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
         jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
@@ -151,7 +153,7 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.
 
 
 def assert_trees_equal(actual: Any, expected: Any):
-    """Asserts that two pytrees are the same, bit for bit."""
+    """Assert that two pytrees are the same, bit for bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(
         jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
@@ -162,7 +164,7 @@ def assert_trees_equal(actual: Any, expected: Any):
 
 
 def differ(first: Any, second: Any) -> bool:
-    """Returns whether any leaf of two pytrees of one structure differs."""
+    """Return whether any leaf of two pytrees of one structure differs."""
     return any(
         not np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)

@@ -1,10 +1,10 @@
-"""The released recipes, and their state_dicts by the names in the authors' files.
+"""The released recipes, and the names in the authors' state_dicts.
 
-Names are typed from those files and their descriptions, never made by `interop`.
+Typed from those files and their descriptions, independently of `interop`.
 """
 
-import importlib.util
 import itertools
+import runpy
 from typing import Any
 
 import ml_collections
@@ -13,14 +13,14 @@ from cli import ROOT
 
 from ddaebm_jax import config as config_lib
 
-# What the README of the reference numbers calls the networks.
+# The networks' names in the reference numbers.
 LETTERS = {"energy": "D", "generator": "G", "posterior": "E"}
 
 Shapes = dict[str, tuple[int, ...]]
 
-# The U-Nets' modules in order, after the three of the start and before the two of the
-# end. i>o: residual block from i·nf to o·nf channels; with r: which resamples; with a:
-# attention; with p: the convolution of the input pyramid; c: the image's channels.
+# The U-Nets' modules between the first three and the last two. i>o: residual block from
+# i·nf to o·nf channels; r: resampling; a: attention of o·nf channels; p: convolution of
+# the input pyramid; c: the image's channels.
 UNETS = {
     "cifar10": """
         1>1 1>1 1>1r c>1p
@@ -62,7 +62,7 @@ UNETS = {
 
 
 def _layer(name: str, *shape: int, bias: bool = True) -> Shapes:
-    """A Dense layer [out, in] or convolution [out, in, side, side]."""
+    """Return the shapes of a Dense layer or a convolution."""
     shapes = {f"{name}.weight": shape}
     return shapes | {f"{name}.bias": shape[:1]} if bias else shapes
 
@@ -92,7 +92,7 @@ def _attention(name: str, width: int) -> Shapes:
 
 
 def unet_shapes(recipe: str, model: Any, channels: int, is_generator: bool) -> Shapes:
-    """Returns the names and shapes in netD_*.pth or netG_*.pth."""
+    """Return the names and shapes in netD_*.pth or netG_*.pth."""
     nf, z = model.unet.nf, model.unet.z_emb_dim if is_generator else 0
     shapes = _layer("all_modules.0", 4 * nf, nf)
     shapes |= _layer("all_modules.1", 4 * nf, 4 * nf)
@@ -119,7 +119,7 @@ def unet_shapes(recipe: str, model: Any, channels: int, is_generator: bool) -> S
 
 
 def posterior_shapes(recipe: str, model: Any, channels: int) -> Shapes:
-    """Returns the names and shapes in netE_*.pth."""
+    """Return the names and shapes in netE_*.pth."""
     nz, ngf, t = model.nz, model.encoder.ngf, model.encoder.t_emb_dim
     shapes = _layer("t_embed.main.0", t, t) | _layer("t_embed.main.2", t, t)
     if recipe == "lsun_church128":
@@ -147,38 +147,26 @@ def posterior_shapes(recipe: str, model: Any, channels: int) -> Shapes:
 
 
 def recipe(name: str) -> ml_collections.ConfigDict:
-    """Returns the config of configs/{name}.py."""
-    path = ROOT / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    """Return the config of configs/{name}.py."""
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
 
 
 def reference_config() -> ml_collections.ConfigDict:
-    """Returns the recipe of the reference numbers, with the released game."""
+    """Return the recipe of the reference numbers, with the released game."""
     config = config_lib.base()
-    config.data.name = "folder"
-    config.data.path = "none"
-    config.data.batch_size = 3
+    config.data.update({"name": "folder", "path": "none", "batch_size": 3})
     config.diffusion.min_posterior_var = 1e-4
-    config.model.name = "ncsnpp"
-    config.model.nz = 10
-    config.model.unet.nf = 16
-    config.model.unet.ch_mult = (1, 2)
-    config.model.unet.num_res_blocks = 1
-    config.model.unet.dropout = 0.0
-    config.model.unet.z_emb_dim = 16
-    config.model.encoder.ngf = 4
-    config.model.encoder.t_emb_dim = 16
-    config.game.recon = "mse"
-    config.game.recon_latent = "prior"
+    config.model.update({"name": "ncsnpp", "nz": 10})
+    unet = {"nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "dropout": 0.0}
+    config.model.unet.update({**unet, "z_emb_dim": 16})
+    config.model.encoder.update({"ngf": 4, "t_emb_dim": 16})
+    config.game.update({"recon": "mse", "recon_latent": "prior"})
     config.game.recon_floor = None
     return config
 
 
 def state_dict(paths: dict[str, tuple[str, ...]], params: Any) -> dict[str, np.ndarray]:
-    """Returns Flax's parameters, or gradients, by PyTorch's names in its layout."""
+    """Return Flax's parameters or gradients by PyTorch's names, in its layout."""
     arrays = {}
     for name, path in paths.items():
         array = params

@@ -1,8 +1,9 @@
-"""The authors' checkpoints: every array at its place, and runs made of them."""
+"""The authors' checkpoints: the place of every array, and imported runs."""
 
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ddaebm_jax.training.trained_run import load_run
 
 RECIPES = ("cifar10", "celeba64", "lsun_church128")
 
-# Every image recipe in small: its layers, but for their widths.
+# The layers of an image recipe, narrower.
 NARROW = {
     "model.nz": 5,
     "model.unet.nf": 4,
@@ -47,14 +48,8 @@ SMALL_RUN = {
 }
 
 
-def changed(name: str, fields: dict[str, Any]) -> ml_collections.ConfigDict:
-    config = recipe(name)
-    config.update_from_flattened_dict(fields)
-    return config
-
-
 def released_shapes(name: str, config: ml_collections.ConfigDict) -> Players:
-    """The names and shapes in the three released files."""
+    """Return the names and shapes in the three released files."""
     model, channels = config.model, config.data.channels
     return Players(
         energy=unet_shapes(name, model, channels, is_generator=False),
@@ -67,7 +62,8 @@ class Released:
     """A recipe with random weights under the authors' names, and our networks."""
 
     def __init__(self, name: str, fields: dict[str, Any]) -> None:
-        self.config = changed(name, fields)
+        self.config = recipe(name)
+        self.config.update_from_flattened_dict(fields)
         rng = np.random.default_rng(0)
         self.state_dicts = Players(
             *(
@@ -96,15 +92,17 @@ class Released:
         )
 
     def save(self, folder: Path, prefix: str = "") -> Players:
-        """Writes a file for each network, each in another format."""
+        """Write a file for each network, each in another format."""
         folder.mkdir(exist_ok=True)
-        writers = (write_zip, write_npz, write_safetensors)
-        names = ("netD.pth", "netG.npz", "netE.safetensors")
-        paths = []
-        for name, write, arrays in zip(names, writers, self.state_dicts, strict=True):
-            named = {prefix + key: array for key, array in arrays.items()}
-            paths.append(write(folder / name, named))
-        return Players(*paths)
+        energy, generator, posterior = (
+            {prefix + key: array for key, array in arrays.items()}
+            for arrays in self.state_dicts
+        )
+        return Players(
+            energy=write_zip(folder / "netD.pth", energy),
+            generator=write_npz(folder / "netG.npz", generator),
+            posterior=write_safetensors(folder / "netE.safetensors", posterior),
+        )
 
 
 @functools.cache
@@ -123,24 +121,23 @@ def test_typed_names_are_those_of_the_released_cifar10_files(player, test_data: 
     assert typed == {line for line in released if line}
 
 
-def test_the_first_layer_of_the_large_posterior_is_named_as_released():
-    names = narrow("lsun_church128").state_dicts.posterior
-    assert {"start_conv.conv.weight", "start_conv.conv.bias"} <= set(names)
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_released_array_has_its_place(name: str):
-    """All arrays arrive, transposed at most, and nothing of ours is left unset."""
-    released = narrow(name)
-    for player, params in released.variables._asdict().items():
-        shapes = getattr(released.shapes, player)
-        found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params["params"])
-        assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
+    """All arrays arrive, transposed at most, and set every parameter of ours."""
+
+    def kinds(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+    def contents(arrays: Any) -> list:
         # Transposing keeps an array's sorted numbers.
-        arrays = getattr(released.state_dicts, player).values()
-        sent = sorted(tuple(np.sort(array.ravel())) for array in arrays)
-        leaves = jax.tree.leaves(params)
-        assert sorted(tuple(np.sort(leaf.ravel())) for leaf in leaves) == sent
+        return sorted(tuple(np.sort(array.ravel())) for array in arrays)
+
+    released = narrow(name)
+    assert kinds([one["params"] for one in released.variables]) == kinds(
+        list(released.shapes)
+    )
+    for ours, theirs in zip(released.variables, released.state_dicts, strict=True):
+        assert contents(jax.tree.leaves(ours)) == contents(theirs.values())
 
 
 PLACES = {
@@ -207,8 +204,7 @@ def test_places_of_released_arrays(name: str):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_numbers_follow_the_order_of_the_calls(name: str):
-    """PyTorch's list of modules is in the order in which the U-Net calls them."""
+def test_module_numbers_follow_the_order_of_the_u_net_s_calls(name: str):
     released = narrow(name)
     called = []
 
@@ -238,35 +234,27 @@ def small() -> Released:
     return Released("digits", SMALL_RUN)
 
 
-def run_import(files: Players, workdir: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "ddaebm_jax.interop",
-            f"--config={ROOT / 'configs' / 'digits.py'}",
-            *(f"--config.{field}={value}" for field, value in SMALL_RUN.items()),
-            *(f"--{name}={path}" for name, path in files._asdict().items()),
-            f"--workdir={workdir}",
-        ],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
-def imported(small: Released, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("imported")
-    result = run_import(small.save(folder / "files", "module."), folder / "run")
+def files(small: Released, tmp_path_factory) -> Players:
+    return small.save(tmp_path_factory.mktemp("files"), prefix="module.")
+
+
+def run_import(files: Players, workdir: Path) -> subprocess.CompletedProcess:
+    flags = [f"--config={ROOT / 'configs' / 'digits.py'}", f"--workdir={workdir}"]
+    flags += [f"--config.{field}={value}" for field, value in SMALL_RUN.items()]
+    flags += [f"--{name}={path}" for name, path in files._asdict().items()]
+    command = [sys.executable, "-m", "ddaebm_jax.interop", *flags]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+
+def test_a_run_holds_the_imported_weights(
+    files: Players, small: Released, tmp_path: Path, monkeypatch
+):
+    imported = tmp_path / "run"
+    result = run_import(files, imported)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(folder / "run")]
-    return folder / "run"
-
-
-def test_a_run_holds_the_imported_weights(imported: Path, small: Released, monkeypatch):
-    # No need to draw the weights that imported ones replace.
+    assert result.stdout.split() == [str(imported)]
+    # Zeros in place of the weights that imported ones replace.
     zeros = jax.tree.map(jnp.zeros_like, small.variables)
     networks = small.networks._replace(init=lambda key: zeros)
     monkeypatch.setattr(models, "build", lambda *args: networks)
@@ -274,7 +262,7 @@ def test_a_run_holds_the_imported_weights(imported: Path, small: Released, monke
     assert run.step == 0
     assert run.experiment.config.to_dict() == small.config.to_dict()
     assert_trees_equal(run.variables, small.variables)
-    # What training continues from.
+    # Training continues from the same weights.
     like = experiment.evaluation_state(run.experiment)
     state = Checkpoints(imported, read_only=True).restore(like).state
     assert_trees_equal(state.variables, small.variables)
@@ -283,8 +271,7 @@ def test_a_run_holds_the_imported_weights(imported: Path, small: Released, monke
         assert not np.asarray(moment).any()
 
 
-def test_the_command_line_reports_one_line(small: Released, tmp_path: Path):
-    files = small.save(tmp_path / "files")
+def test_the_command_line_reports_one_line(files: Players, tmp_path: Path):
     missing = tmp_path / "none.pth"
     result = run_import(files._replace(energy=missing), tmp_path / "run")
     assert result.returncode == 2 and result.stdout == ""
@@ -292,70 +279,59 @@ def test_the_command_line_reports_one_line(small: Released, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-# What cannot be imported. Every message is one line that names what is at fault.
-
-
-def without(arrays: dict, name: str) -> dict:
-    return {key: value for key, value in arrays.items() if key != name}
+# Errors, each of one line that names its cause.
 
 
 NAME = "all_modules.2.weight"
 
 
+def zeros(*shape: int, dtype: str = "f") -> Callable[[dict], None]:
+    return lambda w: w.update({NAME: np.zeros(shape, dtype)})
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda w: without(w, NAME), ("missing: all_modules.2.weight;", "flag")),
-        (lambda w: {**w, "extra": w[NAME]}, ("unknown: extra;",)),
+        (lambda w: w.pop(NAME), (f"missing: {NAME};", "flag")),
+        (lambda w: w.update(extra=w[NAME]), ("unknown: extra;",)),
         (
-            lambda w: {**w, NAME: np.zeros((16, 1, 3, 3), np.float32)},
+            zeros(16, 1, 3, 3),
             (NAME, "16×1×3×3; 8×1×3×3 is needed for trunk/conv_in/kernel"),
         ),
-        (lambda w: {**w, NAME: np.zeros(72, np.float32)}, (NAME, "shape 72")),
-        (lambda w: {**w, NAME: w[NAME] * np.nan}, (NAME, "NaN")),
-        (lambda w: {**w, NAME: np.full((8, 1, 3, 3), 1e300)}, (NAME, "float32")),
-        (lambda w: {**w, NAME: np.zeros((8, 1, 3, 3), int)}, (NAME, "int64")),
-        (lambda w: {**w, NAME: np.zeros((8, 1, 3, 3), "U1")}, (NAME, "<U1")),
-        (lambda w: {}, ("missing: all_modules.0.weight", "more")),
+        (zeros(72), (NAME, "shape 72")),
+        (lambda w: w.update({NAME: w[NAME] * np.nan}), (NAME, "NaN")),
+        (lambda w: w.update({NAME: w[NAME] + np.float64(1e300)}), (NAME, "float32")),
+        (zeros(8, 1, 3, 3, dtype="i8"), (NAME, "int64")),
+        (zeros(8, 1, 3, 3, dtype="U1"), (NAME, "<U1")),
+        (dict.clear, ("missing: all_modules.0.weight", "more")),
     ],
 )
 def test_wrong_weights(small: Released, change, parts: tuple[str, ...]):
-    weights = change(small.state_dicts.energy)
+    weights = dict(small.state_dicts.energy)
+    change(weights)
     refused(lambda: small.to_params("energy", weights), "x.pth", *parts)
 
 
-def test_files_at_each_other_s_flags(small: Released, tmp_path: Path):
-    files, workdir = small.save(tmp_path / "files"), tmp_path / "run"
+def test_wrong_files_and_recipes(small: Released, files: Players, tmp_path: Path):
     swapped = files._replace(energy=files.generator, generator=files.energy)
-    refused(
-        lambda: interop.import_run(small.config, swapped, workdir),
-        str(files.generator),
-        "unknown: ",
-        "GroupNorm_0.style.weight",
-        "each file to its own flag",
-    )
-    assert not workdir.exists()
+    remedy = "each file to its own flag"
+    unknown = (str(files.generator), "unknown: ", "GroupNorm_0.style.weight", remedy)
+    perceptrons = ("model.name is 'mlp'", "configs/cifar10.py")
+    for config, given, parts in (
+        (small.config, swapped, unknown),
+        (recipe("gaussians25"), files, perceptrons),
+    ):
+        workdir = tmp_path / "run"
+        refused(functools.partial(interop.import_run, config, given, workdir), *parts)
+        assert not workdir.exists()
 
 
-def test_directories_in_use(small: Released, tmp_path: Path):
-    files = small.save(tmp_path / "files")
-    (tmp_path / "used").mkdir()
-    note = tmp_path / "used" / "note.txt"
+def test_directories_in_use(small: Released, files: Players, tmp_path: Path):
+    note = tmp_path / "note.txt"
     note.write_text("mine")
-    for workdir in (note.parent, note):
+    for workdir in (tmp_path, note):
         refused(
-            lambda workdir=workdir: interop.import_run(small.config, files, workdir),
+            functools.partial(interop.import_run, small.config, files, workdir),
             f"--workdir={workdir} exists already",
         )
-    assert [path.name for path in note.parent.iterdir()] == ["note.txt"]
-    assert note.read_text() == "mine"
-
-
-def test_recipes_without_images(small: Released, tmp_path: Path):
-    files = small.save(tmp_path / "files")
-    refused(
-        lambda: interop.import_run(recipe("gaussians25"), files, tmp_path / "run"),
-        "model.name is 'mlp'",
-        "configs/cifar10.py",
-    )
-    assert not (tmp_path / "run").exists()
+    assert list(tmp_path.iterdir()) == [note] and note.read_text() == "mine"

@@ -1,4 +1,4 @@
-"""The perceptrons: their parameters, their input's width, their batch norm."""
+"""The perceptrons: parameters, input widths, batch norm."""
 
 from types import SimpleNamespace
 
@@ -6,19 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import NZ, filled_variables, mlp_config
+import quick
+from helpers import NZ, filled_variables, mlp_config, normals
 
 from ddaebm_jax import models
 from ddaebm_jax.config import choices
 from ddaebm_jax.models import layers, mlp
 
 BATCH = 5
-
-
-def normals(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 TIMES = jnp.array([0, 1, 2, 3, 1])
 
 
@@ -34,54 +29,48 @@ def parameters(tree: dict, part: str) -> list[jax.Array]:
 
 
 def released(norm: str = "batch") -> models.Networks:
-    return models.build(
-        mlp_config(
-            nz=2,
-            x_widths=(16, 32),
-            t_embed_dim=16,
-            t_widths=(16, 32),
-            hidden=(300, 300),
-            norm=norm,
-            posterior_features=16,
-        ),
-        (2,),
+    config = mlp_config(
+        nz=2,
+        x_widths=(16, 32),
+        t_embed_dim=16,
+        t_widths=(16, 32),
+        hidden=(300, 300),
+        norm=norm,
+        posterior_features=16,
     )
+    return models.build(config, (2,))
 
 
-def trunk_kernels(inputs: int, out: int) -> list[tuple[int, int]]:
-    encoders = [(inputs, 16), (16, 32), (16, 16), (16, 32)]
-    return [*encoders, (64, 300), (300, 300), (300, out)]
+@pytest.mark.parametrize(
+    ("player", "inputs", "out", "heads"),
+    [
+        ("energy", 2, 1, []),
+        ("generator", 4, 2, []),
+        ("posterior", 4, 16, [(16, 2), (16, 2)]),
+    ],
+)
+def test_released_shapes(player: str, inputs: int, out: int, heads: list):
+    own = getattr(jax.eval_shape(released().init, jax.random.key(0)), player)
+    kernels = [(inputs, 16), (16, 32), (16, 16), (16, 32)]
+    kernels += [(64, 300), (300, 300), (300, out), *heads]
+    # Batch norm follows every hidden layer but the time encoder's.
+    norms = [] if player == "energy" else [(16,), (300,), (300,)]
 
+    def shapes(part: str) -> list:
+        return sorted(leaf.shape for leaf in parameters(own["params"], part))
 
-def test_released_shapes():
-    variables = jax.eval_shape(released().init, jax.random.key(0))
-    heads = [(16, 2), (16, 2)]
-    expected = {
-        "energy": trunk_kernels(2, 1),
-        "generator": trunk_kernels(4, 2),
-        "posterior": trunk_kernels(4, 16) + heads,
-    }
-    for player, kernels in expected.items():
-        own = getattr(variables, player)
-        normed = player != "energy"
-        shapes = [k.shape for k in parameters(own["params"], "kernel")]
-        assert sorted(shapes) == sorted(kernels), player
-        biases = [b.shape for b in parameters(own["params"], "bias")]
-        norms = [(16,), (300,), (300,)] if normed else []
-        assert sorted(biases) == sorted([(k[1],) for k in kernels] + norms), player
-        # Batch norm follows every hidden layer but the time encoder's.
-        scales = [s.shape for s in parameters(own["params"], "scale")]
-        assert sorted(scales) == norms, player
-        assert ("batch_stats" in own) == normed
-        # One slope after each of the four hidden layers.
-        assert [s.shape for s in parameters(own["params"], "slope")] == [()] * 4
+    assert shapes("kernel") == sorted(kernels)
+    assert shapes("bias") == sorted([kernel[1:] for kernel in kernels] + norms)
+    assert shapes("scale") == norms
+    assert ("batch_stats" in own) == (player != "energy")
+    # One slope after each of the four hidden layers.
+    assert shapes("slope") == [()] * 4
 
 
 def test_released_initial_ranges():
     """Kernels and biases fill ±1/√fan_in; slopes start at ¼."""
-    key = jax.random.key(0, impl="unsafe_rbg")  # Compiles fast.
-    init = jax.jit(lambda key: released("none").init(key).generator["params"])
-    params = init(key)
+    init = quick.jit(lambda key: released("none").init(key).generator["params"])
+    params = init(jax.random.key(0, impl="unsafe_rbg"))  # Compiles fast.
     leaves = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -102,41 +91,18 @@ def test_released_initial_ranges():
     assert all(float(s) == 0.25 for s in parameters(params, "slope"))
 
 
-# Tables of any width, and other switches.
-
-
-@pytest.mark.parametrize("dim", [1, 7])
-@pytest.mark.parametrize("norm", choices.ALLOWED["model.mlp.norm"])
-def test_any_width(dim: int, norm: str):
-    networks = models.build(mlp_config(norm=norm), (dim,))
-
-    def apply(key):
-        variables = networks.init(key)
-        x, z = jnp.zeros((BATCH, dim)), jnp.zeros((BATCH, NZ))
-        return (
-            networks.energy(variables.energy, x, TIMES),
-            networks.generator(variables.generator, x, TIMES, z),
-            networks.posterior(variables.posterior, x, x, TIMES),
-            networks.train_generator(variables.generator, x, TIMES, z)[0],
-        )
-
-    f, x0, (mu, logvar), trained = jax.eval_shape(apply, jax.random.key(0))
-    assert f.shape == (BATCH,)
-    assert x0.shape == trained.shape == (BATCH, dim)
-    assert mu.shape == logvar.shape == (BATCH, NZ)
-    assert networks.event_shape == (dim,) and networks.nz == NZ
+# The layers.
 
 
 def test_networks_by_hand():
-    """The energy and the posterior, layer by layer, from their parameters."""
+    """Energy and posterior, layer by layer."""
     networks = models.build(mlp_config(), (2,))
     variables = filled_variables(networks)
     x, x_next = normals(0, BATCH, 2), normals(1, BATCH, 2)
 
     def dense(layer, h):
-        return h @ np.asarray(layer["dense"]["kernel"]) + np.asarray(
-            layer["dense"]["bias"]
-        )
+        kernel, bias = layer["dense"]["kernel"], layer["dense"]["bias"]
+        return h @ np.asarray(kernel) + np.asarray(bias)
 
     def prelu(layer, h):
         return np.where(h > 0, h, float(layer["slope"]) * h)
@@ -153,7 +119,7 @@ def test_networks_by_hand():
             h = prelu(slope[i], dense(layer[i + 2], h))
         return dense(layer[6], h)
 
-    f, mu, logvar = jax.jit(
+    f, mu, logvar = quick.jit(
         lambda v: (
             networks.energy(v.energy, x, TIMES),
             *networks.posterior(v.posterior, x, x_next, TIMES),
@@ -168,10 +134,9 @@ def test_networks_by_hand():
     np.testing.assert_allclose(logvar, dense(params["logvar"], h), rtol=1e-4, atol=1e-5)
 
 
-def test_networks_have_fourier_features_of_their_own():
-    networks = models.build(
-        mlp_config(fourier_octaves=3, energy_fourier_octaves=2), (2,)
-    )
+def test_the_energy_has_its_own_number_of_fourier_features():
+    config = mlp_config(fourier_octaves=3, energy_fourier_octaves=2)
+    networks = models.build(config, (2,))
     variables = jax.eval_shape(networks.init, jax.random.key(0))
     first = [
         player["params"]["Trunk_0"]["UniformDense_0"]["dense"]["kernel"].shape[0]
@@ -206,9 +171,6 @@ def test_unknown_model_is_named():
         models.build(SimpleNamespace(name="unet"), (2,))
 
 
-# Layers.
-
-
 def test_time_embedding():
     embedding = layers.sinusoidal_embedding(jnp.array([0, 3]), 16)
     w = 10_000.0 ** (-np.arange(8) / 7)
@@ -239,60 +201,28 @@ def test_batch_norm():
     np.testing.assert_allclose(settled, y, atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def normed() -> tuple[models.Networks, models.Players]:
+def test_batch_norm_couples_examples_in_training_only():
     networks = models.build(mlp_config(norm="batch"), (2,))
-    return networks, filled_variables(networks)
-
-
-def test_batch_norm_ties_a_batch_in_training_only(normed):
-    networks, variables = normed
+    variables = filled_variables(networks)
     x, z = normals(0, BATCH, 2), normals(1, BATCH, NZ)
-    other = x.at[1:].multiply(-2.0)
-    v = variables.generator
-    w = variables.posterior
+    v, w = variables.generator, variables.posterior
 
-    @jax.jit
+    @quick.jit
     def first_rows(rows):
-        """The first row of each network, by running averages and by the batch."""
-        still = (
+        """Return each network's first row in evaluation, and in training."""
+        evaluated = (
             networks.generator(v, rows, TIMES, z)[0],
             networks.posterior(w, rows, x, TIMES)[0][0],
         )
-        tied = (
+        trained = (
             networks.train_generator(v, rows, TIMES, z)[0][0],
             networks.train_posterior(w, rows, x, TIMES)[0][0][0],
         )
-        return still, tied
+        return evaluated, trained
 
-    (still, tied), (still_other, tied_other) = first_rows(x), first_rows(other)
-    for a, b in zip(still, still_other, strict=True):
+    evaluated, trained = first_rows(x)
+    evaluated_other, trained_other = first_rows(x.at[1:].multiply(-2.0))
+    for a, b in zip(evaluated, evaluated_other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-    for a, b in zip(tied, tied_other, strict=True):
+    for a, b in zip(trained, trained_other, strict=True):
         assert np.abs(a - b).max() > 1e-3
-
-
-def test_running_averages_move_and_evaluation_reads_them(normed):
-    networks, variables = normed
-    x, z = normals(0, BATCH, 2), normals(1, BATCH, NZ)
-    v = variables.generator
-    evaluate = jax.jit(lambda v: networks.generator(v, x, TIMES, z))
-    _, stats = jax.jit(lambda v: networks.train_generator(v, x, TIMES, z))(v)
-    assert jax.tree.structure(stats) == jax.tree.structure(v["batch_stats"])
-    moved = jax.tree.map(lambda a, b: bool((a != b).all()), stats, v["batch_stats"])
-    assert all(jax.tree.leaves(moved))
-    before, after = evaluate(v), evaluate({**v, "batch_stats": stats})
-    assert (np.asarray(before) != np.asarray(after)).all()
-
-
-def test_without_batch_norm_training_is_evaluation():
-    networks = models.build(mlp_config(), (2,))
-    v = filled_variables(networks)
-    x, z = normals(0, BATCH, 2), normals(1, BATCH, NZ)
-    x0, stats = networks.train_generator(v.generator, x, TIMES, z)
-    assert stats == {}
-    np.testing.assert_array_equal(x0, networks.generator(v.generator, x, TIMES, z))
-    moments, stats = networks.train_posterior(v.posterior, x, x, TIMES)
-    assert stats == {}
-    for a, b in zip(moments, networks.posterior(v.posterior, x, x, TIMES), strict=True):
-        np.testing.assert_array_equal(a, b)

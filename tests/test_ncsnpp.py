@@ -1,4 +1,4 @@
-"""The image networks: sizes, resampling, precision, dropout, and each part by hand."""
+"""The image networks: sizes, precision, dropout, and each part against NumPy."""
 
 import functools
 import itertools
@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 import quick
-from helpers import assert_trees_close
+from helpers import assert_trees_close, differ, filled_like, normals
 from jax.sharding import Mesh, PartitionSpec
 from released import recipe, reference_config
 
@@ -23,15 +23,8 @@ BATCH, SIDE, NZ = 4, 8, 6
 TIMES = jnp.array([0, 3, 1, 2])
 
 
-def normals(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 def tiny(**changes: Any) -> ml_collections.ConfigDict:
-    """Returns a tiny `model` section with attention, filters and a pyramid.
-
-    `changes` go to `unet`, but for `dtype` and `remat`.
-    """
+    """Return a tiny `model` section with attention, filters and a pyramid."""
     model = reference_config().model
     model.nz = NZ
     model.encoder.t_emb_dim = 8
@@ -53,10 +46,9 @@ def tiny(**changes: Any) -> ml_collections.ConfigDict:
 
 
 def trunk_of(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns the arguments of a U-Net."""
-    trunk = {name: model.unet[name] for name in model.unet}
-    for name in ("dropout", "z_emb_dim", "n_mlp"):
-        trunk.pop(name)
+    """Return the arguments of a U-Net."""
+    others = ("dropout", "z_emb_dim", "n_mlp")
+    trunk = {name: model.unet[name] for name in model.unet if name not in others}
     return {**trunk, "dropout_rate": 0.0, "dtype": model.dtype, "remat": model.remat}
 
 
@@ -71,38 +63,29 @@ def shapes_of(networks: models.Networks) -> Players:
 
 
 def small_networks(**changes: Any) -> models.Networks:
-    """Returns networks of one level, the quickest to compile."""
+    """Return networks of one level, the quickest to compile."""
     return networks_of(SIDE, 1, ch_mult=(1,), attn_resolutions=(SIDE,), **changes)
 
 
-def filled_like(shapes: Any, seed: int = 0) -> Any:
-    """Returns variables away from their start, of the size of trained ones."""
-    rng = np.random.default_rng(seed)
-
-    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        drawn = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return drawn / np.float32(math.prod(leaf.shape[:-1]) ** 0.5)
-        return np.float32(path[-1].key == "scale") + np.float32(0.1) * drawn
-
-    return jax.tree.map_with_path(fill, shapes)
+def filled(networks: models.Networks) -> Players:
+    return filled_like(shapes_of(networks))
 
 
-def filled(networks: models.Networks, seed: int = 0) -> Players:
-    return filled_like(shapes_of(networks), seed)
+def run(module: Any, *inputs: Any) -> tuple[Any, dict]:
+    """Return a module's output, and the parameters it was computed with."""
+    variables = filled_like(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+    return quick.jit(module.apply)(variables, *inputs), variables["params"]
 
 
-def inputs(seed: int = 0, side: int = SIDE, channels: int = 3):
-    """Returns x_t, x_{t+1}, t, z of a batch."""
-    shape = (BATCH, side, side, channels)
-    return (normals(seed, *shape), normals(seed + 1, *shape), TIMES), normals(
-        seed + 2, BATCH, NZ
-    )
+def inputs(channels: int = 3):
+    """Return (x_t, x_{t+1}, t), z of a batch."""
+    shape = (BATCH, SIDE, SIDE, channels)
+    return (normals(0, *shape), normals(1, *shape), TIMES), normals(2, BATCH, NZ)
 
 
 @functools.cache
 def forward_of(networks: models.Networks):
-    """All three networks as one program, compiled once a batch's size."""
+    """Return all three networks as one program."""
 
     @quick.jit
     def forward(variables, x_t, x_next, t, z, keys=None):
@@ -119,30 +102,26 @@ def forward_of(networks: models.Networks):
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, jax.Array]:
-    """What the tiny networks give in float32, without dropout."""
+    """Outputs of the tiny networks in float32 without dropout."""
     networks = networks_of()
     x, z = inputs()
     return jax.device_get(forward_of(networks)(filled(networks), *x, z))
 
 
-def count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
 def test_cifar10_parameter_counts():
     shapes = shapes_of(models.build(recipe("cifar10").model, (32, 32, 3)))
-    assert count(shapes.generator) == 48_432_515
-    assert count(shapes.energy) == 40_279_171
-    assert count(shapes.posterior) == 4_772_872
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(one)) for one in shapes]
+    energy, generator, posterior = 40_279_171, 48_432_515, 4_772_872
+    assert Players(*counts) == Players(energy, generator, posterior)
 
 
-# Resampling, against filters written as their definition.
+# Resampling and blocks against NumPy in double precision.
 
 
 def naive_fir(
     x: np.ndarray, up: int, down: int, before: int, after: int, gain: float
 ) -> np.ndarray:
-    """Zeros inserted, padded, filtered by 4×4 taps in double, every `down`-th kept."""
+    """Insert zeros, pad, filter by 4×4 taps, keep every `down`-th pixel."""
     batch, height, width, channels = x.shape
     spread = np.zeros((batch, height * up, width * up, channels))
     spread[:, ::up, ::up] = x
@@ -162,23 +141,17 @@ def test_fir_resampling(sides: tuple[int, int]):
     up, down, filtered = quick.jit(
         lambda x: (resample.fir_up(x), resample.fir_down(x), resample.fir_filter(x))
     )(x)
-    for actual, expected in (
-        (up, naive_fir(x, 2, 1, 2, 1, 2.0)),
-        (down, naive_fir(x, 1, 2, 1, 1, 1.0)),
-        (filtered, naive_fir(x, 1, 1, 2, 2, 1.0)),
+    for actual, expected, resized in (
+        (up, naive_fir(x, 2, 1, 2, 1, 2.0), [2 * side for side in sides]),
+        (down, naive_fir(x, 1, 2, 1, 1, 1.0), [side // 2 for side in sides]),
+        (filtered, naive_fir(x, 1, 1, 2, 2, 1.0), [side + 1 for side in sides]),
     ):
-        assert actual.shape == expected.shape
+        assert actual.shape == expected.shape == (2, *resized, 3)
         np.testing.assert_allclose(actual, expected, atol=1e-6)
-    assert up.shape[1:3] == tuple(2 * side for side in sides)
-    assert down.shape[1:3] == tuple(side // 2 for side in sides)
-    assert filtered.shape[1:3] == tuple(side + 1 for side in sides)
-
-
-# The parts by hand, in double.
 
 
 def naive_conv(x: np.ndarray, layer: dict, pad: int, stride: int = 1) -> np.ndarray:
-    """A convolution as a sum of shifted slices."""
+    """Return a convolution as a sum of shifted slices."""
     kernel = np.asarray(layer["kernel"], np.float64)
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     sides = kernel.shape[:2]
@@ -198,14 +171,11 @@ def naive_dense(x: np.ndarray, layer: dict) -> np.ndarray:
 
 
 def naive_norm(x: np.ndarray, groups: int) -> np.ndarray:
-    """A group norm without an affine function."""
-    x = np.asarray(x, np.float64)
-    parts = []
-    for part in np.split(x, groups, axis=3):
-        mean = part.mean(axis=(1, 2, 3), keepdims=True)
-        var = ((part - mean) ** 2).mean(axis=(1, 2, 3), keepdims=True)
-        parts.append((part - mean) / np.sqrt(var + 1e-6))
-    return np.concatenate(parts, axis=3)
+    """Return a group norm without an affine function."""
+    parts = np.asarray(x, np.float64).reshape(*x.shape[:3], groups, -1)
+    mean = parts.mean(axis=(1, 2, 4), keepdims=True)
+    var = ((parts - mean) ** 2).mean(axis=(1, 2, 4), keepdims=True)
+    return ((parts - mean) / np.sqrt(var + 1e-6)).reshape(x.shape)
 
 
 def leaky(x: np.ndarray) -> np.ndarray:
@@ -217,7 +187,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def naive_time(t: jax.Array, dim: int, layers: dict) -> np.ndarray:
-    """The encoders' time embedding."""
+    """Return the encoders' time embedding."""
     w = [math.exp(-i * math.log(10000.0) / (dim / 2 - 1)) for i in range(dim // 2)]
     phase = np.outer(t, w)
     h = np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
@@ -274,38 +244,25 @@ def test_residual_block(resampling: Any, features: int, adaptive: bool):
     module = ncsnpp.ResidualBlock(features, "float32", 0.0, 0, resampling)
     x, time = 2.0 * normals(0, 3, 4, 6, 8) + 0.5, normals(1, 3, 5)
     style = normals(2, 3, 7) if adaptive else None
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x, time, style, None)
+    actual, params = run(module, x, time, style, None)
     # A 1×1 convolution where the width or the side changes.
-    has_skip = "skip" in shapes["params"]
-    assert has_skip == (resampling is not None or features != 8)
-    variables = filled_like(shapes)
-    actual = quick.jit(module.apply)(variables, x, time, style, None)
+    assert ("skip" in params) == (resampling is not None or features != 8)
     x, time, style = jax.device_get((x, time, style))
-    expected = naive_residual_block(
-        x, time, style, NAIVE_RESIZE[resampling], variables["params"]
-    )
+    expected = naive_residual_block(x, time, style, NAIVE_RESIZE[resampling], params)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_is_softmax_attention():
-    module = ncsnpp.Attention("float32")
-    x = normals(0, 2, 2, 3, 8)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
-    actual = quick.jit(module.apply)({"params": jax.tree.map(jnp.asarray, params)}, x)
-
-    def dense(part: str, h: np.ndarray) -> np.ndarray:
-        return h @ params[part]["kernel"] + params[part]["bias"]
-
+    x = 2.0 * normals(0, 2, 2, 3, 8)
+    actual, params = run(ncsnpp.Attention("float32"), x)
     # Two groups of four channels.
     h = naive_norm(x, 2).reshape(2, 6, 8)
     h = h * params["norm"]["scale"] + params["norm"]["bias"]
-    query, key, value = (dense(part, h) for part in ("query", "key", "value"))
+    query, key, value = (naive_dense(h, params[k]) for k in ("query", "key", "value"))
     logits = np.einsum("bic,bjc->bij", query, key) / np.sqrt(8)
     weights = np.exp(logits - logits.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
-    h = dense("out", np.einsum("bij,bjc->bic", weights, value))
+    h = naive_dense(np.einsum("bij,bjc->bic", weights, value), params["out"])
     expected = (x + h.reshape(x.shape)) / np.sqrt(2)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -317,21 +274,8 @@ def test_adaptive_group_norms_start_at_the_identity():
     np.testing.assert_array_equal(start["bias"], [1.0] * 8 + [0.0] * 8)
 
 
-def test_energy_is_a_squared_distance_and_the_generator_bounded(plain):
-    networks = networks_of()
-    unet = ncsnpp.UNet(**trunk_of(tiny()))
-    variables = {"params": filled(networks).energy["params"]["trunk"]}
-    (x, _, t), _ = inputs()
-    reached = np.asarray(quick.jit(unet.apply)(variables, x, t), np.float64)
-    expected = -0.5 * ((x - reached) ** 2).sum(axis=(1, 2, 3))
-    np.testing.assert_allclose(plain["energy"], expected, rtol=1e-5)
-    assert np.abs(reached).mean() > 0.1
-    assert np.abs(plain["generator"]).max() < 1.0
-    assert np.abs(plain["generator"]).mean() > 0.1
-
-
-def test_the_start():
-    """The U-Net starts near 0, so f is near −½‖x‖²."""
+def test_the_u_net_starts_near_zero():
+    """So that f starts near −½‖x‖²."""
     networks = small_networks()
     (x, _, t), _ = inputs(channels=1)
 
@@ -357,20 +301,7 @@ def test_the_start():
         assert "bias" in posterior[name] or name.startswith("conv"), name
 
 
-# What must not change the result.
-
-
-def test_examples_do_not_see_each_other(plain):
-    """A batch's energies, images and posteriors are those of its examples."""
-    networks = networks_of()
-    variables, (x, z) = filled(networks), inputs()
-    forward = forward_of(networks)
-    for i in range(BATCH):
-        one = forward(variables, *(part[i : i + 1] for part in (*x, z)))
-        for name, rows in plain.items():
-            np.testing.assert_allclose(
-                one[name][0], rows[i], rtol=1e-5, atol=1e-5, err_msg=name
-            )
+# Invariances and precision.
 
 
 def test_bfloat16_is_near_float32(plain):
@@ -378,19 +309,14 @@ def test_bfloat16_is_near_float32(plain):
     x, z = inputs()
     low = jax.device_get(forward_of(networks)(filled(networks), *x, z))
     assert all(value.dtype == np.float32 for value in low.values())
-    # On a CPU 0.2% and 0.013 were seen.
     np.testing.assert_allclose(low["energy"], plain["energy"], rtol=0.01)
     for name in ("generator", "mean", "logvar"):
         np.testing.assert_allclose(low[name], plain[name], atol=0.05, err_msg=name)
-        assert differs(low[name], plain[name]), name
-
-
-def differs(first: np.ndarray, second: np.ndarray) -> bool:
-    return not np.array_equal(first, second)
+        assert differ(low[name], plain[name]), name
 
 
 def output_dtypes(module: Any, *args: Any) -> dict[str, set[Any]]:
-    """Returns the types of what each layer of a network gives, by the layer's path."""
+    """Return the types of each layer's outputs, by the layer's path."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
     apply = functools.partial(
         module.apply, capture_intermediates=True, mutable=["intermediates"]
@@ -402,7 +328,7 @@ def output_dtypes(module: Any, *args: Any) -> dict[str, set[Any]]:
         assert names[-1] == "__call__"
         dtypes.setdefault("/".join(names[:-1]), set()).add(leaf.dtype)
     for path, leaf in jax.tree.leaves_with_path(shapes["params"]):
-        # Parameters are float32, and no layer that has some is overlooked.
+        # Parameters are float32, and all layers that have some are in `dtypes`.
         assert leaf.dtype == jnp.float32, path
         assert "/".join(part.key for part in path[:-1]) in dtypes
     return dtypes
@@ -412,16 +338,15 @@ def output_dtypes(module: Any, *args: Any) -> dict[str, set[Any]]:
     "name", ["energy", "energy_without_fir", "generator", "conv", "residual"]
 )
 def test_every_layer_computes_in_bfloat16(name: str):
-    """But for what a sum of squares or an exponential is taken of, and the norms' γ."""
+    """But for inputs of sums of squares and exponentials, and the norms' scales."""
     changes = {"energy_without_fir": {"fir": False, "progressive_input": "none"}}
     trunk = trunk_of(tiny(dtype="bfloat16", **changes.get(name, {})))
     (x, x_next, t), z = inputs()
+    heads = {"", "trunk", "trunk/norm_out", "trunk/conv_out"}
     if name.startswith("energy"):
         dtypes = output_dtypes(ncsnpp.Energy(trunk), x, t)
-        heads = {"", "trunk", "trunk/norm_out", "trunk/conv_out"}
     elif name == "generator":
         dtypes = output_dtypes(ncsnpp.Generator(8, 1, trunk), x_next, t, z)
-        heads = {"", "trunk", "trunk/norm_out", "trunk/conv_out"}
         heads |= {layer for layer in dtypes if layer.endswith("/style")}
         assert len(heads) == 4 + 10 * 2  # Ten blocks of two norms.
     else:
@@ -434,8 +359,8 @@ def test_every_layer_computes_in_bfloat16(name: str):
         heads = {"", "mu", "logvar"}
     assert len(dtypes) > 2 * len(heads)
     for layer, found in dtypes.items():
-        wanted = jnp.float32 if layer in heads else jnp.bfloat16
-        assert found == {jnp.dtype(wanted)}, layer
+        expected = jnp.float32 if layer in heads else jnp.bfloat16
+        assert found == {jnp.dtype(expected)}, layer
     assert heads <= dtypes.keys()
 
 
@@ -451,8 +376,7 @@ def test_every_layer_computes_in_bfloat16(name: str):
         lambda x: layers.dropout(x, 0.3, dropout_keys(0), 0),
     ],
 )
-def test_what_lies_between_layers_keeps_bfloat16(function: Any):
-    """A convolution would take float32, at twice the memory, without a word."""
+def test_functions_between_layers_keep_bfloat16(function: Any):
     x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.bfloat16)
     assert jax.eval_shape(function, x).dtype == jnp.bfloat16
 
@@ -486,34 +410,17 @@ def dropout_keys(seed: int) -> jax.Array:
     return jax.random.split(jax.random.key(seed), BATCH)
 
 
-@pytest.fixture(scope="module")
-def dropped() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, and x after dropout: whole, in two halves, and of another layer."""
-
-    @quick.jit
-    def drop(x, keys):
-        halves = [
-            layers.dropout(x[part], 0.3, keys[part], 7)
-            for part in (slice(0, 2), slice(2, 4))
-        ]
-        return (
-            layers.dropout(x, 0.3, keys, 7),
-            jnp.concatenate(halves),
-            layers.dropout(x, 0.3, keys, 8),
-        )
-
-    x = normals(0, BATCH, 50, 50, 8) + 9.0
-    return jax.device_get((x, *drop(x, dropout_keys(0))))
-
-
-def test_dropout_masks_are_each_example_s_own(dropped):
-    x, whole, halves, elsewhere = dropped
-    np.testing.assert_array_equal(whole, halves)
+def test_dropout_draws_a_mask_for_each_example_and_layer():
+    x, keys = normals(0, BATCH, 50, 50, 8) + 9.0, dropout_keys(0)
+    drop = quick.jit(lambda x, keys, layer: layers.dropout(x, 0.3, keys, layer))
+    whole, elsewhere = jax.device_get([drop(x, keys, layer) for layer in (7, 8)])
+    halves = [drop(x[part], keys[part], 7) for part in (slice(0, 2), slice(2, 4))]
+    np.testing.assert_array_equal(whole, np.concatenate(halves))
     kept = whole > 0
     np.testing.assert_allclose(whole, np.where(kept, x / 0.7, 0.0), rtol=1e-5)
-    # No two examples, and no two layers, share a mask.
+    # No two examples or layers share a mask.
     for first, second in itertools.combinations([*kept, *(elsewhere > 0)], 2):
-        assert differs(first, second)
+        assert differ(first, second)
     # 80,000 units: these means have standard deviations of 0.02 and 0.0016.
     np.testing.assert_allclose(whole.mean(), x.mean(), atol=0.1)
     np.testing.assert_allclose((whole == 0.0).mean(), 0.3, atol=0.01)
@@ -525,7 +432,7 @@ def test_dropout_is_off_without_keys_or_rate():
     assert layers.dropout(x, 0.0, dropout_keys(0), 0) is x
 
 
-def test_every_block_has_a_dropout_of_its_own(monkeypatch):
+def test_every_block_has_its_own_dropout(monkeypatch):
     indices = []
 
     def spy(x, rate, keys, index):
@@ -538,15 +445,12 @@ def test_every_block_has_a_dropout_of_its_own(monkeypatch):
     (x, _, t), _ = inputs()
     shapes = shapes_of(networks_of()).energy
     jax.eval_shape(networks.energy, shapes, x, t, dropout_keys(0))
-    blocks = [
-        name
-        for name in shapes["params"]["trunk"]
-        if "block" in name or "resample" in name
-    ]
-    assert len(indices) == len(set(indices)) == len(blocks) == 10
+    names = " ".join(shapes["params"]["trunk"])
+    blocks = names.count("block") + names.count("resample")
+    assert len(indices) == len(set(indices)) == blocks == 10
 
 
-def test_dropout_in_the_networks(plain):
+def test_examples_are_independent_of_each_other_also_in_dropout(plain):
     networks = networks_of(dropout=0.5)
     variables, (x, z) = filled(networks), inputs()
     forward = forward_of(networks)
@@ -555,9 +459,9 @@ def test_dropout_in_the_networks(plain):
     other = forward(variables, *x, z, dropout_keys(1))
     for name in ("energy", "generator"):
         for i in range(BATCH):
-            assert differs(first[name][i], other[name][i]), name
-            assert differs(first[name][i], plain[name][i]), name
-    # An example's masks go with its key, wherever it stands and beside whatever.
+            assert differ(first[name][i], other[name][i]), name
+            assert differ(first[name][i], plain[name][i]), name
+    # An example's masks depend on its key alone, not on its place or neighbours.
     order = np.array([2, 0, 0, 3])
     moved = forward(variables, *(part[order] for part in (*x, z, keys)))
     for name, rows in first.items():
@@ -572,11 +476,7 @@ def test_dropout_in_the_networks(plain):
 def test_conv_encoder():
     module = encoder.ConvEncoder(nz=5, ngf=2, t_emb_dim=4, dtype="float32")
     x_t, x_next = normals(0, BATCH, 16, 16, 1), normals(1, BATCH, 16, 16, 1)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x_t, x_next, TIMES)
-    variables = filled_like(shapes)
-    actual = quick.jit(module.apply)(variables, x_t, x_next, TIMES)
-
-    params = variables["params"]
+    actual, params = run(module, x_t, x_next, TIMES)
     time = naive_time(TIMES, 4, params["time"])
     h = np.concatenate([x_t, x_next], axis=3)
     for i, (stride, side) in enumerate([(1, 16), (2, 8), (2, 4)]):
@@ -592,10 +492,7 @@ def test_residual_encoder():
     """At the smallest side at which a sum over space is not a mean."""
     module = encoder.ResidualEncoder(nz=5, ngf=1, t_emb_dim=4, dtype="float32")
     x_t, x_next = normals(0, BATCH, 128, 128, 1), normals(1, BATCH, 128, 128, 1)
-    variables = jax.eval_shape(module.init, jax.random.key(0), x_t, x_next, TIMES)
-    shapes = variables["params"]
-    params = filled_like(shapes)
-    found = quick.jit(module.apply)({"params": params}, x_t, x_next, TIMES)
+    found, params = run(module, x_t, x_next, TIMES)
     time = naive_time(TIMES, 4, params["time"])
     h = naive_conv(np.concatenate([x_t, x_next], axis=3), params["conv_in"], pad=0)
     for i in range(6):
@@ -628,7 +525,7 @@ def test_minibatch_stddev(batch: int, group: int):
 
 @pytest.mark.parametrize("share", [1, 3, 4, 6])
 def test_minibatch_stddev_of_shares_is_that_of_the_whole_batch(share: int):
-    """Its gradient too, where groups of 4 lie across two devices."""
+    """Its gradient too, where groups of 4 cross devices."""
     h = normals(share, 4 * share, 2, 3, 4)
     weights = normals(share + 1, 4 * share, 2, 3, 5)
     mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))

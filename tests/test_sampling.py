@@ -1,4 +1,4 @@
-"""The sampler with generators that know the truth, whose samples are known too."""
+"""The sampler with exact generators, whose samples have a known law."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import NZ, SCHEDULE, STEPS, smooth_networks
+import pytest
+from helpers import NZ, SCHEDULE, STEPS, normals, smooth_networks
 
 from ddaebm_jax import sampling
 from ddaebm_jax.models import Networks
@@ -15,20 +16,10 @@ MANY = 10_000
 
 
 def with_generator(generator: Callable, dim: int, nz: int) -> Networks:
-    """Returns networks of which only the generator is ever called."""
-
-    def nothing(*_, **__):
-        raise AssertionError("sampling needs the generator alone")
-
+    """Return networks without anything but a generator."""
+    others = ("init", "energy", "posterior", "train_generator", "train_posterior")
     return Networks(
-        init=nothing,
-        energy=nothing,
-        generator=generator,
-        posterior=nothing,
-        train_generator=nothing,
-        train_posterior=nothing,
-        event_shape=(dim,),
-        nz=nz,
+        generator=generator, event_shape=(dim,), nz=nz, **dict.fromkeys(others)
     )
 
 
@@ -44,7 +35,7 @@ def float64(x: jax.Array) -> np.ndarray:
 
 
 def test_point_mass_follows_the_posterior_s_recursion():
-    """x̂_0 = c: every level's mean and variance are known exactly."""
+    """For x̂_0 = c every level's mean and variance are known exactly."""
     point = jnp.array([2.0, -1.0])
     networks = with_generator(
         lambda variables, x, t, z, rngs=None: jnp.broadcast_to(point, x.shape), 2, 1
@@ -62,12 +53,12 @@ def test_point_mass_follows_the_posterior_s_recursion():
         if t:
             mean = c1[t - 1] * float64(point) + c2[t - 1] * mean
             var = c2[t - 1] ** 2 * var + (s2[t - 1] if t > 1 else 0.0)
-    # Without noise at the last step nearly nothing is left of x_T.
+    # The last step adds no noise, so nearly nothing is left of x_T.
     assert np.abs(levels[-1] - np.asarray(point)).max() < 1e-2
 
 
-def test_gaussian_data_comes_back():
-    """With G drawing from the true q(x_0 | x_{t+1}), samples have the data's law."""
+def test_samples_of_the_true_posterior_have_the_data_s_law():
+    """For Gaussian data, with G drawing from the true q(x_0 | x_{t+1})."""
     centre, spread = 1.5, 0.4
     a, noise = SCHEDULE.a_cum, SCHEDULE.sigma_cum
 
@@ -79,19 +70,15 @@ def test_gaussian_data_comes_back():
 
     networks = with_generator(generator, 1, 1)
     levels = trajectory(networks, MANY)
-    # Level 0's trace of noise is left out of x_0, as the last step adds none.
-    for k in range(1, STEPS + 1):
-        x = levels[STEPS - k]
-        mean = float(a[k]) * centre
-        std = np.sqrt((float(a[k]) * spread) ** 2 + float(noise[k]) ** 2)
-        np.testing.assert_allclose(x.mean(), mean, atol=0.05 * std)
+    laws = [(1.0, 0.0)]  # The last step adds no noise.
+    laws += [(float(a[k]), float(noise[k])) for k in range(1, STEPS + 1)]
+    for x, (scale, level) in zip(levels, laws[::-1], strict=True):
+        std = np.hypot(scale * spread, level)
+        np.testing.assert_allclose(x.mean(), scale * centre, atol=0.05 * std)
         np.testing.assert_allclose(x.std(), std, rtol=0.04)
-    x = levels[-1]
-    np.testing.assert_allclose(x.mean(), centre, atol=0.05 * spread)
-    np.testing.assert_allclose(x.std(), spread, rtol=0.04)
 
 
-def test_times_run_down_and_each_call_has_its_own_latent():
+def test_times_descend_and_each_call_has_its_own_latent():
     calls = []
 
     def generator(variables, x, t, z, rngs=None):
@@ -111,16 +98,18 @@ def test_times_run_down_and_each_call_has_its_own_latent():
     assert abs(latents.mean()) < 0.5 and 0.6 < latents.std() < 1.4
 
 
-def test_rows_do_not_know_of_one_another():
+@pytest.fixture(scope="module")
+def smooth() -> tuple[Networks, dict]:
     networks = smooth_networks()
-    variables = networks.init(jax.random.key(0)).generator
-    key = jax.random.key(3)
+    return networks, networks.init(jax.random.key(0)).generator
 
+
+def test_rows_are_independent(smooth):
     @jax.jit
     def denoise(x):
-        return sampling.denoise(SCHEDULE, networks, variables, key, x)
+        return sampling.denoise(SCHEDULE, *smooth, jax.random.key(3), x)
 
-    x_last = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), "f")
+    x_last = normals(0, 4, 2)
     levels = denoise(x_last)
     np.testing.assert_array_equal(levels[0], x_last)
     moved = denoise(x_last.at[2].add(1.0))
@@ -129,15 +118,10 @@ def test_rows_do_not_know_of_one_another():
     assert (np.asarray(moved)[:, 2] != np.asarray(levels)[:, 2]).any()
 
 
-def test_more_samples_continue_the_same_ones():
-    networks = smooth_networks()
-    variables = networks.init(jax.random.key(0)).generator
-
+def test_more_samples_begin_with_the_fewer_ones(smooth):
     @functools.partial(jax.jit, static_argnums=1)
     def sample(seed: jax.Array, number: int):
-        return sampling.sample(
-            SCHEDULE, networks, variables, jax.random.key(seed), number
-        )
+        return sampling.sample(SCHEDULE, *smooth, jax.random.key(seed), number)
 
     few, more = sample(5, 2), sample(5, 4)
     np.testing.assert_allclose(more[:2], few, rtol=1e-5, atol=1e-6)
@@ -148,23 +132,13 @@ def test_more_samples_continue_the_same_ones():
 def test_without_latent_z_is_zero():
     def generator(variables, x, t, z, rngs=None):
         assert z.shape == (3, NZ)
-        return x + z.sum(axis=1, keepdims=True)
+        return x + variables["weight"] * z.sum(axis=1, keepdims=True)
 
-    def ignoring(variables, x, t, z, rngs=None):
-        return x
+    @functools.partial(jax.jit, static_argnums=1)
+    def sample(weight, latent):
+        networks, variables = with_generator(generator, 2, NZ), {"weight": weight}
+        key = jax.random.key(0)
+        return sampling.sample(SCHEDULE, networks, variables, key, 3, latent=latent)
 
-    key = jax.random.key(0)
-
-    def sample(generator, latent):
-        networks = with_generator(generator, 2, NZ)
-        return sampling.sample(SCHEDULE, networks, {}, key, 3, latent=latent)
-
-    runs = jax.jit(
-        lambda: (
-            sample(generator, False),
-            sample(ignoring, True),
-            sample(generator, True),
-        )
-    )()
-    np.testing.assert_allclose(runs[0], runs[1], rtol=1e-6)
-    assert (np.asarray(runs[2]) != np.asarray(runs[1])).any()
+    np.testing.assert_allclose(sample(1.0, False), sample(0.0, True), rtol=1e-6)
+    assert (np.asarray(sample(1.0, True)) != np.asarray(sample(0.0, True))).any()

@@ -1,4 +1,4 @@
-"""One step of the game against a naive one, and what must not change it."""
+"""One step of the game against a naive one, its invariances and its ablations."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from helpers import (
     DIM,
     GAME,
@@ -18,26 +19,32 @@ from helpers import (
     differ,
     filled_variables,
     mlp_config,
+    normals,
     smooth_networks,
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddaebm_jax import diagnostics, models
-from ddaebm_jax import game as game_lib
-from ddaebm_jax import step as step_lib
-from ddaebm_jax.game import Game, Noise, Optimizers, TrainState
+from ddaebm_jax.game import (
+    Game,
+    Noise,
+    Optimizers,
+    TrainState,
+    draw_noise,
+    init_state,
+    make_optimizers,
+)
 from ddaebm_jax.models import Networks, Players
+from ddaebm_jax.step import Step, make_step, mean_over_parts, scan_steps
 
 BATCH = 8
 RATE, ENERGY_RATE = 0.05, 0.2
 
-# Plain descent: a parameter's change is its gradient, so comparing states compares
-# gradients, without Adam's division by small ones.
+# Plain descent: comparing states compares gradients, without Adam's division.
 SGD = Optimizers(energy=optax.sgd(ENERGY_RATE), generator=optax.sgd(RATE))
 
 
 def rising_gamma(step: jax.Array) -> jax.Array:
-    """A schedule of the penalty's weight."""
     return 0.1 + 0.2 * step
 
 
@@ -53,13 +60,12 @@ VARIANTS = {
 
 
 def start(game: Game = GAME, networks: Networks | None = None, seed: int = 0):
-    networks = networks or smooth_networks()
-    return game_lib.init_state(jax.random.key(seed), networks, SGD, game)
+    return init_state(jax.random.key(seed), networks or smooth_networks(), SGD, game)
 
 
 @jax.jit
 def draw_at(seed: jax.Array, step: jax.Array, index: jax.Array) -> Noise:
-    return game_lib.draw_noise(jax.random.key(seed), step, index, STEPS, (DIM,), NZ)
+    return draw_noise(jax.random.key(seed), step, index, STEPS, (DIM,), NZ)
 
 
 def draw(step: int = 0, first: int = 0, size: int = BATCH, seed: int = 1) -> Noise:
@@ -67,18 +73,24 @@ def draw(step: int = 0, first: int = 0, size: int = BATCH, seed: int = 1) -> Noi
 
 
 def batch(seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(BATCH, DIM)), "f")
+    return normals(seed, BATCH, DIM)
 
 
 @functools.cache
-def compiled(game: Game = GAME, ema_decay: float = 0.9) -> step_lib.Step:
-    """A jitted step with the smooth networks, compiled once for all the tests."""
-    return jax.jit(
-        step_lib.make_step(game, SCHEDULE, smooth_networks(), SGD, ema_decay)
+def compiled(game: Game = GAME, ema_decay: float = 0.9) -> Step:
+    """Return a jitted step of the smooth networks, compiled once for all tests."""
+    return quick.jit(make_step(game, SCHEDULE, smooth_networks(), SGD, ema_decay))
+
+
+def scan(pairs: list, state: TrainState | None = None):
+    """Return state, mean metrics and fault of one scan over (batch, noise) pairs."""
+    inputs = jax.tree.map(lambda *x: jnp.stack(x), *pairs)
+    return scan_steps(
+        lambda state, pair: compiled()(state, *pair),
+        len(pairs),
+        state or start(),
+        inputs,
     )
-
-
-# A step of section 2 of the paper, as one would first write it down.
 
 
 def naive_step(
@@ -89,7 +101,7 @@ def naive_step(
     x0: jax.Array,
     noise: Noise,
 ) -> TrainState:
-    """Two generator passes where two players need one, and plain `jax.grad`."""
+    """Section 2 of the paper with plain `jax.grad` and a generator pass a player."""
     s, t = SCHEDULE, noise.t
     z = noise.z if game.latent else 0.0 * noise.z
     encoder = game.latent and game.posterior
@@ -198,33 +210,36 @@ def naive_step(
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_step_is_the_naive_step(variant: str):
+@pytest.mark.parametrize(
+    ("variant", "running_averages"),
+    [*((name, False) for name in VARIANTS), ("nll of posterior z", True)],
+)
+def test_step_is_the_naive_step(variant: str, running_averages: bool):
+    """So it reads only the noise that its variant needs, and the updated energy.
+
+    The generator's running averages are from its first pass, the posterior's from x̃_t,
+    then x_t.
+    """
     game = VARIANTS[variant]
-    state, networks = start(game).replace(step=jnp.int32(2)), smooth_networks()
-    naive = jax.jit(functools.partial(naive_step, game, networks, 0.9))
+    networks = smooth_networks(running_averages=running_averages)
+    state = start(game, networks).replace(step=jnp.int32(2))
+    naive = quick.jit(functools.partial(naive_step, game, networks, 0.9))
     expected = naive(state, batch(), draw())
-    actual, metrics = compiled(game)(state, batch(), draw())
+    if running_averages:
+        step = quick.jit(make_step(game, SCHEDULE, networks, SGD, 0.9))
+    else:
+        step = compiled(game)
+    actual, metrics = step(state, batch(), draw())
     assert_trees_close(actual, expected, rtol=1e-4, atol=2e-6)
     # Every network that takes part has moved, so the comparison is of something.
     assert differ(actual.variables.energy, state.variables.energy)
     assert differ(actual.variables.generator, state.variables.generator)
     if game.has_encoder:
         assert differ(actual.variables.posterior, state.variables.posterior)
+    if running_averages:
+        for player in actual.variables[1:]:
+            assert differ(player["batch_stats"], {"seen": jnp.zeros(DIM)})
     assert all(np.isfinite(x).all() for x in metrics.values())
-
-
-def test_step_threads_running_averages():
-    """The generator's from its first pass, the posterior's from x̃_t, then x_t."""
-    networks = smooth_networks(running_averages=True)
-    state = start(networks=networks)
-    step = jax.jit(step_lib.make_step(GAME, SCHEDULE, networks, SGD, 0.9))
-    naive = jax.jit(functools.partial(naive_step, GAME, networks, 0.9))
-    actual, _ = step(state, batch(), draw())
-    expected = naive(state, batch(), draw())
-    assert_trees_close(actual, expected, rtol=1e-4, atol=2e-6)
-    for player in actual.variables[1:]:
-        assert differ(player["batch_stats"], {"seen": jnp.zeros(DIM)})
 
 
 def test_metrics_are_the_losses():
@@ -254,13 +269,13 @@ def test_gaps_are_the_means_by_t():
     metrics = [compiled()(start(), batch(k), draw(k))[1] for k in range(3)]
     mean = jax.tree.map(lambda *m: np.mean(m, axis=0), *metrics)
     values = diagnostics.energy_gaps_by_t(mean)
-    # Weighted by their shares, they are the whole gap.
+    # Weighted by their shares they sum to the whole gap.
     gaps = np.array([values.get(f"energy/gap_t{t}", 0.0) for t in range(4)])
     whole = values["energy/real"] - values["energy/fake"]
     np.testing.assert_allclose(gaps @ mean["energy/share_by_t"], whole, rtol=1e-5)
     np.testing.assert_allclose(mean["energy/share_by_t"].sum(), 1.0, rtol=1e-6)
 
-    # A t that no example has had is left out, not divided by nothing.
+    # A t without examples is left out.
     only_1 = draw().replace(t=jnp.ones_like(draw().t))
     values = diagnostics.energy_gaps_by_t(
         jax.device_get(compiled()(start(), batch(), only_1)[1])
@@ -273,126 +288,58 @@ def test_gaps_are_the_means_by_t():
     )
 
 
-def test_generator_meets_the_updated_energy():
-    """A step = the energy's update, then a step in which the energy stands still."""
-    state = start()
-    whole, _ = compiled()(state, batch(), draw())
-    frozen = Optimizers(energy=optax.sgd(0.0), generator=SGD.generator)
-    step = jax.jit(step_lib.make_step(GAME, SCHEDULE, smooth_networks(), frozen))
-    updated = state.replace(
-        variables=state.variables._replace(energy=whole.variables.energy)
-    )
-    second, _ = step(updated, batch(), draw())
-    assert_trees_close(second.variables, whole.variables, rtol=1e-5, atol=1e-7)
-    stale, _ = step(state, batch(), draw())
-    assert differ(stale.variables.generator, whole.variables.generator)
+# Ablations.
 
 
-# Ablations switch off what they name.
-
-
-def changed(noise: Noise, field: str) -> Noise:
-    return noise.replace(**{field: getattr(noise, field) + 1.0})
-
-
-READS = {
-    "nll of posterior z": {"z", "eps_z"},
-    "mse of prior z": {"z"},
-    "no latent": set(),
-    "no posterior": {"z"},
-    "reverse KL": {"z"},
-}
-
-
-@pytest.mark.parametrize("variant", READS)
-def test_which_latent_noise_is_read(variant: str):
-    game = VARIANTS[variant]
-    state = start(game)
-    usual, _ = compiled(game)(state, batch(), draw())
-    for field in ("z", "eps_z"):
-        other, _ = compiled(game)(state, batch(), changed(draw(), field))
-        assert differ(other, usual) == (field in READS[variant]), field
-    for field in ("eps_t", "eps_next", "eps_post"):
-        other, _ = compiled(game)(state, batch(), changed(draw(), field))
-        assert differ(other, usual), field
-
-
-FORWARD = {"generator/latent_kl", "generator/reconstruction"}
-LATENT = {"generator/latent_kl", "generator/latent_log_prob"}
+KL, LOG_PROB, RECONSTRUCTION = (
+    f"generator/{term}" for term in ("latent_kl", "latent_log_prob", "reconstruction")
+)
 
 
 @pytest.mark.parametrize(
-    ("changes", "absent"),
+    ("changes", "absent", "generator", "posterior"),
     [
-        ({}, set()),
-        ({"latent": False}, LATENT),
-        ({"posterior": False}, LATENT),
-        ({"divergence": "reverse_kl"}, FORWARD),
-        ({"lambda_f": 0.0}, FORWARD),
-        ({"lambda_z": 0.0}, {"generator/latent_log_prob"}),
+        ({}, set(), 2, 2),
+        ({"recon_latent": "prior"}, set(), 1, 2),
+        ({"lambda_z": 0.0}, {LOG_PROB}, 2, 1),
+        ({"latent": False}, {KL, LOG_PROB}, 1, 0),
+        ({"posterior": False}, {KL, LOG_PROB}, 1, 0),
+        ({"divergence": "reverse_kl"}, {KL, RECONSTRUCTION}, 1, 1),
+        ({"lambda_f": 0.0}, {KL, RECONSTRUCTION}, 1, 1),
     ],
 )
-def test_terms_that_are_left_out(changes: dict, absent: set[str]):
+def test_ablations_leave_out_terms_and_passes(
+    changes: dict, absent: set[str], generator: int, posterior: int
+):
+    """The generator's first pass serves both players."""
     game = GAME._replace(**changes)
-    step = step_lib.make_step(game, SCHEDULE, smooth_networks(), SGD)
-    _, metrics = jax.eval_shape(step, start(game), batch(), draw())
-    assert {k for k in FORWARD | LATENT if k not in metrics} == absent
-
-
-@pytest.mark.parametrize("switch", ["latent", "posterior"])
-def test_no_encoder_has_no_encoder_variables(switch: str):
-    game = GAME._replace(**{switch: False})
-    state = start(game)
-    assert state.variables.posterior == {"params": {}}
-    networks = smooth_networks()._replace(train_posterior=None, posterior=None)
-    step = step_lib.make_step(game, SCHEDULE, networks, SGD)
-    after, metrics = jax.eval_shape(step, state, batch(), draw())
-    assert after.variables.posterior == {"params": {}}
-    assert not any(name.startswith("posterior/") for name in metrics)
-
-
-def counted(networks: Networks) -> tuple[Networks, dict[str, int]]:
-    """Counts the calls of the networks, each of which is traced once a step."""
+    networks = smooth_networks()
     calls = dict.fromkeys(("energy", "train_generator", "train_posterior"), 0)
 
-    def count(name):
-        function = getattr(networks, name)
-
+    def counted(name):
         def call(*args, **kwargs):
-            calls[name] += 1
-            return function(*args, **kwargs)
+            calls[name] += 1  # Each call is traced once a step.
+            return getattr(networks, name)(*args, **kwargs)
 
         return call
 
-    return networks._replace(**{name: count(name) for name in calls}), calls
-
-
-@pytest.mark.parametrize(
-    ("changes", "generator", "posterior"),
-    [
-        ({}, 2, 2),
-        ({"recon_latent": "prior"}, 1, 2),
-        ({"lambda_z": 0.0}, 2, 1),
-        ({"latent": False}, 1, 0),
-        ({"posterior": False}, 1, 0),
-        ({"divergence": "reverse_kl"}, 1, 1),
-        ({"lambda_f": 0.0}, 1, 1),
-    ],
-)
-def test_no_pass_is_paid_for_twice(changes: dict, generator: int, posterior: int):
-    """The first pass of the generator serves both players."""
-    game = GAME._replace(**changes)
-    networks, calls = counted(smooth_networks())
-    step = step_lib.make_step(game, SCHEDULE, networks, SGD)
-    jax.eval_shape(step, start(game), batch(), draw())
+    spied = networks._replace(**{name: counted(name) for name in calls})
+    if not game.has_encoder:
+        spied = spied._replace(train_posterior=None, posterior=None)
+    step = make_step(game, SCHEDULE, spied, SGD)
+    after, metrics = jax.eval_shape(step, start(game), batch(), draw())
+    assert {KL, LOG_PROB, RECONSTRUCTION} - set(metrics) == absent
     assert calls == {
         "energy": 3,
         "train_generator": generator,
         "train_posterior": posterior,
     }
+    if not game.has_encoder:
+        assert after.variables.posterior == {"params": {}}
+        assert not any(name.startswith("posterior/") for name in metrics)
 
 
-def test_lazy_penalty_is_every_nth_and_not_multiplied():
+def test_lazy_penalty_is_applied_every_nth_step_unscaled():
     lazy = GAME._replace(lazy_reg=3)
     for number in range(5):
         state = start().replace(step=jnp.int32(number))
@@ -404,29 +351,27 @@ def test_lazy_penalty_is_every_nth_and_not_multiplied():
         assert (float(metrics["energy/gradient_penalty"]) > 0) == applied
 
 
-# Randomness is data.
+# Noise.
 
 
-def test_noise_of_an_example_depends_on_key_step_and_place_only():
-    whole = draw(size=BATCH)
-    for places in ([0, 1, 2], [5, 6, 7], [6, 0, 3]):
-        index = jnp.array(places)
-        part = draw_at(1, jnp.int32(0), index)
-        expected = jax.tree.map(lambda x, index=index: x[index], whole)
-        assert_trees_equal(
-            jax.tree.map(_readable, part), jax.tree.map(_readable, expected)
-        )
-    for other in (draw(step=1), draw(seed=2), draw(first=BATCH)):
-        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
-            assert differ(_readable(a), _readable(b))
-
-
-def _readable(x: jax.Array) -> jax.Array:
+def readable(x: jax.Array) -> jax.Array:
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(x) if is_key else x
 
 
-def test_noise_has_the_laws_it_should():
+def test_noise_of_an_example_depends_on_key_step_and_place_only():
+    whole = jax.tree.map(readable, draw())
+    for places in ([0, 1, 2], [5, 6, 7], [6, 0, 3]):
+        index = jnp.array(places)
+        part = draw_at(1, jnp.int32(0), index)
+        expected = jax.tree.map(lambda x, index=index: x[index], whole)
+        assert_trees_equal(jax.tree.map(readable, part), expected)
+    for other in (draw(step=1), draw(seed=2), draw(first=BATCH)):
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
+            assert differ(readable(a), b)
+
+
+def test_noise_is_uniform_in_t_and_standard_normal():
     noise = draw(size=4000)
     share = np.bincount(noise.t, minlength=STEPS) / 4000
     assert len(share) == STEPS and np.abs(share - 1 / STEPS).max() < 0.03
@@ -436,18 +381,6 @@ def test_noise_has_the_laws_it_should():
     covariance = np.cov(columns.T)
     assert np.abs(columns.mean(axis=0)).max() < 0.07
     assert np.abs(covariance - np.eye(len(covariance))).max() < 0.12
-
-
-def test_noise_takes_any_event_shape():
-    noise = jax.eval_shape(
-        lambda index: game_lib.draw_noise(
-            jax.random.key(0), jnp.int32(3), index, STEPS, (4, 4, 3), 5
-        ),
-        jnp.arange(2),
-    )
-    assert noise.eps_t.shape == noise.eps_next.shape == (2, 4, 4, 3)
-    assert noise.eps_post.shape == (2, 4, 4, 3)
-    assert noise.z.shape == noise.eps_z.shape == (2, 5)
 
 
 def test_each_call_has_its_own_dropout():
@@ -466,133 +399,77 @@ def test_each_call_has_its_own_dropout():
     spied = networks._replace(
         energy=recorded("energy"), train_generator=recorded("train_generator")
     )
-    step_lib.make_step(GAME, SCHEDULE, spied, SGD)(start(), batch(), draw())
-    rows = np.concatenate([_readable(keys) for keys in given])
+    step = make_step(GAME, SCHEDULE, spied, SGD)
+
+    @jax.jit
+    def keys_of_calls(*inputs):
+        step(*inputs)
+        return jnp.concatenate([readable(keys) for keys in given])
+
+    rows = keys_of_calls(start(), batch(), draw())
     assert len(np.unique(rows, axis=0)) == len(rows) == 5 * BATCH
-
-
-def test_same_seed_same_result():
-    runs = []
-    for seed in (0, 0, 1):
-        state = start(seed=seed)
-        for number in range(2):
-            state, _ = compiled()(state, batch(number), draw(number))
-        runs.append(state)
-    assert_trees_equal(runs[0], runs[1])
-    assert differ(runs[0].variables, runs[2].variables)
 
 
 # Several steps, several devices.
 
 
 def test_steps_in_one_scan_are_single_steps():
-    step, number = compiled(), 3
+    pairs = [(batch(k), draw(k)) for k in range(3)]
     state, singles = start(), []
-    for k in range(number):
-        state, metrics = step(state, batch(k), draw(k))
+    for pair in pairs:
+        state, metrics = compiled()(state, *pair)
         singles.append(metrics)
-    inputs = jax.tree.map(
-        lambda *x: jnp.stack(x), *[(batch(k), draw(k)) for k in range(number)]
-    )
-
-    def one(state, pair):
-        return step(state, *pair)
-
-    scanned, mean, _ = step_lib.scan_steps(one, number, start(), inputs)
+    scanned, mean, _ = scan(pairs)
     assert_trees_close(scanned, state, rtol=1e-5, atol=1e-6)
     expected = {k: np.mean([m[k] for m in singles], axis=0) for k in singles[0]}
     assert_trees_close(mean, expected, rtol=1e-4, atol=1e-6)
-    first, *_ = step_lib.scan_steps(one, 1, start(), inputs)
-    again, _ = step(start(), batch(0), draw(0))
-    assert_trees_equal(first, again)
+    assert_trees_equal(scan(pairs[:1])[0], compiled()(start(), *pairs[0])[0])
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("lazy_reg", [1, 2])
 def test_a_batch_in_parts_is_the_whole_batch(parts: int, lazy_reg: int):
-    """Gradient accumulation, over two steps, so that both sides of lazy_reg run."""
+    """Two steps, so that both sides of `lazy_reg` run."""
     game = GAME._replace(lazy_reg=lazy_reg, energy_l2=0.1)
-    whole, in_parts = (
-        jax.jit(
-            step_lib.make_step(
-                game, SCHEDULE, smooth_networks(), SGD, 0.9, accumulate=accumulate
-            )
-        )
-        for accumulate in (1, parts)
+    in_parts = quick.jit(
+        make_step(game, SCHEDULE, smooth_networks(), SGD, 0.9, accumulate=parts)
     )
     expected, state = start(), start()
     for k in range(2):
-        expected, told = whole(expected, batch(k), draw(k))
+        expected, expected_metrics = compiled(game)(expected, batch(k), draw(k))
         state, metrics = in_parts(state, batch(k), draw(k))
-        assert_trees_close(metrics, told, rtol=2e-5, atol=1e-6)
+        assert_trees_close(metrics, expected_metrics, rtol=2e-5, atol=1e-6)
     assert_trees_close(state, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_parts_keep_groups_together():
-    x = jnp.arange(24.0)
-
-    def seen(part: jax.Array) -> jax.Array:
-        return jnp.stack([part[0], part[1], part[2], part[3], part[4]])
-
-    mean = step_lib.mean_over_parts(seen, x, 3, group=4)
+    mean = mean_over_parts(lambda part: part[:5], jnp.arange(24.0), 3, group=4)
     # Parts start at 0, 4, 8 and go on, after four, 12 further.
     np.testing.assert_allclose(mean, [4.0, 5.0, 6.0, 7.0, 16.0])
 
 
-def poisoned(noise: Noise, t: int) -> Noise:
-    """Noise with one example, of step t, whose ε is not a number."""
-    bad = noise.t.at[0].set(t)
-    return noise.replace(t=bad, eps_t=noise.eps_t.at[0, 0].set(jnp.nan))
-
-
 @pytest.mark.parametrize("number", [1, 4])
-def test_a_fault_is_told_by_step_and_t(number: int):
-    step = compiled()
+def test_faults_name_step_term_and_t(number: int):
+    pairs = [(batch(k), draw(k)) for k in range(number)]
+    assert int(scan(pairs)[2].step) == 0
 
-    def one(state, pair):
-        return step(state, *pair)
-
-    draws = [draw(k) for k in range(number)]
-    draws[-1] = poisoned(draws[-1], 2)
-    inputs = jax.tree.map(
-        lambda *x: jnp.stack(x), *[(batch(k), d) for k, d in enumerate(draws)]
-    )
-    _, _, fault = step_lib.scan_steps(one, number, start(), inputs)
-    fault = jax.device_get(fault)
+    x0, noise = pairs[-1]
+    bad = noise.replace(t=noise.t.at[0].set(2), eps_t=noise.eps_t.at[0, 0].set(jnp.nan))
+    fault = jax.device_get(scan([*pairs[:-1], (x0, bad)])[2])
     assert int(fault.step) == number
-    said = fault.describe()
-    assert f"not finite at step {number}, t = 2" in said
-    assert "energy/loss" in said and "by_t" not in said and "generator" not in said
-
-    inputs = jax.tree.map(lambda x: jnp.stack([x] * number), (batch(0), draw(0)))
-    _, _, fault = step_lib.scan_steps(one, number, start(), inputs)
-    assert int(fault.step) == 0
+    message = fault.describe()
+    assert f"not finite at step {number}, t = 2" in message
+    assert "energy/loss" in message
+    assert "by_t" not in message and "generator" not in message
 
 
-def test_a_fault_of_the_posterior_is_told_by_t():
+def test_faults_of_the_posterior_name_its_t():
     state = start()
     params = state.variables.posterior["params"]
-    params = {**params, "c": params["c"].at[2, NZ:].set(200.0)}
-    posterior = {**state.variables.posterior, "params": params}
+    posterior = {"params": {**params, "c": params["c"].at[2, NZ:].set(200.0)}}
     state = state.replace(variables=state.variables._replace(posterior=posterior))
-
-    def one(state, pair):
-        return compiled()(state, *pair)
-
-    inputs = jax.tree.map(lambda x: x[None], (batch(0), draw(0)))
-    _, _, fault = step_lib.scan_steps(one, 1, state, inputs)
-    said = jax.device_get(fault).describe()
-    assert said.startswith("generator/") and said.endswith("step 1, t = 2")
-
-
-def test_scan_without_inputs_counts_steps():
-    def one(state: TrainState, _: None):
-        return state.replace(step=state.step + 1), {"step": state.step * 1.0}
-
-    for length in (1, 4):
-        state, metrics, _ = step_lib.scan_steps(one, length, start(), None)
-        assert int(state.step) == length
-        assert float(metrics["step"]) == (length - 1) / 2
+    message = jax.device_get(scan([(batch(0), draw(0))], state)[2]).describe()
+    assert message.startswith("generator/") and message.endswith("step 1, t = 2")
 
 
 @pytest.fixture(scope="module")
@@ -601,11 +478,9 @@ def one_device() -> tuple[TrainState, diagnostics.Metrics]:
 
 
 def test_split_by_pmap(one_device):
-    """Each device has its own examples and their noise; gradients meet by mean."""
+    """Each device has its own examples and their noise; gradients are averaged."""
     devices, axis = 4, "batch"
-    step = step_lib.make_step(
-        GAME, SCHEDULE, smooth_networks(), SGD, 0.9, axis_name=axis
-    )
+    step = make_step(GAME, SCHEDULE, smooth_networks(), SGD, 0.9, axis_name=axis)
     x0, noise = jax.tree.map(
         lambda x: x.reshape(devices, -1, *x.shape[1:]), (batch(), draw())
     )
@@ -618,7 +493,7 @@ def test_split_by_pmap(one_device):
 
 
 def test_split_by_sharding(one_device):
-    """One program, the batch laid over eight devices."""
+    """One program, its batch split over eight devices."""
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     split = NamedSharding(mesh, PartitionSpec("batch"))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -630,32 +505,27 @@ def test_split_by_sharding(one_device):
 # State, averages and optimisers.
 
 
-def test_average_starts_at_the_weights_and_follows_them():
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_average_starts_at_the_weights_and_follows_them(decay: float):
     state = start()
     assert_trees_equal(state.ema, state.variables)
     average = state.ema
-    for number in range(3):
-        state, _ = compiled()(state, batch(number), draw(number))
-        average = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, average, state.variables)
+    for k in range(3):
+        state, _ = compiled(GAME, decay)(state, batch(k), draw(k))
+        average = jax.tree.map(
+            lambda a, b: decay * a + (1 - decay) * b, average, state.variables
+        )
     assert_trees_close(state.ema, average, rtol=1e-5, atol=1e-6)
-    assert differ(state.ema, state.variables)
+    assert differ(state.ema, state.variables) == (decay > 0)
     assert int(state.step) == 3
-
-
-def test_no_decay_keeps_the_weights():
-    state = start()
-    step = compiled(GAME, ema_decay=0.0)
-    for number in range(2):
-        state, _ = step(state, batch(number), draw(number))
-        assert_trees_close(state.ema, state.variables, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_optimizers_are_adam_by_player(limit: float | None):
-    """Against Adam written out, in which the gradient is clipped first."""
+    """Against Adam written out, with the gradient clipped first."""
     beta1, beta2, steps = 0.5, 0.9, 4
     gradients = np.random.default_rng(0).normal(size=(steps, 3))
-    optimizers = game_lib.make_optimizers(
+    optimizers = make_optimizers(
         lambda count: 0.1 / (1.0 + count), 0.02, beta1, beta2, limit
     )
     rates = {
@@ -681,22 +551,20 @@ def test_optimizers_are_adam_by_player(limit: float | None):
         np.testing.assert_allclose(params["w"], expected, rtol=1e-4)
 
 
-def test_perceptrons_with_batch_norm_play():
-    """They all move; the state keeps its structure and types."""
+def test_step_moves_every_part_of_perceptrons_with_batch_norm():
     networks = models.build(mlp_config(norm="batch", hidden=(8,)), (DIM,))
     variables = filled_variables(networks)
     networks = networks._replace(init=lambda _: variables)
-    adam = game_lib.make_optimizers(1e-3, 1e-3, 0.5, 0.9)
-    before = game_lib.init_state(jax.random.key(0), networks, adam, GAME)
-    step = jax.jit(step_lib.make_step(GAME, SCHEDULE, networks, adam, 0.9))
+    adam = make_optimizers(1e-3, 1e-3, 0.5, 0.9)
+    before = init_state(jax.random.key(0), networks, adam, GAME)
+    step = quick.jit(make_step(GAME, SCHEDULE, networks, adam, 0.9))
     after, metrics = step(before, batch(), draw())
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (before, after)]
     assert shapes[0] == shapes[1]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((after, metrics)))
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
-    leaves = [
-        (jax.tree_util.keystr(path), leaf)
-        for path, leaf in jax.tree.leaves_with_path(moved.variables)
-    ]
-    for part in ("kernel", "slope", "mean", "var"):
-        assert all(leaf for name, leaf in leaves if f"'{part}'" in name), part
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), before.variables, after.variables
+    )
+    for path, leaf in jax.tree.leaves_with_path(moved):
+        if path[-1].key in ("kernel", "slope", "mean", "var"):
+            assert leaf, jax.tree_util.keystr(path)

@@ -1,7 +1,6 @@
-"""A small Inception-v3 of the FID: its layers as a table, and random weights for them.
+"""A small Inception-v3 of the FID in NumPy, with random weights.
 
-The table is written from the published network's description and not from ours, so
-that the two check each other; `evaluate` runs it in NumPy.
+Its layers are a table, written from the published network's description.
 """
 
 from pathlib import Path
@@ -17,12 +16,11 @@ class Conv(NamedTuple):
 
     Attributes:
       name: within its block.
-      width: channels of the output in the published network.
+      width: output channels in the published network.
       kernel: height and width.
-      source: the name of the layer that it reads; "in": what comes into the block;
-        "avg" or "max": that, pooled.
+      source: layer that it reads; "in": the block's input; "avg", "max": that pooled.
       stride: in both directions.
-      pad: zeros around, above and left.
+      pad: zeros on each side, vertically and horizontally.
     """
 
     name: str
@@ -34,7 +32,7 @@ class Conv(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Layers, and which of them come out, side by side; "pool": the halved input."""
+    """Layers, and those that are concatenated; "pool": the halved input."""
 
     layers: tuple[Conv, ...]
     out: tuple[str, ...]
@@ -136,7 +134,7 @@ CLASSES = 1008
 
 
 def shapes(divisor: int = 1) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every weight, widths divided by `divisor`."""
+    """Return the shape of every weight, widths divided by `divisor`."""
     found: dict[str, tuple[int, ...]] = {}
 
     def add(prefix: str, layer: Conv, channels: int) -> int:
@@ -161,7 +159,7 @@ def shapes(divisor: int = 1) -> dict[str, tuple[int, ...]]:
 
 
 def weights(seed: int = 0, divisor: int = 16) -> Weights:
-    """Returns random float32 weights that keep activations of order one."""
+    """Return random float32 weights that keep activations of order one."""
     rng = np.random.default_rng(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -178,31 +176,26 @@ def weights(seed: int = 0, divisor: int = 16) -> Weights:
 
 
 def write(path: Path, seed: int = 0, divisor: int = 16) -> Path:
-    """Writes an NPZ of `weights`; returns its path."""
+    """Write an NPZ of `weights`, and return its path."""
     np.savez(path, **weights(seed, divisor))
     return path
 
 
-# The network in plain NumPy, in float64, on arrays [n, channels, height, width].
+# The network in NumPy, in float64, on arrays [n, channels, height, width].
 
 
 def evaluate(found: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the pooled features and the logits of images [n, 3, 299, 299]."""
+    """Return the pooled features and the logits of images [n, 3, 299, 299]."""
     for layer in STEM:
         x = pool(x, "pool") if layer is None else _run(found, layer.name, layer, x)
-    for name in BLOCKS:
-        x = run_block(found, name, x)
+    for name, block in BLOCKS.items():
+        seen = {"in": x, **{kind: pool(x, kind) for kind in ("avg", "max", "pool")}}
+        for layer in block.layers:
+            inputs = seen[layer.source]
+            seen[layer.name] = _run(found, f"{name}.{layer.name}", layer, inputs)
+        x = np.concatenate([seen[branch] for branch in block.out], axis=1)
     features = x.mean((2, 3))
     return features, features @ found["fc.weight"].T
-
-
-def run_block(found: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    """Returns the output of a block of `BLOCKS`."""
-    seen = {"in": x, **{kind: pool(x, kind) for kind in ("avg", "max", "pool")}}
-    for layer in BLOCKS[name].layers:
-        inputs = seen[layer.source]
-        seen[layer.name] = _run(found, f"{name}.{layer.name}", layer, inputs)
-    return np.concatenate([seen[branch] for branch in BLOCKS[name].out], axis=1)
 
 
 def _run(found: Weights, name: str, layer: Conv, x: np.ndarray) -> np.ndarray:
@@ -220,7 +213,7 @@ def _run(found: Weights, name: str, layer: Conv, x: np.ndarray) -> np.ndarray:
 
 
 def pool(x: np.ndarray, kind: str) -> np.ndarray:
-    """Returns 3 × 3 pools: "avg", "max", or the halving maximum, "pool"."""
+    """Return 3 × 3 pools: "avg", "max", or the halving maximum, "pool"."""
     if kind == "pool":
         return _patches(x, (3, 3), 2).max(axis=(4, 5))
     if kind == "max":
@@ -229,7 +222,7 @@ def pool(x: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _patches(x: np.ndarray, kernel: tuple, stride: int) -> np.ndarray:
-    """Returns [n, channels, height, width, *kernel]."""
+    """Return [n, channels, height, width, *kernel]."""
     windows = np.lib.stride_tricks.sliding_window_view(x, kernel, axis=(2, 3))
     return windows[:, :, ::stride, ::stride]
 
