@@ -5,6 +5,7 @@ A fixed random projection of the pixels stands in for Inception, which is tested
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def pictures(num: int, seed: int = 0, low: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(low, 256, shape, dtype=np.uint8)
 
 
-def in_chunks(pixels: np.ndarray, size: int) -> list[np.ndarray]:
-    return np.split(pixels, range(size, len(pixels), size))
+def in_chunks(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return iter(np.split(pixels, range(size, len(pixels), size)))
 
 
 def image_set(seed: int = 0) -> images.ImageSet:

@@ -282,7 +282,7 @@ def _open_reference(
         return reference
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if named and not os.access(path.parent, os.W_OK):
+    if named and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise InputError(
             f"evaluation.reference_path is {path}, where no file can be written; name "
             "another, or leave it empty"
