@@ -15,45 +15,14 @@ from ddaebm_jax.evaluation.outliers import auroc
 def test_baselines_detect_and_repeat():
     table = tabular.load_breast_cancer(0, 0.3)
     first = detectors.table_scores(table.train, table.test, seed=0)
-    assert list(first) == [
-        "isolation forest",
-        "one-class SVM",
-        "local outlier factor",
-        "kernel density",
-    ]
     inlier = table.test_labels == tabular.INLIER
     for values in first.values():
         assert 0.9 < auroc(values[inlier], values[~inlier]) < 1.0
-    for seed, expected in ((0, []), (1, ["isolation forest"])):
-        again = detectors.table_scores(table.train, table.test, seed)
-        changed = [n for n in first if not np.array_equal(again[n], first[n])]
-        assert changed == expected
-
-
-def test_kernel_density_of_rows_has_scotts_bandwidth():
-    rng = np.random.default_rng(0)
-    train, test = rng.normal(size=(40, 2)), 2 * rng.normal(size=(30, 2))
-    squares = ((test[:, None] - train[None]) ** 2).sum(axis=2)
-    variance = 40 ** (-2 / 6)
-    kernels = np.exp(-squares / (2 * variance)) / (2 * np.pi * variance)
-    found = detectors.table_scores(train, test, 0)["kernel density"]
-    np.testing.assert_allclose(found, np.log(kernels.mean(axis=1)), rtol=1e-6)
+    again = detectors.table_scores(table.train, table.test, seed=0)
+    np.testing.assert_equal(again, first)
 
 
 # Of pixels.
-
-BASELINES = [
-    "kernel density",
-    "Gaussian mixture",
-    "PCA reconstruction error",
-    "isolation forest",
-]
-
-
-@pytest.fixture(scope="module")
-def digits():
-    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
-    return images[np.random.default_rng(0).permutation(len(images))]
 
 
 def gaussian_pixels(num, shape=(2, 2, 1)):
@@ -74,10 +43,11 @@ def fitted_to_gaussian():
     return detectors.fit_pixel_detectors(gaussian_pixels(330)[:300], 0)
 
 
-def test_detectors_tell_digits_from_others_and_repeat(digits):
-    train, test = digits[:200], digits[1500:]
+def test_detectors_tell_digits_from_others_and_repeat():
+    images = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+    images = images[np.random.default_rng(0).permutation(len(images))]
+    train, test = images[:200], images[1500:]
     first, again = (detectors.fit_pixel_detectors(train, seed=1) for _ in range(2))
-    assert list(first) == BASELINES
     noise = np.random.default_rng(0).integers(0, 256, test.shape, np.uint8)
     for name, score in first.items():
         found = score(test)
@@ -89,7 +59,7 @@ def test_detectors_tell_digits_from_others_and_repeat(digits):
 
 
 def test_mixture_of_a_gaussians_pixels_is_that_gaussian(fitted_to_gaussian):
-    train, test = gaussian_pixels(330)[:300], gaussian_pixels(330)[300:]
+    train, test = np.split(gaussian_pixels(330), [300])
     rows = unit_rows(train)
     # One grey level more of standard deviation.
     covariance = np.cov(rows.T, bias=True) + np.eye(4) / 255.0**2
@@ -108,7 +78,7 @@ def test_large_images_take_a_diagonal_mixture():
 
 
 def test_kernel_density_is_of_gaussians_of_a_good_width(fitted_to_gaussian):
-    train, test = gaussian_pixels(330)[:300], gaussian_pixels(330)[300:]
+    train, test = np.split(gaussian_pixels(330), [300])
     squares = ((unit_rows(test)[:, None] - unit_rows(train)) ** 2).sum(axis=2)
 
     def log_density(h):
@@ -122,17 +92,6 @@ def test_kernel_density_is_of_gaussians_of_a_good_width(fitted_to_gaussian):
     assert found.mean() > max(each.mean() for each in candidates) - 0.05
 
 
-def pca_error(train, test):
-    """Minus the squared distance to the plane of 95% of the variance."""
-    rows = unit_rows(train)
-    mean = rows.mean(axis=0)
-    _, sizes, axes = np.linalg.svd(rows - mean, full_matrices=False)
-    shares = np.cumsum(sizes**2) / (sizes**2).sum()
-    kept = axes[: 1 + np.searchsorted(shares, 0.95)]
-    away = unit_rows(test) - mean
-    return -((away - away @ kept.T @ kept) ** 2).sum(axis=1)
-
-
 @pytest.mark.parametrize("num", [30, 200])
 def test_pca_error_is_the_distance_to_the_plane_of_most_variance(num):
     """Fewer and more images than pixels; a line with 96% of the variance."""
@@ -143,12 +102,10 @@ def test_pca_error_is_the_distance_to_the_plane_of_most_variance(num):
     train = values.astype(np.uint8).reshape(num, 4, 4, 3)
     test = rng.integers(0, 256, (20, 4, 4, 3), np.uint8)
     found = detectors.fit_pixel_detectors(train, 0)["PCA reconstruction error"](test)
-    np.testing.assert_allclose(found, pca_error(train, test), rtol=1e-6)
-
-
-def test_few_training_images_are_refused(digits):
-    with pytest.raises(ValueError, match="there are 19 training images"):
-        detectors.fit_pixel_detectors(digits[:19], 0)
-    fitted = detectors.fit_pixel_detectors(digits[:20], 0)
-    far = np.full((1, 8, 8, 1), 255, np.uint8)
-    assert all(np.isfinite(score(far)).all() for score in fitted.values())
+    mean = unit_rows(train).mean(axis=0)
+    _, sizes, axes = np.linalg.svd(unit_rows(train) - mean, full_matrices=False)
+    shares = np.cumsum(sizes**2) / (sizes**2).sum()
+    kept = axes[: 1 + np.searchsorted(shares, 0.95)]
+    away = unit_rows(test) - mean
+    expected = -((away - away @ kept.T @ kept) ** 2).sum(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

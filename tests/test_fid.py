@@ -20,10 +20,6 @@ def gaussian(seed: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return normals(seed + 1, dim), factor @ factor.T
 
 
-def exact_moments(mean: np.ndarray, covariance: np.ndarray) -> fid.Moments:
-    return fid.Moments(1_001, mean, covariance * 1_000)
-
-
 def textbook(first, second) -> float:
     """The formula of Heusel et al. 2017, its root by SciPy."""
     root = linalg.sqrtm(first[1] @ second[1])
@@ -31,39 +27,29 @@ def textbook(first, second) -> float:
     return float(((first[0] - second[0]) ** 2).sum() + traces)
 
 
-def test_moments_are_numpys_in_float64():
-    points = (normals(0, 50, 6) + 1e4).astype(np.float32)
-    found = fid.moments(points)
-    points = points.astype(np.float64)
-    assert found.count == 50
-    np.testing.assert_allclose(found.mean, points.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(
-        found.covariance, np.cov(points, rowvar=False), rtol=1e-10, atol=1e-12
-    )
-
-
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 10**6))
-def test_moments_do_not_depend_on_batches_or_order(sizes: list[int], seed: int):
+def test_moments_are_numpys_whatever_the_batches(sizes: list[int], seed: int):
     # A large mean: sums of squares would lose nine digits to it.
-    points = normals(seed, sum(sizes), 4) + 1e4
+    points = (normals(seed, sum(sizes), 4) + 1e4).astype(np.float32)
     parts = np.split(points, np.cumsum(sizes)[:-1])
     np.random.default_rng(seed).shuffle(parts)
     total = None
     for part in parts:
         total = fid.add(total, fid.moments(part))
-    whole = fid.moments(points)
-    assert total.count == whole.count
-    np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-14)
-    np.testing.assert_allclose(total.scatter, whole.scatter, rtol=1e-6, atol=1e-6)
+    points = points.astype(np.float64)
+    scatter = len(points) * np.cov(points, rowvar=False, bias=True)
+    assert total.count == len(points)
+    np.testing.assert_allclose(total.mean, points.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(total.scatter, scatter, rtol=1e-6, atol=1e-6)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12))
 def test_frechet_distance_is_the_textbooks(seed: int, dim: int):
-    first, second = gaussian(seed, dim), gaussian(seed + 7, dim)
-    found = fid.frechet_distance(exact_moments(*first), exact_moments(*second))
-    assert found == pytest.approx(textbook(first, second), rel=1e-5, abs=1e-6)
-    back = fid.frechet_distance(exact_moments(*second), exact_moments(*first))
-    assert back == pytest.approx(found, rel=1e-9, abs=1e-9)
+    pair = gaussian(seed, dim), gaussian(seed + 7, dim)
+    a, b = (fid.Moments(1_001, mean, 1_000 * covariance) for mean, covariance in pair)
+    found = fid.frechet_distance(a, b)
+    assert found == pytest.approx(textbook(*pair), rel=1e-5, abs=1e-6)
+    assert fid.frechet_distance(b, a) == pytest.approx(found, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("num", [2, 5, 40])
@@ -83,14 +69,6 @@ def test_frechet_distance_of_singular_covariances(num: int, spread: float):
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-9 * power)
 
 
-def test_frechet_distance_refuses_what_has_none():
-    good = fid.moments(normals(0, 9, 3))
-    with pytest.raises(ValueError, match="first set has 1 points"):
-        fid.frechet_distance(fid.moments(normals(0, 1, 3)), good)
-    with pytest.raises(ValueError, match="second set's moments are not finite"):
-        fid.frechet_distance(good, good._replace(mean=np.array([0, np.nan, 0])))
-
-
 def test_inception_score_by_hand():
     logits = normals(1, 47, 5).astype(np.float32)
     scores = []
@@ -107,8 +85,6 @@ def test_inception_score_by_hand():
     assert fid.inception_score(sure[:1].repeat(40, axis=0)).mean == pytest.approx(1.0)
     # An offset of all logits, however large, says nothing.
     assert fid.inception_score(logits + 1e4).mean == pytest.approx(found.mean, rel=1e-2)
-    with pytest.raises(ValueError, match="draw more samples"):
-        fid.inception_score(logits[:9])
 
 
 def test_kernel_distance_by_hand():
@@ -126,8 +102,6 @@ def test_kernel_distance_by_hand():
     found = fid.kernel_distance(a, b, subset_size=7)
     assert found.value == pytest.approx(sum(own) - 2 * cross, rel=1e-10)
     assert found.error is None  # One subset does not tell it.
-    with pytest.raises(ValueError, match="at least 2 of each"):
-        fid.kernel_distance(a[:1], b)
 
 
 def test_kernel_distance_is_unbiased():
@@ -145,12 +119,8 @@ def test_kernel_distance_is_unbiased():
 
 def test_kernel_distance_knows_its_error():
     """Over data sets drawn anew, against the error that each of them reports."""
-    found = [
-        fid.kernel_distance(
-            normals(2 * i, 400, 4), normals(2 * i + 1, 400, 4) + 0.3, 40
-        )
-        for i in range(100)
-    ]
+    pairs = ((normals(2 * i, 400, 4), normals(2 * i + 1, 400, 4)) for i in range(100))
+    found = [fid.kernel_distance(a, b + 0.3, 40) for a, b in pairs]
     scatter = np.std([one.value for one in found])
     reported = np.sqrt(np.mean([one.error**2 for one in found]))
     assert reported == pytest.approx(scatter, rel=0.3)
@@ -158,10 +128,8 @@ def test_kernel_distance_knows_its_error():
 
 def test_neighbours_of_one_cloud_and_of_two():
     cloud = normals(0, 400, 5)
-    same = fid.neighbours(cloud, cloud)
-    assert same.precision == same.recall == same.coverage == 1.0
-    apart = fid.neighbours(cloud, cloud + 100.0)
-    assert apart == fid.Neighbours(0.0, 0.0, 0.0, 0.0)
+    assert fid.neighbours(cloud, cloud) == (1.0, 1.0, pytest.approx(1.2), 1.0)
+    assert fid.neighbours(cloud, cloud + 100.0) == (0.0, 0.0, 0.0, 0.0)
     equal = fid.neighbours(normals(1, 3_000, 3), normals(2, 3_000, 3))
     assert equal.density == pytest.approx(1.0, abs=0.05)
     # The chance that one of k balls' worth of points falls in: 1 − 2^−k (Naeem).
@@ -181,11 +149,13 @@ def test_neighbours_are_those_of_scikit_learn(seed: int):
     in_real = apart <= radii(real, 3)[:, None]
     in_fake = apart <= radii(fake, 3)[None, :]
     balls = apart <= radii(real, 5)[:, None]
-    found = fid.neighbours(real, fake)
-    assert found.precision == pytest.approx(in_real.any(axis=0).mean())
-    assert found.recall == pytest.approx(in_fake.any(axis=1).mean())
-    assert found.density == pytest.approx(balls.sum() / 5 / 45)
-    assert found.coverage == pytest.approx(balls.any(axis=1).mean())
+    expected = (
+        in_real.any(axis=0).mean(),
+        in_fake.any(axis=1).mean(),
+        balls.sum() / 5 / 45,
+        balls.any(axis=1).mean(),
+    )
+    assert fid.neighbours(real, fake) == pytest.approx(expected)
 
 
 def test_neighbours_in_chunks_and_far_from_the_origin(
@@ -196,5 +166,3 @@ def test_neighbours_in_chunks_and_far_from_the_origin(
     assert fid.neighbours(real + 1e3, fake + 1e3) == whole
     monkeypatch.setattr(fid, "_DISTANCES_MIB", 7 * 40 * 8 / 2**20)
     assert fid.neighbours(real, fake) == whole
-    with pytest.raises(ValueError, match="at least 6 of each"):
-        fid.neighbours(real, fake[:5])

@@ -29,42 +29,6 @@ def test_the_picture_of_the_plane_shows_where_the_density_is(tmp_path: Path):
     assert np.median(columns) > 0.5 * panel.shape[1]
 
 
-def test_other_pictures_are_drawn(tmp_path: Path):
-    rng = np.random.default_rng(0)
-    plots.plot_levels(tmp_path / "a.png", rng.normal(size=(5, 100, 2)), 3.0, "t")
-    plots.plot_table(
-        tmp_path / "b.png",
-        rng.normal(size=(50, 4)),
-        rng.normal(size=(50, 4)),
-        {"inliers": rng.normal(size=50), "outliers": rng.normal(size=50) - 5},
-        "t",
-    )
-    plots.plot_table(
-        tmp_path / "c.png",
-        rng.normal(size=(50, 1)),
-        rng.normal(size=(50, 1)),
-        {"inliers": np.zeros(50)},
-        "t",
-    )
-    plots.plot_samples(tmp_path / "d.png", rng.normal(size=(50, 2)), 3.0, "t")
-    plots.plot_histograms(tmp_path / "e.png", {"one": rng.normal(size=50)}, "t")
-    for name in "abcde":
-        assert _pixels(tmp_path / f"{name}.png").std() > 5
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_roc_curve_above_chance_lies_above_the_diagonal(tmp_path: Path):
-    path = tmp_path / "new" / "roc.png"
-    rate = np.linspace(0, 1, 50)
-    curves = {"good": (rate, np.sqrt(rate)), "bad": (rate, rate**2)}
-    plots.plot_roc(path, curves, "title")
-    both = _pixels(path)
-    plots.plot_roc(path, {"good": curves["good"]}, "title")
-    changed = np.argwhere(abs(both - _pixels(path)) > 60)
-    assert len(changed) and np.median(changed[:, 0]) > both.shape[0] / 2
-    assert [file.name for file in path.parent.iterdir()] == ["roc.png"]
-
-
 @pytest.mark.parametrize(("columns", "shape"), [(None, (2, 2)), (3, (1, 3))])
 def test_a_grid_of_images_is_enlarged_and_bordered(columns, shape, tmp_path: Path):
     images = np.random.default_rng(0).integers(0, 200, (3, 4, 5, 1), np.uint8)

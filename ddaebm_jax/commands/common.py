@@ -30,13 +30,10 @@ def fail(message: str, at_once: bool = False) -> NoReturn:
 
 
 def leave(line: str, status: int, at_once: bool = True) -> NoReturn:
-    """Print a line among the errors, and end the program.
+    """Print a line among the errors, and end the program with a status.
 
-    Args:
-      line: what is printed.
-      status: the program's exit status.
-      at_once: skip what runs at a program's end: saves under way, and JAX's wait of
-        minutes for other processes. Those notice the missing heartbeat.
+    `at_once` skips what runs at a program's end: saves under way, and JAX's wait of
+    minutes for other processes. Those notice the missing heartbeat.
     """
     sys.stdout.flush()
     sys.stderr.write(f"{line}\n")  # In one piece: other threads may write there.
@@ -109,7 +106,7 @@ def out_of_memory_advice(advice: str = _USE_LESS_MEMORY) -> Iterator[None]:
 
 
 def define_trained_run(values: flags.FlagValues) -> None:
-    """Define --workdir, which must be given, and --checkpoint."""
+    """Define --workdir and --checkpoint."""
     define_workdir(values)
     text = "`latest`, `best` (lowest FID), or the step of a checkpoint."
     flags.DEFINE_string("checkpoint", "latest", text, values)
@@ -129,8 +126,7 @@ def require(values: flags.FlagValues, name: str, what: str) -> None:
 
 def define_seed(values: flags.FlagValues, text: str) -> None:
     """Define --seed."""
-    most = 2**31 - 1
-    flags.DEFINE_integer("seed", 0, text, 0, most, values)
+    flags.DEFINE_integer("seed", 0, text, 0, 2**31 - 1, values)
 
 
 def define_skip_corrupt(values: flags.FlagValues) -> None:
@@ -178,16 +174,12 @@ def define_distributed(values: flags.FlagValues) -> None:
     text = "Seconds of silence after which a process is dead, and the others end."
     flags.DEFINE_integer("heartbeat_timeout", 100, text, 1, None, values)
     text = "Seconds to wait at the start for the others."
-    most = 290  # JAX aborts after 300.
-    flags.DEFINE_integer("join_timeout", 270, text, 1, most, values)
+    # JAX itself aborts after 300.
+    flags.DEFINE_integer("join_timeout", 270, text, 1, 290, values)
 
 
 def join_processes(values: flags.FlagValues) -> None:
-    """Join the processes of a --distributed command; must precede any use of devices.
-
-    Raises:
-      InputError: for flags that do not fit together, or if they cannot be joined.
-    """
+    """Join the processes of a --distributed command, before any use of devices."""
     names = "coordinator", "num_processes", "process_id", "heartbeat_timeout"
     if not values.distributed:
         for name in (*names, "join_timeout"):
@@ -226,11 +218,7 @@ def free_path(path: Path, *companions: str) -> Path:
 
 
 def check_output(output: str | None, *suffixes: str) -> None:
-    """Check that --output, if given, names a new file.
-
-    Raises:
-      InputError: if it exists, or has another suffix or no directory.
-    """
+    """Raise InputError unless --output, if given, can be a new file."""
     if not output:
         return
     path = Path(output)

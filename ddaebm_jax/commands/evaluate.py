@@ -43,10 +43,8 @@ def run(values: flags.FlagValues) -> None:
     unused = ("num_samples", "checkpoint") if values.input else ("skip_corrupt",)
     for name in unused:
         if values[name].present:
-            raise InputError(
-                f"--{name} has no meaning {'with' if values.input else 'without'} "
-                "--input: leave it out"
-            )
+            how = "with" if values.input else "without"
+            raise InputError(f"--{name} has no meaning {how} --input: leave it out")
     common.join_processes(values)
     settings = common.inception_settings(values.inception_weights)
     for name in ("num_samples", "preprocessing", "reference", "reference_path"):
@@ -69,10 +67,8 @@ def evaluate(
 
     Where one exists, as after training, `report-1.json` and so on are written. The
     arguments are the flags of this mode; `settings` are fields of the config's
-    `evaluation` section to change (None: keep).
-
-    Raises:
-      InputError: for a run, weights, images or settings that do not fit.
+    `evaluation` section to change (None: keep). Raises InputError for what does not fit
+    the run.
     """
     started = time.monotonic()
     loaded = load_run(workdir, open_images=True, checkpoint=checkpoint)
@@ -105,10 +101,11 @@ def _check(
     """Refuse settings that nothing would read."""
     config = loaded.experiment.config
     of_images = sorted(changed.keys() - {"num_samples"})
-    if not loaded.experiment.source.holds_images and (input_path or of_images):
+    given = ["input"] * bool(input_path) + of_images
+    if given and not loaded.experiment.source.holds_images:
         raise InputError(
-            f"--{'input' if input_path else of_images[0]} is for runs of images, and "
-            f"data.name of {loaded.workdir} is '{config.data.name}'; leave it out"
+            f"--{given[0]} is for runs of images, and data.name of {loaded.workdir} is "
+            f"'{config.data.name}'; leave it out"
         )
     if input_path and changed.get("inception") is False:
         raise InputError(

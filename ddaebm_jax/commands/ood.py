@@ -68,21 +68,16 @@ def detect(
 ) -> Path:
     """Measure how well scores of a run of images tell inliers from outliers.
 
-    The arguments are the flags of this mode; see also `outliers.measure`.
-
-    Returns:
-      A new folder `ood` in the run directory, which the first process writes:
-      `report.json`, `report.txt`, `scores.npz` (`in/<score>`, `out/<set>/<score>`), and
-      for each set `<set>_roc.png` and `<set>_energy.png`.
-
-    Raises:
-      InputError: for a run without images, or sets that cannot be opened.
+    The arguments are the flags of this mode; see also `outliers.measure`. Returns a new
+    folder `ood` in the run directory, which the first process writes: `report.json`,
+    `report.txt`, `scores.npz` (`in/<score>`, `out/<set>/<score>`), and for each set
+    `<set>_roc.png` and `<set>_energy.png`. Raises InputError for a run without images,
+    or sets that cannot be opened.
     """
     started = time.monotonic()
     _check(outliers, inliers)
     own = {HELD_OUT, HELD_OUT_CLASSES} & {inliers, *outliers}
-    needs_data = baselines or bool(own)
-    run = load_run(workdir, needs_data, checkpoint)
+    run = load_run(workdir, baselines or bool(own), checkpoint)
     config = run.experiment.config
     if not run.experiment.source.holds_images:
         raise InputError(
@@ -160,11 +155,11 @@ def _save(
     """Write all scores, and two pictures for each set of outliers."""
     of_inliers = measured.inlier_scores
     arrays = {f"in/{_slug(score)}": values for score, values in of_inliers.items()}
-    taken: set[str] = set()
-    for number, (name, found) in enumerate(measured.outlier_scores.items()):
+    slugs: list[str] = []
+    for name, found in measured.outlier_scores.items():
         slug = _slug(name)
-        slug = slug if slug not in taken else f"{slug}_{number}"
-        taken.add(slug)
+        slug = slug if slug not in slugs else f"{slug}_{len(slugs)}"
+        slugs.append(slug)
         arrays |= {f"out/{slug}/{_slug(score)}": v for score, v in found.items()}
         curves = {
             score: outliers_lib.roc_curve(of_inliers[score], values)

@@ -42,26 +42,20 @@ def sample(
 ) -> Path:
     """Draw samples of a run; sample i is a function of (seed, i).
 
-    The arguments are the flags of this mode.
-
-    Returns:
-      The path of the NPZ (`x`, in the data's own units), which has a picture beside it.
-      Images are uint8, and are also PNG files in a folder beside it.
-
-    Raises:
-      InputError: for a run that cannot be loaded, or a bad output path.
+    Returns the path of the NPZ (`x`, in the data's own units), which has a picture
+    beside it. Images are uint8, and are also PNG files in a folder beside it. Raises
+    InputError for a run that cannot be loaded, or a bad output path.
     """
     common.check_output(output, ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     source = loaded.experiment.source
-    if num_samples is None:
-        num_samples = 100 if source.holds_images else 10_000
-    if output:
-        path = Path(output)
-    elif source.holds_images:
-        path = common.free_path(loaded.workdir / "images.npz", ".png", "")
+    if source.holds_images:
+        default_num, name, companions = 100, "images.npz", (".png", "")
     else:
-        path = common.free_path(loaded.workdir / "samples.npz", ".png")
+        default_num, name, companions = 10_000, "samples.npz", (".png",)
+    num_samples = num_samples or default_num
+    default_path = common.free_path(loaded.workdir / name, *companions)
+    path = Path(output) if output else default_path
     model = loaded.experiment, loaded.variables
     drawn = inference.draw_samples(*model, num_samples, seed)
     if source.holds_images:

@@ -41,15 +41,10 @@ def score(
 ) -> Path:
     """Write the energies f(x, 0) of rows or images; larger is more likely.
 
-    The arguments are the flags of this mode. Rows are in the data's own units; images
-    of a folder are cropped and resized like the training images.
-
-    Returns:
-      The path of the scores: CSV (`energy`, or `image,energy`) or NPZ (`energy`, of
-      images also `image`).
-
-    Raises:
-      InputError: for a run that cannot be loaded, or bad rows, images or output path.
+    Rows are in the data's own units; images of a folder are cropped and resized like
+    the training images. Returns the path of the scores: CSV (`energy`, or
+    `image,energy`) or NPZ (`energy`, of images also `image`). Raises InputError for a
+    run that cannot be loaded, or bad rows, images or output path.
     """
     common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)

@@ -3,7 +3,6 @@
 None of them sees an outlier before it scores one.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -33,9 +32,6 @@ def table_scores(
     default hyperparameters. The Gaussian kernel density takes Scott's bandwidth,
     n^(−1/(d+4)), which suits columns of standard deviation 1. Training rows are
     inliers. Larger scores mean more likely an inlier. The seed is the forest's.
-
-    Raises:
-      ModuleNotFoundError: without scikit-learn.
     """
     from sklearn.ensemble import IsolationForest
     from sklearn.neighbors import KernelDensity, LocalOutlierFactor
@@ -75,16 +71,7 @@ def fit_pixel_detectors(
     Returns:
       For each name a function of uint8 images [m, h, w, c] that returns their scores,
       float64 [m]; larger means more likely an inlier.
-
-    Raises:
-      ValueError: for fewer than 20 images.
-      ModuleNotFoundError: without scikit-learn.
     """
-    if len(train_pixels) < 2 * _HELD_OUT_OF:
-        raise ValueError(
-            f"there are {len(train_pixels)} training images; at least "
-            f"{2 * _HELD_OUT_OF} are needed, a tenth of which is held out: give more"
-        )
     from sklearn.ensemble import IsolationForest
 
     chosen = np.random.default_rng(seed).permutation(len(train_pixels))
@@ -104,8 +91,7 @@ def fit_pixel_detectors(
 
 
 def _unit_rows(images: np.ndarray) -> np.ndarray:
-    width = math.prod(images.shape[1:])
-    return images.reshape(len(images), width).astype(np.float64) / 255.0
+    return images.reshape(len(images), -1) / 255.0
 
 
 def _fit_kernel_density(

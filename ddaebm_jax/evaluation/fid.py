@@ -18,13 +18,7 @@ _DISTANCES_MIB = 128
 
 
 class Moments(NamedTuple):
-    """Mean and scatter of points.
-
-    Attributes:
-      count: number of points.
-      mean: their mean, float64.
-      scatter: Σ (x − mean)(x − mean)ᵀ, float64.
-    """
+    """Number, mean and scatter Σ (x − mean)(x − mean)ᵀ of points, in float64."""
 
     count: int
     mean: Float[np.ndarray, " d"]
@@ -67,23 +61,11 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     |μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2}), the squared 2-Wasserstein
     distance of N(μ_a, Σ_a) and N(μ_b, Σ_b) (Dowson and Landau 1982); in Inception's
     features the FID (Heusel et al. 2017). Biased upwards, more for fewer points: FIDs
-    compare between equal numbers of samples only. Singular covariances are allowed.
-
-    Raises:
-      ValueError: for fewer than two points in either, or moments that are not finite.
+    compare between equal numbers of samples only. Singular covariances are allowed;
+    either set needs at least two points.
     """
     factors = []
-    for name, one in (("first", first), ("second", second)):
-        if one.count < 2:
-            raise ValueError(
-                f"the {name} set has {one.count} points; a covariance needs at least "
-                "2: give more"
-            )
-        if not (np.isfinite(one.mean).all() and np.isfinite(one.scatter).all()):
-            raise ValueError(
-                f"the {name} set's moments are not finite; check what its features "
-                "were computed from"
-            )
+    for one in (first, second):
         values, vectors = np.linalg.eigh(one.covariance)
         # Rounding can make eigenvalues of a singular covariance negative.
         factors.append(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T)
@@ -108,18 +90,10 @@ def inception_score(
 ) -> Score:
     """Returns exp E KL(p(y|x) ‖ p(y)) over splits (Salimans et al. 2016, eq. 1).
 
-    Logits are of samples in random order; splits are consecutive.
-
-    Raises:
-      ValueError: for fewer samples than splits.
+    Logits are of samples in random order, at least one a split; splits are consecutive.
     """
     from scipy.special import log_softmax, logsumexp
 
-    if len(logits) < num_splits:
-        raise ValueError(
-            f"there are {len(logits)} samples for {num_splits} splits of the Inception "
-            "score; draw more samples"
-        )
     scores = []
     for part in np.array_split(np.asarray(logits, np.float64), num_splits):
         log_p = log_softmax(part, axis=1)
@@ -146,18 +120,11 @@ def kernel_distance(
 
     The unbiased squared maximum mean discrepancy with k(a, b) = (a·b/d + 1)³ (Bińkowski
     et al. 2018), averaged over at most 100 random subsets; it can be negative. Subsets
-    are disjoint and so independent: their scatter gives the mean's error.
-
-    Raises:
-      ValueError: for fewer than two points in either set.
+    are disjoint and so independent: their scatter gives the mean's error. Either set
+    needs at least two points.
     """
     least = min(len(real), len(fake))
     size = min(subset_size, least)
-    if size < 2:
-        raise ValueError(
-            f"there are {len(real)} real and {len(fake)} generated features; the "
-            "kernel distance needs at least 2 of each"
-        )
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(points)) for points in (real, fake)]
     distances = []
@@ -215,11 +182,6 @@ def neighbours(
     """
     from sklearn.metrics import pairwise_distances_chunked
 
-    if min(len(real), len(fake)) <= _K_COVERAGE:
-        raise ValueError(
-            f"there are {len(real)} real and {len(fake)} generated features; at least "
-            f"{_K_COVERAGE + 1} of each are needed for their nearest neighbours"
-        )
     # Squared distances are differences of squares: near the origin they round least.
     origin = np.mean(real, axis=0, dtype=np.float64)
     real, fake = real - origin, fake - origin

@@ -34,7 +34,7 @@ _SEED = 1_004
 Extract = Callable[[np.ndarray], inception.Features]
 
 
-class Collected(NamedTuple):
+class Statistics(NamedTuple):
     """Statistics of many images.
 
     Attributes:
@@ -45,7 +45,7 @@ class Collected(NamedTuple):
 
     moments: fid.Moments
     features: Float[np.ndarray, "kept d"]
-    logits: Float[np.ndarray, "n classes"] | None
+    logits: Float[np.ndarray, "n classes"] | None = None
 
 
 def collect(
@@ -53,7 +53,7 @@ def collect(
     chunks: Iterable[UInt8[np.ndarray, "n height width channels"]],
     keep: np.ndarray,
     keep_logits: bool,
-) -> Collected:
+) -> Statistics:
     """Returns statistics of images, of which one chunk at a time is in memory.
 
     Kept are the features of the images of the ascending numbers `keep`. The first
@@ -78,61 +78,41 @@ def collect(
         start += count
     if total is None:
         raise InputError("there is no image to measure; give at least two")
-    return Collected(
+    return Statistics(
         total, np.concatenate(kept), np.concatenate(logits) if keep_logits else None
     )
 
 
-class Reference(NamedTuple):
-    """Statistics of the images that generated ones are compared with.
+def save_reference(
+    path: Path, reference: Statistics, fingerprint: dict[str, Any]
+) -> None:
+    """Writes reference statistics atomically, while other processes may do the same.
 
-    Attributes:
-      moments: of the features of all reference images.
-      features: of some of them.
-      fingerprint: identifies the images, the network and the preprocessing.
+    The fingerprint identifies the images, the network and the preprocessing.
     """
-
-    moments: fid.Moments
-    features: Float[np.ndarray, "kept d"]
-    fingerprint: dict[str, Any]
-
-
-def save_reference(path: Path, reference: Reference) -> None:
-    """Writes a reference atomically, from several processes or runs at once too."""
     own = path.with_name(f"{path.stem}.{jax.process_index()}.{os.getpid()}.npz")
-    fingerprint = json.dumps(reference.fingerprint, sort_keys=True)
-    arrays = {"features": reference.features, "fingerprint": fingerprint}
+    text = json.dumps(fingerprint, sort_keys=True)
+    moments, features = reference.moments._asdict(), reference.features
     with written_atomically(own) as file:
-        np.savez(file, **reference.moments._asdict(), **arrays)
+        np.savez(file, **moments, features=features, fingerprint=text)
     own.replace(path)
 
 
-def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
+def load_reference(path: Path, fingerprint: dict[str, Any]) -> Statistics:
     """Reads what `save_reference` wrote.
 
     Raises:
-      InputError: if the file is not one, or is of other images, another network or
+      InputError: if the file is damaged, or of other images, another network or
         another preprocessing than asked for.
     """
     remedy = "remove it, and it is computed again"
     names = (*fid.Moments._fields, "features", "fingerprint")
     try:
         arrays = read_npz(path, _MAX_REFERENCE_BYTES, names)
+        found = dict(json.loads(str(arrays["fingerprint"])))
     except InputError as error:
         raise InputError(f"{error}; or {remedy}") from error
-    count, mean, scatter, features, text = (arrays[name] for name in names)
-    try:
-        found = json.loads(str(text))
-        moments = fid.Moments(int(count), mean, scatter)
-        (width,) = mean.shape
-        if not isinstance(found, dict) or moments.count < 2:
-            raise ValueError("no fingerprint, or fewer than 2 images")
-        if scatter.shape != (width, width) or features.shape[1:] != (width,):
-            raise ValueError("shapes that do not fit")
-        for array in (mean, scatter, features):
-            if array.dtype.kind != "f" or not np.isfinite(array).all():
-                raise ValueError("numbers that are not finite")
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({one_line(error)}); {remedy}") from error
     differing = [
         f"{name} is {found.get(name)!r}, expected {expected!r}"
@@ -144,7 +124,8 @@ def load_reference(path: Path, fingerprint: dict[str, Any]) -> Reference:
             f"{path} holds other reference statistics: {'; '.join(differing)}; name "
             "another file in evaluation.reference_path, or leave it empty"
         )
-    return Reference(moments, features, found)
+    count, mean, scatter, features = (arrays[name] for name in names[:-1])
+    return Statistics(fid.Moments(int(count), mean, scatter), features)
 
 
 class Meter(NamedTuple):
@@ -158,7 +139,7 @@ class Meter(NamedTuple):
     """
 
     extract: Extract
-    reference: Reference
+    reference: Statistics
     about: dict[str, Any]
     num_kept: int
 
@@ -277,13 +258,17 @@ def open_meter(experiment: Experiment) -> Meter | None:
 
 def _open_reference(
     settings: Any, records: Records, extract: Extract, fingerprint: dict[str, Any]
-) -> Reference:
+) -> Statistics:
     """Loads the reference statistics, or computes and saves them.
 
     A file that the user names must fit and be writable; one of the cache need not.
     """
-    named = bool(settings.reference_path)
-    path = _reference_path(settings.reference_path, fingerprint)
+    named = settings.reference_path
+    path = Path(named).expanduser() if named else _cached(fingerprint)
+    if path.suffix != ".npz":
+        raise InputError(
+            f"evaluation.reference_path is {path}; a name that ends in .npz is needed"
+        )
     reference = None
     if path.exists():
         try:
@@ -295,10 +280,9 @@ def _open_reference(
     # Together: the devices of all processes compute what one of them lacks.
     if multihost_utils.process_allgather(np.array(reference is not None)).all():
         return reference
-    folder = path.parent
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if named and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if named and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise InputError(
             f"evaluation.reference_path is {path}, where no file can be written; name "
             "another, or leave it empty"
@@ -312,22 +296,14 @@ def _open_reference(
         for start in range(0, num, size)
     )
     found = collect(extract, chunks, keep, keep_logits=False)
-    reference = Reference(found.moments, found.features, fingerprint)
     try:
-        save_reference(path, reference)
+        save_reference(path, found, fingerprint)
         logging.info("saved the reference statistics in %s", path)
     except OSError as error:
         logging.warning("the reference statistics cannot be saved: %s", error)
-    return reference
+    return found
 
 
-def _reference_path(given: str, fingerprint: dict[str, Any]) -> Path:
-    if not given:
-        key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
-        return cache_directory("reference") / f"{key.hexdigest()[:32]}.npz"
-    path = Path(given).expanduser()
-    if path.suffix != ".npz":
-        raise InputError(
-            f"evaluation.reference_path is {path}; a name that ends in .npz is needed"
-        )
-    return path
+def _cached(fingerprint: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
+    return cache_directory("reference") / f"{key.hexdigest()[:32]}.npz"

@@ -40,19 +40,12 @@ Outputs = Float[Array, "n height2 width2 features"]
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm with running statistics, ReLU.
-
-    Attributes:
-      features: channels of the output.
-      kernel: height and width.
-      stride: in both directions.
-      padded: whether zero padding keeps the sides (at stride 1).
-    """
+    """Convolution without bias, batch norm with running statistics, ReLU."""
 
     features: int
-    kernel: tuple[int, int]
+    kernel: tuple[int, int]  # Height and width.
     stride: int = 1
-    padded: bool = True
+    padded: bool = True  # With zeros, which keep the sides at stride 1.
 
     @nn.compact
     def __call__(self, x: Inputs) -> Outputs:
@@ -251,9 +244,6 @@ def variable_shapes(widths: Widths, num_classes: int = 1008) -> dict:
     return jax.eval_shape(network.init, jax.random.key(0), image)
 
 
-# Images.
-
-
 def preprocess(
     images: Shaped[Array | np.ndarray, "..."], convention: str
 ) -> Float[Array, "n 299 299 3"]:
@@ -321,9 +311,6 @@ def _check_images(images: Any) -> None:
         )
 
 
-# Features.
-
-
 class Network(NamedTuple):
     """A network's weights, on the host.
 
@@ -365,14 +352,9 @@ def make_extractor(
     A batch of any size is split over the mesh; each shape is compiled once. On a mesh
     that spans processes, all of them call it with the same images and get all features.
 
-    Args:
-      network: the weights, which are replicated over the mesh.
-      mesh: with the axis `sharding.DATA_AXIS`.
-      preprocessing: one of `PREPROCESSINGS`.
-
     Raises:
-      InputError: for another preprocessing; when called, for other images, see
-        `preprocess`.
+      InputError: for another preprocessing than `PREPROCESSINGS`; when called, for
+        other images, see `preprocess`.
     """
     _check_convention(preprocessing)
     module = InceptionV3(network.widths, network.num_classes)

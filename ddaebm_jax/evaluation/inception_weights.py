@@ -3,13 +3,11 @@
 import functools
 import hashlib
 import http.client
-import os
+import shutil
 import tempfile
-import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -30,8 +28,6 @@ PUBLISHED_BYTES = 95_628_359
 
 _REMEDY = f"use the weights of pytorch-fid's Inception-v3, {PUBLISHED_URL}"
 _TIMEOUT_SECONDS = 30.0
-_SECONDS_BETWEEN_REPORTS = 5.0
-_CHUNK_BYTES = 2**20
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -49,22 +45,16 @@ def load_network(path: str = "") -> Network:
         hold this network's weights.
     """
     file = Path(path).expanduser() if path else _published_file()
-    arrays = read_weights(file)
+    origin, paths = str(file), _paths()
     is_published = file.stat().st_size == PUBLISHED_BYTES and (
         _sha256(file) == PUBLISHED_SHA256
     )
-    return _network(arrays, str(file), is_published)
-
-
-def _network(arrays: Arrays, origin: str, is_published: bool) -> Network:
-    """Check a state_dict and convert it to Flax's layout."""
     arrays = {
         name: array
-        for name, array in arrays.items()
+        for name, array in read_weights(file).items()
         if not name.endswith(".num_batches_tracked")
         and not name.startswith("AuxLogits.")
     }
-    paths = _paths()
     arrays = torch_layout.select_float32(arrays, paths, origin, _REMEDY)
     _check_values(arrays, origin)
     widths = _widths(arrays)
@@ -143,11 +133,7 @@ def _sha256(path: Path) -> str:
 
 
 def _published_file() -> Path:
-    """Return the published file in the cache, downloaded if it is missing.
-
-    Raises:
-      InputError: if the download fails or the file has another checksum.
-    """
+    """Return the published file in the cache, downloaded if it is missing."""
     path = cache_directory("inception") / PUBLISHED_URL.rsplit("/", 1)[-1]
     if not path.exists():
         _download(path)
@@ -162,42 +148,27 @@ def _published_file() -> Path:
 def _download(path: Path) -> None:
     """Download the published file; it appears complete and checked, or not at all."""
     advice = "download it elsewhere and give it as --inception_weights=FILE"
-    partial = None
+    logging.info("downloading %s, %d MB", PUBLISHED_URL, PUBLISHED_BYTES // 10**6)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A unique name: several processes may download at once.
-        handle, name = tempfile.mkstemp(".partial", path.name + ".", path.parent)
-        partial = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            num_bytes = _copy_from_url(file)
-        found = _sha256(partial)
-        if found != PUBLISHED_SHA256:
-            raise InputError(
-                f"{PUBLISHED_URL} gave {num_bytes} bytes with the SHA-256 {found} "
-                f"instead of {PUBLISHED_BYTES} with {PUBLISHED_SHA256}; try again, or "
-                f"{advice}"
-            )
-        partial.replace(path)
+        with (
+            # A folder of its own: several processes may download at once.
+            tempfile.TemporaryDirectory(dir=path.parent) as folder,
+            urllib.request.urlopen(PUBLISHED_URL, timeout=_TIMEOUT_SECONDS) as response,
+        ):
+            partial = Path(folder) / path.name
+            with partial.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            found = _sha256(partial)
+            if found != PUBLISHED_SHA256:
+                raise InputError(
+                    f"{PUBLISHED_URL} gave a file with the SHA-256 {found} instead of "
+                    f"{PUBLISHED_SHA256}; try again, or {advice}"
+                )
+            partial.replace(path)
     except (OSError, http.client.HTTPException) as error:
         raise InputError(
             f"the FID's Inception weights, {path.name}, could not be downloaded from "
             f"{PUBLISHED_URL} to {path.parent} ({one_line(error)}); {advice} (=none: "
             "skip the FID)"
         ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-
-
-def _copy_from_url(file: Any) -> int:
-    """Write the URL's content, cut off soon after the published number of bytes."""
-    logging.info("downloading %s", PUBLISHED_URL)
-    written, reported = 0, time.monotonic()
-    with urllib.request.urlopen(PUBLISHED_URL, timeout=_TIMEOUT_SECONDS) as response:
-        while written <= PUBLISHED_BYTES and (chunk := response.read(_CHUNK_BYTES)):
-            file.write(chunk)
-            written += len(chunk)
-            if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
-                reported = time.monotonic()
-                logging.info("%d of %d MB", written // 10**6, PUBLISHED_BYTES // 10**6)
-    return written

@@ -107,12 +107,9 @@ def _in_chunks(
     All chunks have one size, so that one program serves them: the last one's numbers
     go beyond `num`, and what is computed of those is dropped.
     """
-    if num < 1:
-        raise ValueError("there are no rows to compute; give at least one")
     mesh = evaluation_mesh(experiment)
-    limit = _ROWS
-    if experiment.source.holds_images:
-        limit = experiment.config.evaluation.batch_size
+    batch_size = experiment.config.evaluation.batch_size
+    limit = batch_size if experiment.source.holds_images else _ROWS
     size = sharding.whole_rows(mesh, min(num, limit))
     for start in range(0, num, size):
         chunk = compute(mesh, np.arange(start, start + size, dtype=np.int32))

@@ -27,7 +27,6 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 
 # A TFDS set, perhaps with its version, then perhaps a split: "mnist:3.0.1:train[:9]".
 _SET_AND_SPLIT = re.compile(r"(?P<set>[^:]+(:[\d.*]+)?)(:(?P<split>.+))?")
-_SPLIT = "test"
 
 Images = UInt8[np.ndarray, "n height width channels"]
 
@@ -54,25 +53,17 @@ def open_set(
       channels.
     - A folder, or an NPZ file: as `image_files.read_images`, cropped as the config
       says, as in `--mode=score`.
-    - Else a set of TFDS, downloaded and prepared if needed, of which the split `test`
-      or the one behind a colon is taken: `svhn_cropped`, `svhn_cropped:train[:10%]`.
-      The config's crop is for the config's own set; others are resized and cropped
-      at the centre. Grey images are repeated for a model of colours.
+    - Else a set of TFDS, prepared if needed, of which the split `test` or the one
+      behind a colon is taken: `svhn_cropped:train[:10%]`. The config's crop is for
+      the config's own set. Grey images are repeated for a model of colours.
 
-    Args:
-      name: as above; they are looked for in this order.
-      source: of the run; its images are read for `test` and `held_out_classes` only.
-      data: the config's `data` section.
-      inliers: what the model is tested on; None: the set to open are the inliers,
-        which cannot be one of `DERIVED`.
-      seed: of what is drawn or chosen.
-      limit: most images; of images that are read, which may come in the order of
-        their kinds, they are chosen by the seed; 0: all.
+    Names are looked for in this order. `data` is the config's section; `inliers` is
+    None where the set to open is that of the inliers. At most `limit` images are
+    taken (0: all), those that are read at random by the seed.
 
     Raises:
       FileNotFoundError: if a path is not there.
       InputError: if nothing has this name, or what has it cannot be used.
-      ModuleNotFoundError: for `photos` and `digits` without scikit-learn.
     """
     if name in (HELD_OUT, HELD_OUT_CLASSES):
         records = source.image_set.test
@@ -103,7 +94,7 @@ def open_set(
             Path(name).expanduser(),
             source.event_shape,
             data.skip_corrupt,
-            _crop(data),
+            data.crop,
             timeout=data.timeout,
         )
         return images[choose(len(images), limit, seed)]
@@ -159,10 +150,6 @@ def _is_path(name: str) -> bool:
     return written_as_path or (name != "" and Path(name).exists())
 
 
-def _crop(data: Any) -> tuple[int, ...] | None:
-    return None if data.crop is None else tuple(data.crop)
-
-
 def _read_tfds(
     name: str, event_shape: tuple[int, int, int], data: Any, seed: int, limit: int
 ) -> Images:
@@ -171,18 +158,16 @@ def _read_tfds(
     if typed:
         raise InputError(f"there is no set '{name}'; did you mean '{typed[0]}'?")
     match = _SET_AND_SPLIT.fullmatch(name)
-    found, split = (match["set"], match["split"] or _SPLIT) if match else (name, _SPLIT)
-    crop = _crop(data) if found == data.tfds else None
+    found, split = (match["set"], match["split"] or "test") if match else (name, "test")
+    crop = data.crop if found == data.tfds else None
     try:
         records = tfds_images.open_split(
             found, data.tfds_dir, split, size, channels, crop, data.skip_corrupt
         )
     except InputError as error:
-        close = difflib.get_close_matches(name, BUILT_IN)
         raise InputError(
-            f"'{name}' is no path and none of {', '.join(BUILT_IN)}"
-            + (f" (close: {', '.join(close)})" if close else "")
-            + f"; taken for a set of TFDS: {error}"
+            f"'{name}' is no path and none of {', '.join(BUILT_IN)}; taken for a set "
+            f"of TFDS: {error}"
         ) from error
     chosen = choose(len(records), limit, seed)
     num_bytes = len(chosen) * size * size * channels

@@ -55,7 +55,7 @@ def auroc(
     Raises:
       ValueError: if either is empty or holds a NaN.
     """
-    return _area(*_count(*_ranks(inlier_scores, outlier_scores)))
+    return _area(*_counts(*_ranks(inlier_scores, outlier_scores)))
 
 
 def roc_curve(
@@ -69,7 +69,7 @@ def roc_curve(
     Raises:
       ValueError: as `auroc`.
     """
-    counts = _count(*_ranks(inlier_scores, outlier_scores))
+    counts = _counts(*_ranks(inlier_scores, outlier_scores))
     tpr, fpr = (_cumulative(each) / each.sum() for each in counts)
     return fpr, tpr
 
@@ -97,13 +97,12 @@ def detection(
     resamples = []
     for _ in range(num_bootstrap):
         drawn = (
-            ranks[rng.integers(len(ranks), size=len(ranks))]
-            for rng, ranks in zip(rngs, both, strict=True)
+            rng.choice(ranks, len(ranks)) for rng, ranks in zip(rngs, both, strict=True)
         )
-        resamples.append(_metrics(*_count(*drawn, num)))
+        resamples.append(_metrics(*_counts(*drawn, num)))
     tail = (1.0 - confidence) / 2.0
     ends = np.quantile(resamples, (tail, 1.0 - tail), axis=0)
-    return Detection(*map(Estimate, _metrics(*_count(*both, num)), *ends.tolist()))
+    return Detection(*map(Estimate, _metrics(*_counts(*both, num)), *ends.tolist()))
 
 
 def _ranks(
@@ -111,16 +110,10 @@ def _ranks(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns ranks among the distinct scores, the largest first, and their number."""
     for name, scores in (("inlier", inlier_scores), ("outlier", outlier_scores)):
-        if not len(scores):
+        if not len(scores) or np.isnan(scores).any():
             raise ValueError(
-                f"there are no {name} scores; AUROC needs at least one of each kind: "
-                "give a test set with inliers and outliers"
-            )
-        missing = np.flatnonzero(np.isnan(scores))
-        if len(missing):
-            raise ValueError(
-                f"{len(missing)} of {len(scores)} {name} scores are NaN, the first "
-                f"at {missing[0]}; check the model's training"
+                f"{np.isnan(scores).sum()} of {len(scores)} {name} scores are NaN; "
+                "numbers are needed, and at least one: check the model's training"
             )
     both = np.concatenate([inlier_scores, outlier_scores]).astype(np.float64)
     distinct, ascending = np.unique(both, return_inverse=True)
@@ -129,14 +122,9 @@ def _ranks(
     return ranks[:num_inliers], ranks[num_inliers:], len(distinct)
 
 
-def _count(
-    inlier_ranks: np.ndarray, outlier_ranks: np.ndarray, num: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number of inliers, and of outliers, at each rank."""
-    return (
-        np.bincount(inlier_ranks, minlength=num),
-        np.bincount(outlier_ranks, minlength=num),
-    )
+def _counts(inliers: np.ndarray, outliers: np.ndarray, num: int) -> list[np.ndarray]:
+    """Returns how many of either have each rank."""
+    return [np.bincount(ranks, minlength=num) for ranks in (inliers, outliers)]
 
 
 def _cumulative(counts: np.ndarray) -> np.ndarray:
@@ -224,19 +212,8 @@ def measure(
     The scores are those of `inference.outlier_scores`; with `baselines` also those of
     `detectors.fit_pixel_detectors`, fitted to the training images.
 
-    Args:
-      experiment: what the config describes.
-      variables: of the networks, usually the averages.
-      inliers: name of a set; see `outlier_sets.open_set`.
-      outliers: names of sets.
-      seed: of noise, choice of images, bootstrap and baselines.
-      num_draws: noise draws a level of the score over t.
-      limit: most images of a set; 0: all.
-      baselines: whether to fit the baselines.
-
-    Raises:
-      FileNotFoundError: if a path is not there.
-      InputError: if a set cannot be opened.
+    `inliers` and `outliers` are names for `outlier_sets.open_set`, which opens at most
+    `limit` images of each, and which raises. The seed is of all that is drawn.
     """
     source, data = experiment.source, experiment.config.data
     # Everything is opened before anything is computed.

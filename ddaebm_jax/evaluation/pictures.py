@@ -17,12 +17,7 @@ _GRID_IMAGES, _TRAJECTORY_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
 
 
 class Pictures(NamedTuple):
-    """Pictures of a model.
-
-    Attributes:
-      files: name → PNG file.
-      histograms: name → numbers whose distribution is of interest.
-    """
+    """PNG files, and numbers whose distribution is of interest, both by name."""
 
     files: dict[str, Path]
     histograms: dict[str, np.ndarray]

@@ -1,7 +1,7 @@
 """A finished run, loaded from its directory, which is only read."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
 from absl import logging
@@ -10,19 +10,12 @@ from ddaebm_jax import experiment as experiments
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
 from ddaebm_jax.training import dispatch
-from ddaebm_jax.training.checkpoints import Checkpoints, Restored
+from ddaebm_jax.training.checkpoints import Checkpoints
 from ddaebm_jax.training.run_directory import read_config
 
 
 class TrainedRun(NamedTuple):
-    """A trained run.
-
-    Attributes:
-      workdir: its directory.
-      experiment: what its config describes.
-      variables: the averaged variables of the checkpoint.
-      step: of the checkpoint.
-    """
+    """A trained run; `variables` are the averages in the checkpoint of `step`."""
 
     workdir: Path
     experiment: experiments.Experiment
@@ -40,8 +33,7 @@ def load_run(
 
     Args:
       workdir: the run directory.
-      open_images: open the images too, for figures that need them. Nothing else needs
-        more than the directory.
+      open_images: open the images too, for figures that need them.
       checkpoint: `latest`, the newest intact one; `best`, of the lowest FID; or the
         step of one that is kept.
 
@@ -62,9 +54,14 @@ def load_run(
                 f"latest, best, {', '.join(kept)}"
             )
         experiment = experiments.build(config, workdir, open_images)
-        found = _restore(
-            checkpoints, experiments.evaluation_state(experiment), checkpoint
-        )
+        like = experiments.evaluation_state(experiment)
+        if checkpoint == "latest":
+            found = checkpoints.restore_newest(like)
+            found = found or checkpoints.restore(like)  # Raises where there is none.
+        elif checkpoint == "best":
+            found = checkpoints.restore(like, best=True)
+        else:
+            found = checkpoints.restore(like, int(checkpoint))
     finally:
         checkpoints.close()
     data = experiment.source.metadata()
@@ -84,10 +81,9 @@ def _distrust(config: ml_collections.ConfigDict) -> None:
     """
     config.compilation_cache.directory = ""
     data, evaluation = config.data, config.evaluation
-    tfds_set = f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"
     for section, field, path in (
         (evaluation, "reference_path", evaluation.reference_path),
-        (data, "tfds_dir", tfds_set),
+        (data, "tfds_dir", f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"),
     ):
         if section[field] and not Path(path).expanduser().exists():
             logging.warning(
@@ -97,12 +93,3 @@ def _distrust(config: ml_collections.ConfigDict) -> None:
                 section[field],
             )
             section[field] = ""
-
-
-def _restore(checkpoints: Checkpoints, like: Any, checkpoint: str) -> Restored:
-    if checkpoint == "latest":
-        found = checkpoints.restore_newest(like)
-        return found or checkpoints.restore(like)  # Raises where there is none.
-    if checkpoint == "best":
-        return checkpoints.restore(like, best=True)
-    return checkpoints.restore(like, int(checkpoint))
