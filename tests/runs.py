@@ -92,10 +92,10 @@ def _dispatcher(text: str) -> dispatch.Dispatcher:
 def _shared_dispatcher(experiment: experiments.Experiment) -> dispatch.Dispatcher:
     """Return one dispatcher for all runs whose steps are the same program."""
     config = config_lib.from_json(config_lib.to_json(experiment.config))
-    if not config_lib.decays(config):
-        config.train.num_steps = 1
+    num_steps = config.train.num_steps if config_lib.decays(config) else 1
     for section in ("train", "recovery", "evaluation"):
         config[section] = small()[section]
+    config.train.num_steps = num_steps
     return _dispatcher(config_lib.to_json(config))
 
 

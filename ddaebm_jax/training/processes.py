@@ -109,10 +109,10 @@ def check_same_config(config: ml_collections.ConfigDict) -> None:
             )
 
 
-def is_lost_process(error: Exception) -> bool:
-    """Return whether an error means that another process cannot be reached."""
-    if isinstance(error, InputError) or jax.process_count() == 1:
-        return False
+def is_lost_process(error: BaseException | None) -> bool:
+    """Return whether an error, or its cause, is that of an unreachable process."""
+    if isinstance(error, InputError):
+        return is_lost_process(error.__cause__)
     # Gloo's own errors are ValueErrors where a collective is started.
     failed = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
-    return failed and _LOST_PEER.search(str(error)) is not None
+    return failed and jax.process_count() > 1 and bool(_LOST_PEER.search(str(error)))
