@@ -28,7 +28,7 @@ def parse(monkeypatch):
 
 @pytest.fixture
 def problem(parse):
-    """Parses a command that is wrong; returns what is said of it, in one line."""
+    """Parses a command that is wrong; returns its error message as one line."""
 
     def told(*argv: str) -> str:
         with pytest.raises(config_lib.ConfigError) as error:
@@ -67,7 +67,7 @@ def test_fields_are_changed_in_every_way_of_writing_a_flag(parse, tmp_path: Path
     assert (rest, flags.recipe_name()) == (["left"], "celeba64")
 
 
-def test_every_problem_of_a_command_is_told_at_once(problem):
+def test_every_problem_of_a_command_is_reported_at_once(problem):
     told = problem(
         f"--config={CONFIGS / 'gaussians25.py'}",
         *("--config.game.gama=1", "--config.gaem.lambda_z=1", "--config.seed=x"),
@@ -85,7 +85,7 @@ def test_every_problem_of_a_command_is_told_at_once(problem):
     assert "optimizer.beta1 is 5.0; it must be at least 0" in told
 
 
-# Bodies of get_config(), and what is said of them.
+# Bodies of get_config(), and the reason in the error.
 BAD_RECIPES = {
     "k.train.num_steps = 'ten'": "TypeError: Could not override field 'num_steps'",
     "k.gaem.gamma = 1.0": "AttributeError: 'gaem' Did you mean \"game\"",
