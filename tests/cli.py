@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """Return the environment of a child with so many virtual devices.
+    """Return the environment of a child with virtual devices.
 
     It compiles fast, not to fast programs.
     """

@@ -1,4 +1,4 @@
-"""A checkpoint gives back exactly what was saved, or an error says why it cannot."""
+"""A checkpoint gives back exactly what was saved, or an error gives the reason."""
 
 import contextlib
 import gc

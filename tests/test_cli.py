@@ -287,7 +287,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_without_a_checkpoint_says_so(tmp_path: Path):
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.base()))
     for mode in ("sample", "evaluate"):
         result = run(f"--mode={mode}", f"--workdir={tmp_path}")
@@ -341,7 +341,7 @@ def _one_of_two(number: int, *flags: str) -> list[str]:
     return [*tiny(PLANE), *together, *flags]
 
 
-def test_a_bad_config_is_reported_before_other_processes_are_awaited(tmp_path: Path):
+def test_a_bad_config_is_reported_before_other_processes_join(tmp_path: Path):
     """There is no coordinator, and so nothing to join."""
     flags = (f"--coordinator=localhost:{free_port()}", f"--workdir={tmp_path / 'run'}")
     result = run(*_one_of_two(1, *flags, "--config.game.gamma=-1"))

@@ -180,7 +180,7 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(
 # --- Scored -----------------------------------------------------------------------
 
 
-def test_scores_are_energies_whatever_the_file(digits_run: Path, tmp_path: Path):
+def test_scores_of_folders_and_arrays_are_energies(digits_run: Path, tmp_path: Path):
     pixels = _pixels(10)
     folder = _write_folder(tmp_path / "some images", pixels)
     np.savez(tmp_path / "x.npz", x=pixels[..., None])
