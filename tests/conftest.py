@@ -46,12 +46,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def compilation_cache() -> Path:
-    """This run's compilation cache, which subprocesses inherit too."""
-    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-
-
-@pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of reference numbers."""
     return Path(__file__).parent / "data"

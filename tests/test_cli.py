@@ -100,7 +100,7 @@ def test_sample_is_a_function_of_the_seed(plane_run: Path, tmp_path: Path):
     assert not np.array_equal(drawn[0], drawn[2])
 
 
-def test_default_outputs_never_replacefiles(plane_run: Path):
+def test_default_outputs_never_replace_files(plane_run: Path):
     before = files(plane_run)
     flags = ("--mode=sample", "--num_samples=5", f"--workdir={plane_run}")
     made = [Path(succeed(*flags).out.strip()) for _ in range(2)]
