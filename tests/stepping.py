@@ -58,15 +58,15 @@ def trained(config: ml_collections.ConfigDict, steps: int) -> tuple:
 
 
 def in_two_processes(
-    number: int, port: int, folder: str, ways: dict[str, dict[str, Any]], steps: int
+    number: int, port: int, folder: str, runs: list[tuple[str, dict]], steps: int
 ) -> None:
-    """Trains digits in several ways as one of two processes; writes the leaves."""
+    """Trains several configs as one of two processes; writes the states' leaves."""
     processes.join(processes.Processes(f"localhost:{port}", 2, number))
     sharding.MIN_SHARDED_SIZE = 16
     whole = sharding.replicated(sharding.make_mesh(0))
-    for way, fields in ways.items():
-        state, _ = trained(digits(**fields), steps)
+    for run, (kind, fields) in enumerate(runs):
+        state, _ = trained(CONFIGS[kind](**fields), steps)
         state = jax.jit(lambda tree: tree, out_shardings=whole)(state)
         leaves = map(np.asarray, jax.tree.leaves(state))
-        np.savez(f"{folder}/{way} {number}.npz", *leaves)
+        np.savez(f"{folder}/{run}-{number}.npz", *leaves)
     jax.distributed.shutdown()  # Waits for the other, which ends if this one is gone.
