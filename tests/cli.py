@@ -1,101 +1,68 @@
-"""The command line, run many times from one import.
+"""Commands and functions in processes forked from one import, and tiny recipes.
 
-A child that has imported everything, but has not yet started a device, forks for each
-command; so a command costs its own work and not the seconds of the imports.
+A server that has imported everything, but has not yet started a device, forks for each
+call; so a command costs its own work and not the seconds of the imports.
 """
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import quick
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "launch" / "main.py"
 
-_FORKER = """
-import json, os, runpy, sys, tempfile
-sys.path.insert(0, {root!r})
-from ddaebm_jax.commands import evaluate, inspect, ood, sample, score, train
-for line in sys.stdin:
-    argv = json.loads(line)
-    out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        sys.argv = [{main!r}, *argv]
-        runpy.run_path({main!r}, run_name="__main__")
-        sys.stdout.flush()
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    out.seek(0)
-    err.seek(0)
-    print(json.dumps([code, out.read(), err.read()]), flush=True)
-"""
+# Fields of recipes so small that they train in a second.
+TINY = {
+    "model.mlp.hidden": (8, 8),
+    "model.mlp.x_widths": (4, 4),
+    "data.batch_size": 8,
+    "train.num_steps": 40,
+    "train.steps_per_dispatch": 10,
+    "train.report_every": 10,
+    "train.picture_every": 0,
+    "train.checkpoint_every": 20,
+    "train.tensorboard": False,
+    "evaluation.num_samples": 64,
+    "evaluation.num_projections": 4,
+}
+TINY_UNET = {
+    "model.nz": 4,
+    "model.unet.nf": 8,
+    "model.unet.ch_mult": (1,),
+    "model.unet.num_res_blocks": 1,
+    "model.unet.attn_resolutions": (),
+    "model.unet.z_emb_dim": 8,
+    "model.unet.n_mlp": 0,
+    "model.encoder.ngf": 4,
+    "model.encoder.t_emb_dim": 8,
+}
+
+_MODES = ("train", "sample", "score", "evaluate", "ood", "inspect")
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload([f"ddaebm_jax.commands.{mode}" for mode in _MODES])
 
 
 class Result(NamedTuple):
-    """Exit status and output of a command."""
+    """Exit status and output of a process."""
 
     code: int
     out: str
     err: str
 
 
-def assert_error(result: Result, *words: str) -> None:
-    """Assert that a command failed with one line that holds these words."""
-    assert result.code == 2, result.err
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.err
-    assert "Traceback" not in result.err
-    for expected in words:
-        assert expected in errors[0]
-
-
-class CommandLine:
-    """`launch/main.py`; see the module."""
-
-    def __init__(self, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _FORKER.format(root=str(ROOT), main=str(MAIN))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=cwd,
-            env=environment() if env is None else env,
-        )
-
-    def __call__(self, *argv: object) -> Result:
-        """Run one command to its end."""
-        argv = tuple(map(str, argv))
-        self._process.stdin.write(json.dumps(argv) + "\n")
-        self._process.stdin.flush()
-        return Result(*json.loads(self._process.stdout.readline()))
-
-    def succeed(self, *argv: object) -> Result:
-        """Run one command, which must succeed."""
-        result = self(*argv)
-        assert result.code == 0, result.err
-        return result
-
-    def __enter__(self) -> "CommandLine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the child."""
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-
 def environment(devices: int = 1) -> dict[str, str]:
-    """Return the environment of a child with so many virtual devices.
+    """Return the environment of a child with virtual devices.
 
     It compiles fast, not to fast programs.
     """
@@ -115,21 +82,129 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
-def tiny(config: str, **fields: object) -> list[str]:
-    """Return flags of a recipe made so small that it trains in a second."""
-    small = {
-        "model.mlp.hidden": "(8,8)",
-        "model.mlp.x_widths": "(4,4)",
-        "data.batch_size": 8,
-        "train.num_steps": 40,
-        "train.steps_per_dispatch": 10,
-        "train.report_every": 10,
-        "train.picture_every": 0,
-        "train.checkpoint_every": 20,
-        "train.tensorboard": False,
-        "evaluation.num_samples": 100,
-        "evaluation.num_projections": 10,
-    }
-    small.update({name.replace("__", "."): value for name, value in fields.items()})
-    flags = [f"--config.{name}={value}" for name, value in small.items()]
-    return [f"--config={config}", *flags]
+def call(
+    function: Callable[..., None],
+    *argument_lists: list[Any],
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    seconds: float = 300.0,
+) -> list[Result]:
+    """Call a function of a module at once in one process per list of arguments.
+
+    Output goes into pipes, which a limit on the size of files leaves alone. Processes
+    that have not ended after `seconds` are killed.
+    """
+    processes, readers = [], []
+    for arguments in argument_lists:
+        out, err = (_server.Pipe(duplex=False) for _ in range(2))
+        own = (out[1], err[1]), dict(env or environment()), cwd
+        processes.append(
+            _server.Process(target=_in_child, args=(*own, function, arguments))
+        )
+        processes[-1].start()
+        out[1].close()
+        err[1].close()
+        readers += [out[0], err[0]]
+    with futures.ThreadPoolExecutor(len(readers)) as pool:
+        texts = pool.map(_read, readers)
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        codes = [process.exitcode for process in processes]
+        return [Result(code, next(texts), next(texts)) for code in codes]
+
+
+def _in_child(
+    outputs: tuple[Connection, ...],
+    env: dict[str, str],
+    cwd: Path,
+    function: Callable[..., None],
+    arguments: list[Any],
+) -> None:
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output.fileno(), number)
+        output.close()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    function(*arguments)
+
+
+def _read(pipe: Connection) -> str:
+    with pipe, open(pipe.fileno(), errors="replace", closefd=False) as file:
+        return file.read()
+
+
+def python(*argv: str) -> Result:
+    """Run Python to its end, from nothing imported."""
+    done = subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def main(*argv: str) -> None:
+    """Run `launch/main.py` in this process."""
+    sys.argv = [str(MAIN), *argv]
+    runpy.run_path(str(MAIN), run_name="__main__")
+
+
+def run(*argv: object, **kwargs: Any) -> Result:
+    """Run one command to its end."""
+    (result,) = call(main, [str(argument) for argument in argv], **kwargs)
+    return result
+
+
+def succeed(*argv: object, **kwargs: Any) -> Result:
+    """Run one command, which must succeed."""
+    result = run(*argv, **kwargs)
+    assert result.code == 0, result.err
+    return result
+
+
+def error_of(result: Result) -> str:
+    """Return the one error line of a command that failed."""
+    assert result.code == 2, result.err
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.err, result.err
+    return errors[0]
+
+
+def assert_error(result: Result, *words: str) -> None:
+    """Assert that a command failed with one line that holds these words."""
+    error = error_of(result)
+    for expected in words:
+        assert expected in error
+
+
+def dotted(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields by their names in the config; `a__b` stands for `a.b`."""
+    return {name.replace("__", "."): value for name, value in fields.items()}
+
+
+def flags_of(fields: Mapping[str, Any]) -> list[str]:
+    """Return flags that change fields of a config."""
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def tiny(recipe: str, **fields: object) -> list[str]:
+    """Return the flags of a recipe that is made tiny, and then changed."""
+    return [f"--config={recipe}", *flags_of(TINY | dotted(fields))]
+
+
+def report(workdir: Path, name: str = "report.json") -> dict[str, Any]:
+    """Return a report of a run."""
+    return json.loads((workdir / name).read_text())
+
+
+def files(workdir: Path) -> dict[Path, tuple[bytes, int]]:
+    """Return what all files hold, and when they were written."""
+    paths = (path for path in workdir.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}

@@ -1,14 +1,15 @@
-"""What processes do that save together, called by `processes.Forked`.
+"""Saves that fail, in processes that `cli.call` starts.
 
 Nothing here may start a device when it is imported.
 """
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -30,14 +31,18 @@ def state_of(step: int, width: int = 3000) -> TrainState:
     )
 
 
-def full_disk() -> Any:
-    """Lets this process write no more than ten bytes into a file; returns the cure."""
+@contextlib.contextmanager
+def full_disk(num_bytes: int = 10) -> Iterator[None]:
+    """Let no file of this process grow beyond a size; what fits is still written."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def save_and_die(number: int, port: int, workdir: str, delay: float) -> None:
+def save_and_die(workdir: str, delay: float) -> None:
     """Saves step 1; is killed while it saves step 2."""
     checkpoints = checkpointing.Checkpoints(workdir)
     checkpoints.save(jax.tree.map(jax.numpy.asarray, state_of(1)), {})
@@ -48,17 +53,20 @@ def save_and_die(number: int, port: int, workdir: str, delay: float) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _placed(step: int) -> TrainState:
-    """The state on the devices of all processes; its rows are split."""
-    mesh = sharding.make_mesh(0)
+def split_rows(mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
+    """Return shardings of a state whose matrices are split by rows."""
 
     def shard(value: np.ndarray) -> jax.sharding.NamedSharding:
         names = (sharding.DATA_AXIS,) if np.ndim(value) == 2 else ()
-        spec = jax.sharding.PartitionSpec(*names)
-        return jax.sharding.NamedSharding(mesh, spec)
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
 
+    return jax.tree.map(shard, state)
+
+
+def _placed(step: int) -> TrainState:
+    """Return a state on the devices of all processes."""
     state = state_of(step)
-    return sharding.put(state, jax.tree.map(shard, state))
+    return sharding.put(state, split_rows(sharding.make_mesh(0), state))
 
 
 def save_and_restore(number: int, port: int, workdir: str, fails: bool) -> None:
@@ -72,10 +80,9 @@ def save_and_restore(number: int, port: int, workdir: str, fails: bool) -> None:
         saver.finish(_placed(2), {"number": 1})
         saver.save(_placed(3), {})
         checkpoints.wait()
-        if fails:
-            full_disk()
         try:
-            saver.finish(_placed(4), {})
+            with full_disk() if fails else contextlib.nullcontext():
+                saver.finish(_placed(4), {})
         except checkpointing.SaveError as error:
             print(json.dumps({"error": str(error)}), flush=True)
             os._exit(2)

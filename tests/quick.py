@@ -4,11 +4,13 @@ XLA's optimiser takes most of a U-Net's compilation, ten times what the program 
 takes to run.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import pytest
 
 _OPTIONS = {
     "xla_backend_optimization_level": 0,
@@ -27,6 +29,15 @@ def options() -> dict[str, Any]:
     except Exception:  # Which kind depends on the version.
         return {}
     return _OPTIONS
+
+
+@contextlib.contextmanager
+def compilation() -> Iterator[None]:
+    """Let all that is given to `jax.jit` meanwhile be compiled with little effort."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(jax.jit, compiler_options=options())
+        patch.setattr(jax, "jit", quick)
+        yield
 
 
 def jit(function: Callable, **kwargs: Any) -> Callable:

@@ -1,4 +1,4 @@
-"""A checkpoint gives back exactly what was saved, or an error says why it cannot."""
+"""A checkpoint gives back exactly what was saved, or an error gives the reason."""
 
 import contextlib
 import gc
@@ -17,12 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from failing import full_disk, state_of
+from cli import Result, call
+from failing import (
+    full_disk,
+    save_and_die,
+    save_and_restore,
+    split_rows,
+    state_of,
+)
 from helpers import assert_trees_equal
-from processes import Forked
+from processes import free_port
 
 from ddaebm_jax import sharding
-from ddaebm_jax.errors import TrainingError
 from ddaebm_jax.training import checkpoints as checkpointing
 from ddaebm_jax.training.checkpoints import (
     CheckpointError,
@@ -42,13 +48,6 @@ pytestmark = pytest.mark.filterwarnings(
 def remarks_belong_to_the_test_that_causes_them() -> Iterator[None]:
     yield
     gc.collect()
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    forked = Forked("failing")
-    yield forked
-    forked.close()
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +112,10 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path, name: str):
 
 def test_a_state_is_restored_into_another_layout(tmp_path: Path):
     mesh, few = sharding.make_mesh(0), sharding.make_mesh(2)
-
-    def rows(mesh: jax.sharding.Mesh, leaf: Any) -> jax.sharding.NamedSharding:
-        names = (sharding.DATA_AXIS,) if np.ndim(leaf) == 2 else ()
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
-
     state = state_of(3)
     layouts = [
-        jax.tree.map(lambda leaf: rows(mesh, leaf), state),
-        jax.tree.map(lambda leaf: rows(few, leaf), state),
+        split_rows(mesh, state),
+        split_rows(few, state),
         jax.tree.map(lambda _: sharding.replicated(mesh), state),
     ]
     for number, layout in enumerate(layouts):
@@ -159,7 +153,7 @@ def test_only_the_newest_are_kept_and_the_first_of_a_step(tmp_path: Path):
     assert_trees_equal(_restore_newest(tmp_path).state, _state(3))
 
 
-def test_what_does_not_fit_or_is_not_there_is_told(run: Path, tmp_path: Path):
+def test_unfit_and_missing_checkpoints_are_refused(run: Path, tmp_path: Path):
     checkpoints = Checkpoints(run, read_only=True)
     for restore in (checkpoints.restore, checkpoints.restore_newest):
         with pytest.raises(
@@ -203,7 +197,7 @@ def test_any_damage_is_noticed_or_harmless(run: Path, saved: Path):
 
 
 def test_a_changed_array_or_info_is_noticed(run: Path):
-    """What Orbax restores without a word."""
+    """Orbax restores it without an error."""
     checkpoints = Checkpoints(run, read_only=True)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(0)
@@ -257,7 +251,7 @@ def test_if_none_is_intact_all_are_named_and_left(run: Path):
     assert "\n" not in str(error.value) and _names(run) == before
 
 
-def test_what_cannot_be_read_is_not_damaged(run: Path):
+def test_unreadable_checkpoints_are_not_taken_for_damaged(run: Path):
     """Here for want of file descriptors, as for want of rights or a bad disk."""
     _restore_newest(run)  # What is imported late is imported now.
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -288,12 +282,12 @@ def test_sizes_beyond_the_files_are_not_read(
 # Saves that fail, or do not end.
 
 
-def test_a_killed_save_leaves_the_one_before(forked: Forked, tmp_path: Path):
+def test_a_killed_save_leaves_the_one_before(tmp_path: Path):
     unfinished = 0
     for number in range(6):
         workdir = tmp_path / str(number)
-        (result,) = forked("save_and_die", [str(workdir), 0.004 * number])
-        assert result.code == -9, result.out
+        (result,) = call(save_and_die, [str(workdir), 0.004 * number])
+        assert result.code == -9, result.err
         left = [path.name for path in (workdir / "checkpoints").iterdir()]
         unfinished += any(not name.isdecimal() for name in left)
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
@@ -314,15 +308,15 @@ def test_saves_on_a_full_disk_are_retried(
     saver = Saver(checkpoints, patience=100)
     saver.save(_state(1), {})
     checkpoints.wait()
-    cure, tries, start = full_disk(), 0, time.monotonic()
-    saver.save(_state(2), {})
-    while tries < 2:
-        assert time.monotonic() < start + 60
-        saver.poll()
-        if saver.retry_due():
-            tries += 1
-            saver.save(_state(2 + tries), {})
-    cure()
+    tries, start = 0, time.monotonic()
+    with full_disk():
+        saver.save(_state(2), {})
+        while tries < 2:
+            assert time.monotonic() < start + 60
+            saver.poll()
+            if saver.retry_due():
+                tries += 1
+                saver.save(_state(2 + tries), {})
     checkpoints.verify(1)
     assert "a checkpoint cannot be written" in caplog.text
     assert "File too large" in caplog.text
@@ -335,19 +329,7 @@ def test_saves_on_a_full_disk_are_retried(
     assert {"1", "5"} <= set(names) and "".join(names).isdecimal()
 
 
-def test_patience_ends(run: Path):
-    checkpoints = Checkpoints(run)
-    cure = full_disk()
-    try:
-        with pytest.raises(TrainingError, match=r"save_patience 2\).*intact \(1, 2\)"):
-            Saver(checkpoints, patience=2).finish(_state(3), {})
-    finally:
-        cure()
-    checkpoints.close()
-    assert_trees_equal(_restore_newest(run).state, _state(2))
-
-
-def test_what_is_not_whole_on_disk_is_not_saved(
+def test_a_save_with_missing_files_has_failed(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ):
     wait = ocp.CheckpointManager.wait_until_finished
@@ -369,22 +351,6 @@ def test_what_is_not_whole_on_disk_is_not_saved(
     checkpoints.save(_state(4), {})
     checkpoints.close()
     assert_trees_equal(_restore_newest(run).state, _state(4))
-
-
-def test_waiting_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(_state(1), {})
-
-    def interrupted(_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpointing.futures, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.wait()
-    assert checkpoints.pending
-    checkpoints.close()
-    assert checkpoints.steps() == [1]
 
 
 # The best.
@@ -421,17 +387,19 @@ def test_the_lowest_fid_is_kept(tmp_path: Path):
 # Several processes.
 
 
-def test_two_processes_save_restore_and_fail_together(forked: Forked, tmp_path: Path):
+def test_two_processes_save_restore_and_fail_together(tmp_path: Path):
+    def both(fails: bool) -> list[Result]:
+        port = free_port()
+        calls = [[n, port, str(tmp_path), fails and n == 1] for n in range(2)]
+        return call(save_and_restore, *calls, seconds=100.0)
+
     start = time.monotonic()
-    results = forked(
-        "save_and_restore", [str(tmp_path), False], [str(tmp_path), True], seconds=100.0
-    )
-    assert results[1].code == 2, results[1].out
-    assert "4 could not be written" in results[1].out
-    assert results[0].code not in (0, 1, -9), results[0].out
+    other, failed = both(fails=True)
+    assert failed.code == 2, failed.err
+    assert "4 could not be written" in failed.out
+    assert other.code not in (0, 1, -9), other.err
     assert time.monotonic() - start < 90
-    one = [[str(tmp_path), False]] * 2
-    for result in forked("save_and_restore", *one, seconds=100.0):
-        assert result.code == 0, result.out
+    for result in both(fails=False):
+        assert result.code == 0, result.err
         assert json.loads(result.out.splitlines()[-1]) == {"step": 3, "same": True}
     assert_trees_equal(_restore_newest(tmp_path).state, _state(3))

@@ -37,7 +37,7 @@ def _by_definition(array: np.ndarray) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("dtype", _DTYPES + _WIDE)
-def test_it_is_as_defined(dtype: str):
+def test_the_checksum_follows_its_definition(dtype: str):
     with jax.enable_x64(dtype in _WIDE):
         for shape in ((), (0,), (5,), (3, 4, 5)):
             array = _values(dtype, shape)
@@ -65,7 +65,7 @@ def test_every_flipped_bit_changes_both_sums():
 
 
 def test_order_and_pairs_of_signs_matter():
-    """What sums of words alone, or linear ones, would not notice."""
+    """Sums of words, or linear ones, would not notice them."""
     array = _values("float32", (64,))
     signs = array.copy()
     signs[[3, 40]] *= -1

@@ -1,18 +1,15 @@
 """Configs: recipes, checks, JSON, and --config on the command line."""
 
 import ast
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import pytest
-from cli import ROOT, environment
+from cli import ROOT, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import load_recipe
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import diffusion, models, objective
@@ -22,13 +19,6 @@ from ddaebm_jax.data import synthetic
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 BASE = dict(fields.leaves(config_lib.base()))
-
-
-def load_recipe(path: Path) -> ml_collections.ConfigDict:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def read(text: str) -> dict[str, Any]:
@@ -163,16 +153,6 @@ def test_numbers_fit_the_integers_of_devices(field: str):
         assert problems("digits", {field: (2**31,)})[0].startswith(f"{field} is (")
 
 
-def test_the_fields_that_may_be_none_keep_their_type():
-    """By references: a plain field forgets it while it holds None."""
-    base, references = config_lib.base(), set()
-    for section in filter(lambda name: name != "seed", base):
-        for name, value in base[section].items(preserve_field_references=True):
-            if isinstance(value, ml_collections.FieldReference):
-                references.add(f"{section}.{name}")
-    assert references == set(fields.OPTIONAL)
-
-
 _ODD = st.one_of(
     *(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers()),
     st.lists(st.integers(), max_size=2),
@@ -185,7 +165,7 @@ def test_any_value_of_any_field_is_accepted_or_named(field: str, value: object):
         assert field in problem
 
 
-def test_unknown_and_missing_fields_are_told_with_the_nearest_name():
+def test_unknown_and_missing_fields_are_reported_with_the_nearest_name():
     config = ml_collections.ConfigDict(config_lib.base().to_dict())
     with config.ignore_type():
         config.recovery = 3
@@ -253,7 +233,7 @@ IMAGE_COMBINATIONS = [
     [("released_gaussians25", *case) for case in COMBINATIONS]
     + [("cifar10", *case) for case in IMAGE_COMBINATIONS],
 )
-def test_what_does_not_go_together(name: str, changes: str, expected: str):
+def test_conflicting_fields_are_refused(name: str, changes: str, expected: str):
     found = problems(name, read(changes))
     assert any(expected in problem for problem in found), found
 
@@ -294,7 +274,7 @@ def test_fields_that_nothing_would_read_are_refused(name, circumstances, unread)
     assert config_lib.problems(config, saved=True) == []
 
 
-def test_a_problem_that_follows_from_another_is_not_told():
+def test_a_problem_that_follows_from_another_is_not_reported():
     changes = {"model.unet.ch_mult": (1, 0), "model.unet.attn_resolutions": (2,)}
     (problem,) = problems("cifar10", changes)
     assert problem.startswith("model.unet.ch_mult is (1, 0)")
@@ -365,18 +345,7 @@ print(sorted({{"jax", "numpy", *("ddaebm_jax." + n for n in names)}} & loaded))
 
 
 def test_configs_and_recipes_load_nothing_that_they_describe():
-    command = [sys.executable, "-c", _IMPORTS]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
-def test_tuples_and_none_survive_json():
-    changes = read("data.crop=(0,1,65,66) model.unet.attn_resolutions=()")
-    changes |= read("diffusion.min_posterior_var=None game.recon_floor=0.5")
-    config = recipe("celeba64", changes | {"game.recon": "nll"})
-    found = dict(fields.leaves(config_lib.from_json(config_lib.to_json(config))))
-    for field, value in changes.items():
-        assert found[field] == value and type(found[field]) is type(value)
+    assert python("-c", _IMPORTS) == (0, "[]\n", "")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "NaN", '{"seed": 1}'])
@@ -385,7 +354,7 @@ def test_a_damaged_config_file_is_a_config_error(text: str):
         config_lib.from_json(text)
 
 
-def test_differences_and_what_a_resumed_run_may_change():
+def test_differences_and_the_fields_that_a_resumed_run_may_change():
     old, new = recipe("cifar10"), recipe("cifar10", {"game.gamma": 0.5})
     assert config_lib.differences(old, new) == {"game.gamma": (0.02, 0.5)}
     what_a_fid_is = "inception inception_weights preprocessing reference".split()

@@ -28,14 +28,14 @@ def parse(monkeypatch):
 
 @pytest.fixture
 def problem(parse):
-    """Parses a command that is wrong; returns what is said of it, in one line."""
+    """Parses a command that is wrong; returns its error message as one line."""
 
-    def told(*argv: str) -> str:
+    def message(*argv: str) -> str:
         with pytest.raises(config_lib.ConfigError) as error:
             parse(*argv)
         return " ".join(str(error.value).split())
 
-    return told
+    return message
 
 
 def test_fields_are_changed_in_every_way_of_writing_a_flag(parse, tmp_path: Path):
@@ -67,25 +67,25 @@ def test_fields_are_changed_in_every_way_of_writing_a_flag(parse, tmp_path: Path
     assert (rest, flags.recipe_name()) == (["left"], "celeba64")
 
 
-def test_every_problem_of_a_command_is_told_at_once(problem):
-    told = problem(
+def test_every_problem_of_a_command_is_reported_at_once(problem):
+    message = problem(
         f"--config={CONFIGS / 'gaussians25.py'}",
         *("--config.game.gama=1", "--config.gaem.lambda_z=1", "--config.seed=x"),
         *("--config.recovery=3", "--config.data.flip=maybe"),
         *("--config.model.mlp.hidden=(8,", "--config.optimizer.beta1=5"),
     )
-    assert told.startswith(
+    assert message.startswith(
         "--config.game.gama is not a field of the config; did you mean game.gamma?; "
         "--config.gaem.lambda_z is not a field of the config; did you mean "
         "game.lambda_z?; seed is 'x'; a whole number is needed; "
         "--config.recovery is a section of the config; set its fields: recovery."
     )
-    assert "data.flip is 'maybe'; True or False is needed" in told
-    assert "model.mlp.hidden is '(8,'; a tuple of one or more whole numbers" in told
-    assert "optimizer.beta1 is 5.0; it must be at least 0" in told
+    assert "data.flip is 'maybe'; True or False is needed" in message
+    assert "model.mlp.hidden is '(8,'; a tuple of one or more whole numbers" in message
+    assert "optimizer.beta1 is 5.0; it must be at least 0" in message
 
 
-# Bodies of get_config(), and what is said of them.
+# Bodies of get_config(), and the reason in the error.
 BAD_RECIPES = {
     "k.train.num_steps = 'ten'": "TypeError: Could not override field 'num_steps'",
     "k.gaem.gamma = 1.0": "AttributeError: 'gaem' Did you mean \"game\"",
@@ -103,9 +103,9 @@ def test_an_error_in_a_recipe_names_file_line_and_reason(problem, tmp_path, body
         "from ddaebm_jax import config\n\n\ndef get_config():\n"
         f"    k = config.base()\n    {body}\n    return k\n"
     )
-    told = problem(f"--config={path}", "--config.game.gama=1")
-    assert "did you mean game.gamma?" in told
-    assert f"--config={path}, line 6 (`{body}`): {BAD_RECIPES[body]}" in told
+    message = problem(f"--config={path}", "--config.game.gama=1")
+    assert "did you mean game.gamma?" in message
+    assert f"--config={path}, line 6 (`{body}`): {BAD_RECIPES[body]}" in message
 
 
 @pytest.mark.parametrize("text", ["", "get_config = 3\n", "def get_config(): pass\n"])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -10,7 +9,16 @@ import numpy as np
 import pytest
 import quick
 import tiny_inception
-from cli import ROOT, CommandLine, assert_error, environment
+from cli import (
+    TINY_UNET,
+    assert_error,
+    dotted,
+    files,
+    flags_of,
+    report,
+    run,
+    succeed,
+)
 from PIL import Image
 
 from ddaebm_jax import config as config_lib
@@ -21,18 +29,10 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.training.run_directory import read_config
 from ddaebm_jax.training.trained_run import load_run
 
-TINY = {
+FIELDS = TINY_UNET | {
     "data.batch_size": 8,
     "data.test_fraction": 0.9,
     "data.on_device": False,
-    "model.nz": 4,
-    "model.unet.nf": 8,
-    "model.unet.ch_mult": "(1,)",
-    "model.unet.attn_resolutions": "()",
-    "model.unet.z_emb_dim": 8,
-    "model.unet.n_mlp": 0,
-    "model.encoder.ngf": 4,
-    "model.encoder.t_emb_dim": 8,
     "optimizer.learning_rate": 0.01,
     "train.num_steps": 4,
     "train.report_every": 2,
@@ -46,30 +46,15 @@ TINY = {
 
 
 def _tiny(**changes: object) -> list[str]:
-    fields = TINY | {name.replace("__", "."): v for name, v in changes.items()}
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    return [f"--config={ROOT / 'configs' / 'digits.py'}", *flags]
+    fields = FIELDS | dotted(changes)
+    return ["--config=configs/digits.py", *flags_of(fields)]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    # Reference statistics are kept in the user's cache.
-    cache = str(tmp_path_factory.mktemp("cache"))
-    with CommandLine(env=environment() | {"XDG_CACHE_HOME": cache}) as commands:
-        yield commands
-
-
-@pytest.fixture(scope="module")
-def digits_run(run: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("digits") / "run"
-    run.succeed(*_tiny(), f"--workdir={workdir}")
+    succeed(*_tiny(), f"--workdir={workdir}")
     return workdir
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network with Inception's names."""
-    return tiny_inception.write(tmp_path_factory.mktemp("inception") / "tiny.npz")
 
 
 def _pixels(num: int, side: int = 8, seed: int = 0) -> np.ndarray:
@@ -85,42 +70,32 @@ def _write_folder(folder: Path, pixels: np.ndarray) -> Path:
     return folder
 
 
-def _files(directory: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
 def _picture(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
 
 
-def _report(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
 # --- Trained ----------------------------------------------------------------------
 
 
-def test_a_run_directory_holds_what_is_promised(digits_run: Path):
-    lines = (digits_run / "metrics.jsonl").read_text().splitlines()
-    reports = [json.loads(line) for line in lines]
-    training = [report for report in reports if "energy/loss" in report]
-    assert [report["step"] for report in training] == [2, 4]
+def test_a_run_directory_holds_metrics_pictures_and_figures(digits_run: Path):
+    written = (digits_run / "metrics.jsonl").read_text().splitlines()
+    training = [line for line in map(json.loads, written) if "energy/loss" in line]
+    assert [line["step"] for line in training] == [2, 4]
     # A t that none of a report's 16 examples had is left out.
-    gaps = {name for report in training for name in report if "gap_t" in name}
+    gaps = {name for line in training for name in line if "gap_t" in name}
     assert gaps == {f"energy/gap_t{t}" for t in range(4)}
-    for report in training:
-        assert all(np.isfinite(value) for value in report.values())
-        assert report["images_per_second"] == 8 * report["steps_per_second"]
+    for line in training:
+        assert all(np.isfinite(value) for value in line.values())
+        assert line["images_per_second"] == 8 * line["steps_per_second"]
     assert sorted(path.name for path in (digits_run / "samples").iterdir()) == [
         f"{name}_{step:08d}.png"
         for name in ("energies", "samples", "steps")
         for step in (2, 4)
     ]
     assert _picture(digits_run / "samples" / "samples_00000004.png").std() > 5
-    report = _report(digits_run / "report.json")
-    assert all(count > 0 for count in report["parameters"].values())
-    found = report["figures"]
+    assert all(count > 0 for count in report(digits_run)["parameters"].values())
+    found = report(digits_run)["figures"]
     assert 0 <= found["auroc_held_out_against_samples"] <= 1
     assert found["held_out_energy_mean"] < 0 > found["samples_energy_mean"]
     assert found["num_samples"] == 32
@@ -145,14 +120,12 @@ def test_pictures_of_a_run_start_from_the_same_noise(digits_run: Path):
 
 
 @pytest.fixture(scope="module")
-def samples(
-    run: CommandLine, digits_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def samples(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten samples in drawn.npz, beside files that were there before."""
     folder = tmp_path_factory.mktemp("samples")
     (folder / "drawn.png").write_text("mine")
     flags = (f"--output={folder / 'drawn.npz'}", "--num_samples=10", "--seed=3")
-    result = run.succeed("--mode=sample", f"--workdir={digits_run}", *flags)
+    result = succeed("--mode=sample", f"--workdir={digits_run}", *flags)
     assert result.out.strip() == str(folder / "drawn.npz")
     return folder
 
@@ -179,7 +152,7 @@ def test_samples_are_an_npz_a_folder_and_a_grid(samples: Path):
 
 
 def test_a_sample_is_a_function_of_the_seed_and_its_number(
-    run: CommandLine, digits_run: Path, samples: Path, tmp_path: Path
+    digits_run: Path, samples: Path, tmp_path: Path
 ):
     """Not of how many are drawn, nor of how many the networks take at once.
 
@@ -190,7 +163,7 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(
     def sample(workdir: Path, num: int, seed: int) -> np.ndarray:
         path = tmp_path / f"{workdir.name}-{num}-{seed}.npz"
         flags = (f"--output={path}", f"--num_samples={num}", f"--seed={seed}")
-        run.succeed("--mode=sample", f"--workdir={workdir}", *flags)
+        succeed("--mode=sample", f"--workdir={workdir}", *flags)
         return np.load(path)["x"].astype(int)
 
     first = np.load(samples / "drawn.npz")["x"].astype(int)
@@ -207,9 +180,7 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(
 # --- Scored -----------------------------------------------------------------------
 
 
-def test_scores_are_energies_whatever_the_file(
-    run: CommandLine, digits_run: Path, tmp_path: Path
-):
+def test_scores_of_folders_and_arrays_are_energies(digits_run: Path, tmp_path: Path):
     pixels = _pixels(10)
     folder = _write_folder(tmp_path / "some images", pixels)
     np.savez(tmp_path / "x.npz", x=pixels[..., None])
@@ -219,7 +190,7 @@ def test_scores_are_energies_whatever_the_file(
         (folder, "scores.npz"),
     ):
         files = (f"--input={source}", f"--output={tmp_path / output}")
-        run.succeed("--mode=score", f"--workdir={digits_run}", *files)
+        succeed("--mode=score", f"--workdir={digits_run}", *files)
     with np.load(tmp_path / "scores.npz") as file:
         names, energies = file["image"], file["energy"]
     assert list(names) == [f"{i:02}.png" for i in range(10)]
@@ -242,12 +213,12 @@ def test_scores_are_energies_whatever_the_file(
 
 
 def test_unusable_images_are_named_and_nothing_is_written(
-    run: CommandLine, digits_run: Path, tmp_path: Path
+    digits_run: Path, tmp_path: Path
 ):
     corrupt = _write_folder(tmp_path / "corrupt", _pixels(3))
     (corrupt / "01.png").write_bytes((corrupt / "01.png").read_bytes()[:60])
     np.savez(tmp_path / "wide.npz", x=_pixels(3, side=16)[..., None])
-    before = _files(digits_run)
+    before = files(digits_run)
     flags = ("--mode=score", f"--workdir={digits_run}")
     for name, *words in (
         ("corrupt", "01.png"),
@@ -255,9 +226,9 @@ def test_unusable_images_are_named_and_nothing_is_written(
         ("missing", "no such folder"),
     ):
         assert_error(run(*flags, f"--input={tmp_path / name}"), name, *words)
-    assert _files(digits_run) == before
+    assert files(digits_run) == before
     output = tmp_path / "scores.csv"
-    run.succeed(*flags, f"--input={corrupt}", "--skip_corrupt", f"--output={output}")
+    succeed(*flags, f"--input={corrupt}", "--skip_corrupt", f"--output={output}")
     lines = output.read_text().splitlines()
     assert [line.partition(",")[0] for line in lines] == ["image", "00.png", "02.png"]
 
@@ -281,9 +252,7 @@ def test_a_strangers_run_chooses_no_paths_to_load_code_from_or_write_to(
     assert not (tmp_path / "chosen").exists()
 
 
-def test_a_run_needs_its_directory_alone_and_notices_changed_images(
-    run: CommandLine, tmp_path: Path
-):
+def test_a_run_needs_its_directory_alone_and_notices_changed_images(tmp_path: Path):
     folder, workdir = tmp_path / "images", tmp_path / "run"
     _write_folder(folder, _pixels(20, side=10))
     flags = _tiny(
@@ -293,38 +262,29 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_images(
         data__test_fraction=0.35,
         train__picture_every=0,
     )
-    run.succeed(*flags, f"--workdir={workdir}")
+    succeed(*flags, f"--workdir={workdir}")
     Image.fromarray(_pixels(1, 10, seed=1)[0]).save(folder / "03.png")
     result = run("--mode=evaluate", f"--workdir={workdir}")
     assert_error(result, "not those of its checkpoint 4")
     moved = folder.rename(tmp_path / "elsewhere")
     for again in (["--mode=evaluate"], flags):
         assert_error(run(*again, f"--workdir={workdir}"), str(folder))
-    made = run.succeed("--mode=sample", "--num_samples=2", f"--workdir={workdir}")
+    made = succeed("--mode=sample", "--num_samples=2", f"--workdir={workdir}")
     assert np.load(made.out.strip())["x"].shape == (2, 8, 8, 1)
-    made = run.succeed("--mode=score", f"--workdir={workdir}", f"--input={moved}")
+    made = succeed("--mode=score", f"--workdir={workdir}", f"--input={moved}")
     assert len(Path(made.out.strip()).read_text().splitlines()) == 21
 
 
 # --- Measured ---------------------------------------------------------------------
 
 
-def test_evaluate_repeats_the_final_figures(run: CommandLine, digits_run: Path):
-    result = run.succeed("--mode=evaluate", f"--workdir={digits_run}")
-    assert "frechet_samples" in result.out
-    repeated = _report(digits_run / "report-1.json")
-    assert (repeated["step"], repeated["checkpoint"]) == (4, "latest")
-    assert repeated["figures"] == _report(digits_run / "report.json")["figures"]
-
-
-def test_a_run_is_measured_by_inception_features(
-    run: CommandLine, digits_run: Path, weights: Path, tmp_path: Path
-):
+def test_a_run_is_measured_by_inception_features(digits_run: Path, tmp_path: Path):
     """Samples; then real images in their place, in any order."""
+    weights = tiny_inception.write(tmp_path / "tiny.npz")  # With Inception's names.
 
     def measured(*flags: object) -> dict:
         before = set(digits_run.glob("*.json"))
-        result = run.succeed(
+        result = succeed(
             "--mode=evaluate",
             f"--workdir={digits_run}",
             f"--inception_weights={weights}",
@@ -332,10 +292,10 @@ def test_a_run_is_measured_by_inception_features(
         )
         assert "fid" in result.out and "not the published file" in result.err
         (path,) = set(digits_run.glob("*.json")) - before
-        report = _report(path)
+        found = report(digits_run, path.name)
         table = path.with_suffix(".txt").read_text()
-        assert f"{report['figures']['fid']:.4g}" in table
-        return report
+        assert f"{found['figures']['fid']:.4g}" in table
+        return found
 
     found = measured("--num_samples=40")["figures"]
     assert found["num_images"] == 40 and found["num_reference"] == 179
@@ -351,7 +311,7 @@ def test_a_run_is_measured_by_inception_features(
     for name, one in (("mixed", pixels), ("sorted", pixels[order])):
         np.savez(tmp_path / f"{name}.npz", x=one)
         reports.append(measured(f"--input={tmp_path / name}.npz"))
-    mixed, by_kind = (report["figures"] for report in reports)
+    mixed, by_kind = (one["figures"] for one in reports)
     assert mixed["num_images"] == 179 and mixed["fid"] < 1e-3 * found["fid"]
     assert mixed["precision"] == mixed["recall"] == mixed["coverage"] == 1.0
     assert "step" not in reports[0]  # They are of no checkpoint.
@@ -374,44 +334,44 @@ def test_a_run_is_measured_by_inception_features(
         (("--skip_corrupt",), "--skip_corrupt has no meaning without --input"),
     ],
 )
-def test_a_measurement_that_cannot_be_made(
-    run: CommandLine, digits_run: Path, flags: tuple[str, ...], message: str
+def test_an_impossible_measurement_is_refused(
+    digits_run: Path, flags: tuple[str, ...], message: str
 ):
-    before = _files(digits_run)
+    before = files(digits_run)
     assert_error(run("--mode=evaluate", f"--workdir={digits_run}", *flags), message)
-    assert _files(digits_run) == before
+    assert files(digits_run) == before
 
 
 # --- Outliers ---------------------------------------------------------------------
 
 
-def test_outliers_are_detected(run: CommandLine, digits_run: Path, tmp_path: Path):
+def test_outliers_are_detected(digits_run: Path, tmp_path: Path):
     np.savez(tmp_path / "black.npz", x=np.zeros((30, 8, 8, 1), np.uint8))
     names = f"inverted,noise,photos,{tmp_path / 'black.npz'}"
     flags = ("--mode=ood", f"--workdir={digits_run}", "--num_draws=2", "--limit=60")
-    result = run.succeed(*flags, f"--out={names}", "--baselines")
+    result = succeed(*flags, f"--out={names}", "--baselines")
     folder = digits_run / "ood"
     assert result.out.splitlines()[0] == str(folder)
     assert (folder / "report.txt").read_text().strip() in result.out
-    report = _report(folder / "report.json")
-    assert report["inliers"] == {"name": "test", "num_images": 60}
+    measured = report(folder)
+    assert measured["inliers"] == {"name": "test", "num_images": 60}
     sizes = dict(zip(names.split(","), (60, 60, 60, 30), strict=True))
-    assert report["outliers"] == sizes
+    assert measured["outliers"] == sizes
     scores = {"energy", "gradient norm", "energy over t", "kernel density"}
     for name in sizes:
-        found = report["figures"][name]
+        found = measured["figures"][name]
         assert len(found) == 7 and scores < found.keys()
         for estimates in found.values():
             for estimate in estimates.values():
                 assert 0 <= estimate["low"] <= estimate["high"] <= 1
     # No model is needed to tell noise from digits.
-    assert report["figures"]["noise"]["kernel density"]["auroc"]["value"] > 0.99
+    assert measured["figures"]["noise"]["kernel density"]["auroc"]["value"] > 0.99
     kept = np.load(folder / "scores.npz")
     assert kept["in/energy"].shape == (60,)
     pictures = sorted(path.name for path in folder.glob("*.png"))
     assert len(pictures) == 8 and "noise_roc.png" in pictures
     # No folder is written twice, and what is drawn is drawn the same again.
-    run.succeed(*flags, "--out=noise")
+    succeed(*flags, "--out=noise")
     again = np.load(digits_run / "ood-1" / "scores.npz")
     np.testing.assert_allclose(
         again["out/noise/energy"], kept["out/noise/energy"], rtol=1e-4
@@ -431,20 +391,19 @@ def test_outliers_are_detected(run: CommandLine, digits_run: Path, tmp_path: Pat
         ({"outliers": ["noise"], "checkpoint": "9"}, "--checkpoint=9"),
     ],
 )
-def test_outliers_that_cannot_be_detected(
+def test_impossible_outlier_sets_are_refused(
     digits_run: Path, arguments: dict, message: str
 ):
-    before = _files(digits_run)
+    before = files(digits_run)
     with pytest.raises(InputError, match=message):
         ood.detect(digits_run, **arguments)
-    assert _files(digits_run) == before
+    assert files(digits_run) == before
 
 
-def test_classes_that_were_left_out_are_outliers(run: CommandLine, tmp_path: Path):
+def test_classes_that_were_left_out_are_outliers(tmp_path: Path):
     workdir = tmp_path / "run"
     flags = _tiny(data__held_out_classes="(9,3)", train__picture_every=0)
-    run.succeed(*flags, f"--workdir={workdir}")
+    succeed(*flags, f"--workdir={workdir}")
     flags = ("--out=held_out_classes", "--limit=20", "--num_draws=1")
-    run.succeed("--mode=ood", f"--workdir={workdir}", *flags)
-    report = _report(workdir / "ood" / "report.json")
-    assert report["outliers"] == {"held_out_classes": 20}
+    succeed("--mode=ood", f"--workdir={workdir}", *flags)
+    assert report(workdir / "ood")["outliers"] == {"held_out_classes": 20}

@@ -1,4 +1,4 @@
-"""What inspecting a run tells, and that it changes nothing."""
+"""The inspection of a run shows its state and changes nothing."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ import filelock
 import jax
 import jax.numpy as jnp
 import pytest
+from cli import files
 from failing import state_of
 from runs import small
 
@@ -40,19 +41,15 @@ def copy(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def _everything(path: Path) -> dict[str, tuple[int, int]]:
-    return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in path.rglob("*")}
-
-
 def _inspect(workdir: Path, intact: bool = True) -> str:
-    before = _everything(workdir)
+    before = files(workdir)
     found = inspection.inspect(workdir)
     assert found.intact == intact, found.text
-    assert _everything(workdir) == before
+    assert files(workdir) == before
     return found.text + "\n"
 
 
-def test_a_run_is_told(trained: Path):
+def test_an_inspection_shows_config_checkpoints_and_metrics(trained: Path):
     text = _inspect(trained)
     assert re.search(r"recipe +released_gaussians25, by the folder's name", text)
     assert re.search(r"data\.batch_size +\d+ → 8\n", text)
@@ -65,7 +62,7 @@ def test_a_run_is_told(trained: Path):
     assert re.search(r"process +none\n", text)
 
 
-def test_damage_is_told_and_the_rest_too(copy: Path):
+def test_damage_is_shown_beside_the_rest(copy: Path):
     (copy / "checkpoints/16/info/metadata").write_text("{}}")
     shutil.copytree(
         copy / "checkpoints/8", copy / "checkpoints/10.orbax-checkpoint-tmp"
@@ -93,7 +90,7 @@ def test_an_unusable_config_does_not_hide_the_rest(copy: Path):
     assert re.search(r"checkpoints/16 .* intact\n", text)
 
 
-def test_a_running_process_is_told_and_not_disturbed(
+def test_a_running_process_is_shown_and_not_disturbed(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What it deletes meanwhile is neither shown nor damage."""
@@ -123,7 +120,7 @@ def test_pipes_are_not_waited_for(copy: Path):
     assert re.search(r"unusable +.*not a regular file", text)
 
 
-def test_a_wrong_directory_is_told(tmp_path: Path):
+def test_a_directory_without_a_run_is_refused(tmp_path: Path):
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(InputError, match=r"holds no config\.json"):
             inspection.inspect(path)

@@ -133,25 +133,19 @@ def pod(tmp_path: Path) -> Pod:
 NEW = ["create", "scp", "install", "command"]
 
 
-def test_a_slice_is_made_installed_and_run_on(pod: Pod):
-    found = pod(*RUN, SPOT="1", TPU_NAME="mine")
-    assert found.returncode == 0, found.stderr
-    assert pod.calls() == NEW
-    assert (
-        "create mine --zone=z --spot --accelerator-type=v4-32 --version=" in pod.text()
-    )
+def test_a_slice_is_made_and_installed_once_and_run_on(pod: Pod):
+    for calls in (NEW, [*NEW, "command"]):
+        found = pod(*RUN, SPOT="1", TPU_NAME="mine")
+        assert found.returncode == 0, found.stderr
+        assert pod.calls() == calls
+    created = "create mine --zone=z --spot --accelerator-type=v4-32 --version="
+    assert created in pod.text()
     assert "--config=c.py --workdir=/mnt/a\\ run --distributed" in pod.text()
-
-
-def test_a_slice_that_is_there_is_only_run_on(pod: Pod):
-    pod.is_in("READY")
-    assert pod(*RUN).returncode == 0
-    assert pod.calls() == ["command"]
 
 
 @pytest.mark.parametrize("ending", ["command", "saved"])
 @pytest.mark.parametrize("times", [1, 3])
-def test_after_a_preemption_all_is_done_again(pod: Pod, times: int, ending: str):
+def test_after_a_preemption_the_slice_is_made_again(pod: Pod, times: int, ending: str):
     pod.fails_in(*[ending] * times)
     found = pod(*RUN, TRIES="2")
     assert found.returncode == 0, found.stderr
@@ -159,46 +153,46 @@ def test_after_a_preemption_all_is_done_again(pod: Pod, times: int, ending: str)
 
 
 @pytest.mark.parametrize(
-    ("action", "said", "again"),
+    ("action", "message", "again"),
     [
         ("create", "cannot be made", ["create", *NEW]),
         ("describe", "is UNKNOWN", NEW),
         ("scp", "cannot be installed on", ["create", "scp", *NEW[1:]]),
     ],
 )
-def test_what_fails_is_tried_again_and_again_but_not_for_ever(
-    pod: Pod, action: str, said: str, again: list[str]
+def test_failed_calls_are_repeated_a_limited_number_of_times(
+    pod: Pod, action: str, message: str, again: list[str]
 ):
     pod.fails_in(action)
     found = pod(*RUN)
     assert found.returncode == 0, found.stderr
     assert "no capacity" in found.stderr
-    assert f"{said}; again in 0 s (1 of at most 60 times)" in found.stderr
+    assert f"{message}; again in 0 s (1 of at most 60 times)" in found.stderr
     assert pod.calls() == again
     pod("delete")
     before = len(pod.calls())
     pod.fails_in(*[action] * 9)
     found = pod(*RUN, TRIES="4")
     assert found.returncode == 1
-    assert f"{said}; given up after 4 times" in found.stderr.splitlines()[-1]
+    assert f"{message}; given up after 4 times" in found.stderr.splitlines()[-1]
     assert pod.calls()[before:].count(action) == (0 if action == "describe" else 4)
 
 
 @pytest.mark.parametrize(
-    ("state", "fails", "said", "calls"),
+    ("state", "fails", "message", "calls"),
     [
         ("PREEMPTED", ["delete"] * 9, "cannot be deleted; given up", ["delete"] * 3),
         ("STOPPED", [], "is 'STOPPED'; start or delete it", []),
         ("CREATING", [], "is CREATING; given up", []),
     ],
 )
-def test_a_slice_that_cannot_be_used_is_told(
-    pod: Pod, state: str, fails: list[str], said: str, calls: list[str]
+def test_an_unusable_slice_is_reported(
+    pod: Pod, state: str, fails: list[str], message: str, calls: list[str]
 ):
     pod.is_in(state)
     pod.fails_in(*fails)
     found = pod(*RUN, TRIES="3")
-    assert found.returncode == 1 and said in found.stderr
+    assert found.returncode == 1 and message in found.stderr
     assert pod.calls() == calls
 
 
@@ -212,13 +206,7 @@ def test_a_command_that_fails_is_not_repeated(pod: Pod, tmp_path: Path):
     assert pod.calls() == ["command"]
 
 
-def test_parts_can_be_called_one_by_one(pod: Pod):
-    for action in ("create", "install", "delete"):
-        assert pod(action).returncode == 0
-    assert pod.calls() == ["create", "scp", "install", "delete"]
-
-
-def test_what_is_not_set_or_installed_is_named(pod: Pod, tmp_path: Path):
+def test_missing_settings_and_programs_are_named(pod: Pod, tmp_path: Path):
     assert "set ZONE, for example" in pod("create", ZONE="").stderr
     found = pod(*RUN, ACCELERATOR="")
     assert found.returncode != 0 and "set ACCELERATOR, for example" in found.stderr
@@ -232,7 +220,7 @@ def test_what_is_not_set_or_installed_is_named(pod: Pod, tmp_path: Path):
 
 def _submit(tmp_path: Path, *argv: str, code: int = 0) -> subprocess.CompletedProcess:
     _fake(tmp_path / "bin", "srun", f'printf "%s\\n" "$@"; exit {code}')
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin").mkdir(parents=True, exist_ok=True)
     (tmp_path / "venv" / "bin" / "activate").touch()
     return _run(
         "slurm.sbatch",
@@ -262,11 +250,10 @@ def test_a_task_sees_all_gpus_of_its_node_and_runs_the_command(tmp_path: Path):
     assert options[-5:] == ["python", *command, "--distributed"]
 
 
-def test_a_failed_task_fails_the_job(tmp_path: Path):
+def test_a_failed_task_fails_the_job_and_so_does_a_missing_run_directory(
+    tmp_path: Path,
+):
     assert _submit(tmp_path, "--workdir=/shared/run", code=3).returncode == 3
-
-
-def test_a_job_needs_a_run_directory(tmp_path: Path):
     result = _submit(tmp_path, "--config=c.py")
     assert (result.returncode, result.stdout) == (2, "")
     assert "give --workdir=" in result.stderr

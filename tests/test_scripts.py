@@ -5,10 +5,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
-from cli import ROOT, environment
+from cli import ROOT, python
 
 SCRIPTS = (
     "launch/tpu_pod.sh",
@@ -29,23 +28,9 @@ def test_shellcheck_finds_nothing(script: str):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if "launch" in name])
-def test_each_script_tells_its_usage_on_top(script: str):
-    head = (ROOT / script).read_text().splitlines()[:20]
-    assert head[0].startswith("#!")
-    assert any(Path(script).name in line for line in head if line.startswith("#"))
-
-
 def test_a_short_soak():
     """benchmarks/RESULTS.md has a long one."""
-    result = subprocess.run(
-        [sys.executable, "benchmarks/soak.py", "--cycles=4", "--longest=6"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    (compared,) = re.findall(r"checkpoints compared +(\d+)", result.stdout)
+    result = python("benchmarks/soak.py", "--cycles=4", "--longest=6")
+    assert result.code == 0, result.err
+    (compared,) = re.findall(r"checkpoints compared +(\d+)", result.out)
     assert int(compared) > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import tiny
+from cli import files, succeed, tiny
 from helpers import assert_trees_equal
 from PIL import Image
 from processes import Started
@@ -15,6 +15,7 @@ from runs import (
     final_state,
     hooked,
     lines,
+    newest_step,
     poisoned,
     small,
     small_images,
@@ -26,14 +27,6 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import image_quality, metrics, pictures
 from ddaebm_jax.training import checkpoints, reports, run_directory
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    train(small(), workdir)
-    return workdir
-
 
 # --- Resumed equals unbroken ------------------------------------------------------
 
@@ -69,28 +62,18 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path):
         train__checkpoint_every=20,
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    saved = broken / "checkpoints"
-
-    def finish(workdir: Path) -> None:
-        with Started(*flags, f"--workdir={workdir}") as process:
-            result = process.ended()
-        assert result.code == 0, result.err
-
-    def names() -> list[str]:
-        return [path.name for path in saved.iterdir()] if saved.is_dir() else []
-
-    def newest() -> int:
-        return max((int(name) for name in names() if name.isdigit()), default=0)
 
     def unfinished() -> bool:
-        return any("tmp" in name for name in names())
+        return any(broken.glob("checkpoints/*tmp*"))
 
-    finish(whole)
+    succeed(*flags, f"--workdir={whole}")
     left_unfinished, wait = 0, random.Random(0)
     for kill in range(3):
-        before = newest()
+        before = newest_step(broken)
         with Started(*flags, f"--workdir={broken}") as process:
-            process.until(lambda before=before: newest() > before, every=0.0005)
+            process.until(
+                lambda before=before: newest_step(broken) > before, every=0.0005
+            )
             if kill % 2:
                 time.sleep(wait.uniform(0.0, 0.05))
             else:
@@ -98,8 +81,8 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path):
             process.send_signal(signal.SIGKILL)
         left_unfinished += unfinished()
     assert left_unfinished >= 1, "no kill came while a checkpoint was being written"
-    assert 0 < newest() < 600
-    finish(broken)
+    assert 0 < newest_step(broken) < 600
+    succeed(*flags, f"--workdir={broken}")
     assert_trees_equal(final_state(broken), final_state(whole))
     assert not unfinished()
     assert steps(broken) == steps(whole)
@@ -155,10 +138,6 @@ def test_a_run_on_images_resumes_bit_identical(folder: Path, tmp_path: Path):
     assert files(broken) == before
 
 
-def files(workdir: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
-
-
 # --- Beginning and end --------------------------------------------------------------
 
 
@@ -196,7 +175,6 @@ def test_changes_of_the_config_are_reported_or_refused(
 
 
 def test_a_run_whose_rates_decay_cannot_change_its_length(tmp_path: Path):
-    """The rate at a step depends on the length: resumed would not equal unbroken."""
     decays = {"optimizer__schedule": "cosine"}
     config = small(train__num_steps=4, **decays)
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
@@ -225,17 +203,6 @@ def test_a_run_does_not_write_through_links_out_of_its_directory(
 
 
 # --- Reports ------------------------------------------------------------------------
-
-
-def test_metrics_are_means_over_the_steps_of_a_report(unbroken: Path, tmp_path: Path):
-    """Reports of 1 step each, averaged, are the report of all of them."""
-    train(small(train__report_every=1, train__num_steps=8), tmp_path)
-    fine = [line for line in lines(tmp_path) if "energy/loss" in line]
-    coarse = lines(unbroken)[0]
-    assert len(fine) == 8 and coarse["step"] == 8
-    for key in ("energy/loss", "generator/reconstruction", "energy/update_norm"):
-        mean = np.mean([line[key] for line in fine])
-        np.testing.assert_allclose(coarse[key], mean, rtol=1e-3, atol=1e-5)
 
 
 def test_reports_come_while_the_next_steps_are_under_way(
