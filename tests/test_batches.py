@@ -6,18 +6,15 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from cli import ROOT, environment
 from faulty import Faulty
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddaebm_jax.data import records, threads
+from ddaebm_jax.data import records
 from ddaebm_jax.data.batches import Batches, order
 from ddaebm_jax.data.records import SkipUnusable
 from ddaebm_jax.errors import InputError
@@ -147,29 +144,6 @@ import faulty
 from ddaebm_jax.data.batches import Batches
 Batches(20, 5, 0, faulty.Faulty(20, stalled=3), timeout=0.2).next(4)
 """
-
-
-def test_program_ends_though_its_threads_are_stalled():
-    result = subprocess.run(
-        [sys.executable, "-c", _STALLED],
-        cwd=ROOT,
-        env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert "has not come within 0.2 s" in result.stderr
-
-
-def test_threads_compute_in_order_raise_the_first_error_and_give_up_stalls():
-    assert threads.in_parallel(lambda i: i * i, 1000) == [i * i for i in range(1000)]
-    with pytest.raises(KeyError, match="'70'"):
-        threads.in_parallel(lambda i: {}[str(i)] if i > 69 else i, 1000)
-    stalled = Faulty(NUMBER, stalled=7)
-    message = fault(lambda: records.stack(stalled, None, "faces", timeout=0.2))
-    assert "faces: no progress for 0.2 s" in message and "data.timeout" in message
 
 
 def test_worker_processes_deliver_the_same_stream_and_may_die_or_stall(closing):

@@ -68,15 +68,6 @@ def test_mixture_of_a_gaussians_pixels_is_that_gaussian(fitted_to_gaussian):
     np.testing.assert_allclose(found, expected.logpdf(unit_rows(test)), rtol=1e-6)
 
 
-def test_large_images_take_a_diagonal_mixture():
-    train = gaussian_pixels(60, (10, 10, 3))
-    rows = unit_rows(train)
-    deviation = np.sqrt(rows.var(axis=0) + 1 / 255.0**2)
-    expected = stats.norm(rows.mean(axis=0), deviation).logpdf(rows).sum(axis=1)
-    found = detectors.fit_pixel_detectors(train, 0)["Gaussian mixture"](train)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
 def test_kernel_density_is_of_gaussians_of_a_good_width(fitted_to_gaussian):
     train, test = np.split(gaussian_pixels(330), [300])
     squares = ((unit_rows(test)[:, None] - unit_rows(train)) ** 2).sum(axis=2)

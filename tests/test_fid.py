@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg
-from sklearn.neighbors import NearestNeighbors
 
 from ddaebm_jax.evaluation import fid
 
@@ -134,28 +133,6 @@ def test_neighbours_of_one_cloud_and_of_two():
     assert equal.density == pytest.approx(1.0, abs=0.05)
     # The chance that one of k balls' worth of points falls in: 1 − 2^−k (Naeem).
     assert equal.coverage == pytest.approx(1 - 2**-5, abs=0.02)
-
-
-@given(st.integers(0, 10**6))
-def test_neighbours_are_those_of_scikit_learn(seed: int):
-    rng = np.random.default_rng(seed)
-    real, fake = rng.normal(size=(60, 4)), rng.normal(size=(45, 4)) * 1.3 + 0.4
-
-    def radii(points, k):
-        found = NearestNeighbors(n_neighbors=k + 1).fit(points).kneighbors(points)[0]
-        return found[:, -1]
-
-    apart = np.linalg.norm(real[:, None] - fake[None], axis=-1)
-    in_real = apart <= radii(real, 3)[:, None]
-    in_fake = apart <= radii(fake, 3)[None, :]
-    balls = apart <= radii(real, 5)[:, None]
-    expected = (
-        in_real.any(axis=0).mean(),
-        in_fake.any(axis=1).mean(),
-        balls.sum() / 5 / 45,
-        balls.any(axis=1).mean(),
-    )
-    assert fid.neighbours(real, fake) == pytest.approx(expected)
 
 
 def test_neighbours_in_chunks_and_far_from_the_origin(

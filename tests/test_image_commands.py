@@ -398,12 +398,3 @@ def test_impossible_outlier_sets_are_refused(
     with pytest.raises(InputError, match=message):
         ood.detect(digits_run, **arguments)
     assert files(digits_run) == before
-
-
-def test_classes_that_were_left_out_are_outliers(tmp_path: Path):
-    workdir = tmp_path / "run"
-    flags = _tiny(data__held_out_classes="(9,3)", train__picture_every=0)
-    succeed(*flags, f"--workdir={workdir}")
-    flags = ("--out=held_out_classes", "--limit=20", "--num_draws=1")
-    succeed("--mode=ood", f"--workdir={workdir}", *flags)
-    assert report(workdir / "ood")["outliers"] == {"held_out_classes": 20}

@@ -113,16 +113,6 @@ def test_metrics_are_those_of_the_features():
     assert abs(own["kid"]) < found["kid"] / 10
 
 
-def test_as_many_are_compared_of_either_set():
-    """Coverage of equal distributions is 1 − 2⁻⁵ whatever the number of samples."""
-    meter = opened(num_kept_features=300)
-    for num in (40, 150):
-        found = [meter.measure([pictures(num, 100 + i)]) for i in range(20)]
-        assert {one["num_compared"] for one in found} == {num}
-        coverage = np.mean([one["coverage"] for one in found])
-        assert coverage == pytest.approx(1 - 2**-5, abs=0.04)
-
-
 def test_a_reference_that_cannot_be_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -197,18 +187,3 @@ def test_the_cached_reference_is_computed_once_and_again_if_damaged(
     found = opened().reference
     np.testing.assert_array_equal(found.features, expected.features)
     np.testing.assert_equal(found.moments, expected.moments)
-
-
-def test_too_few_images_are_told_of(caplog: pytest.LogCaptureFixture):
-    meter = opened()
-    with caplog.at_level("WARNING"):
-        meter.measure([pictures(NUM_FEATURES + 1)])
-        assert "too few" not in caplog.text
-        found = meter.measure([pictures(NUM_FEATURES, 9)])
-    assert "6 images are too few for 6 features" in caplog.text
-    # What so few do not tell is left out.
-    assert "inception_score" not in found and "precision" in found
-    assert "precision" not in meter.measure([pictures(5)])
-    for chunks, message in (([pictures(1)], "at least 2"), ([], "no image")):
-        with pytest.raises(InputError, match=message):
-            meter.measure(chunks)

@@ -302,23 +302,6 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     refused(lambda: decode(path), "a.png: 1099511627776 bytes")
 
 
-def test_sixteen_bits_are_refused_and_of_several_pictures_the_first_is_taken(tmp_path):
-    path = tmp_path / "a.png"
-    path.write_bytes(png(8, 8, depth=16))
-    assert Image.open(path).mode == "RGB"  # Pillow would not tell.
-    refused(lambda: decode(path), "a.png: 16 bits a channel; 8 are allowed")
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(path, "MPO", save_all=True, append_images=frames[1:])
-    assert decode(path)[0, 0, 0] > 200  # Red.
-
-
-def test_pipes_and_devices_do_not_hold_anything_up(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "whole.png")
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "zero.png").symlink_to("/dev/zero")
-    refused_set(tmp_path, "2 of 3 images", "pipe.png: not a regular file", "zero.png")
-
-
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @FUZZ
 @hypothesis.given(data=st.data())
@@ -362,12 +345,6 @@ def test_npz_images_are_read(tmp_path):
 def test_unusable_npz_is_refused(tmp_path, arrays, parts):
     np.savez(tmp_path / "a.npz", **arrays)
     refused_set(tmp_path / "a.npz", *parts)
-
-
-def test_sets_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
-    path, _ = folder
-    monkeypatch.setattr(image_files, "MAX_BYTES", 100)
-    refused_set(path, "10 images take 1920 bytes; at most 100")
 
 
 # --- scikit-learn's images ------------------------------------------------------

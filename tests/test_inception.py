@@ -273,16 +273,3 @@ def test_another_file_is_not_kept(release, longer: bool):
         sums.append(sha256(release.source))
     refused(load, inception_weights.PUBLISHED_URL, *sums, "--inception_weights")
     assert list(release.cached.parent.iterdir()) == []
-
-
-def test_without_a_network(release):
-    release.source.unlink()
-    places = (inception_weights.PUBLISHED_URL, str(release.cached.parent))
-    refused(load, "pt_inception.pth", *places, "--inception_weights=FILE")
-    assert list(release.cached.parent.iterdir()) == []
-
-
-def test_without_a_cache_directory(release, monkeypatch, tmp_path: Path):
-    (tmp_path / "taken").write_text("a file, no directory")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
-    refused(load, "--inception_weights=FILE")

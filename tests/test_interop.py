@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -201,29 +200,6 @@ def test_places_of_released_arrays(name: str):
         for part in path.split():
             found = found[part]
         np.testing.assert_array_equal(found, expected, err_msg=source)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_module_numbers_follow_the_order_of_the_u_net_s_calls(name: str):
-    released = narrow(name)
-    called = []
-
-    def record(call, args, kwargs, context):
-        path = context.module.path
-        if len(path) == 2 and path[0] == "trunk" and path[1] not in called:
-            called.append(path[1])
-        return call(*args, **kwargs)
-
-    x, t = jnp.zeros((1, released.side, released.side, 3)), jnp.zeros((1,), jnp.int32)
-    with nn.intercept_methods(record):
-        shapes = {"params": released.shapes.energy}
-        jax.eval_shape(released.networks.energy, shapes, x, t)
-    numbers: dict[str, int] = {}
-    for torch_name, path in released.paths.energy.items():
-        number = int(torch_name.split(".")[1])
-        assert numbers.setdefault(path[1], number) == number
-    assert sorted(numbers, key=numbers.get) == called
-    assert sorted(numbers.values()) == list(range(len(called)))
 
 
 # A run from imported weights, through the command line.

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -204,15 +203,6 @@ def test_a_command_that_fails_is_not_repeated(pod: Pod, tmp_path: Path):
     found = pod(*RUN)
     assert found.returncode == 1 and "the command failed on a slice" in found.stderr
     assert pod.calls() == ["command"]
-
-
-def test_missing_settings_and_programs_are_named(pod: Pod, tmp_path: Path):
-    assert "set ZONE, for example" in pod("create", ZONE="").stderr
-    found = pod(*RUN, ACCELERATOR="")
-    assert found.returncode != 0 and "set ACCELERATOR, for example" in found.stderr
-    (tmp_path / "bin" / "gcloud").unlink()
-    if shutil.which("gcloud") is None:
-        assert "there is no gcloud on PATH" in pod("create").stderr
 
 
 # --- Slurm ------------------------------------------------------------------------

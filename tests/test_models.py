@@ -1,7 +1,5 @@
 """The perceptrons: parameters, input widths, batch norm."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,11 +162,6 @@ def test_every_activation_builds():
         variables = jax.eval_shape(networks.init, jax.random.key(0))
         slopes = parameters(variables.energy["params"], "slope")
         assert len(slopes) == (4 if name == "prelu" else 0)
-
-
-def test_unknown_model_is_named():
-    with pytest.raises(ValueError, match=r"model\.name is 'unet'.*mlp"):
-        models.build(SimpleNamespace(name="unet"), (2,))
 
 
 def test_time_embedding():

@@ -364,23 +364,6 @@ def test_every_layer_computes_in_bfloat16(name: str):
     assert heads <= dtypes.keys()
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        resample.fir_up,
-        resample.fir_down,
-        resample.fir_filter,
-        resample.repeat_up,
-        resample.mean_down,
-        encoder.minibatch_stddev,
-        lambda x: layers.dropout(x, 0.3, dropout_keys(0), 0),
-    ],
-)
-def test_functions_between_layers_keep_bfloat16(function: Any):
-    x = jax.ShapeDtypeStruct((BATCH, 4, 4, 2), jnp.bfloat16)
-    assert jax.eval_shape(function, x).dtype == jnp.bfloat16
-
-
 def test_recomputing_blocks_changes_nothing():
     (x, _, t), _ = inputs(channels=1)
     found = {}
@@ -424,12 +407,6 @@ def test_dropout_draws_a_mask_for_each_example_and_layer():
     # 80,000 units: these means have standard deviations of 0.02 and 0.0016.
     np.testing.assert_allclose(whole.mean(), x.mean(), atol=0.1)
     np.testing.assert_allclose((whole == 0.0).mean(), 0.3, atol=0.01)
-
-
-def test_dropout_is_off_without_keys_or_rate():
-    x = normals(0, BATCH, 3)
-    assert layers.dropout(x, 0.5, None, 0) is x
-    assert layers.dropout(x, 0.0, dropout_keys(0), 0) is x
 
 
 def test_every_block_has_its_own_dropout(monkeypatch):

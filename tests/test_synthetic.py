@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import datasets
@@ -107,17 +106,3 @@ def test_pinwheel_is_the_usual_one():
     cos, sin = np.cos(angles), np.sin(angles)
     rotations = np.stack([cos, -sin, sin, cos], axis=-1).reshape(-1, 2, 2)
     assert_same_law(2 * np.einsum("ti,tij->tj", features, rotations), "pinwheel")
-
-
-def test_checkerboard_is_dark_or_empty():
-    """Eight unit squares, no two of which share a side."""
-    distribution = synthetic.checkerboard()
-    centres = density.grid_points(2.0, 4)
-    dark = np.asarray(distribution.log_density(centres)).reshape(4, 4) > -100
-    assert dark.sum() == 8
-    assert not (dark[1:] & dark[:-1]).any() and not (dark[:, 1:] & dark[:, :-1]).any()
-    np.testing.assert_allclose(
-        distribution.log_density(jnp.array([[2.5, 0.5], [-1.5, -1.5]])),
-        [-1e3, -np.log(8)],
-        rtol=1e-6,
-    )

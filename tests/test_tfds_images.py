@@ -236,12 +236,6 @@ def test_unusable_sets_are_refused(prepared, changes, part):
     assert "\n" not in str(caught.value)
 
 
-def test_set_in_another_format_is_refused(tmp_path):
-    write(tmp_path, "tfrecord")
-    with pytest.raises(InputError, match=r"prepared as tfrecord.*tfds convert_format"):
-        opened(tmp_path)
-
-
 def test_set_that_is_not_there_fails_soon_without_a_network(tmp_path, monkeypatch):
     pytest.importorskip("importlib_resources")
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
