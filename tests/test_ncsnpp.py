@@ -395,7 +395,9 @@ def dropout_keys(seed: int) -> jax.Array:
 
 def test_dropout_draws_a_mask_for_each_example_and_layer():
     x, keys = normals(0, BATCH, 50, 50, 8) + 9.0, dropout_keys(0)
-    drop = quick.jit(lambda x, keys, layer: layers.dropout(x, 0.3, keys, layer))
+    drop = quick.jit(
+        lambda x, keys, layer: layers.dropout(x, 0.3, keys, layer), static_argnums=2
+    )
     whole, elsewhere = jax.device_get([drop(x, keys, layer) for layer in (7, 8)])
     halves = [drop(x[part], keys[part], 7) for part in (slice(0, 2), slice(2, 4))]
     np.testing.assert_array_equal(whole, np.concatenate(halves))

@@ -79,7 +79,7 @@ def batch(seed: int = 0) -> jax.Array:
 @functools.cache
 def compiled(game: Game = GAME, ema_decay: float = 0.9) -> Step:
     """Return a jitted step of the smooth networks, compiled once for all tests."""
-    return quick.jit(make_step(game, SCHEDULE, smooth_networks(), SGD, ema_decay))
+    return jax.jit(make_step(game, SCHEDULE, smooth_networks(), SGD, ema_decay))
 
 
 def scan(pairs: list, state: TrainState | None = None):
@@ -431,7 +431,7 @@ def test_steps_in_one_scan_are_single_steps():
 def test_a_batch_in_parts_is_the_whole_batch(parts: int, lazy_reg: int):
     """Two steps, so that both sides of `lazy_reg` run."""
     game = GAME._replace(lazy_reg=lazy_reg, energy_l2=0.1)
-    in_parts = quick.jit(
+    in_parts = jax.jit(
         make_step(game, SCHEDULE, smooth_networks(), SGD, 0.9, accumulate=parts)
     )
     expected, state = start(), start()
