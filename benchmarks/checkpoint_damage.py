@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from etils import epath
 
-from ddaebm_jax.training import checkpoints as checkpointing
+from ddaebm_jax.training import checkpoints as checkpoints_lib
 
 _FLIPS = flags.DEFINE_integer("flips", 50, "Bytes flipped in each file.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the places.")
@@ -99,13 +99,13 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _outcome(workdir: Path, saved: Any) -> str:
-    found = _restored(workdir / checkpointing.NEWEST / str(_STEP), saved["state"])
+    found = _restored(workdir / checkpoints_lib.NEWEST / str(_STEP), saved["state"])
     if found is None:
         return "by Orbax"
-    checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
+    checkpoints = checkpoints_lib.Checkpoints(workdir, read_only=True)
     try:
         checkpoints.verify(_STEP)
-    except checkpointing.DamagedCheckpointError:
+    except checkpoints_lib.DamagedCheckpointError:
         return "by checksums only"
     same = _same(found["state"], saved["state"]) and found["info"] == saved["info"]
     return "by none, harmless" if same else "by none, harmful"
@@ -114,10 +114,10 @@ def _outcome(workdir: Path, saved: Any) -> str:
 def _measure(folder: Path) -> dict[tuple[str, str], collections.Counter]:
     rng = random.Random(_SEED.value)
     good = folder / "good"
-    checkpoints = checkpointing.Checkpoints(good)
+    checkpoints = checkpoints_lib.Checkpoints(good)
     checkpoints.save(_state(), {"config": {"seed": 12345}, "fid": 17.25})
     checkpoints.close()
-    top = good / checkpointing.NEWEST / str(_STEP)
+    top = good / checkpoints_lib.NEWEST / str(_STEP)
     saved = _restored(top, _state())
     counts: dict[tuple[str, str], collections.Counter] = {}
     kinds: dict[str, list[Path]] = {}

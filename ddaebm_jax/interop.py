@@ -216,7 +216,7 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
         been written then.
     """
     from ddaebm_jax import config as config_lib
-    from ddaebm_jax import experiment as experiments
+    from ddaebm_jax import experiment as experiment_lib
     from ddaebm_jax.training import run_directory
     from ddaebm_jax.training.checkpoints import Checkpoints
 
@@ -225,9 +225,9 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = read_variables(config, files)
-    experiment = experiments.build(config, workdir, open_images=False)
+    experiment = experiment_lib.build(config, workdir, open_images=False)
     networks = experiment.networks._replace(init=lambda key: variables)
-    state = experiments.init_state(experiment._replace(networks=networks))
+    state = experiment_lib.init_state(experiment._replace(networks=networks))
     workdir.mkdir(parents=True, exist_ok=True)
     run_directory.write_config(workdir, config)
     checkpoints = Checkpoints(workdir)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ddaebm_jax import sharding
 from ddaebm_jax.game import TrainState
-from ddaebm_jax.training import checkpoints as checkpointing
+from ddaebm_jax.training import checkpoints as checkpoints_lib
 
 
 def state_of(step: int, width: int = 3000) -> TrainState:
@@ -44,7 +44,7 @@ def full_disk(num_bytes: int = 10) -> Iterator[None]:
 
 def save_and_die(workdir: str, delay: float) -> None:
     """Saves step 1; is killed while it saves step 2."""
-    checkpoints = checkpointing.Checkpoints(workdir)
+    checkpoints = checkpoints_lib.Checkpoints(workdir)
     checkpoints.save(jax.tree.map(jax.numpy.asarray, state_of(1)), {})
     checkpoints.wait()
     state = jax.tree.map(jax.numpy.asarray, state_of(2, 300_000))
@@ -73,17 +73,17 @@ def save_and_restore(number: int, port: int, workdir: str, fails: bool) -> None:
     """Saves step 2, and step 3 with one process that cannot write; restores step 2."""
     address = f"localhost:{port}"
     jax.distributed.initialize(address, 2, number, heartbeat_timeout_seconds=10)
-    checkpoints = checkpointing.Checkpoints(workdir)
+    checkpoints = checkpoints_lib.Checkpoints(workdir)
     found = checkpoints.restore_newest(_placed(0))
     if found is None:
-        saver = checkpointing.Saver(checkpoints, patience=600)
+        saver = checkpoints_lib.Saver(checkpoints, patience=600)
         saver.finish(_placed(2), {"number": 1})
         saver.save(_placed(3), {})
         checkpoints.wait()
         try:
             with full_disk() if fails else contextlib.nullcontext():
                 saver.finish(_placed(4), {})
-        except checkpointing.SaveError as error:
+        except checkpoints_lib.SaveError as error:
             print(json.dumps({"error": str(error)}), flush=True)
             os._exit(2)
     else:

@@ -17,7 +17,7 @@ import quick
 from cli import ROOT, TINY, TINY_UNET, dotted
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiment as experiments
+from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.evaluation import metrics, pictures
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import checkpoints, dispatch, loop, run_directory
@@ -65,10 +65,10 @@ def small_images(folder: Path, **fields: Any) -> ml_collections.ConfigDict:
 @functools.cache
 def _dispatcher(text: str) -> dispatch.Dispatcher:
     with quick.compilation():
-        return _Dispatcher(experiments.build(config_lib.from_json(text)))
+        return _Dispatcher(experiment_lib.build(config_lib.from_json(text)))
 
 
-def _shared_dispatcher(experiment: experiments.Experiment) -> dispatch.Dispatcher:
+def _shared_dispatcher(experiment: experiment_lib.Experiment) -> dispatch.Dispatcher:
     """Return one dispatcher for all runs whose steps are the same program."""
     config = config_lib.from_json(config_lib.to_json(experiment.config))
     num_steps = config.train.num_steps if config_lib.decays(config) else 1
@@ -130,11 +130,11 @@ def poisoned(*at: int, seen: Callable[[int, Any], None] = lambda *_: None):
 
 def final_state(workdir: Path, step: int | None = None) -> TrainState:
     """Return the state of a run's newest checkpoint, or of a step."""
-    experiment = experiments.build(
+    experiment = experiment_lib.build(
         run_directory.read_config(workdir), open_images=False
     )
     saved = checkpoints.Checkpoints(workdir, read_only=True)
-    state = saved.restore(experiments.evaluation_state(experiment), step).state
+    state = saved.restore(experiment_lib.evaluation_state(experiment), step).state
     saved.close()
     return state
 

@@ -159,7 +159,7 @@ def test_the_whole_is_small(folder: str, most: int):
 
 @pytest.mark.parametrize("folder", ["ddaebm_jax", "launch", "tests", "benchmarks"])
 def test_only_public_interfaces_are_used(folder: str):
-    private = re.compile("_src|async_save|set_value_start")
+    private = re.compile("_[s]rc|async_[s]ave|set_value_[s]tart")
     found = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in sorted((ROOT / folder).rglob("*.py"))

@@ -29,7 +29,7 @@ from helpers import assert_trees_equal
 from processes import free_port
 
 from ddaebm_jax import sharding
-from ddaebm_jax.training import checkpoints as checkpointing
+from ddaebm_jax.training import checkpoints as checkpoints_lib
 from ddaebm_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -270,8 +270,8 @@ def test_sizes_beyond_the_files_are_not_read(
 ):
     checkpoints = Checkpoints(run, read_only=True)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing, "_ALLOWANCE", 0)
-        patch.setattr(checkpointing, "_MOST_COMPRESSION", 0)
+        patch.setattr(checkpoints_lib, "_ALLOWANCE", 0)
+        patch.setattr(checkpoints_lib, "_MOST_COMPRESSION", 0)
         with pytest.raises(DamagedCheckpointError, match="cannot hold"):
             checkpoints.verify(2)
     os.truncate(run / "checkpoints/2/info/metadata", 2**40)  # A sparse file.

@@ -17,15 +17,15 @@ from runs import small
 
 from ddaebm_jax.commands import inspect as inspection
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.training import checkpoints as checkpointing
 from ddaebm_jax.training import run_directory
+from ddaebm_jax.training.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of 16 steps leaves, with a smaller state."""
     workdir = tmp_path_factory.mktemp("inspected") / "released_gaussians25" / "run"
-    with contextlib.closing(checkpointing.Checkpoints(workdir)) as checkpoints:
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         for step in (8, 16):
             checkpoints.save(jax.tree.map(jnp.asarray, state_of(step)), {})
     run_directory.write_config(workdir, small(train__num_steps=16))
@@ -94,9 +94,9 @@ def test_a_running_process_is_shown_and_not_disturbed(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """What it deletes meanwhile is neither shown nor damage."""
-    verify = checkpointing.Checkpoints.verify
+    verify = Checkpoints.verify
 
-    def deleted(checkpoints: checkpointing.Checkpoints, step: int, best: bool) -> None:
+    def deleted(checkpoints: Checkpoints, step: int, best: bool) -> None:
         if step == 8:
             shutil.rmtree(copy / "checkpoints/8")
         verify(checkpoints, step, best)
@@ -104,7 +104,7 @@ def test_a_running_process_is_shown_and_not_disturbed(
     held = filelock.FileLock(copy / inspection.LOCK_FILE)
     with held, monkeypatch.context() as patch:
         assert re.search(r"process +running\n", _inspect(copy))
-        patch.setattr(checkpointing.Checkpoints, "verify", deleted)
+        patch.setattr(Checkpoints, "verify", deleted)
         found = inspection.inspect(copy)
     assert found.intact and "checkpoints/8 " not in found.text
     assert re.search(r"process +none\n", _inspect(copy))

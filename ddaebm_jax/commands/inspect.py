@@ -20,7 +20,14 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax import files
 from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.training import checkpoints as checkpointing
+from ddaebm_jax.training.checkpoints import (
+    BEST,
+    DAMAGED,
+    NEWEST,
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpointError,
+)
 from ddaebm_jax.training.run_directory import CONFIG_FILE, LOCK_FILE, read_config
 
 _CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -162,15 +169,15 @@ def _about(path: Path) -> str:
 def _checkpoints(workdir: Path, running: bool) -> dict[str, str]:
     """Returns name → verdict; a running process deletes some, which are not shown."""
     rows = {}
-    checkpoints = checkpointing.Checkpoints(workdir, read_only=True)
-    for best, folder in ((False, checkpointing.NEWEST), (True, checkpointing.BEST)):
+    checkpoints = Checkpoints(workdir, read_only=True)
+    for best, folder in ((False, NEWEST), (True, BEST)):
         for step in checkpoints.steps(best):
             verdict = "intact"
             try:
                 checkpoints.verify(step, best)
-            except checkpointing.CheckpointError as error:
+            except CheckpointError as error:
                 time.sleep(0.5 if running else 0)  # It may be about to go.
-                damaged = isinstance(error, checkpointing.DamagedCheckpointError)
+                damaged = isinstance(error, DamagedCheckpointError)
                 verdict = f"{'DAMAGED' if damaged else 'NOT READ'}: {error}"
             if step in checkpoints.steps(best):
                 about = _about(workdir / folder / str(step))
@@ -180,8 +187,12 @@ def _checkpoints(workdir: Path, running: bool) -> dict[str, str]:
 
 def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:
     unfinished = "being written, or unfinished" if running else "unfinished"
-    for folder in (checkpointing.NEWEST, checkpointing.BEST, checkpointing.DAMAGED):
-        state = "set aside" if folder == checkpointing.DAMAGED else unfinished
+    for folder in (
+        NEWEST,
+        BEST,
+        DAMAGED,
+    ):
+        state = "set aside" if folder == DAMAGED else unfinished
         for path in sorted((workdir / folder).glob("*")):
             if not path.name.isdecimal():
                 yield f"{folder}/{path.name}", f"{_about(path)}  {state}"

@@ -18,7 +18,7 @@ from absl import logging
 from clu import parameter_overview
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import experiment as experiments
+from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.errors import InputError, LostProcessError, TrainingError
@@ -40,7 +40,7 @@ from ddaebm_jax.training.reports import Reports
 class Run:
     """A run that trains: what it works with, and its state on the host."""
 
-    experiment: experiments.Experiment
+    experiment: experiment_lib.Experiment
     workdir: Path
     dispatcher: dispatch.Dispatcher
     batches: Batches | None  # The input stream, where there is one.
@@ -99,10 +99,10 @@ def _open(
         stack.enter_context(run_directory.lock(workdir))
     processes.wait_for_all("the run directory is locked")
     dispatch.use_compilation_cache(config.compilation_cache)
-    experiment = experiments.build(config)
+    experiment = experiment_lib.build(config)
     dispatcher = dispatch.Dispatcher(experiment)
     meter = image_quality.open_meter(experiment)
-    batches = experiments.open_batches(experiment)
+    batches = experiment_lib.open_batches(experiment)
     if batches is not None:
         stack.callback(batches.close)
     new = not (workdir / run_directory.CONFIG_FILE).exists()
@@ -119,7 +119,9 @@ def _open(
     stack.push(close)
     reports = Reports(workdir, config, experiment.source.holds_images)
     stack.callback(reports.close)
-    for name, value in experiments.state_shapes(experiment).variables._asdict().items():
+    for name, value in (
+        experiment_lib.state_shapes(experiment).variables._asdict().items()
+    ):
         if params := value["params"]:
             table = parameter_overview.get_parameter_overview(
                 params, include_stats=False

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import ml_collections
 from absl import logging
 
-from ddaebm_jax import experiment as experiments
+from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
 from ddaebm_jax.training import dispatch
@@ -18,7 +18,7 @@ class TrainedRun(NamedTuple):
     """A trained run; `variables` are the averages in the checkpoint of `step`."""
 
     workdir: Path
-    experiment: experiments.Experiment
+    experiment: experiment_lib.Experiment
     variables: Players
     step: int
 
@@ -53,8 +53,8 @@ def load_run(
                 f"--checkpoint={checkpoint}: no such checkpoint in {workdir}; allowed: "
                 f"latest, best, {', '.join(kept)}"
             )
-        experiment = experiments.build(config, workdir, open_images)
-        like = experiments.evaluation_state(experiment)
+        experiment = experiment_lib.build(config, workdir, open_images)
+        like = experiment_lib.evaluation_state(experiment)
         if checkpoint == "latest":
             found = checkpoints.restore_newest(like)
             found = found or checkpoints.restore(like)  # Raises where there is none.
