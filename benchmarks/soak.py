@@ -155,7 +155,7 @@ class _Soak:
         """
         workdir = self._folder / str(run)
         # Steps only: nothing is read while the run may be deleting it.
-        before = Checkpoints(workdir, read_only=True).latest_step() or 0
+        before = max(Checkpoints(workdir, read_only=True).steps(), default=0)
         told = self._log.stat().st_size
         start: float | None = time.monotonic()
         pid = self._start(workdir)

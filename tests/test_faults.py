@@ -222,7 +222,7 @@ def test_a_full_disk_is_survived_for_a_while_only(tmp_path: Path):
         intact = newest_step(workdir)
         assert "training goes on" in process.log and "intact" in process.log
         process.limit_files(resource.RLIM_INFINITY)
-        process.until(lambda: "a checkpoint is written at last" in process.log)
+        process.until(lambda: "of failures" in process.log)
         process.until(lambda: newest_step(workdir) > intact)
         process.limit_files(10)
         result = process.ended()

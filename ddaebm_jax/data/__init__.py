@@ -77,8 +77,8 @@ class Source(NamedTuple):
         }
 
     def save(self, workdir: Path) -> None:
-        """Keeps in a run directory what its modes need of the data."""
-        if self.table is not None:
+        """Keeps in a new run directory what its modes need of the data."""
+        if self.table is not None and not (workdir / TABLE_FILE).exists():
             tabular.save_table(self.table, workdir / TABLE_FILE)
 
 

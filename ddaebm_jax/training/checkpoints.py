@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 
 from ddaebm_jax import files
-from ddaebm_jax.errors import InputError, TrainingError
+from ddaebm_jax.errors import InputError, TrainingError, one_line
 from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
@@ -78,10 +78,6 @@ class Checkpoints:
         names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None; see `steps`."""
-        return max(self.steps(), default=None)
-
     def _manager(self, best: bool = False) -> ocp.CheckpointManager:
         """Returns Orbax's manager, opened on first use."""
         options: dict[str, Any] = {"max_to_keep": self._keep}
@@ -108,7 +104,12 @@ class Checkpoints:
     def save_best(self, state: Any, info: dict[str, Any], fid: float) -> None:
         """Starts saving if the FID is the lowest so far; raises CheckpointError."""
         self.wait()
-        kept = [self.info(step, best=True)["fid"] for step in self.steps(best=True)]
+        kept = []
+        for step in self.steps(best=True):
+            try:
+                kept.append(self.info(step, best=True)["fid"])
+            except DamagedCheckpointError:
+                self._set_aside([step], best=True)
         if fid < min(kept, default=math.inf):
             self.save(state, {**info, "fid": fid}, {"fid": fid})
 
@@ -138,9 +139,19 @@ class Checkpoints:
     def _settle(self, step: int, best: bool) -> None:
         """Waits for a save and finds it on disk: its files describe what was saved."""
         self._managers[best].wait_until_finished()
-        # Not the arrays, which costs as much as a resume; others may see it later.
-        if jax.process_index() == 0:
+        if jax.process_index() == 0:  # Others may see the files later.
             self.info(step, best)
+
+    def save_whole(self, state: Any, info: dict[str, Any]) -> None:
+        """Saves, waits, and reads it back; one that is damaged is set aside."""
+        self.save(state, info)
+        self.wait()
+        if jax.process_index() == 0:
+            try:
+                self.verify(int(state.step))
+            except DamagedCheckpointError:
+                self._set_aside([int(state.step)])
+                raise
 
     def poll(self) -> None:
         """Checks on a save that has ended; never blocks, raises as `wait`."""
@@ -155,17 +166,17 @@ class Checkpoints:
             self.pending = None
             if error := settled.exception():
                 failure = self._failed(step, best, error)
-                if raising:
+                if raising or jax.process_count() > 1:
                     raise failure from error
                 logging.warning("%s", failure)
 
     def _failed(self, step: int, best: bool, error: BaseException) -> SaveError:
         """Returns the error to raise, and prepares for the next save."""
-        # This one counts the step as saved, and would blame the next save for it.
+        # Orbax's manager counts the step as saved, and raises again at the next one.
         self._close_manager(best)
         kept = ", ".join(str(one) for one in self.steps(best) if one != step)
         return SaveError(
-            f"{self.path(step, best)} could not be written ({_reason(error)}); the "
+            f"{self.path(step, best)} could not be written ({one_line(error)}); the "
             f"checkpoints before it are intact ({kept or 'there are none yet'}): make "
             "room, or check the permissions of the directory"
         )
@@ -180,9 +191,8 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None, best: bool = False):
         """Returns the `Restored` of a step; by default of the newest, or of the best.
 
-        `like` is a state, or its shapes with the shardings of the result. Raises
-        DamagedCheckpointError if it is not what was saved, another CheckpointError if
-        there is none, it cannot be read, or its arrays differ from those of `like`.
+        `like` is a state, or its shapes with the shardings of the result. Raises a
+        CheckpointError; a DamagedCheckpointError if it is not what was saved.
         """
         self.wait(raising=False)
         steps = self.steps(best) if step is None else [step]
@@ -194,16 +204,15 @@ class Checkpoints:
         return _load(self.path(steps[-1], best), like)
 
     def restore_newest(self, like: Any) -> Restored | None:
-        """Restores the newest intact checkpoint; None if there is none at all.
-
-        Damaged ones before it are moved to `<workdir>/damaged/`. Raises as `restore`.
-        """
+        """Restores the newest intact one, or None; damaged ones are moved away."""
         self.wait(raising=False)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 found = _load(self.path(step), like)
             except DamagedCheckpointError as error:
+                if jax.process_count() > 1:  # Another may have found it intact.
+                    raise
                 logging.warning("skipping a checkpoint: %s", error)
                 damaged[step] = str(error)
                 continue
@@ -218,14 +227,15 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _set_aside(self, steps: list[int], best: bool = False) -> None:
         target = self._workdir / DAMAGED
         for step in steps if jax.process_index() == 0 else ():
             target.mkdir(exist_ok=True)
-            moved = target / f"{NEWEST}-{step}-{time.time_ns()}"
-            shutil.move(self.path(step), moved)
+            path = self.path(step, best)
+            moved = target / f"{path.parent.name}-{step}-{time.time_ns()}"
+            shutil.move(path, moved)
             logging.warning("moved a damaged checkpoint to %s", moved)
-        self._close_manager()  # The next one, for which all wait, sees what is left.
+        self._close_manager(best)  # The next one, for which all wait, looks again.
 
     def verify(self, step: int, best: bool = False) -> None:
         """Reads a checkpoint into host memory and verifies it; raises as `restore`."""
@@ -247,9 +257,13 @@ class Saver:
 
     def save(self, state: Any, info: dict[str, Any]) -> None:
         """Starts saving; raises TrainingError when patience is over."""
-        if self._checkpoints.pending:  # Its success ends a series of failures.
-            self._attempt(self._checkpoints.wait)
+        self.wait()
         self._attempt(lambda: self._checkpoints.save(state, info))
+
+    def wait(self) -> None:
+        """Waits for a save under way, whose success ends a series of failures."""
+        if self._checkpoints.pending:
+            self._attempt(self._checkpoints.wait)
 
     def poll(self) -> None:
         """Checks on a save that has ended; never blocks, raises as `save`."""
@@ -263,12 +277,7 @@ class Saver:
 
     def finish(self, state: Any, info: dict[str, Any]) -> None:
         """Saves, waits, and reads it back, until that succeeds; raises as `save`."""
-        step, first = int(state.step), jax.process_index() == 0
-        while not (
-            self._attempt(lambda: self._checkpoints.save(state, info))
-            and self._attempt(self._checkpoints.wait)
-            and self._attempt(lambda: first and self._checkpoints.verify(step))
-        ):
+        while not self._attempt(lambda: self._checkpoints.save_whole(state, info)):
             time.sleep(max(0.0, self._next - time.monotonic()))
 
     def _attempt(self, action: Callable[[], None]) -> bool:
@@ -281,19 +290,16 @@ class Saver:
                 raise
             if waited >= self._patience:
                 raise TrainingError(
-                    f"no checkpoint could be written for {waited:.0f} s "
-                    f"(recovery.save_patience {self._patience}): {error}. Then start "
-                    "the same command again"
+                    f"no checkpoint could be written for recovery.save_patience "
+                    f"{self._patience} s: {error}; then repeat the same command"
                 ) from error
-            logging.warning(
-                "a checkpoint cannot be written: %s; training goes on", error
-            )
+            logging.warning("a checkpoint cannot be written: %s; going on", error)
             # The longer it lasts the later, but at the latest when patience is over.
             self._since = now - waited
             self._next = now + min(1.0 + waited, 60.0, self._patience - waited)
             return False
         if self._since is not None and not self._checkpoints.pending:
-            logging.warning("a checkpoint is written at last, after %.0f s", waited)
+            logging.warning("checkpoint saved after %.0f s of failures", waited)
             self._since = None
         return True
 
@@ -316,10 +322,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Restored:
-    """Reads and verifies a checkpoint; raises as `Checkpoints.restore`.
-
-    Of a dozen kinds of errors: damage is what does not restore from readable files.
-    """
+    """Reads and verifies a checkpoint; damaged: its files are readable, but not it."""
     try:
         return _read(path, like, read_arrays)
     except CheckpointError:
@@ -332,10 +335,10 @@ def _load(path: epath.Path, like: Any = None, read_arrays: bool = True) -> Resto
                 one.read_bytes() if one.is_file() else os.scandir(one).close()
         except Exception as reason:
             raise CheckpointError(
-                f"{path} cannot be read ({_reason(reason)}), which does not mean that "
+                f"{path} cannot be read ({one_line(reason)}), which does not mean that "
                 "it is damaged: check the disk, its permissions and memory"
             ) from error
-        raise DamagedCheckpointError(f"{path} is damaged: {_reason(error)}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def _read(path: epath.Path, like: Any, read_arrays: bool) -> Restored:
@@ -382,9 +385,3 @@ def _sealed(info: dict[str, Any]) -> dict[str, Any]:
     text = json.dumps(info, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {**json.loads(text), "sha256": digest}
-
-
-def _reason(error: BaseException) -> str:
-    """Returns an error's first line, without TensorStore's specifications."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line.partition(" [tensorstore")[0].partition(" [os_error")[0][-300:]

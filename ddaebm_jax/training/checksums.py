@@ -54,7 +54,9 @@ def described(tree: Any) -> dict[str, str]:
 
 def of_tree(tree: Any) -> dict[str, str]:
     """Returns name → checksum of every array, in hexadecimal; see `described`."""
-    arrays = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    sums = [_sums(array, getattr(array.sharding, "mesh", None)) for array in arrays]
-    texts = ("".join(f"{int(one):08x}" for one in two) for two in jax.device_get(sums))
+    texts = []
+    for leaf in jax.tree.leaves(tree):  # One at a time: of NumPy's a copy is made.
+        array = jnp.asarray(leaf)
+        sums = _sums(array, getattr(array.sharding, "mesh", None))
+        texts.append("".join(f"{int(one):08x}" for one in jax.device_get(sums)))
     return dict(zip(described(tree), texts, strict=True))

@@ -29,7 +29,6 @@ from ddaebm_jax.training import dispatch, processes, run_directory
 from ddaebm_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
-    SaveError,
     Saver,
 )
 from ddaebm_jax.training.preemption import Preemption, Stopped, StopRequested
@@ -79,7 +78,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             run = _open(config, workdir, stack)
             state, first_step = _restore(run)
             if processes.is_first_process():
-                run_directory.write_config(workdir, config)
+                run_directory.update_config(workdir, config)
                 run.experiment.source.save(workdir)
             preemption = stack.enter_context(Preemption())
             state = _loop(run, state, first_step, preemption)
@@ -257,10 +256,9 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
       TrainingError: if that has been done as often as the config allows.
     """
     trial, most = run.trial, run.experiment.config.recovery.max_rollbacks
-    with contextlib.suppress(SaveError):
-        run.checkpoints.wait()
+    run.checkpoints.wait(raising=False)
     if trial >= most:
-        last = run.checkpoints.latest_step()
+        last = max(run.checkpoints.steps(), default=None)
         kept = "there is no checkpoint" if last is None else f"step {last} is kept"
         raise TrainingError(
             f"{fault.describe()}; recovery.max_rollbacks is {most}, and the run has "
@@ -298,6 +296,7 @@ def _save_best(run: Run, state: TrainState, found: dict[str, Any]) -> None:
     if run.meter is None:
         return
     try:
+        run.saver.wait()
         info = _info(run) | {"input": None}
         run.checkpoints.save_best(state, info, found["fid"])
     except CheckpointError as error:

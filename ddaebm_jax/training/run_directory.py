@@ -132,6 +132,12 @@ def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     write_text_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
 
 
+def update_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Write the config of a resumed run if it has changed."""
+    if config_lib.differences(read_config(workdir), config):
+        write_config(workdir, config)
+
+
 def write_report(workdir: Path, report: dict[str, Any]) -> None:
     """Write the final figures of a run.
 
