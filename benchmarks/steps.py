@@ -53,7 +53,7 @@ def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
         shape = (steps, config.data.batch_size, *described.source.event_shape)
         images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     inputs = (dispatcher.init(), *dispatcher.inputs(images))
-    traced = dispatcher.steps.program.trace(steps, *inputs)
+    traced = dispatcher.steps.program(steps).trace(*inputs)
     return Prepared(described, dispatcher.mesh, traced, inputs)
 
 

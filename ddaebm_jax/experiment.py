@@ -17,7 +17,7 @@ from jaxtyping import Array
 from ddaebm_jax import diffusion, models, sharding
 from ddaebm_jax import game as game_lib
 from ddaebm_jax.data import Source, open_source
-from ddaebm_jax.data.images import Batches
+from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.game import Game, Optimizers, TrainState
 from ddaebm_jax.step import make_step, scan_steps
@@ -158,7 +158,7 @@ def make_steps(
     )
     num_steps, shape, nz = config.diffusion.num_steps, networks.event_shape, networks.nz
 
-    def draw_and_step(state, batch, index, arrays, trial):
+    def draw_and_step(index, arrays, trial, state, batch):
         data_key, noise_key = _key(config.seed, "data"), _key(config.seed, "noise")
         reseeded = jax.random.fold_in(noise_key, trial)
         noise_key = jnp.where(trial > 0, reseeded, noise_key)

@@ -5,6 +5,7 @@ value per example.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -80,35 +81,32 @@ def energy_gradient(
     step: Array,
 ) -> tuple[Any, Metrics]:
     """Returns the gradient in θ and metrics."""
-
-    def gradient(gamma: Array | float | None) -> tuple[Any, Metrics]:
-        def loss(params):
-            energy = replaced(variables.energy, params=params)
-            return energy_loss(
-                game, schedule, networks, energy, pair, first.x_fake, gamma
-            )
-
-        grads, terms = jax.grad(loss, has_aux=True)(variables.energy["params"])
-        t = pair.noise.t
-        return grads, diagnostics.summary("energy", terms, t, schedule.num_steps)
-
+    loss = partial(energy_loss, game, schedule, networks, pair, first.x_fake)
+    gradient = jax.grad(loss, argnums=1, has_aux=True)
     gamma = game.gamma(step) if callable(game.gamma) else game.gamma
-    if not callable(game.gamma) and game.gamma == 0:
-        return gradient(None)
-    if game.lazy_reg == 1:
-        return gradient(gamma)
-    applied = step % game.lazy_reg == 0
-    return jax.lax.cond(applied, lambda: gradient(gamma), lambda: gradient(None))
+    if not callable(game.gamma) and gamma == 0:
+        grads, terms = gradient(None, variables.energy)
+    elif game.lazy_reg == 1:
+        grads, terms = gradient(gamma, variables.energy)
+    else:
+        grads, terms = jax.lax.cond(
+            step % game.lazy_reg == 0,
+            lambda energy: gradient(gamma, energy),
+            lambda energy: gradient(None, energy),
+            variables.energy,
+        )
+    metrics = diagnostics.summary("energy", terms, pair.noise.t, schedule.num_steps)
+    return grads["params"], metrics
 
 
 def energy_loss(
     game: Game,
     schedule: Schedule,
     networks: Networks,
-    variables: dict,
     pair: Pair,
     x_fake: Float[Array, "batch *shape"],
     gamma: Float[Array, ""] | float | None,
+    variables: dict,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " batch"]]]:
     """Returns the energy's loss and its terms.
 
@@ -116,10 +114,10 @@ def energy_loss(
       game: weights and switches.
       schedule: the diffusion.
       networks: the apply functions.
-      variables: the energy's.
       pair: real points.
       x_fake: the generator's points at level t.
       gamma: γ at this step; None: the penalty is not computed.
+      variables: the energy's.
     """
     (x_t, x_next, noise), t = pair, pair.noise.t
 

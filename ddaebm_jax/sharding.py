@@ -1,4 +1,4 @@
-"""The mesh, what lies where on it, and the layouts of K steps: jit, pmap, fsdp.
+"""The mesh, the placement of arrays on it, and layouts of K steps: jit, pmap, fsdp.
 
 One step function serves all of them. In `jit` and `pmap` each device steps through its
 share of the batch, and the step averages gradients and metrics itself, once per player.
@@ -6,6 +6,7 @@ With a sharded state (`fsdp`) XLA splits the step of the whole batch. The state 
 pytree of global arrays in every layout.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,7 +71,8 @@ def mesh_for_evaluation(num_devices: int) -> Mesh:
 
     A run may be sampled and measured on other machines than it was trained on.
     """
-    return make_mesh(num_devices if num_devices < jax.device_count() else 0)
+    several = jax.process_count() > 1  # None of whose devices can be left out.
+    return make_mesh(0 if several or num_devices >= jax.device_count() else num_devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -99,7 +101,7 @@ def state_shardings(mesh: Mesh, state: Any, fsdp: bool = False) -> Any:
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Returns shapes that carry shardings, as a restore wants them."""
+    """Returns shapes that carry shardings, as Orbax restores them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding
@@ -150,51 +152,54 @@ def process_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
 
 
 class DeviceSteps(NamedTuple):
-    """Steps compiled for a layout: a program and what lies around it.
+    """Steps compiled for a layout, with the placement of inputs and results.
 
     Attributes:
-      program: (length, state, batches, index, *constants) → (state, …), jitted; takes
-        `length` steps and donates the state.
+      program: length → the jitted (state, batches, index, arrays, trial) → (state, …),
+        which takes that many steps and donates the state.
       place: (batches, index) of this process → the program's. `batches` are its rows of
         `length` batches, [length, rows, …], or None; `index` are its `process_rows`.
       collect: the program's results → global arrays.
     """
 
-    program: Any
+    program: Callable[[int], Any]
     place: Callable[[Any, Any], tuple[Any, Any]]
     collect: Callable[[Any], Any]
 
 
-def jit_steps(steps: Callable[..., Any], mesh: Mesh, fsdp: bool = False) -> DeviceSteps:
+def jit_steps(
+    steps: Callable[..., Any], mesh: Mesh, shapes: Any, fsdp: bool = False
+) -> DeviceSteps:
     """Returns steps as one program for the mesh.
 
     Args:
       steps: a function of a device's share that averages over DATA_AXIS; with `fsdp`,
         of the whole batch.
       mesh: the devices.
+      shapes: of the state.
       fsdp: every device keeps a part of the state and gathers parameters on use (fully
         sharded data parallelism).
     """
     whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
     batch_rows = PartitionSpec(None, DATA_AXIS)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def program(length, state, *inputs):
-        shardings = state_shardings(mesh, state, fsdp)
+    @functools.cache
+    def program(length):
         run = partial(steps, length)
         if not fsdp:
-            constants = [whole] * (len(inputs) - 2)
             run = jax.shard_map(
                 run,
                 mesh=mesh,
-                in_specs=(whole, batch_rows, rows, *constants),
+                in_specs=(whole, batch_rows, rows, whole, whole),
                 out_specs=whole,
                 check_vma=False,
             )
-        state, *rest = run(state, *inputs)
-        return (
-            jax.lax.with_sharding_constraint(state, shardings),
-            *jax.lax.with_sharding_constraint(rest, replicated(mesh)),
+        # Metrics are replicated, and the state is where it was.
+        shardings = state_shardings(mesh, shapes, fsdp)
+        return jax.jit(
+            run,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(mesh), replicated(mesh)),
         )
 
     def place(batches, index):
@@ -214,15 +219,17 @@ def pmap_steps(steps: Callable[..., Any], mesh: Mesh) -> DeviceSteps:
       mesh: the devices.
     """
     devices = mesh.local_mesh.size
-    program = jax.pmap(
-        steps,
-        axis_name=DATA_AXIS,
-        static_broadcasted_argnums=0,
-        in_axes=(None, None, 1, 0, None, None),
-        out_axes=None,  # The same on all devices: leaves have no axis for them.
-        donate_argnums=1,
-        devices=list(mesh.devices.flat),
-    )
+
+    @functools.cache
+    def program(length):
+        return jax.pmap(
+            partial(steps, length),
+            axis_name=DATA_AXIS,
+            in_axes=(None, 1, 0, None, None),
+            out_axes=None,  # The same on all devices: leaves have no axis for them.
+            donate_argnums=0,
+            devices=list(mesh.devices.flat),
+        )
 
     def place(batches, index):
         if batches is not None:

@@ -189,7 +189,7 @@ def scan_steps(
     """Takes `length` steps in one `lax.scan`.
 
     Args:
-      step: (state, input, *constants) → (state, metrics).
+      step: (*constants, state, input) → (state, metrics).
       length: K.
       state: where to start.
       inputs: a pytree with a leading axis of `length`; None: the step makes its own.
@@ -199,15 +199,12 @@ def scan_steps(
       The last state, the metrics averaged over the K steps, and the first of the steps
       with a metric that is not finite.
     """
-
-    def one(state, batch):
-        return step(state, batch, *constants)
-
+    step, start = partial(step, *constants), state.step
     if length == 1:
         # On a CPU a convolution in a scan is about ten times slower than outside.
-        after, metrics = one(state, jax.tree.map(lambda x: x[0], inputs))
+        state, metrics = step(state, jax.tree.map(lambda x: x[0], inputs))
         metrics = jax.tree.map(lambda x: x[None], metrics)
     else:
-        after, metrics = jax.lax.scan(one, state, inputs, length=length)
-    fault = diagnostics.first_fault(metrics, state.step)
-    return after, jax.tree.map(lambda x: x.mean(axis=0), metrics), fault
+        state, metrics = jax.lax.scan(step, state, inputs, length=length)
+    fault = diagnostics.first_fault(metrics, start)
+    return state, jax.tree.map(lambda x: x.mean(axis=0), metrics), fault

@@ -174,7 +174,7 @@ def test_energy_gradient_by_brute_force():
             game = GAME._replace(energy_l2=energy_l2)
             return jax.value_and_grad(
                 lambda p: losses.energy_loss(
-                    game, s, networks, {"params": p}, pair, jnp.asarray(x_fake), gamma
+                    game, s, networks, pair, jnp.asarray(x_fake), gamma, {"params": p}
                 )[0]
             )(p)
 

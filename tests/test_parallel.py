@@ -106,7 +106,7 @@ def compiled_text(config: ml_collections.ConfigDict) -> str:
     dispatcher = Dispatcher(described)
     batches = np.zeros((1, 16), np.int32) if described.source.holds_images else None
     inputs = dispatcher.inputs(batches)
-    lowered = dispatcher.steps.program.lower(1, dispatcher.init(), *inputs)
+    lowered = dispatcher.steps.program(1).lower(dispatcher.init(), *inputs)
     return lowered.compile(compiler_options=quick.options()).as_text()
 
 

@@ -45,10 +45,11 @@ class Dispatcher:
         # With a sharded state XLA splits the step of the whole batch.
         axis_name = None if layout.fsdp else sharding.DATA_AXIS
         steps = make_steps(experiment, axis_name)
+        shapes = state_shapes(experiment)
         if layout.mode == "pmap":
             self.steps = sharding.pmap_steps(steps, self.mesh)
         else:
-            self.steps = sharding.jit_steps(steps, self.mesh, layout.fsdp)
+            self.steps = sharding.jit_steps(steps, self.mesh, shapes, layout.fsdp)
         self._experiment = experiment
         self._index = sharding.process_rows(self.mesh, config.data.batch_size)
         self._arrays = sharding.replicate(self.mesh, experiment.source.arrays)
@@ -82,7 +83,7 @@ class Dispatcher:
             there is no stream.
         """
         start = time.monotonic()
-        result = self.steps.program(length, state, *self.inputs(batches))
+        result = self.steps.program(length)(state, *self.inputs(batches))
         if length not in self._compiled:
             # The call compiles, and then only starts the steps.
             self._compiled.add(length)
@@ -90,7 +91,7 @@ class Dispatcher:
         return self.steps.collect(result)
 
     def inputs(self, batches: np.ndarray | None = None) -> tuple[Any, ...]:
-        """Returns the program's arguments after length and state; see `__call__`."""
+        """Returns the program's arguments after the state; see `__call__`."""
         return (*self.steps.place(batches, self._index), self._arrays, self._trial)
 
     def _shardings(self) -> TrainState:
