@@ -1,4 +1,4 @@
-"""What a step says of itself: means, gaps by t, and numbers that are not finite."""
+"""Diagnostics of a step: mean terms, energy gaps by t, and values not finite."""
 
 from collections.abc import Mapping
 from typing import Any

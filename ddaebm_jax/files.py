@@ -42,9 +42,11 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):  # Writing itself names no file.
+            error.filename = error.filename or str(path)
         raise
     with contextlib.suppress(OSError):  # Not every file system can sync a folder.
         folder = os.open(path.parent, os.O_RDONLY)

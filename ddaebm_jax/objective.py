@@ -18,10 +18,6 @@ from jaxtyping import Array, Float, Int
 from ddaebm_jax import diffusion
 from ddaebm_jax.diffusion import Schedule
 
-RECONSTRUCTIONS = ("nll", "weighted_nll", "mse")
-RECON_LATENTS = ("posterior", "prior")
-DIVERGENCES = ("jeffreys", "reverse_kl")
-
 # Keeps (z−μ)²/σ² finite where the encoder's variance underflows.
 _LATENT_VARIANCE_FLOOR = 1e-6
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runs import load_recipe
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import diffusion, models, objective
+from ddaebm_jax import diffusion, models
 from ddaebm_jax.config import checks, choices, fields
 from ddaebm_jax.data import synthetic
 
@@ -290,9 +290,6 @@ def test_a_problem_that_follows_from_another_is_not_reported():
 def test_the_allowed_names_are_those_of_the_code():
     assert choices.ALLOWED["diffusion.variance"] == diffusion.VARIANCES
     assert choices.ALLOWED["diffusion.time"] == diffusion.TIMES
-    assert choices.ALLOWED["game.recon"] == objective.RECONSTRUCTIONS
-    assert choices.ALLOWED["game.recon_latent"] == objective.RECON_LATENTS
-    assert choices.ALLOWED["game.divergence"] == objective.DIVERGENCES
     assert tuple(synthetic.SYNTHETIC) == choices.SYNTHETIC
     named = {name for names in checks.READ_WHEN.values() for name in names.split()}
     assert named <= set(BASE) | {"model.mlp", "model.unet", "model.encoder"}
@@ -357,9 +354,9 @@ def test_a_damaged_config_file_is_a_config_error(text: str):
 def test_differences_and_the_fields_that_a_resumed_run_may_change():
     old, new = recipe("cifar10"), recipe("cifar10", {"game.gamma": 0.5})
     assert config_lib.differences(old, new) == {"game.gamma": (0.02, 0.5)}
-    what_a_fid_is = "inception inception_weights preprocessing reference".split()
-    for name in (*what_a_fid_is, "num_samples_on_the_way"):
+    what_a_fid_is = "num_samples inception inception_weights preprocessing reference"
+    for name in (*what_a_fid_is.split(), "num_samples_on_the_way"):
         assert f"evaluation.{name}" not in config_lib.FREE_ON_RESUME
-    assert "evaluation.num_samples" in config_lib.FREE_ON_RESUME
+    assert "evaluation.batch_size" in config_lib.FREE_ON_RESUME
     assert config_lib.decays(old) and config_lib.decays(recipe("gaussians25"))
     assert not config_lib.decays(recipe("released_gaussians25"))

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags, logging
 
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.training import processes
@@ -65,7 +65,7 @@ def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
     sys.unraisablehook = _log_unraisable
     with user_errors():
         if words[1:]:
-            raise InputError(f"what is {words[1]!r}? Flags start with --")
+            raise InputError(f"unexpected argument {words[1]!r}; flags start with --")
         command(flags.FLAGS)
 
 
@@ -98,8 +98,7 @@ def out_of_memory_advice(advice: str = _USE_LESS_MEMORY) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"out of memory ({reason}); {advice}") from error
+        raise InputError(f"out of memory ({one_line(error)}); {advice}") from error
 
 
 # Flags.

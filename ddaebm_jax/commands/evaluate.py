@@ -107,6 +107,8 @@ def _check(
             f"--{given[0]} is for runs of images, and data.name of {loaded.workdir} is "
             f"'{config.data.name}'; leave it out"
         )
+    if "num_samples" in changed and loaded.experiment.source.table is not None:
+        raise InputError("--num_samples has no meaning for a table; leave it out")
     if input_path and changed.get("inception") is False:
         raise InputError(
             "--inception_weights=none leaves nothing to measure --input by; leave one "

@@ -108,6 +108,8 @@ def _recipe(config: ml_collections.ConfigDict, workdir: Path) -> tuple[str, list
         recipe = runpy.run_path(str(path))["get_config"]()
         differences[path.stem] = config_lib.differences(recipe, config)
     name, reason = workdir.resolve().parent.name, "by the folder's name"
+    if not differences:  # Installed without the recipes.
+        return name, []
     if name not in differences:
         name = min(differences, key=lambda one: len(differences[one]))
         reason = "the most similar"

@@ -53,7 +53,7 @@ def run(values: flags.FlagValues) -> None:
         logging.info("%s", stopped)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        common.leave("left at once; the newest checkpoint is kept", 130)
+        common.leave("interrupted; the newest checkpoint is kept", 130)
     if processes.is_first_process():
         print(f"{workdir}\n{reports.format_report(report)}")
 

@@ -6,6 +6,7 @@ training rows alone.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,13 +188,15 @@ def read_rows(
 
 def _are_names(columns: tuple[str, ...]) -> bool:
     """Whether a file gave these names, rather than their places."""
-    return columns != tuple(f"column_{i}" for i in range(len(columns)))
+    return not all(re.fullmatch(r"column_\d+", name) for name in columns)
 
 
 def _split(name: str, table: TableFile, seed: int, test_fraction: float) -> Table:
     """Holds out a random share of the inliers; all outliers are for testing."""
     columns, rows, labels, _ = table
-    inliers = np.arange(len(rows)) if labels is None else np.flatnonzero(labels == 0)
+    inliers = (
+        np.arange(len(rows)) if labels is None else np.flatnonzero(labels == INLIER)
+    )
     kind = "rows" if labels is None else "rows labelled 0"
     split = hold_out(len(inliers), test_fraction, seed, f"{name}: {kind}", min_train=2)
     kept, test = inliers[split.train], inliers[split.test]

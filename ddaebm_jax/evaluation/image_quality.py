@@ -243,7 +243,9 @@ def open_meter(experiment: Experiment) -> Meter | None:
         "preprocessing": settings.preprocessing,
         "num_features_kept": min(settings.num_kept_features, len(records)),
     }
-    reference = _open_reference(settings, records, extract, fingerprint)
+    reference = _open_reference(
+        settings, records, extract, fingerprint, experiment.config.data.timeout
+    )
     about = {
         "preprocessing": settings.preprocessing,
         "reference": settings.reference,
@@ -257,7 +259,11 @@ def open_meter(experiment: Experiment) -> Meter | None:
 
 
 def _open_reference(
-    settings: Any, records: Records, extract: Extract, fingerprint: dict[str, Any]
+    settings: Any,
+    records: Records,
+    extract: Extract,
+    fingerprint: dict[str, Any],
+    timeout: float,
 ) -> Statistics:
     """Loads the reference statistics, or computes and saves them.
 
@@ -292,7 +298,9 @@ def _open_reference(
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
     chunks = (
-        stack(Subset(records, np.arange(start, min(start + size, num))))
+        stack(
+            Subset(records, np.arange(start, min(start + size, num))), timeout=timeout
+        )
         for start in range(0, num, size)
     )
     found = collect(extract, chunks, keep, keep_logits=False)

@@ -46,15 +46,15 @@ def load_network(path: str = "") -> Network:
     """
     file = Path(path).expanduser() if path else _published_file()
     origin, paths = str(file), _paths()
-    is_published = file.stat().st_size == PUBLISHED_BYTES and (
-        _sha256(file) == PUBLISHED_SHA256
-    )
     arrays = {
         name: array
         for name, array in read_weights(file).items()
         if not name.endswith(".num_batches_tracked")
         and not name.startswith("AuxLogits.")
     }
+    is_published = file.stat().st_size == PUBLISHED_BYTES and (
+        _sha256(file) == PUBLISHED_SHA256
+    )
     arrays = torch_layout.select_float32(arrays, paths, origin, _REMEDY)
     _check_values(arrays, origin)
     widths = _widths(arrays)

@@ -15,7 +15,7 @@ from absl import logging
 class Stopped(BaseException):
     """A run that a signal has ended, with everything saved.
 
-    No Exception, like KeyboardInterrupt, so that no handler of errors delays it.
+    Like KeyboardInterrupt not an Exception, so that `except Exception` lets it pass.
 
     Attributes:
       exit_code: 0 after SIGTERM; 130, the shells' convention, after SIGINT.
@@ -69,7 +69,7 @@ class Preemption:
         logging.info(
             "%s: stopping after these steps, with a checkpoint%s",
             self.signal.name,
-            "; once more leaves at once" if number == signal.SIGINT else "",
+            "; press Ctrl-C again to quit at once" if number == signal.SIGINT else "",
         )
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -87,8 +87,8 @@ class Preemption:
         if self._several:
             yield
             return
-        self._interruptible = True
         try:
+            self._interruptible = True
             if self.signal is not None:
                 raise StopRequested
             yield

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.errors import InputError
+from ddaebm_jax.errors import InputError, one_line
 
 # How errors of collectives describe a peer that is gone.
 _LOST_PEER = re.compile(
@@ -62,10 +62,9 @@ def join(processes: Processes) -> None:
             *addresses, heartbeat_timeout_seconds=processes.heartbeat_timeout
         )
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"--distributed: the processes cannot be joined ({reason}); on a TPU pod "
-            "or under Slurm start one process per host or task, elsewhere give "
+            f"--distributed: the processes cannot be joined ({one_line(error)}); on a TPU "
+            "pod or under Slurm start one process per host or task, elsewhere give "
             "--coordinator=host:port, --num_processes and --process_id"
         ) from error
 
