@@ -207,7 +207,7 @@ def test_a_changed_array_or_info_is_noticed(run: Path):
         path = checkpoints.path(2) / "state"
         restored = handler.restore(path, args=ocp.args.StandardRestore(like))
     assert np.any(restored.variables["w"] != _state(2).variables["w"])
-    with pytest.raises(DamagedCheckpointError, match="2 is damaged: .*variables/w is"):
+    with pytest.raises(DamagedCheckpointError, match=r"2 is damaged: .*variables/w is"):
         checkpoints.restore(like)
     path = run / "checkpoints/1/info/metadata"
     info = json.loads(path.read_text())

@@ -9,6 +9,7 @@ from absl import flags, logging
 
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images, tabular
+from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
@@ -70,6 +71,8 @@ def _read(
         return images.read_images(
             path, source.event_shape, skip_corrupt, data.crop, timeout=data.timeout
         )
+    if skip_corrupt:
+        raise InputError("--skip_corrupt is for runs of images; leave it out")
     (dim,) = source.event_shape
     table = source.table
     standardizer, columns = (table and table.standardizer), (table and table.columns)

@@ -63,8 +63,8 @@ def join(processes: Processes) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"--distributed: the processes cannot be joined ({one_line(error)}); on a TPU "
-            "pod or under Slurm start one process per host or task, elsewhere give "
+            f"--distributed: the processes cannot be joined ({one_line(error)}); on a "
+            "TPU pod or under Slurm start one process per host or task, elsewhere give "
             "--coordinator=host:port, --num_processes and --process_id"
         ) from error
 
