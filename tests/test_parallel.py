@@ -68,13 +68,6 @@ def alone() -> dict[str, tuple]:
     }
 
 
-def test_another_batch_is_another_run(alone: dict[str, tuple]):
-    """The comparison sees what it is for."""
-    other = trained(plane(parallel__num_devices=1, data__batch_size=8), STEPS)[0]
-    with pytest.raises(AssertionError):
-        assert_same_run(other, alone["plane"][0])
-
-
 @pytest.mark.parametrize(
     ("kind", "way"), [*(("plane", way) for way in WAYS), ("digits", "in parts")]
 )
