@@ -263,7 +263,7 @@ def _open_reference(
     records: Records,
     extract: Extract,
     fingerprint: dict[str, Any],
-    timeout: float,
+    timeout: int | float,
 ) -> Statistics:
     """Loads the reference statistics, or computes and saves them.
 
