@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -134,10 +133,8 @@ def next_stop(step: int, per_dispatch: int, total: int, intervals: list[int]) ->
     return min(total, *((step // n + 1) * n for n in candidates))
 
 
-def dispatches(
-    config: ml_collections.ConfigDict, start: int
-) -> Iterator[tuple[int, int]]:
-    """Yields (first step, step after the last) of every dispatch that is left."""
+def dispatch_end(config: ml_collections.ConfigDict, start: int) -> int:
+    """Returns the step at which the dispatch from `start` ends; see `next_stop`."""
     train = config.train
     per_dispatch = train.steps_per_dispatch or steps_per_dispatch(config.model.name)
     intervals = [
@@ -146,7 +143,4 @@ def dispatches(
         train.evaluate_every,
         train.checkpoint_every,
     ]
-    while start < train.num_steps:
-        stop = next_stop(start, per_dispatch, train.num_steps, intervals)
-        yield start, stop
-        start = stop
+    return next_stop(start, per_dispatch, train.num_steps, intervals)

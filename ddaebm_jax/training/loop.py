@@ -175,7 +175,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
     if _is_due(train.evaluate_every, step, total) and run.evaluated < step:
         stop = _evaluate(run, state, step, preemption)
     while step < total and stop is None:
-        start, step = next(dispatch.dispatches(config, step))
+        start, step = step, dispatch.dispatch_end(config, step)
         batches = None if run.batches is None else run.batches.next(step - start)
         compiled = run.dispatcher.compile_seconds
         state, metrics, fault = run.dispatcher(state, step - start, batches)
