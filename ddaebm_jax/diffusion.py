@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 VARIANCES = ("vp", "geometric", "cosine")
 TIMES = ("uniform", "lsun")
@@ -200,7 +200,7 @@ def make_schedule(*args: Any, **kwargs: Any) -> Schedule:
     return Schedule(**{k: jnp.asarray(v, jnp.float32) for k, v in values.items()})
 
 
-def per_example(values: Float[Array, " batch"], like: Array) -> Array:
+def per_example(values: Shaped[Array, " batch"], like: Array) -> Array:
     """Returns `values` with trailing axes of size 1, to scale `like` by example."""
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
@@ -287,9 +287,16 @@ def sample_posterior(
     x_next: Float[Array, "batch *shape"],
     t: Int[Array, " batch"],
     eps: Float[Array, "batch *shape"],
+    noise_at_data: bool = False,
 ) -> Float[Array, "batch *shape"]:
-    """Returns x_t ~ q(x_t | x_{t+1}, x_0); at t = 0 its mean, without noise."""
-    std = jnp.where(t > 0, jnp.exp(0.5 * schedule.posterior_log_var[t]), 0.0)
+    """Returns x_t ~ q(x_t | x_{t+1}, x_0); at t = 0 its mean, unless `noise_at_data`.
+
+    Real points at level 0 carry noise: with `noise_at_data` it does not tell them from
+    generated ones.
+    """
+    std = jnp.exp(0.5 * schedule.posterior_log_var[t])
+    if not noise_at_data:
+        std = jnp.where(t > 0, std, 0.0)
     mean = posterior_mean(schedule, x0, x_next, t)
     return mean + per_example(std, x0) * eps
 

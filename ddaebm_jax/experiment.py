@@ -20,6 +20,7 @@ from ddaebm_jax.data import Source, open_source
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.game import Game, Optimizers, TrainState
+from ddaebm_jax.proposal import Proposal
 from ddaebm_jax.step import make_step, scan_steps
 
 
@@ -75,7 +76,13 @@ def build_game(section: ml_collections.ConfigDict, num_steps: int) -> Game:
     first, final = section.gamma, values.pop("gamma_final")
     if final is not None:
         values["gamma"] = lambda step: first * (final / first) ** (step / num_steps)
-    return Game(**values)
+    values["negatives_from"] = round(section.negatives_from * num_steps)
+    own = {"defensive": "defensive", "prior_std": "defensive_std"}
+    own["floor"] = "negatives_floor"
+    proposal = {name: values.pop(field) for name, field in own.items()}
+    encoder = section.latent and section.posterior
+    proposal = Proposal(**proposal, latent=section.latent, encoder=encoder)
+    return Game(**values, proposal=proposal)
 
 
 def build_optimizers(section: ml_collections.ConfigDict, num_steps: int) -> Optimizers:
@@ -164,7 +171,11 @@ def make_steps(
         noise_key = jnp.where(trial > 0, reseeded, noise_key)
         keys = game_lib.example_keys(data_key, state.step, index)
         x0 = experiment.source.draw(arrays, batch, keys)
-        noise = game_lib.draw_noise(noise_key, state.step, index, num_steps, shape, nz)
+        noise = game_lib.draw_noise(
+            *(noise_key, state.step, index, num_steps, shape, nz),
+            experiment.game.num_negatives,
+            experiment.game.proposal.defensive,
+        )
         return step(state, x0, noise)
 
     return partial(scan_steps, draw_and_step)

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ddaebm_jax.models import Networks, Players
+from ddaebm_jax.proposal import Proposal, ProposalNoise
 
 
 class Game(NamedTuple):
@@ -35,6 +36,11 @@ class Game(NamedTuple):
       latent: False: z ≡ 0 and no terms of q_ψ.
       posterior: False: no λ_z and KL terms, reconstruction from the prior z.
       divergence: `jeffreys`, or `reverse_kl` (the forward divergence is left out).
+      noise_at_data: give generated points at level 0 the posterior's noise, too.
+      num_negatives: K, weighted negatives of each x_{t+1}; 1: the paper's game.
+      negatives_from: the step from which K are played; before it, one.
+      negatives_gamma: γ from there on; None: `gamma`. `energy_l2` ends there.
+      proposal: where the K come from.
     """
 
     gamma: optax.ScalarOrSchedule
@@ -48,6 +54,11 @@ class Game(NamedTuple):
     latent: bool
     posterior: bool
     divergence: str
+    noise_at_data: bool = False
+    num_negatives: int = 1
+    negatives_from: int = 0
+    negatives_gamma: float | None = None
+    proposal: Proposal = Proposal()
 
     @property
     def has_encoder(self) -> bool:
@@ -110,6 +121,7 @@ class Noise:
       eps_post: takes x̂_0 to x̃_t.
       eps_z: takes q_ψ's moments to a latent.
       dropout: one key per example; see `dropout_keys`.
+      negatives: of K weighted negatives, leaves [batch, K, …]; None where K = 1.
     """
 
     t: Int[Array, " batch"]
@@ -119,6 +131,7 @@ class Noise:
     eps_post: Float[Array, "batch *shape"]
     eps_z: Float[Array, "batch nz"]
     dropout: Array
+    negatives: ProposalNoise | None = None
 
     def dropout_keys(self, call: int) -> Array:
         """Returns per-example dropout keys of one network call, named by a number."""
@@ -142,6 +155,8 @@ def draw_noise(
     num_steps: int,
     event_shape: tuple[int, ...],
     nz: int,
+    num_negatives: int = 1,
+    defensive: float = 0.0,
 ) -> Noise:
     """Draws the noise of step `step` for the examples `index` of the global batch.
 
@@ -152,6 +167,9 @@ def draw_noise(
       num_steps: T.
       event_shape: shape of one example.
       nz: width of the latent.
+      num_negatives: K; with 1 the weighted negatives' noise is left out, and the rest
+        is the same for every K.
+      defensive: δ; δ·K of the K come from the proposal's defensive part.
     """
     size = math.prod(event_shape)
 
@@ -161,7 +179,8 @@ def draw_noise(
         normal = jax.random.normal(key_normal, (3 * size + 2 * nz,))
         return t, normal, key_dropout
 
-    t, normal, dropout = jax.vmap(one)(example_keys(key, step, index))
+    keys = example_keys(key, step, index)
+    t, normal, dropout = jax.vmap(one)(keys)
     eps, latent = normal[:, : 3 * size], normal[:, 3 * size :]
     eps = eps.reshape(-1, 3, *event_shape)
     return Noise(
@@ -172,6 +191,28 @@ def draw_noise(
         z=latent[:, :nz],
         eps_z=latent[:, nz:],
         dropout=dropout,
+        negatives=None
+        if num_negatives == 1
+        else _draw_negatives(keys, num_negatives, defensive, event_shape, nz),
+    )
+
+
+def _draw_negatives(
+    keys: Array, num: int, defensive: float, event_shape: tuple[int, ...], nz: int
+) -> ProposalNoise:
+    """Draws the noise of `num` proposals for each key, leaves [batch, num, …]."""
+    size = math.prod(event_shape)
+
+    def one(key: Array) -> Array:
+        # Other numbers than the three of `draw_noise`'s split.
+        return jax.random.normal(jax.random.fold_in(key, 3), (num, size + nz))
+
+    normal = jax.vmap(one)(keys)
+    is_defensive = jnp.arange(num) < round(num * defensive)
+    return ProposalNoise(
+        is_defensive=jnp.broadcast_to(is_defensive, (len(keys), num)),
+        z=normal[:, :, size:],
+        eps=normal[:, :, :size].reshape(-1, num, *event_shape),
     )
 
 

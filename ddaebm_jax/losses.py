@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddaebm_jax import diagnostics, diffusion, objective
+from ddaebm_jax import diagnostics, diffusion, objective, proposal
 from ddaebm_jax.diagnostics import Metrics
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.game import Game, Noise
@@ -47,6 +47,37 @@ class FirstPass(NamedTuple):
     stats: Any
 
 
+class Negatives(NamedTuple):
+    """Points that the energy is pushed down at, K for each x_{t+1}.
+
+    Attributes:
+      x: x̃_t.
+      log_ratio: b, see `proposal`; None: one point each, as in the paper.
+    """
+
+    x: Float[Array, "batch *shape"] | Float[Array, "batch draws *shape"]
+    log_ratio: Float[Array, "batch draws"] | None = None
+
+
+def weighted_negatives(
+    game: Game, schedule: Schedule, networks: Networks, variables: Players, pair: Pair
+) -> Negatives:
+    """Returns K draws from the proposal for each x_{t+1}; no gradient flows back."""
+    num = game.num_negatives
+    flat = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
+    drawn = proposal.draw(
+        game.proposal,
+        schedule,
+        networks,
+        variables,
+        jnp.repeat(pair.x_next, num, axis=0),
+        jnp.repeat(pair.noise.t, num),
+        flat(pair.noise.negatives),
+    )
+    drawn = jax.lax.stop_gradient(drawn)
+    return Negatives(*jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]), drawn))
+
+
 def generator_pass(
     game: Game, schedule: Schedule, networks: Networks, variables: Players, pair: Pair
 ) -> FirstPass:
@@ -66,7 +97,7 @@ def generator_pass(
     params = variables.generator["params"]
     x0_pred, pullback, stats = jax.vjp(generate, params, has_aux=True)
     x_fake = diffusion.sample_posterior(
-        schedule, x0_pred, pair.x_next, noise.t, noise.eps_post
+        schedule, x0_pred, pair.x_next, noise.t, noise.eps_post, game.noise_at_data
     )
     return FirstPass(x0_pred, x_fake, pullback, stats)
 
@@ -80,21 +111,42 @@ def energy_gradient(
     first: FirstPass,
     step: Array,
 ) -> tuple[Any, Metrics]:
-    """Returns the gradient in θ and metrics."""
-    loss = partial(energy_loss, game, schedule, networks, pair, first.x_fake)
-    gradient = jax.grad(loss, argnums=1, has_aux=True)
+    """Returns the gradient in θ and metrics.
+
+    The paper's game before step `negatives_from`, and K weighted negatives from it on.
+    """
     gamma = game.gamma(step) if callable(game.gamma) else game.gamma
-    if not callable(game.gamma) and gamma == 0:
-        grads, terms = gradient(None, variables.energy)
-    elif game.lazy_reg == 1:
-        grads, terms = gradient(gamma, variables.energy)
-    else:
-        grads, terms = jax.lax.cond(
+
+    def gradient(negatives: Negatives, gamma: Any, energy: Any) -> tuple[Any, dict]:
+        loss = partial(energy_loss, game, schedule, networks, pair, negatives)
+        return jax.grad(loss, argnums=1, has_aux=True)(gamma, energy)
+
+    def penalised(negatives: Negatives, gamma: Any) -> tuple[Any, dict]:
+        if not callable(game.gamma) and isinstance(gamma, float | int) and gamma == 0:
+            return gradient(negatives, None, variables.energy)
+        if game.lazy_reg == 1:
+            return gradient(negatives, gamma, variables.energy)
+        return jax.lax.cond(
             step % game.lazy_reg == 0,
-            lambda energy: gradient(gamma, energy),
-            lambda energy: gradient(None, energy),
+            lambda energy: gradient(negatives, gamma, energy),
+            lambda energy: gradient(negatives, None, energy),
             variables.energy,
         )
+
+    def weighted() -> tuple[Any, dict]:
+        negatives = weighted_negatives(game, schedule, networks, variables, pair)
+        own = game.negatives_gamma
+        return penalised(negatives, gamma if own is None else own)
+
+    def paper() -> tuple[Any, dict]:
+        return penalised(Negatives(first.x_fake), gamma)
+
+    if game.num_negatives == 1:
+        grads, terms = paper()
+    elif game.negatives_from == 0:
+        grads, terms = weighted()
+    else:
+        grads, terms = jax.lax.cond(step >= game.negatives_from, weighted, paper)
     metrics = diagnostics.summary("energy", terms, pair.noise.t, schedule.num_steps)
     return grads["params"], metrics
 
@@ -104,7 +156,7 @@ def energy_loss(
     schedule: Schedule,
     networks: Networks,
     pair: Pair,
-    x_fake: Float[Array, "batch *shape"],
+    negatives: Negatives,
     gamma: Float[Array, ""] | float | None,
     variables: dict,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " batch"]]]:
@@ -115,7 +167,7 @@ def energy_loss(
       schedule: the diffusion.
       networks: the apply functions.
       pair: real points.
-      x_fake: the generator's points at level t.
+      negatives: the generator's points at level t, or weighted ones.
       gamma: γ at this step; None: the penalty is not computed.
       variables: the energy's.
     """
@@ -124,7 +176,12 @@ def energy_loss(
     def energy(x: Array, call: int) -> Array:
         return networks.energy(variables, x, t, rngs=noise.dropout_keys(call))
 
-    f_fake = energy(x_fake, ENERGY_FAKE)
+    if negatives.log_ratio is None:
+        f_fake = normalizer = energy(negatives.x, ENERGY_FAKE)
+    else:
+        f_fake, normalizer, share = _energy_of_weighted(
+            networks, variables, negatives, t, noise.dropout_keys(ENERGY_FAKE)
+        )
     if gamma is None:
         f_real = energy(x_t, ENERGY_REAL)
         gamma, penalty = 0.0, jnp.zeros_like(f_real)
@@ -135,11 +192,31 @@ def energy_loss(
         penalty = objective.gradient_penalty(
             score + diffusion.score_log_q(schedule, x_next, x_t, t)
         )
-    loss = f_fake - f_real + gamma * penalty
-    if game.energy_l2 > 0:
+    loss = normalizer - f_real + gamma * penalty
+    if game.energy_l2 > 0 and negatives.log_ratio is None:
         loss = loss + game.energy_l2 * objective.energy_magnitude(f_real)
     terms = {"real": f_real, "fake": f_fake, "gradient_penalty": penalty}
+    if game.num_negatives > 1:
+        single = negatives.log_ratio is None
+        terms["effective_negatives"] = jnp.ones_like(f_real) if single else share
     return loss.mean(), {"loss": loss, **terms}
+
+
+def _energy_of_weighted(
+    networks: Networks, variables: dict, negatives: Negatives, t: Array, keys: Array
+) -> tuple[Array, Array, Array]:
+    """Returns Σ_k w_k f(x̃^k), log (1/K)Σ_k exp(f(x̃^k) + b^k), and the share in use.
+
+    w = softmax(f + b); the gradient of the second in θ weighs the K by w.
+    """
+    num = negatives.log_ratio.shape[1]
+    keys = jax.vmap(lambda key: jax.random.split(key, num))(keys).reshape(-1)
+    x = negatives.x.reshape(-1, *negatives.x.shape[2:])
+    f = networks.energy(variables, x, jnp.repeat(t, num), rngs=keys).reshape(-1, num)
+    log_weights = f + negatives.log_ratio
+    mean = (jax.nn.softmax(log_weights, axis=1) * f).sum(axis=1)
+    share = objective.effective_share(log_weights)
+    return mean, objective.log_mean_exp(log_weights), share
 
 
 def generator_gradient(
@@ -194,7 +271,9 @@ def generator_loss(
       loss, (terms, the posterior's running averages).
     """
     (x_t, x_next, noise), t = pair, pair.noise.t
-    x_fake = diffusion.sample_posterior(schedule, x0_pred, x_next, t, noise.eps_post)
+    x_fake = diffusion.sample_posterior(
+        schedule, x0_pred, x_next, t, noise.eps_post, game.noise_at_data
+    )
     rngs = noise.dropout_keys(ENERGY_GENERATOR_STEP)
     f_fake = networks.energy(variables.energy, x_fake, t, rngs=rngs)
     potential = objective.reverse_potential(schedule, f_fake, x_fake, x_next, t)

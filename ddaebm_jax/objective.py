@@ -2,6 +2,8 @@
 
 Energy step, descent in θ:
   E[f(x̃_t) − f(x_t)] + γ/2·E‖∇_{x_t}[f(x_t) + log q(x_{t+1}|x_t)]‖²
+With K weighted negatives log_mean_exp(f(x̃_t^k) + b^k) takes the place of f(x̃_t), and
+the step is maximum likelihood of the conditional energy; see `proposal`.
 Generator step, descent in φ and ψ together:
   reverse_potential + λ_z·latent_log_prob + λ_f·(reconstruction + latent_kl)
 
@@ -144,6 +146,37 @@ def reconstruction_mse(
     """Returns Σ_dims (x_t − (c1 x̂_0 + c2 x_{t+1}))²."""
     mean = diffusion.posterior_mean(schedule, x0_pred, x_next, t)
     return sum_over_dims((x_t - mean) ** 2)
+
+
+def gaussian_log_prob(
+    x: Float[Array, "batch *shape"],
+    mean: Float[Array, "batch *shape"],
+    log_var: Float[Array, " batch"] | Float[Array, "batch *shape"],
+) -> Float[Array, " batch"]:
+    """Returns Σ_dims log N(x; mean, exp log_var), nats; one variance a row or each."""
+    if log_var.ndim < x.ndim:
+        log_var = diffusion.per_example(log_var, x)
+    squares = (x - mean) ** 2 * jnp.exp(-log_var)
+    return -0.5 * sum_over_dims(squares + log_var + jnp.log(2 * jnp.pi))
+
+
+def log_mean_exp(
+    log_weights: Float[Array, "batch draws"],
+) -> Float[Array, " batch"]:
+    """Returns the log of each row's mean weight."""
+    num = log_weights.shape[1]
+    return jax.nn.logsumexp(log_weights, axis=1) - jnp.log(num)
+
+
+def effective_share(
+    log_weights: Float[Array, "batch draws"],
+) -> Float[Array, " batch"]:
+    """Returns (Σw)²/(n Σw²) of each row, the effective sample size as a share of n.
+
+    1: all weights are equal; 1/n: one draw has all the weight.
+    """
+    weights = jax.nn.softmax(log_weights, axis=1)
+    return 1.0 / (log_weights.shape[1] * (weights**2).sum(axis=1))
 
 
 def variance_floor(schedule: Schedule, floor: float | None) -> Float[Array, ""] | float:

@@ -49,7 +49,8 @@ def mlp_config(nz: int = NZ, **changes: Any) -> SimpleNamespace:
         "norm": "none",
         "posterior_features": 4,
     }
-    return SimpleNamespace(name="mlp", nz=nz, mlp=SimpleNamespace(**mlp | changes))
+    section = SimpleNamespace(**mlp | changes)
+    return SimpleNamespace(name="mlp", nz=nz, confinement=0.0, mlp=section)
 
 
 def filled_like(shapes: Any, seed: int = 0) -> Any:

@@ -35,6 +35,7 @@ from ddaebm_jax.game import (
     make_optimizers,
 )
 from ddaebm_jax.models import Networks, Players
+from ddaebm_jax.proposal import Proposal
 from ddaebm_jax.step import Step, make_step, mean_over_parts, scan_steps
 
 BATCH = 8
@@ -56,6 +57,22 @@ VARIANTS = {
     "no posterior": GAME._replace(posterior=False, recon="mse", energy_l2=0.4),
     "reverse KL": GAME._replace(divergence="reverse_kl", gamma=rising_gamma),
     "no penalty, no entropy bound": GAME._replace(gamma=0.0, lambda_z=0.0),
+    "noise at data": GAME._replace(noise_at_data=True),
+    "weighted negatives": GAME._replace(
+        num_negatives=4, negatives_gamma=0.4, energy_l2=0.4, proposal=Proposal(0.02)
+    ),
+    "half of them defensive": GAME._replace(
+        num_negatives=4, proposal=Proposal(None, 0.5, 1.5)
+    ),
+    "defensive without a posterior": GAME._replace(
+        num_negatives=2,
+        posterior=False,
+        recon="mse",
+        proposal=Proposal(0.02, 0.5, encoder=False),
+    ),
+    "weighted without a latent": GAME._replace(
+        num_negatives=2, latent=False, proposal=Proposal(latent=False, encoder=False)
+    ),
 }
 
 
@@ -63,13 +80,17 @@ def start(game: Game = GAME, networks: Networks | None = None, seed: int = 0):
     return init_state(jax.random.key(seed), networks or smooth_networks(), SGD, game)
 
 
-@jax.jit
-def draw_at(seed: jax.Array, step: jax.Array, index: jax.Array) -> Noise:
-    return draw_noise(jax.random.key(seed), step, index, STEPS, (DIM,), NZ)
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def draw_at(seed, step, index, num_negatives: int, defensive: float) -> Noise:
+    shapes = STEPS, (DIM,), NZ, num_negatives, defensive
+    return draw_noise(jax.random.key(seed), step, index, *shapes)
 
 
-def draw(step: int = 0, first: int = 0, size: int = BATCH, seed: int = 1) -> Noise:
-    return draw_at(seed, jnp.int32(step), jnp.arange(first, first + size))
+def draw(
+    step: int = 0, first: int = 0, size: int = BATCH, seed: int = 1, game: Game = GAME
+) -> Noise:
+    index, negatives = jnp.arange(first, first + size), game.num_negatives
+    return draw_at(seed, jnp.int32(step), index, negatives, game.proposal.defensive)
 
 
 def batch(seed: int = 0) -> jax.Array:
@@ -122,7 +143,8 @@ def naive_step(
 
     def fake(generator, z):
         x0_pred, stats = networks.train_generator(generator, x_next, t, z)
-        std = jnp.where(t == 0, 0.0, jnp.sqrt(s.posterior_var[t]))
+        std = jnp.sqrt(s.posterior_var[t])
+        std = std if game.noise_at_data else jnp.where(t == 0, 0.0, std)
         return x0_pred, mean(x0_pred) + column(std) * noise.eps_post, stats
 
     def with_params(variables, params):
@@ -133,6 +155,41 @@ def naive_step(
 
     old = state.variables
 
+    def normal(x, mean, var):
+        density = jnp.exp(-0.5 * (x - mean) ** 2 / var) / jnp.sqrt(2 * jnp.pi * var)
+        return density.prod(axis=1)
+
+    def posterior_at(x):
+        if not encoder:
+            return 0.0, 1.0
+        mu, logvar = networks.posterior(old.posterior, x, x_next, t)
+        return mu, jnp.exp(logvar)
+
+    def weights(k, energy):
+        """w = exp f(x)·q(x_{t+1}|x)·q_ψ(z|x, x_{t+1})/g(x, z) of the k-th draws."""
+        settings, own = game.proposal, jax.tree.map(lambda n: n[:, k], noise.negatives)
+        share = settings.defensive
+        var = column(
+            jnp.maximum(s.posterior_var[t], settings.floor or s.posterior_var[1])
+        )
+        a, beta = column(s.a[t + 1]), column(s.beta[t + 1])
+        v = 1 / (1 / settings.prior_std**2 + a**2 / beta)
+        m = v * a * x_next / beta
+        z = own.z if game.latent else 0.0 * own.z
+        if k < share * game.num_negatives:
+            x = m + jnp.sqrt(v) * own.eps
+            mu, z_var = posterior_at(x)
+            z = mu + jnp.sqrt(z_var) * own.z
+        else:
+            drawn = mean(networks.generator(old.generator, x_next, t, z))
+            x = drawn + jnp.sqrt(var) * own.eps
+        middle = mean(networks.generator(old.generator, x_next, t, z))
+        q_z = normal(z, *posterior_at(x))
+        g = (1 - share) * normal(z, 0.0, 1.0) * normal(x, middle, var)
+        g = g + share * normal(x, m, v) * q_z
+        f = networks.energy(energy, x, t)
+        return jnp.exp(f) * jnp.exp(log_q(x)) * q_z / g
+
     def loss_of_energy(params):
         energy = with_params(old.energy, params)
         x_fake = fake(old.generator, z)[1]
@@ -142,9 +199,15 @@ def naive_step(
 
         loss = networks.energy(energy, x_fake, t) - networks.energy(energy, x_t, t)
         gamma = game.gamma(state.step) if callable(game.gamma) else game.gamma
+        l2 = game.energy_l2
+        if game.num_negatives > 1:
+            total = sum(weights(k, energy) for k in range(game.num_negatives))
+            normalizer = jnp.log(total / game.num_negatives)
+            loss, l2 = normalizer - networks.energy(energy, x_t, t), 0.0
+            gamma = gamma if game.negatives_gamma is None else game.negatives_gamma
         score = jax.grad(conditional)(x_t)
         loss = loss + 0.5 * gamma * (score**2).sum(axis=1)
-        loss = loss + game.energy_l2 * networks.energy(energy, x_t, t) ** 2
+        loss = loss + l2 * networks.energy(energy, x_t, t) ** 2
         return loss.mean()
 
     energy = descend(
@@ -224,12 +287,13 @@ def test_step_is_the_naive_step(variant: str, running_averages: bool):
     networks = smooth_networks(running_averages=running_averages)
     state = start(game, networks).replace(step=jnp.int32(2))
     naive = quick.jit(functools.partial(naive_step, game, networks, 0.9))
-    expected = naive(state, batch(), draw())
+    noise = draw(game=game)
+    expected = naive(state, batch(), noise)
     if running_averages:
         step = quick.jit(make_step(game, SCHEDULE, networks, SGD, 0.9))
     else:
         step = compiled(game)
-    actual, metrics = step(state, batch(), draw())
+    actual, metrics = step(state, batch(), noise)
     assert_trees_close(actual, expected, rtol=1e-4, atol=2e-6)
     # Every network that takes part has moved, so the comparison is of something.
     assert differ(actual.variables.energy, state.variables.energy)
@@ -240,6 +304,29 @@ def test_step_is_the_naive_step(variant: str, running_averages: bool):
         for player in actual.variables[1:]:
             assert differ(player["batch_stats"], {"seen": jnp.zeros(DIM)})
     assert all(np.isfinite(x).all() for x in metrics.values())
+
+
+def readable(x: jax.Array) -> jax.Array:
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
+
+
+def test_before_their_share_of_the_run_negatives_change_nothing():
+    """Nor does their noise change what else is drawn."""
+    later = VARIANTS["weighted negatives"]._replace(negatives_from=1, energy_l2=0.0)
+    noise = draw(game=later)
+    same = jax.tree.map(readable, noise.replace(negatives=None))
+    assert_trees_equal(same, jax.tree.map(readable, draw()))
+    step = quick.jit(make_step(later, SCHEDULE, smooth_networks(), SGD, 0.9))
+    first, metrics = step(start(), batch(), noise)
+    expected, _ = compiled()(start(), batch(), draw())
+    assert_trees_close(first, expected, 1e-5, 2e-6)
+    assert metrics["energy/effective_negatives"] == 1.0
+    from_step_1 = start().replace(step=jnp.int32(1))
+    actual, metrics = step(from_step_1, batch(), noise)
+    assert metrics["energy/effective_negatives"] < 1.0
+    weighted = compiled(later._replace(negatives_from=0))
+    assert_trees_close(actual, weighted(from_step_1, batch(), noise)[0], 1e-5, 2e-6)
 
 
 def test_metrics_are_the_losses():
@@ -354,20 +441,17 @@ def test_lazy_penalty_is_applied_every_nth_step_unscaled():
 # Noise.
 
 
-def readable(x: jax.Array) -> jax.Array:
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(x) if is_key else x
-
-
 def test_noise_of_an_example_depends_on_key_step_and_place_only():
-    whole = jax.tree.map(readable, draw())
+    game = VARIANTS["half of them defensive"]
+    whole = jax.tree.map(readable, draw(game=game))
     for places in ([0, 1, 2], [5, 6, 7], [6, 0, 3]):
         index = jnp.array(places)
-        part = draw_at(1, jnp.int32(0), index)
+        part = draw_at(1, jnp.int32(0), index, 4, 0.5)
         expected = jax.tree.map(lambda x, index=index: x[index], whole)
         assert_trees_equal(jax.tree.map(readable, part), expected)
+    plain = jax.tree.map(readable, draw())
     for other in (draw(step=1), draw(seed=2), draw(first=BATCH)):
-        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(plain), strict=True):
             assert differ(readable(a), b)
 
 

@@ -65,6 +65,8 @@ def base() -> "ConfigDict":
     config.model = model = ConfigDict()
     model.name = "mlp"  # `mlp` (points, tables) or `ncsnpp` (images).
     model.nz = 2  # Width of the latent z.
+    # κ ≥ 0: f(x, t) = network − ½κ‖x‖², of `mlp`: a density that decays everywhere.
+    model.confinement = 0.0
     # Of `ncsnpp`; `bfloat16` leaves parameters, norms, softmax, the energy's sum alone.
     model.dtype = "float32"
     model.remat = "none"  # Of `ncsnpp`; `blocks`: recomputed backwards, to save memory.
@@ -104,6 +106,18 @@ def base() -> "ConfigDict":
     # α, weight of E f(x_t, t)² at real points, which steadies the heights of separate
     # modes (objective.energy_magnitude); 0: none, as in the paper.
     game.energy_l2 = 0.0
+    # Give generated points at level 0 the noise that real ones carry.
+    game.noise_at_data = False
+    # K, negatives of each x_{t+1}, weighted so that the energy's step is maximum
+    # likelihood (see proposal.py); 1: the paper's game.
+    game.num_negatives = 1
+    game.negatives_from = 0.0  # Fraction of the run after which K are played.
+    game.negatives_gamma = optional(float)  # γ from there on; None: as before.
+    game.negatives_floor = optional(float, 3e-3)  # Least variance of draws; None: s_1².
+    # δ, share of the K from a wide Gaussian that covers what the generator misses; δ·K
+    # must be whole. The Gaussian is p(x_t | x_{t+1}) under a prior N(0, ς² I).
+    game.defensive = 0.0
+    game.defensive_std = 2.0  # ς, in units of the data that the networks see.
     game.recon = "nll"  # Reconstruction: `nll`, `weighted_nll` or `mse`.
     game.recon_latent = "posterior"  # Its z; `prior` saves a pass of the generator.
     game.recon_floor = optional(float, 1e-2)  # Least variance of the nll; None: s_1².

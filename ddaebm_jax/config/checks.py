@@ -27,7 +27,7 @@ READ_WHEN = {
     "data.image_size data.num_threads data.num_workers data.prefetch data.timeout",
     f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction",
     "diffusion.time uniform": "diffusion.time_eps",
-    "model.name mlp": "model.mlp evaluation.num_projections",
+    "model.name mlp": "model.mlp model.confinement evaluation.num_projections",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
     "evaluation.batch_size evaluation.inception evaluation.preprocessing "
     "evaluation.reference evaluation.reference_path evaluation.num_kept_features",
@@ -88,6 +88,22 @@ def _check_game(config: Any) -> Needs:
         reads = "game.recon_floor diffusion.num_steps game.recon game.divergence"
         needed = "None is s_1², which one step lacks: give a number, for example 1e-2"
         yield f"{reads} game.lambda_f", needed
+
+
+def _check_negatives(config: Any) -> Needs:
+    game = config.game
+    if game.num_negatives == 1:
+        default = base().game
+        for name in "negatives_from negatives_gamma negatives_floor defensive".split():
+            if game[name] != default[name]:
+                needed = "nothing would read the first with one negative: raise the "
+                yield f"game.{name} game.num_negatives", needed + "second, or leave it"
+    elif game.defensive * game.num_negatives % 1:
+        needed = "their product, a number of draws, must be whole"
+        yield "game.defensive game.num_negatives", needed
+    if game.negatives_floor is None and config.diffusion.num_steps == 1:
+        needed = "None is s_1², which one step lacks: give a number, for example 3e-3"
+        yield "game.negatives_floor diffusion.num_steps", needed
 
 
 def _check_training(config: Any) -> Needs:
@@ -168,7 +184,8 @@ def problems(config: Any, saved: bool = False) -> list[str]:
     usable = {f: value for f, value in given.items() if f not in found}
     checked, together = base(), []
     checked.update_from_flattened_dict(usable)
-    checks = [_check_diffusion, _check_game, _check_training, _check_data, _check_unet]
+    checks = [_check_diffusion, _check_game, _check_negatives, _check_training]
+    checks += [_check_data, _check_unet]
     for check in checks if saved else [*checks, _check_reading]:
         for names, needed in check(checked):
             if usable.keys() >= {*names.split()}:

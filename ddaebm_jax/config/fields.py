@@ -14,8 +14,8 @@ WIDEST = 2**16  # Of a layer: its square times a batch can still be counted.
 # Fields that may also be None: numbers, and data.crop.
 OPTIONAL = (
     "data.crop diffusion.min_posterior_var game.gamma_final game.recon_floor "
-    "optimizer.energy_learning_rate optimizer.max_grad_norm recovery.max_energy "
-    "recovery.max_gap"
+    "game.negatives_gamma game.negatives_floor optimizer.energy_learning_rate "
+    "optimizer.max_grad_norm recovery.max_energy recovery.max_gap"
 ).split()
 
 # The least and the greatest value, and the fields.
@@ -30,7 +30,8 @@ _RANGES = {
     (2, 10**6): "evaluation.num_samples",
     (10, 10**6): "evaluation.num_kept_features",
     (8, 1024): "data.image_size",
-    (1, 1000): "data.num_threads data.prefetch model.unet.num_res_blocks",
+    (1, 1000): "data.num_threads data.prefetch model.unet.num_res_blocks "
+    "game.num_negatives",
     (0, 256): "data.num_workers model.unet.n_mlp",
     (1, 128): "diffusion.num_steps",
     (1, WIDEST): "model.nz model.unet.z_emb_dim model.encoder.ngf "
@@ -39,13 +40,14 @@ _RANGES = {
     (0, 16): "model.mlp.fourier_octaves model.mlp.energy_fourier_octaves",
     (0, 0.5): "diffusion.time_eps",
     (1e-6, 0.9): "data.test_fraction",
-    (0, 0.999999): "model.unet.dropout optimizer.beta1 optimizer.beta2 "
-    "optimizer.ema_decay",
+    (0, 0.999999): "game.negatives_from game.defensive model.unet.dropout "
+    "optimizer.beta1 optimizer.beta2 optimizer.ema_decay",
     (1e-6, 0.999999): "diffusion.max_beta",
     (1e-6, math.inf): "diffusion.beta_min diffusion.beta_max",
     (0, math.inf): "game.gamma game.lambda_z game.lambda_f game.energy_l2 "
-    "optimizer.final_learning_rate",
+    "model.confinement optimizer.final_learning_rate",
     (1e-30, math.inf): "diffusion.min_posterior_var game.gamma_final game.recon_floor "
+    "game.negatives_gamma game.negatives_floor game.defensive_std "
     "optimizer.learning_rate optimizer.energy_learning_rate optimizer.max_grad_norm "
     "recovery.max_energy recovery.max_gap",
 }

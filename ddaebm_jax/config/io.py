@@ -25,10 +25,10 @@ FREE_ON_RESUME = frozenset(
 
 
 def decays(config: Any) -> bool:
-    """Return whether a rate or γ decays over the run, so that its length matters."""
-    return (
-        config.optimizer.schedule != "constant" or config.game.gamma_final is not None
-    )
+    """Return whether a rate, γ or K changes with the length of the run."""
+    game = config.game
+    changes = game.gamma_final is not None or game.negatives_from > 0
+    return config.optimizer.schedule != "constant" or changes
 
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -4,8 +4,10 @@ Several processes call these functions together, and each gets the whole result.
 `variables` are usually the averages. Points are in the networks' units.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +102,8 @@ def outlier_scores(
 
 
 def _in_chunks(
-    experiment: Experiment, num: int, compute: Callable[[Mesh, np.ndarray], Array]
-) -> Iterator[np.ndarray]:
+    experiment: Experiment, num: int, compute: Callable[[Mesh, np.ndarray], Any]
+) -> Iterator[Any]:
     """Yields compute(mesh, row numbers) of 0 … num − 1 in chunks, on the host.
 
     All chunks have one size, so that one program serves them: the last one's numbers
@@ -114,7 +116,35 @@ def _in_chunks(
     for start in range(0, num, size):
         chunk = compute(mesh, np.arange(start, start + size, dtype=np.int32))
         # Whole on every device, so that every process can read it.
-        yield np.asarray(_replicate(mesh, chunk))[: num - start]
+        whole = jax.tree.map(np.asarray, _replicate(mesh, chunk))
+        yield jax.tree.map(operator.itemgetter(slice(num - start)), whole)
+
+
+def by_rows(
+    experiment: Experiment,
+    function: Callable[..., Any],
+    num: int,
+    rows: tuple[np.ndarray, ...] = (),
+    shared: tuple[Any, ...] = (),
+) -> Any:
+    """Returns function(row numbers, *rows, *shared) of `num` rows, on the host.
+
+    Args:
+      experiment: whose mesh and chunks are used.
+      function: jitted, row by row; a pytree of arrays [rows, …].
+      num: number of rows.
+      rows: arrays of `num` rows.
+      shared: pytrees, the same for all rows, placed on every device.
+    """
+    shared = _replicate(evaluation_mesh(experiment), shared)
+
+    def compute(mesh: Mesh, places: np.ndarray) -> Any:
+        kept = np.minimum(places, num - 1)
+        parts = [sharding.split_rows(mesh, leaf[kept]) for leaf in rows]
+        return function(sharding.split_rows(mesh, places), *parts, *shared)
+
+    chunks = list(_in_chunks(experiment, num, compute))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
 
 
 def _replicate(mesh: Mesh, tree):
@@ -147,14 +177,12 @@ def _score(
     score: Callable[..., Array],
 ) -> np.ndarray:
     """Returns score(networks, params, points, their numbers) of all points."""
-    params, x = _replicate(evaluation_mesh(experiment), variables.energy), np.asarray(x)
+    networks, rows = experiment.networks, (np.asarray(x),)
 
-    def of_places(mesh: Mesh, places: np.ndarray) -> Array:
-        part = sharding.split_rows(mesh, x[np.minimum(places, len(x) - 1)])
-        places = sharding.split_rows(mesh, places)
-        return score(experiment.networks, params, part, places)
+    def of_rows(places: Array, part: Array, params: Any) -> Array:
+        return score(networks, params, part, places)
 
-    return np.concatenate(list(_in_chunks(experiment, len(x), of_places)))
+    return by_rows(experiment, of_rows, len(x), rows, (variables.energy,))
 
 
 def _trajectories_by_sample(*args) -> Array:
@@ -169,19 +197,19 @@ def _draw_chunk(sampler, networks, latent, schedule, params, key, places):
 
 @partial(jax.jit, static_argnums=0)
 def _energy(networks, params, x, places):
-    return density.energy_at_data(networks, params, _as_float(x))
+    return density.energy_at_data(networks, params, as_float(x))
 
 
 @partial(jax.jit, static_argnums=0)
 def _gradient_norm(networks, params, x, places):
-    score = density.score_at_data(networks, params, _as_float(x))
+    score = density.score_at_data(networks, params, as_float(x))
     return -jnp.linalg.norm(score.reshape(len(score), -1), axis=1)
 
 
 @partial(jax.jit, static_argnums=0)
 def _diffused_energy(networks, schedule, params, x, key, places, draw, t):
     """Returns f(x_t, t) of one draw of x_t."""
-    x0 = _as_float(x)
+    x0 = as_float(x)
 
     def noise(place: Array) -> Array:
         own_key = reduce(jax.random.fold_in, (place, draw, t), key)
@@ -192,5 +220,6 @@ def _diffused_energy(networks, schedule, params, x, key, places, draw, t):
     return networks.energy(params, x_t, times)
 
 
-def _as_float(x: Array) -> Array:
+def as_float(x: Array) -> Array:
+    """Returns uint8 images in [−1, 1]; other points as they are."""
     return images.to_float(x) if x.dtype == jnp.uint8 else x

@@ -111,6 +111,12 @@ def _mlp_networks(
             posterior=posterior.init(keys[2], x, x, t),
         )
 
+    def confined_energy(variables, x, t, rngs=None):
+        f = energy.apply(variables, x, t)
+        if model.confinement == 0:
+            return f
+        return f - 0.5 * model.confinement * (x**2).sum(axis=1)
+
     def train_generator(variables, x_next, t, z, rngs=None):
         x0, updates = generator.apply(
             variables, x_next, t, z, train=True, mutable=["batch_stats"]
@@ -125,7 +131,7 @@ def _mlp_networks(
 
     return Networks(
         init=init,
-        energy=lambda variables, x, t, rngs=None: energy.apply(variables, x, t),
+        energy=confined_energy,
         generator=lambda variables, x_next, t, z, rngs=None: generator.apply(
             variables, x_next, t, z
         ),
