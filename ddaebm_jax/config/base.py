@@ -24,7 +24,7 @@ def base() -> "ConfigDict":
     # Points: see data/synthetic.py. Tables: `breast_cancer`, `table` (with `path`).
     # Images: `digits`, `photos`, `folder` (with `path`), `tfds` (with `tfds`).
     data.name = "gaussians25"
-    data.path = ""  # CSV or NPZ file of `table`; directory of PNG and JPEG files.
+    data.path = ""  # CSV or NPZ file of `table`; directory of images.
     # Column (CSV) or array (NPZ) of a table that is 1 for outliers, 0 for inliers. Only
     # inliers are trained on. Empty: none in a CSV, `labels` in an NPZ.
     data.label_column = ""
