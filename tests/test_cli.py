@@ -160,6 +160,7 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_data(
     figures = report(table_run)["figures"]
     aurocs = [value for name, value in figures.items() if name.startswith("auroc")]
     assert len(aurocs) == 5  # The energy's, and the baselines'.
+    assert figures["num_test_inliers"] > 0 < figures["num_test_outliers"]
     assert all(0 <= value <= 1 for value in aurocs)
     text = table.read_text()
     table.unlink()
