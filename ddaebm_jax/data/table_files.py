@@ -14,17 +14,17 @@ NPZ: the table is the array `x` or `X`, or the only 2-D array; labels are `label
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float
 
 from ddaebm_jax.errors import InputError, listed, one_line, shown
-from ddaebm_jax.files import ArrayHeader, choose_array, npz_headers, open_regular
-from ddaebm_jax.files import read_npz as read_arrays
+from ddaebm_jax.files import choose_array, npz_headers, open_regular, read_npz
 
 # Largest CSV file and longest first line, bytes.
 MAX_CSV_BYTES = 256 * 2**20
@@ -52,9 +52,8 @@ class Wanted(NamedTuple):
         empty: none in a CSV, `labels` or `y` in an NPZ.
       drop_columns: columns, or arrays of an NPZ, that are no part of the table.
       id_column: column or array of the rows' names; empty: none.
-      to_score: rows for a model, without their labels: columns are chosen by name where
-        file and model have names, else by place.
-      columns: of the model; None: any.
+      columns: of the model that rows are for, chosen by name where file and model have
+        names, else by place, and without labels; None: a table to train on.
     """
 
     header: str = "auto"
@@ -62,7 +61,6 @@ class Wanted(NamedTuple):
     label_column: str = ""
     drop_columns: tuple[str, ...] = ()
     id_column: str = ""
-    to_score: bool = False
     columns: tuple[str, ...] | None = None
 
 
@@ -97,15 +95,6 @@ def read_table_file(path: Path, wanted: Wanted = Wanted()) -> TableFile:  # noqa
             f"{path}: the table is empty ({'×'.join(map(str, table.rows.shape))}); at "
             "least one row and one column of numbers are needed"
         )
-    if table.labels is not None:
-        bad = np.flatnonzero(~np.isin(table.labels, (INLIER, OUTLIER)))
-        if len(bad):
-            raise InputError(
-                f"{path}: {table.row_name(int(bad[0]))} has the label "
-                f"{table.labels[bad[0]]:g}; allowed: 0 (inlier), 1 (outlier); write "
-                "them so (scikit-learn's 1 and -1 as 0 and 1); what is no such label "
-                "belongs into data.drop_columns"
-            )
     return table
 
 
@@ -119,35 +108,33 @@ def _select(
     path: Path, names: Sequence[str], wanted: Wanted, has_header: bool
 ) -> list[int]:
     """Returns the places of a file's columns that make its table."""
-    keys = [_key(name) for name in names]
-    apart = [*filter(None, (wanted.label_column, wanted.id_column))]
-    apart += wanted.drop_columns
-    needed = [wanted.id_column] * bool(wanted.id_column) if wanted.to_score else apart
-    kept = [j for j, key in enumerate(keys) if key not in map(_key, apart)]
-    model = wanted.columns
-    if not wanted.to_score or model is None:
-        chosen = kept
-    elif has_header and {*map(_key, model)} <= {*keys}:
-        chosen = [keys.index(_key(name)) for name in model]
-    elif has_header and not are_places(names) and not are_places(model):
-        needed, chosen = [*needed, *model], []
-    else:
-        every = [j for j, key in enumerate(keys) if key != _key(wanted.id_column)]
-        chosen = kept if len(kept) == len(model) else every
-        if len(chosen) != len(model):
-            raise InputError(
-                f"{path}: {len(chosen)} columns found, {len(model)} needed; give the "
-                "columns that the model was trained on, in the same order and without "
-                "labels, or with the names of training"
-            )
-        if has_header:
-            logging.info(
-                "%s: its columns are taken in their order, as only %s has names",
-                path,
-                "the model" if are_places(names) else "the file",
-            )
+    keys, model, ids = [*map(_key, names)], wanted.columns, wanted.id_column
+    place, used = dict(zip(keys, range(len(keys)), strict=True)), Counter(keys)
+    apart = [*filter(None, (wanted.label_column, ids)), *wanted.drop_columns]
+    left_out = {*map(_key, apart)}
+    chosen = [j for j, key in enumerate(keys) if key not in left_out]
+    needed = apart if model is None else [ids] * bool(ids)
+    if model is not None:
+        named, of_model = (not are_places(columns) for columns in (names, model))
+        if has_header and {*map(_key, model)} <= {*keys}:
+            chosen = [place[_key(name)] for name in model]
+        elif named and of_model:
+            needed += model
+        else:
+            if len(chosen) != len(model):  # Without what was left out in training.
+                chosen = [j for j, name in enumerate(names) if not ids or name != ids]
+            if len(chosen) != len(model):
+                raise InputError(
+                    f"{path}: {len(chosen)} columns found, {len(model)} needed; give "
+                    "the columns that the model was trained on, by the names of "
+                    "training, or in the same order and without labels"
+                )
+            if named or of_model:
+                only, text = "file" if named else "model", "its columns are taken in "
+                text = f"%s: {text}their order, as only the %s has names for them"
+                logging.info(text, path, only)
     for name in needed:
-        if _key(name) not in keys:
+        if _key(name) not in place:
             of_model = f"; the model was trained on {listed(model or ())}: give these"
             raise InputError(
                 f"{path}: no column {shown(name)}; found: {listed(map(shown, names))}"
@@ -156,16 +143,49 @@ def _select(
     if names and not chosen:
         raise InputError(f"{path}: no column is left beside {listed(apart)}; keep some")
     for j in chosen if has_header else ():
-        if not names[j] or keys.count(keys[j]) > 1:
+        if not names[j] or used[keys[j]] > 1:
             raise InputError(
                 f"{path}: column {j + 1} of the header is {shown(names[j])}, empty or "
                 "used twice; give each a name of its own (in pandas: to_csv with "
                 "index=False), or leave it out by data.drop_columns"
             )
-    rest = [names[j] for j in range(len(names)) if j not in chosen]
-    if wanted.to_score and rest:
-        logging.info("%s: columns left out: %s", path, listed(map(shown, rest)))
+    rest = [shown(names[j]) for j in sorted({*range(len(names))} - {*chosen})]
+    if model is not None and rest:
+        logging.info("%s: columns left out: %s", path, listed(rest))
     return chosen
+
+
+def _check_finite(
+    path: Path,
+    rows: Float[np.ndarray, "n d"],
+    row_name: Callable[[int], str],
+    columns: Sequence[str],
+    cells: np.ndarray,
+) -> None:
+    """Raises InputError with the first cell whose number float32 cannot hold."""
+    for i, j in np.argwhere(~(np.abs(rows) <= LARGEST))[:1].tolist():
+        raise InputError(
+            f"{path}: {row_name(i)}, column {shown(columns[j])} is "
+            f"{shown(str(cells[i, j]))}; a finite number of size at most {LARGEST:.2g} "
+            "is needed; fill in missing values, write columns as numbers or drop them "
+            "(data.drop_columns), and separate cells by commas"
+        )
+
+
+def _labels(
+    path: Path, found: Sequence[Any], row_name: Callable[[int], str]
+) -> Float[np.ndarray, " n"]:
+    """Returns labels of numbers, booleans or text; InputError if not 0 or 1."""
+    truth = {"true": OUTLIER, "false": INLIER}
+    labels = [truth.get(str(one).lower(), _number(str(one))) for one in found]
+    for i, label in enumerate(labels):
+        if label not in (INLIER, OUTLIER):
+            raise InputError(
+                f"{path}: {row_name(i)} has the label {shown(str(found[i]))}; allowed: "
+                "0 (inlier), 1 (outlier); write them so (scikit-learn's 1 and -1 as 0 "
+                "and 1); what is no such label belongs into data.drop_columns"
+            )
+    return np.array(labels, np.float64)
 
 
 # --- CSV ------------------------------------------------------------------------
@@ -182,34 +202,23 @@ def _read_csv(path: Path, wanted: Wanted) -> TableFile:
     chosen = _select(path, names, wanted, has_header)
     rows = np.fromiter(map(_number, cells[:, chosen].flat), np.float64)
     rows = rows.reshape(len(cells), len(chosen))
-    bad = np.argwhere(~(np.abs(rows) <= LARGEST))
-    if len(bad):
-        i, j = bad[0][0], chosen[bad[0][1]]
-        raise InputError(
-            f"{path}: line {lines[i] + 1}, column {shown(names[j])} is "
-            f"{shown(cells[i, j])}; a finite number of size at most {LARGEST:.2g} is "
-            "needed; fill in missing values, write columns as numbers or drop them "
-            "(data.drop_columns), and separate cells by commas"
-        )
-
-    def column(name: str) -> list[str]:
-        place = [_key(one) for one in names].index(_key(name))
-        return [cell.strip() for cell in cells[:, place]]
-
-    labels = None
-    if wanted.label_column and not wanted.to_score:
-        truth = {"true": OUTLIER, "false": INLIER}
-        texts = column(wanted.label_column)
-        labels = np.array([truth.get(t.lower(), _number(t)) for t in texts], float)
-        bad = np.flatnonzero(np.isnan(labels))
-        if len(bad):
-            raise InputError(
-                f"{path}: line {lines[bad[0]] + 1} has the label "
-                f"{shown(texts[bad[0]])}; write labels as 0 (inlier) and 1 (outlier)"
-            )
-    ids = tuple(column(wanted.id_column)) if wanted.id_column else None
     columns = tuple(names[j] for j in chosen)
-    return TableFile(columns, rows, labels, lambda i: f"line {lines[i] + 1}", ids)
+
+    def row_name(i: int) -> str:
+        return f"line {lines[i] + 1}"
+
+    _check_finite(path, rows, row_name, columns, cells[:, chosen])
+
+    def column(name: str) -> tuple[str, ...]:
+        place = [*map(_key, names)].index(_key(name))
+        return tuple(cell.strip() for cell in cells[:, place])
+
+    labels = ids = None
+    if wanted.label_column and wanted.columns is None:
+        labels = _labels(path, column(wanted.label_column), row_name)
+    if wanted.id_column:
+        ids = column(wanted.id_column)
+    return TableFile(columns, rows, labels, row_name, ids)
 
 
 def _cells(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -312,18 +321,16 @@ def _unlike_rows(first: tuple[str, ...], below: np.ndarray) -> str | None:
     values = np.array([[_number(cell) for cell in line] for line in lines])
     with np.errstate(all="ignore"):
         steps = np.diff(values, axis=1)
-        mean = steps.mean(axis=1, keepdims=True) if len(first) > 2 else np.nan
-        even = ((mean != 0) & (np.abs(steps - mean) <= 0.01 * np.abs(mean))).all(axis=1)
+        step = steps[:, :1]
+        even = (step != 0) & (np.abs(steps - step) <= 0.01 * np.abs(step))
         low, high = values[1:].min(axis=0), values[1:].max(axis=0)
         distance = np.maximum(low - values[0], values[0] - high)
-        far = ~(distance <= high - low)  # True also beside cells that are no numbers.
-    whole = np.array(
-        [all(re.fullmatch(r"[+-]?\d+", c.strip()) for c in line) for line in lines]
-    )
-    if len(first) > 2 and even[0] and not even[1:].any():
-        return "evenly spaced"
-    if len(first) > 2 and whole[0] and not whole[1:].any():
-        return "all whole numbers"
+        far = ~(distance <= high - low)  # True also above cells that are no numbers.
+    whole = [all(re.fullmatch(r" *[+-]?\d+ *", c) for c in line) for line in lines]
+    kinds = {"evenly spaced": even.all(axis=1), "all whole numbers": whole}
+    for kind, (found, *others) in kinds.items():
+        if len(first) > 2 and found and not any(others):
+            return kind
     return "far from all numbers of its columns" if far.all() else None
 
 
@@ -331,60 +338,41 @@ def _unlike_rows(first: tuple[str, ...], below: np.ndarray) -> str | None:
 
 
 def _read_npz(path: Path, wanted: Wanted) -> TableFile:
-    dropped = {*wanted.drop_columns}
-    arrays = npz_headers(path, MAX_NPZ_BYTES)
-    columns_dropped = tuple(name for name in wanted.drop_columns if name not in arrays)
-    arrays = {name: array for name, array in arrays.items() if name not in dropped}
-    label = ""
-    if not wanted.to_score:
-        label = wanted.label_column
-        label = label or next((name for name in _LABELS if name in arrays), "")
+    found, dropped, ids = npz_headers(path, MAX_NPZ_BYTES), wanted.drop_columns, None
+    arrays = {name: array for name, array in found.items() if name not in dropped}
+    label = next((name for name in _LABELS if name in arrays), "")
+    label = wanted.label_column or label if wanted.columns is None else ""
     beside = {*_LABELS, wanted.label_column, wanted.id_column}
     table = choose_array(path, arrays, 2, beside)
-    if len(table.shape) != 2:
+    size = 8 * math.prod(table.shape)
+    # Objects are refused when read.
+    if size > MAX_NPZ_BYTES or table.dtype.kind not in "biufO" or len(table.shape) != 2:
         raise InputError(
-            f"{path}: the array {table} is not 2-D; save rows × columns with "
-            "numpy.savez(path, x=rows)"
+            f"{path}: the array {table} is no 2-D table of real numbers of at most "
+            f"{MAX_NPZ_BYTES} bytes as float64; convert it, or split it, and save rows "
+            "× columns with numpy.savez(path, x=rows)"
         )
+    num = table.shape[0]
     for name, what in ((label, "data.label_column"), (wanted.id_column, "--id_column")):
         shape = arrays[name].shape if name in arrays else None
-        num = table.shape[0]
         if name and shape not in ((num,), (num, 1)):
             raise InputError(
                 f"{path}: {what} needs a 1-D array {shown(name)} with a value for each "
                 f"of the {num} rows; found: {listed(arrays.values())}; an array that "
                 "is no label belongs into data.drop_columns"
             )
-    for array in [table, *([arrays[label]] if label else [])]:
-        _check_numbers(path, array)
-    names = tuple(name for name in (table.name, label, wanted.id_column) if name)
-    found = read_arrays(path, MAX_NPZ_BYTES, names)
-    columns = [f"column_{j}" for j in range(table.shape[1])]
-    rest = Wanted(wanted.header, wanted.header_flag, "", columns_dropped)
-    rest = rest._replace(to_score=wanted.to_score, columns=wanted.columns)
-    chosen = _select(path, columns, rest, has_header=False)
-    rows = found[table.name].astype(np.float64)[:, chosen]
-    bad = np.argwhere(~(np.abs(rows) <= LARGEST))
-    if len(bad):
-        i, j = bad[0]
-        raise InputError(
-            f"{path}: row {i} (counted from 0), column '{columns[chosen[j]]}' is "
-            f"{rows[i, j]}; a finite number of size at most {LARGEST:.2g} is needed; "
-            "fill in missing values or drop the row"
-        )
-    labels = found[label].astype(np.float64).reshape(-1) if label else None
-    ids = None
+    names = [name for name in (table.name, label, wanted.id_column) if name]
+    read = read_npz(path, MAX_NPZ_BYTES, names)
+    columns = tuple(f"column_{j}" for j in range(table.shape[1]))
+    dropped = tuple(name for name in dropped if name not in found)
+    of_rows = Wanted(drop_columns=dropped, columns=wanted.columns)
+    chosen = _select(path, columns, of_rows, has_header=False)
+    rows = read[table.name].astype(np.float64)[:, chosen]
+    columns = tuple(columns[j] for j in chosen)
+    labels, row_name = None, "row {} (counted from 0)".format
+    _check_finite(path, rows, row_name, columns, rows)
+    if label:
+        labels = _labels(path, read[label].reshape(-1).tolist(), row_name)
     if wanted.id_column:
-        ids = tuple(map(str, found[wanted.id_column].reshape(-1).tolist()))
-    names = tuple(columns[j] for j in chosen)
-    return TableFile(names, rows, labels, "row {} (counted from 0)".format, ids)
-
-
-def _check_numbers(path: Path, array: ArrayHeader) -> None:
-    size = 8 * math.prod(array.shape)
-    # Objects are refused when read.
-    if size > MAX_NPZ_BYTES or array.dtype.kind not in "biufO":
-        raise InputError(
-            f"{path}: the array {array} is no table of real numbers of at most "
-            f"{MAX_NPZ_BYTES} bytes as float64; convert it to numbers, or split it"
-        )
+        ids = tuple(map(str, read[wanted.id_column].reshape(-1).tolist()))
+    return TableFile(columns, rows, labels, row_name, ids)

@@ -171,28 +171,24 @@ def _report(path: str | Path, file: TableFile) -> None:
     names = listed(map(shown, columns))
     size = f"{len(rows)} rows and {len(columns)} columns"
     logging.info("%s: %s (%s); %s", path, size, names, found)
-    constant = (rows == rows[0]).all(axis=0)
-    if constant.all():
+    learnt = rows if labels is None else rows[labels == INLIER]
+    constant = (learnt == learnt[:1]).all(axis=0)
+    if len(learnt) > 1 and constant.all():
         raise InputError(
-            f"{path}: all {len(rows)} rows are the same, and nothing is to be learnt "
-            "from them; give rows that differ"
+            f"{path}: all {len(learnt)} rows to train on are the same, and nothing is "
+            "to be learnt from them; give rows that differ"
         )
     likely = [labels is None and c.lower() in _LIKE_LABELS.split() for c in columns]
-    counting = (np.diff(rows, axis=0) == 1).all(axis=0) & (len(rows) > 2)
-    for which, what, advice in (
-        (constant, "constant columns", "they tell nothing apart: leave them out"),
-        (counting, "columns that count the rows", "leave them out, if these are ids"),
-        (
-            likely,
-            "columns named like labels",
-            "set data.label_column, or leave them out",
-        ),
-    ):
-        if names := [
-            shown(c) for c, is_one in zip(columns, which, strict=True) if is_one
-        ]:
-            message = "%s: %s, trained on like others: %s; %s by data.drop_columns"
-            logging.warning(message, path, what, listed(names), advice)
+    misleading = {
+        "are constant where the model learns": constant,
+        "count the rows, as ids do": (np.diff(rows, axis=0) == 1).all(axis=0),
+        "are named like labels (data.label_column)": np.array(likely),
+    }
+    for what, which in misleading.items():
+        if which.any() and len(rows) > 2:
+            names = listed(shown(columns[j]) for j in np.flatnonzero(which))
+            text = "%s: trained on like others, but %s: %s; data.drop_columns can help"
+            logging.warning(text, path, what, names)
 
 
 class Rows(NamedTuple):
@@ -211,7 +207,7 @@ def read_rows(
     training table have names, and what lies beside them. Raises FileNotFoundError, or
     InputError for a file that cannot be used, or that lacks a column.
     """
-    file = read_table_file(Path(path), wanted._replace(to_score=True))
+    file = read_table_file(Path(path), wanted)
     if standardizer is None:
         return Rows(file.rows.astype(np.float32), file.ids)
     return Rows(standardizer.transform(file.rows, str(path)), file.ids)
