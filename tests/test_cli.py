@@ -141,9 +141,27 @@ def test_a_table_is_scored_and_sampled_in_its_own_units(
         files = (f"--input={tmp_path / source}", f"--output={tmp_path / output}")
         succeed("--mode=score", f"--workdir={table_run}", *files)
     header, *lines = (tmp_path / "a.csv").read_text().splitlines()
-    scores = np.array(lines, float)
-    assert header == "energy" and scores.shape == (20,)
-    np.testing.assert_allclose(scores, np.load(tmp_path / "b.npz")["energy"], rtol=1e-5)
+    places, scores, ranks = np.array([line.split(",") for line in lines], float).T
+    assert header == "row,energy,rank" and list(places) == list(range(20))
+    assert list(np.argsort(scores)) == list(np.argsort(ranks)) and min(ranks) == 1
+    arrays = np.load(tmp_path / "b.npz")
+    np.testing.assert_allclose(scores, arrays["energy"], rtol=1e-5)
+    np.testing.assert_array_equal(ranks, arrays["rank"])
+
+    # The file that trained, in another order, with ids.
+    lines = [line.split(",")[::-1] for line in table.read_text().splitlines()[:21]]
+    text = "\n".join(",".join([f"n{i}", *line]) for i, line in enumerate(lines))
+    (tmp_path / "own.csv").write_text(text + "\n")
+    files = (
+        f"--input={tmp_path / 'own.csv'}",
+        f"--output={tmp_path / 'own_scores.csv'}",
+    )
+    result = succeed("--mode=score", f"--workdir={table_run}", *files, "--id_column=n0")
+    assert "own.csv: columns left out: 'n0', 'odd'" in result.err
+    _, *lines = (tmp_path / "own_scores.csv").read_text().splitlines()
+    assert lines[0].startswith("0,n1,") and len(lines) == 20
+    found = np.array([line.split(",")[2:] for line in lines], float).T
+    np.testing.assert_allclose(found, (scores, ranks), rtol=1e-5)
     assert np.abs(scores).max() < 30  # Unstandardised, columns would reach 300.
 
     flags = (f"--workdir={table_run}", f"--output={tmp_path / 's.npz'}")

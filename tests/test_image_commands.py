@@ -197,11 +197,11 @@ def test_scores_of_folders_and_arrays_are_energies(digits_run: Path, tmp_path: P
     assert list(names) == [f"{i:02}.png" for i in range(10)]
     for output, expected in (("of_folder.csv", names), ("of_npz.csv", range(10))):
         header, *lines = (tmp_path / output).read_text().splitlines()
-        assert header == "image,energy"
-        written = [line.split(",") for line in lines]
-        assert [name for name, _ in written] == list(map(str, expected))
-        values = np.array([value for _, value in written], float)
-        np.testing.assert_allclose(values, energies, rtol=1e-6)
+        assert header == "image,energy,rank"
+        written, values, ranks = zip(*(line.split(",") for line in lines), strict=True)
+        assert list(written) == list(map(str, expected))
+        np.testing.assert_allclose(np.array(values, float), energies, rtol=1e-6)
+        assert ranks[np.argmin(energies)] == "1" and ranks[np.argmax(energies)] == "10"
 
     # They are f(x, 0) of the averaged model.
     loaded = load_run(digits_run)

@@ -18,7 +18,7 @@ Needs = Iterator[tuple[str, str]]
 # Inception features, which --mode=evaluate sets for any run.
 READ_WHEN = {
     "data.name table folder": "data.path",
-    "data.name table": "data.label_column",
+    "data.name table": "data.label_column data.drop_columns data.header",
     "data.name tfds": "data.tfds data.tfds_dir data.split data.test_split data.limit",
     "data.name folder tfds": "data.crop data.skip_corrupt",
     "data.name photos": "data.num_patches",
