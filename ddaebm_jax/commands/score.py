@@ -30,7 +30,7 @@ def run(values: flags.FlagValues) -> None:
     """Score, and print the path of the scores."""
     settings = values.input, values.output, values.skip_corrupt, values.checkpoint
     with common.out_of_memory_advice():
-        print(score(values.workdir, *settings))
+        common.show(str(score(values.workdir, *settings)))
 
 
 def score(
