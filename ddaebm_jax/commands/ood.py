@@ -1,4 +1,4 @@
-"""Out-of-distribution detection by a trained run's energy: `--mode=ood`."""
+"""`--mode=ood`: detect images that are out of distribution by their energy."""
 
 import re
 import time
@@ -56,7 +56,8 @@ def run(values: flags.FlagValues) -> None:
     with common.out_of_memory_advice():
         folder = detect(values.workdir, outliers, values["in"].value, **settings)
     if processes.is_first_process():
-        print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
+        table = (folder / "report.txt").read_text(encoding="utf-8")
+        common.show(f"{folder}\n{table.rstrip()}")
 
 
 def detect(

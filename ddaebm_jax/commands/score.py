@@ -36,7 +36,7 @@ def run(values: flags.FlagValues) -> None:
     names = "output", "header", "id_column", "skip_corrupt", "checkpoint"
     settings = {name: values[name].value for name in names}
     with common.out_of_memory_advice():
-        print(score(values.workdir, values.input, **settings))
+        common.show(str(score(values.workdir, values.input, **settings)))
 
 
 def score(
