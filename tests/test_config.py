@@ -1,6 +1,7 @@
 """Configs: recipes, checks, JSON, and --config on the command line."""
 
 import ast
+import json
 from typing import Any
 
 import jax
@@ -352,6 +353,14 @@ def test_configs_and_recipes_load_nothing_that_they_describe():
 def test_a_damaged_config_file_is_a_config_error(text: str):
     with pytest.raises(config_lib.ConfigError, match=r"is not|gamma is missing"):
         config_lib.from_json(text)
+
+
+def test_configs_of_versions_with_fewer_fields_are_read():
+    values = recipe("gaussians25").to_dict()
+    del values["game"]["energy_l2"], values["data"]["flip"]
+    read = dict(fields.leaves(config_lib.from_json(json.dumps(values))))
+    assert read["game.energy_l2"] == 0.0 and read["data.flip"] is False
+    assert read["game.gamma"] == 0.002
 
 
 def test_differences_and_the_fields_that_a_resumed_run_may_change():
