@@ -1,4 +1,4 @@
-"""Your own images: a folder of PNG and JPEG files of any size, in any subfolders.
+"""Your own images: a folder of image files of any size, in any subfolders.
 
 python launch/main.py --config=configs/folder.py --config.data.path=my_images
 

@@ -7,11 +7,12 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from absl import logging
 from numpy.lib.npyio import NpzFile
 
 from ddaebm_jax.errors import InputError, listed, one_line, shown
@@ -126,15 +127,24 @@ def npz_headers(path: Path, max_bytes: int) -> dict[str, ArrayHeader]:
 
 
 def choose_array(
-    path: Path, headers: dict[str, ArrayHeader], num_axes: int
+    path: Path,
+    headers: dict[str, ArrayHeader],
+    num_axes: int,
+    beside: Container[str] = (),
 ) -> ArrayHeader:
-    """Returns the array `x`, or the only array of so many axes; else InputError."""
+    """Returns the array `x` or `X`, or the only one of so many axes; else InputError.
+
+    Arrays named in `beside` are never chosen.
+    """
     fitting = [h for h in headers.values() if len(h.shape) == num_axes]
-    found = [headers["x"]] if "x" in headers else fitting
+    fitting = [h for h in fitting if h.name not in beside]
+    named = [headers[name] for name in ("x", "X") if name in headers]
+    found = named or fitting
     if len(found) != 1:
         raise InputError(
-            f"{path}: no array 'x' and {len(fitting)} {num_axes}-D arrays; found: "
-            f"{listed(headers.values())}; save it with numpy.savez(path, x=array)"
+            f"{path}: {len(named)} arrays 'x' or 'X' and {len(fitting)} {num_axes}-D "
+            f"arrays; found: {listed(headers.values())}; save the one to read with "
+            "numpy.savez(path, x=array)"
         )
     return found[0]
 
@@ -150,6 +160,7 @@ def read_npz(
       path: of the file.
       max_bytes: most bytes that all arrays together may take, decompressed.
       names: of the arrays to read, all of which must be there; None: all arrays.
+        A log line names the others.
 
     Raises FileNotFoundError, or InputError if it is not an NPZ file, is damaged or too
     large, lacks an array, or one of those to read holds Python objects or records.
@@ -172,6 +183,10 @@ def read_npz(
                 )
             with _damage_refused(path, f"the array {headers[name]}"):
                 arrays[name] = npz[name]
+        unread = [header for name, header in headers.items() if name not in arrays]
+        if unread:
+            read = listed(map(shown, arrays))
+            logging.info("%s: %s read, not read: %s", path, read, listed(unread))
         return arrays
 
 

@@ -249,7 +249,9 @@ def main(words: list[str]) -> None:
 def _run(values: Any) -> None:
     files = Players(values.energy, values.generator, values.posterior)
     import_run(values.config, files, values.workdir)
-    print(values.workdir)
+    from ddaebm_jax.commands import common
+
+    common.show(values.workdir)
 
 
 def _parse(argv: list[str]) -> list[str]:

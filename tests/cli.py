@@ -48,9 +48,9 @@ TINY_UNET = {
     "model.encoder.t_emb_dim": 8,
 }
 
-_MODES = ("train", "sample", "score", "evaluate", "ood", "inspect")
+MODES = ("train", "sample", "score", "evaluate", "ood", "inspect")
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([f"ddaebm_jax.commands.{mode}" for mode in _MODES])
+_server.set_forkserver_preload([f"ddaebm_jax.commands.{mode}" for mode in MODES])
 
 
 class Result(NamedTuple):

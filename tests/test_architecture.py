@@ -150,7 +150,7 @@ def test_files_and_functions_are_short():
 
 
 @pytest.mark.parametrize(
-    ("folder", "most"), [("ddaebm_jax", 12_000), ("tests", 11_000)]
+    ("folder", "most"), [("ddaebm_jax", 14_000), ("tests", 12_500)]
 )
 def test_the_whole_is_small(folder: str, most: int):
     files = (ROOT / folder).rglob("*.py")

@@ -1,11 +1,18 @@
 """The command line from end to end, on the plane and on a table, and its errors."""
 
+import importlib
+import os
+import re
+import sys
+import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 from cli import (
+    MODES,
     ROOT,
     assert_error,
     call,
@@ -22,7 +29,7 @@ from processes import free_port
 from runs import lines
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.commands import sample
+from ddaebm_jax.commands import common, sample
 from ddaebm_jax.training import loop
 
 PLANE, TABLE = "configs/released_gaussians25.py", "configs/table.py"
@@ -141,9 +148,27 @@ def test_a_table_is_scored_and_sampled_in_its_own_units(
         files = (f"--input={tmp_path / source}", f"--output={tmp_path / output}")
         succeed("--mode=score", f"--workdir={table_run}", *files)
     header, *lines = (tmp_path / "a.csv").read_text().splitlines()
-    scores = np.array(lines, float)
-    assert header == "energy" and scores.shape == (20,)
-    np.testing.assert_allclose(scores, np.load(tmp_path / "b.npz")["energy"], rtol=1e-5)
+    places, scores, ranks = np.array([line.split(",") for line in lines], float).T
+    assert header == "row,energy,rank" and list(places) == list(range(20))
+    assert list(np.argsort(scores)) == list(np.argsort(ranks)) and min(ranks) == 1
+    arrays = np.load(tmp_path / "b.npz")
+    np.testing.assert_allclose(scores, arrays["energy"], rtol=1e-5)
+    np.testing.assert_array_equal(ranks, arrays["rank"])
+
+    # The file that trained, in another order, with ids.
+    lines = [line.split(",")[::-1] for line in table.read_text().splitlines()[:21]]
+    text = "\n".join(",".join([f"n{i}", *line]) for i, line in enumerate(lines))
+    (tmp_path / "own.csv").write_text(text + "\n")
+    files = (
+        f"--input={tmp_path / 'own.csv'}",
+        f"--output={tmp_path / 'own_scores.csv'}",
+    )
+    result = succeed("--mode=score", f"--workdir={table_run}", *files, "--id_column=n0")
+    assert "own.csv: columns left out: 'n0', 'odd'" in result.err
+    _, *lines = (tmp_path / "own_scores.csv").read_text().splitlines()
+    assert lines[0].startswith("0,n1,") and len(lines) == 20
+    found = np.array([line.split(",")[2:] for line in lines], float).T
+    np.testing.assert_allclose(found, (scores, ranks), rtol=1e-5)
     assert np.abs(scores).max() < 30  # Unstandardised, columns would reach 300.
 
     flags = (f"--workdir={table_run}", f"--output={tmp_path / 's.npz'}")
@@ -160,6 +185,7 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_data(
     figures = report(table_run)["figures"]
     aurocs = [value for name, value in figures.items() if name.startswith("auroc")]
     assert len(aurocs) == 5  # The energy's, and the baselines'.
+    assert figures["num_test_inliers"] > 0 < figures["num_test_outliers"]
     assert all(0 <= value <= 1 for value in aurocs)
     text = table.read_text()
     table.unlink()
@@ -210,7 +236,11 @@ def test_compiled_programs_are_kept_in_the_users_cache(plane_run: Path, tmp_path
 BAD_COMMANDS = {
     "no config": (["--mode=train"], "--config"),
     "unknown mode": (["--mode=trian"], "train|sample|score"),
-    "unknown flag": ([f"--config={PLANE}", "--wrkdir=x"], "Did you mean: workdir"),
+    "unknown flag": ([f"--config={PLANE}", "--wrkdir=x"], "did you mean --workdir?"),
+    "field without its config": (
+        [f"--config={PLANE}", "--game.gamma=1"],
+        "did you mean --config.game.gamma?",
+    ),
     "flag of other modes": (
         [f"--config={PLANE}", "--seed=3"],
         "--seed is for --mode=sample or --mode=ood, not for --mode=train",
@@ -264,21 +294,79 @@ def test_flags_may_come_from_a_file(tmp_path: Path):
     assert_error(run(f"--flagfile={tmp_path / 'flags'}"), "/nowhere/config.json")
 
 
+def test_help_shows_all_modes_on_one_screen():
+    result = succeed("--help")
+    lines, mode, listed = result.out.splitlines(), "", {}
+    assert len(lines) <= 60 and max(map(len, lines)) <= 88
+    for line in lines:
+        if title := re.match("--mode=(\\w+)", line):
+            mode = title[1]
+        listed.setdefault(mode, set()).update(re.findall("--(\\w+)(?= |$)", line))
+    for name in MODES:
+        values = absl_flags.FlagValues()
+        importlib.import_module(f"ddaebm_jax.commands.{name}").define_flags(values)
+        assert set(values) <= listed[name], name
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpshort"])
+def test_help_of_a_mode_explains_its_flags_in_full(flag: str):
+    text = run("--mode=sample", flag).out
+    for name in "mode workdir seed output checkpoint".split():
+        assert f"--{name}:" in text
+    for name in ("config", "out"):
+        assert f"--{name}:" not in text
+
+
+def show(kind: str, text: str) -> None:
+    """Print a text where stdout is unusual."""
+    if kind == "none":
+        sys.stdout = None
+    elif kind == "gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    else:
+        sys.stdout = open(1, "w", encoding=kind, closefd=False)
+    common.show(text)
+
+
 @pytest.mark.parametrize(
-    ("flags", "listed", "others"),
+    ("kind", "shown"),
     [
-        ([], "config mode workdir distributed", "seed output"),
-        (["--mode=sample"], "mode workdir seed output checkpoint", "config out"),
-        (["--mode=inspect"], "mode workdir", "checkpoint seed"),
+        ("ascii", "1 \\xd7 cpu\n"),
+        ("latin-1", "1 \ufffd cpu\n"),
+        ("none", ""),
+        ("gone", ""),
     ],
 )
-def test_help_lists_the_flags_of_a_mode(flags: list[str], listed: str, others: str):
-    text = run(*flags, "--help").out
-    assert "--mode=sample --help" in text
-    for name in listed.split():
-        assert f"--{name}:" in text or f"--[no]{name}:" in text
-    for name in others.split():
-        assert f"--{name}:" not in text
+def test_any_stdout_will_do(kind: str, shown: str):
+    (result,) = call(show, [kind, "1 × cpu"])
+    assert (result.code, result.out, result.err) == (0, shown, "")
+
+
+def warn(*_: object) -> None:
+    """A command that causes a library's warning."""
+    common.run(lambda _: warnings.warn("Duplicate\nvalues", stacklevel=1), ["main"])
+
+
+def test_a_librarys_warning_is_one_line():
+    (result,) = call(warn, [])
+    assert result.err.count("\n") == 1 and "UserWarning: Duplicate values" in result.err
+
+
+def on_platform(platform: str, *argv: str) -> None:
+    """Run a command with another JAX_PLATFORMS; JAX has read the variable already."""
+    jax.config.update("jax_platforms", platform)
+    main(*argv)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_a_platform_that_is_not_here_is_named(plane_run: Path, platform: str):
+    train = [*tiny(PLANE), f"--workdir={plane_run.parent / 'new'}"]
+    sample = ["--mode=sample", f"--workdir={plane_run}"]
+    for result in call(on_platform, [platform, *train], [platform, *sample]):
+        assert_error(result, f"JAX_PLATFORMS={platform}", "finds cpu", "jax[cuda12]")
+    assert not (plane_run.parent / "new").exists()
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Configs: recipes, checks, JSON, and --config on the command line."""
 
 import ast
+import json
 from typing import Any
 
 import jax
@@ -204,6 +205,8 @@ COMBINATIONS = [
     ("optimizer.accumulate=2", "batch norm needs the whole batch"),
     ("parallel.mode='pmap' parallel.fsdp=True", "fsdp needs mode 'jit'"),
     ("data.name='table'", "data.path is '' and data.name is 'table'"),
+    ("data.drop_columns=(1,)", "data.drop_columns is (1,); a tuple of names is"),
+    ("data.header='no'", "data.header is 'no'; allowed: auto, present, absent"),
     ("model.name='ncsnpp'", "images need model.name='ncsnpp'"),
     ("model.mlp.t_embed_dim=15", "is 15; an even number is needed"),
     ("evaluation.num_samples_on_the_way=9", "is 9; 0 or at least 10 is needed"),
@@ -241,6 +244,7 @@ def test_conflicting_fields_are_refused(name: str, changes: str, expected: str):
 # Recipe, the circumstances, and fields that nothing reads under them.
 _IN_IMAGES = """
 data.path='a' data.label_column='y' data.tfds='b' data.tfds_dir='c' data.limit=5
+data.drop_columns=('a',) data.header='absent'
 data.split='d' data.test_split='e' data.crop=(0,0,8,8) data.image_size=64
 data.channels=1 data.num_threads=4 data.prefetch=2 data.num_workers=1 data.timeout=5
 data.test_fraction=0.5 data.flip=True data.on_device=True data.skip_corrupt=True
@@ -349,6 +353,14 @@ def test_configs_and_recipes_load_nothing_that_they_describe():
 def test_a_damaged_config_file_is_a_config_error(text: str):
     with pytest.raises(config_lib.ConfigError, match=r"is not|gamma is missing"):
         config_lib.from_json(text)
+
+
+def test_configs_of_versions_with_fewer_fields_are_read():
+    values = recipe("gaussians25").to_dict()
+    del values["game"]["energy_l2"], values["data"]["flip"]
+    read = dict(fields.leaves(config_lib.from_json(json.dumps(values))))
+    assert read["game.energy_l2"] == 0.0 and read["data.flip"] is False
+    assert read["game.gamma"] == 0.002
 
 
 def test_differences_and_the_fields_that_a_resumed_run_may_change():

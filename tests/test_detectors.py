@@ -6,6 +6,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 
 from ddaebm_jax.data import tabular
+from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import detectors
 from ddaebm_jax.evaluation.outliers import auroc
 
@@ -41,6 +42,17 @@ def unit_rows(images):
 @pytest.fixture(scope="module")
 def fitted_to_gaussian():
     return detectors.fit_pixel_detectors(gaussian_pixels(330)[:300], 0)
+
+
+@pytest.mark.parametrize("num", [0, 1, 9, 10])
+def test_few_images_are_enough_or_refused_in_one_line(num):
+    images = gaussian_pixels(12, (4, 4, 1))
+    if num < 10:
+        with pytest.raises(InputError, match=f"{num} training images; .*at least 10"):
+            detectors.fit_pixel_detectors(images[:num], 0)
+    else:
+        for score in detectors.fit_pixel_detectors(images[:num], 0).values():
+            assert np.isfinite(score(images[num:])).all()
 
 
 def test_detectors_tell_digits_from_others_and_repeat():

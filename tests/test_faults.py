@@ -191,9 +191,59 @@ def test_pictures_that_cannot_be_written_do_not_end_the_run(
     (tmp_path / "config.json").write_text(config_lib.to_json(small()))
     (tmp_path / "samples").write_text("not a folder")
     train(small(train__picture_every=16), tmp_path, figures=True)
-    messages = [m for m in caplog.messages if "pictures of step" in m]
-    assert len(messages) == 2 and "step 16 cannot be drawn: " in messages[0]
+    messages = [m for m in caplog.messages if "cannot be drawn: " in m]
+    assert len(messages) == 4 and "plane_00000016.png" in messages[0]
     assert (tmp_path / "samples").read_text() == "not a folder"
+
+
+def fail(*_: Any) -> None:
+    """Stands for what does not work on some machine."""
+    raise RuntimeError("out of luck")
+
+
+def test_evaluations_and_pictures_that_fail_cost_no_step(
+    unbroken: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """On the way they are warned of; at the end the same command evaluates again."""
+    config = small(train__evaluate_every=8, train__picture_every=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "evaluate", fail)
+        patch.setattr(pictures, "draw_pictures", fail)
+        with pytest.raises(TrainingError, match=r"out of luck\); step 24 is saved"):
+            train(config, tmp_path, figures=True)
+    for step in (8, 16):
+        assert f"the evaluation of step {step} failed: RuntimeError" in caplog.text
+    for step in (8, 16, 24):
+        assert f"the pictures of step {step} cannot be drawn: Runtime" in caplog.text
+    assert_trees_equal(final_state(tmp_path), final_state(unbroken))
+    assert train(config, tmp_path)["resumed_from_step"] == 24
+    assert (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("what", [(metrics, "evaluate"), (pictures, "draw_pictures")])
+def test_a_step_is_saved_before_it_is_evaluated_or_drawn(
+    what: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed in its midst, a run begins with the same evaluation again."""
+    config = small(train__evaluate_every=16, train__picture_every=16)
+    nothing = {"evaluate": {}, "draw_pictures": pictures.Pictures({}, {})}
+
+    def kill(*_: Any) -> None:
+        assert newest_step(tmp_path) == 16
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        for module, name in ((metrics, "evaluate"), (pictures, "draw_pictures")):
+            patch.setattr(module, name, lambda *_, name=name: nothing[name])
+        patch.setattr(*what, kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path, figures=True)
+    with poisoned(20):  # Which goes back to it, and keeps the evaluation.
+        assert train(config, tmp_path)["resumed_from_step"] == 16
+    assert steps(tmp_path) == [8, 16, 16, 24, 24]
 
 
 def test_a_report_that_cannot_be_written(unbroken: Path, tmp_path: Path):

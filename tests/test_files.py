@@ -46,10 +46,12 @@ def read(path, max_bytes=2**40, names=None):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_named_arrays_are_read_as_they_were_saved(tmp_path, save):
+def test_named_arrays_are_read_as_they_were_saved(tmp_path, save, caplog):
+    caplog.set_level("INFO", "absl")
     path = tmp_path / "a.npz"
     save(path, **ARRAYS, objects=np.array([{}], object))
     found = read(path, names=ARRAYS)
+    assert f"{path}: 'first', 'second', 'third' read, not read: 'obj" in caplog.text
     assert set(found) == set(ARRAYS)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name], array, strict=True)

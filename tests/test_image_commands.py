@@ -97,6 +97,7 @@ def test_a_run_directory_holds_metrics_pictures_and_figures(digits_run: Path):
     assert all(count > 0 for count in report(digits_run)["parameters"].values())
     found = report(digits_run)["figures"]
     assert 0 <= found["auroc_held_out_against_samples"] <= 1
+    assert found["num_held_out_energies"] == found["num_samples_energies"] == 32
     assert found["held_out_energy_mean"] < 0 > found["samples_energy_mean"]
     assert found["num_samples"] == 32
     assert 0 < found["frechet_train"] < found["frechet_samples"]
@@ -196,11 +197,11 @@ def test_scores_of_folders_and_arrays_are_energies(digits_run: Path, tmp_path: P
     assert list(names) == [f"{i:02}.png" for i in range(10)]
     for output, expected in (("of_folder.csv", names), ("of_npz.csv", range(10))):
         header, *lines = (tmp_path / output).read_text().splitlines()
-        assert header == "image,energy"
-        written = [line.split(",") for line in lines]
-        assert [name for name, _ in written] == list(map(str, expected))
-        values = np.array([value for _, value in written], float)
-        np.testing.assert_allclose(values, energies, rtol=1e-6)
+        assert header == "image,energy,rank"
+        written, values, ranks = zip(*(line.split(",") for line in lines), strict=True)
+        assert list(written) == list(map(str, expected))
+        np.testing.assert_allclose(np.array(values, float), energies, rtol=1e-6)
+        assert ranks[np.argmin(energies)] == "1" and ranks[np.argmax(energies)] == "10"
 
     # They are f(x, 0) of the averaged model.
     loaded = load_run(digits_run)
@@ -346,16 +347,20 @@ def test_an_impossible_measurement_is_refused(
 
 
 def test_outliers_are_detected(digits_run: Path, tmp_path: Path):
-    np.savez(tmp_path / "black.npz", x=np.zeros((30, 8, 8, 1), np.uint8))
-    names = f"inverted,noise,photos,{tmp_path / 'black.npz'}"
+    black = tmp_path / "black, 20.npz"
+    np.savez(black, x=np.zeros((20, 8, 8, 1), np.uint8))
+    names = ["inverted", "noise", "photos", str(black)]
     flags = ("--mode=ood", f"--workdir={digits_run}", "--num_draws=2", "--limit=60")
-    result = succeed(*flags, f"--out={names}", "--baselines")
+    several = (f'--out=inverted,noise,"{black}"', "--out=photos")
+    result = succeed(*flags, *several, "--baselines")
+    assert f"{black}: an AUROC of 60 inliers and 20 outliers says" in result.out
+    assert "inliers: 60 of test; outliers: 60 of inverted, 60 of noise" in result.err
     folder = digits_run / "ood"
     assert result.out.splitlines()[0] == str(folder)
     assert (folder / "report.txt").read_text().strip() in result.out
     measured = report(folder)
     assert measured["inliers"] == {"name": "test", "num_images": 60}
-    sizes = dict(zip(names.split(","), (60, 60, 60, 30), strict=True))
+    sizes = dict(zip(names, (60, 60, 60, 20), strict=True))
     assert measured["outliers"] == sizes
     scores = {"energy", "gradient norm", "energy over t", "kernel density"}
     for name in sizes:

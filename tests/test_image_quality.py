@@ -41,8 +41,8 @@ def in_chunks(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return iter(np.split(pixels, range(size, len(pixels), size)))
 
 
-def image_set(seed: int = 0) -> images.ImageSet:
-    train, test = pictures(300, seed), pictures(40, seed + 1)
+def image_set(seed: int = 0, num_test: int = 40) -> images.ImageSet:
+    train, test = pictures(300, seed), pictures(num_test, seed + 1)
     return images.ImageSet("made", (8, 8, 1), train, test, f"content {seed}")
 
 
@@ -60,7 +60,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def opened(seed: int = 0, **changes: Any) -> image_quality.Meter | None:
+def opened(
+    seed: int = 0, num_test: int = 40, **changes: Any
+) -> image_quality.Meter | None:
     settings = {
         "inception": True,
         "inception_weights": "weights.npz",
@@ -70,8 +72,14 @@ def opened(seed: int = 0, **changes: Any) -> image_quality.Meter | None:
         "num_kept_features": 100,
         "batch_size": 64,
     }
-    made = experiment((8, 8, 1), image_set=image_set(seed), **(settings | changes))
+    of = image_set(seed, num_test)
+    made = experiment((8, 8, 1), image_set=of, **(settings | changes))
     return image_quality.open_meter(made)
+
+
+def test_a_reference_of_one_image_is_refused_before_weights_are_loaded():
+    with pytest.raises(InputError, match=r"reference is 'test', of 1 image; .*least 2"):
+        opened(num_test=1, reference="test")
 
 
 @given(st.integers(1, 80), st.integers(0, 10**6))

@@ -127,6 +127,11 @@ def test_conversions_are_made_that_lose_nothing(channels, kept, refused_modes):
     for mode in refused_modes.split():
         with pytest.raises(InputError, match=rf"^a\.png: its mode is {mode}; allowed"):
             decoding.prepare(Image.new(mode, (8, 8)), 8, channels, name="a.png")
+    alpha = grey.convert("LA")
+    np.testing.assert_array_equal(  # Opaque, it says nothing.
+        decoding.prepare(alpha, 8, channels)[..., 0], np.asarray(grey)
+    )
+    grey.putpixel((2, 3), 0)
     grey.info["transparency"] = 0
     with pytest.raises(InputError, match="L with transparency"):
         decoding.prepare(grey, 8, channels)
@@ -247,6 +252,130 @@ def test_files_that_go_bad_or_away_in_training(tmp_path, monkeypatch, skip):
         stream.next(1)
 
 
+# --- What is read of a folder, and what is said of it -----------------------------
+
+
+def grey_pixels(n, seed=0):
+    """Images of so few levels that every format keeps them."""
+    return (pixels(n, 8, 1, seed) // 4 * 4).repeat(3, axis=3)
+
+
+def said_of(path, caplog, **options):
+    """The images of a folder, their names, and the line that the log has of them."""
+    caplog.clear()
+    with caplog.at_level("INFO", logger="absl"):
+        found = images.read_images(path, (8, 8, 3), **options)
+    (line,) = [r.message for r in caplog.records if " images are read" in r.message]
+    return *found, line
+
+
+def test_what_pillow_reads_is_read_whatever_its_suffix_says(tmp_path, caplog):
+    data = grey_pixels(8)
+    kinds = ("PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG")
+    suffixes = ("jpg", "WebP", "BMP", "tif", "gif", "ppm", "png")
+    for i, (kind, suffix) in enumerate(zip(kinds, suffixes, strict=True)):
+        how = {"lossless": True} if kind == "WEBP" else {}
+        Image.fromarray(data[i]).save(tmp_path / f"{i}.{suffix}", kind, **how)
+    found, names, line = said_of(tmp_path, caplog)
+    assert names == tuple(f"{i}.{suffix}" for i, suffix in enumerate(suffixes))
+    np.testing.assert_array_equal(found[:6], data[:6])
+    assert abs(found[6].astype(int) - data[6]).mean() < 30
+    assert line == f"{tmp_path}: 7 images are read; left out: none"
+
+
+def test_links_are_followed_once_and_what_is_left_out_is_said(tmp_path, caplog):
+    data, folder = grey_pixels(4), tmp_path / "set"
+    for i, place in enumerate(("set", "set/z", "other", "set/@eaDir")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        Image.fromarray(data[i]).save(tmp_path / place / f"{i}.png")
+    for name, to in (("a", "z"), ("b", "../other"), ("up", ".."), ("z/loop", "../z")):
+        (folder / name).symlink_to(to)
+    (folder / "3.png").symlink_to("../other/2.png")
+    for name in ("notes.txt", "more.TXT", ".hidden.png", "README"):
+        (folder / name).write_text("not an image")
+    found, names, line = said_of(folder, caplog)
+    assert names == ("0.png", "3.png", "b/2.png", "z/1.png")
+    np.testing.assert_array_equal(found, data[[0, 2, 2, 1]])
+    assert line == (
+        f"{folder}: 4 images are read; left out: 1 *.TXT, 1 *.txt, 1 folders @eaDir, "
+        "1 hidden, 3 linked folders that are read already or hold this one, 1 without "
+        "suffix"
+    )
+
+
+def test_folders_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(InputError, match="gone: a link to nothing"):
+        images.read_images(tmp_path, (8, 8, 3), skip_corrupt=True)
+    (tmp_path / "gone").unlink()
+    scandir = os.scandir
+
+    def denied(path):  # As to a user who is not root.
+        if path == tmp_path / "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError, match=r"closed: cannot be read \(PermissionError"):
+        images.read_images(tmp_path, (8, 8, 3), skip_corrupt=True)
+
+
+def test_what_pixels_lose_is_said(tmp_path, caplog):
+    data = [Image.fromarray(x) for x in grey_pixels(3)]
+    data[0].save(tmp_path / "pages.tif", save_all=True, append_images=data[1:])
+    Image.new("RGB", (30, 8)).save(tmp_path / "wide.png")
+    Image.new("RGB", (16, 8)).save(tmp_path / "less.png")
+    (tmp_path / "exif.png").write_bytes(png(8, 8, more=chunk(b"eXIf", b"MM\0*\0")))
+    found, _, line = said_of(tmp_path, caplog)
+    np.testing.assert_array_equal(found[2], np.asarray(data[0]))
+    assert line.endswith(
+        "; of the images 1 have unreadable EXIF data and are taken as upright, 1 hold "
+        "several pictures, of which the first is taken, 1 lose more than half at the "
+        "centre's crop"
+    )
+
+
+def test_images_held_out_and_trained_on_at_once_are_warned_of(tmp_path, caplog):
+    for i, level in enumerate((7, 7, 7, 9)):
+        Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / f"{i}.png")
+    opened("folder", path=str(tmp_path), test_fraction=0.5)
+    assert "held-out images equal a training image" in caplog.text
+    caplog.clear()
+    opened("folder", path=str(write_digits(tmp_path / "digits")), test_fraction=0.5)
+    assert "equal a training image" not in caplog.text
+
+
+def write_digits(folder):
+    folder.mkdir()
+    for i, image in enumerate(pixels(8, 8)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_only_what_takes_more_than_8_bits_a_channel_is_refused(tmp_path, depth):
+    """Also of formats that tell so in other ways than PNG."""
+    size = depth // 8
+    start = struct.pack(
+        "<2sIIIIiiHHIIiiII", b"BM", 70, 0, 54, 40, 2, 2, 1, 16, *[0] * 6
+    )
+    files = {
+        "a.png": png(8, 8, depth),
+        "b.ppm": b"P6 8 8 %d\n" % (2**depth - 1) + bytes(192 * size),
+        "c.pgm": b"P5 8 8 %d\n" % (2**depth - 1) + bytes(64 * size),
+    }
+    files |= {"five bits.bmp": start + bytes(8)} if depth == 8 else {}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        how = tmp_path / name, name, 2 if name.endswith("bmp") else 8, 3, None
+        if depth == 8:
+            assert decoding.decode_file(*how).max() == 0
+        else:
+            refused(lambda how=how: decoding.decode_file(*how), name, "16")
+
+
 def refused_set(path, *parts, event_shape=(8, 8, 3), **options):
     message = refused(lambda: images.read_images(path, event_shape, **options), *parts)
     assert message.startswith(f"{path}: ")
@@ -288,21 +417,51 @@ def decode(path):
 
 def test_bombs_are_refused_before_they_are_decoded(tmp_path):
     path = tmp_path / "a.png"
-    # Text that is large once decompressed.
-    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(64 * MEGABYTE)))
-    for content, part in (
-        (png(2**16, 2**16), "Bomb"),
-        (png(2**31 - 1, 2**31 - 1), "Bomb"),
-        (png(8, 8, more=text), "ecompress"),
-    ):
-        path.write_bytes(content)
-        refused(lambda: decode(path), "a.png: ", part)
+    for side in (2**16, 2**31 - 1):
+        path.write_bytes(png(side, side))
+        refused(lambda: decode(path), "a.png: ", "Bomb")
+    path.write_bytes(png(2**17, 2))
+    refused(lambda: decode(path), "a.png: 131072×2 pixels; at most 65536 a side")
     with path.open("wb") as file:
         file.truncate(2**40)  # A sparse file: it takes no space.
     refused(lambda: decode(path), "a.png: 1099511627776 bytes")
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def damaged(kind, data):
+    """A chunk whose checksum is wrong."""
+    return chunk(kind, data)[:-4] + b"\0\0\0\0"
+
+
+def test_whole_pixels_are_read_whatever_else_a_png_holds(tmp_path):
+    path, image = tmp_path / "a.png", pixels(1, 8)[0]
+    Image.fromarray(image).save(path)
+    content, remarks = path.read_bytes(), []
+    # Text that is large once decompressed is none that is needed.
+    large = b"a\0\0" + zlib.compress(bytes(64 * MEGABYTE))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = chunk(b"eXIf", exif.tobytes()[6:])
+    for more, times in (
+        (damaged(b"tEXt", b"Title\0a"), 0),
+        (damaged(b"eXIf", exif.tobytes()[6:]), 0),
+        (chunk(b"pHYs", b"\0"), 0),
+        (chunk(b"zTXt", large), 0),
+        (damaged(b"tEXt", b"Title\0a") + turned, 3),
+    ):
+        path.write_bytes(content[:33] + more + content[33:])
+        found = decoding.decode_file(path, "a.png", 8, 3, None, remarks.append)
+        np.testing.assert_array_equal(found, np.rot90(image, times))
+    assert remarks == ["have damaged text or EXIF data, which is ignored"] * 5
+    for cut in (
+        content[:33] + damaged(b"tEXt", b"a\0b") + content[33:90],
+        b"",
+        b"GIF8",
+    ):
+        path.write_bytes(cut)
+        refused(lambda: decode(path), "a.png: cannot be decoded")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
 @FUZZ
 @hypothesis.given(data=st.data())
 def test_damaged_file_gives_an_image_or_a_refusal(tmp_path, kind, data):
@@ -333,10 +492,12 @@ def test_npz_images_are_read(tmp_path):
 @pytest.mark.parametrize(
     "arrays,parts",
     [
-        ({"x": np.zeros((2, 8, 8, 3), np.float32)}, ["float32", "uint8", "127.5"]),
         ({"x": np.zeros((2, 8, 8, 1), np.uint8)}, ["n×8×8×3 is needed"]),
         ({"x": np.zeros((0, 8, 8, 3), np.uint8)}, ["is empty or"]),
-        ({"x": np.ones((1, 8, 8, 3), np.uint8)}, ["nothing above 1"]),
+        ({"x": np.ones((1, 8, 8, 3), np.uint8)}, ["from 1 to 1", "255.0 * x"]),
+        ({"x": np.full((1, 8, 8, 3), np.nan)}, ["from nan to nan", "bring them"]),
+        ({"x": np.full((1, 8, 8, 3), 256)}, ["from 256 to 256", "bring them"]),
+        ({"x": np.full((1, 8, 8, 3), 1j)}, ["no real numbers"]),
         ({"a": np.eye(2)}, ["0 4-D arrays", "'a' (2×2"]),
         ({"a": pixels(1), "b": pixels(1)}, ["2 4-D arrays"]),
         ({"x": np.full((1, 8, 8, 3), None)}, ["Python objects"]),
@@ -345,6 +506,28 @@ def test_npz_images_are_read(tmp_path):
 def test_unusable_npz_is_refused(tmp_path, arrays, parts):
     np.savez(tmp_path / "a.npz", **arrays)
     refused_set(tmp_path / "a.npz", *parts)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: x / 255,
+        lambda x: (x / 127.5 - 1).astype(np.float32),
+        lambda x: x.astype(np.float64),
+        lambda x: x.astype(np.int16),
+    ],
+)
+def test_advice_on_an_npz_restores_its_pixels(tmp_path, made):
+    data = pixels(2, 8)
+    np.savez(tmp_path / "a.npz", x=made(data))
+    message = refused(
+        lambda: images.read_images(tmp_path / "a.npz", (8, 8, 3)), "pixels 0 … 255"
+    )
+    x = made(data)
+    saved = eval(message.partition("save ")[2], {"numpy": np, "x": x})
+    np.testing.assert_array_equal(saved, data)
+    np.savez(tmp_path / "a.npz", x=saved)
+    assert len(images.read_images(tmp_path / "a.npz", (8, 8, 3))[0]) == 2
 
 
 # --- scikit-learn's images ------------------------------------------------------

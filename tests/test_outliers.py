@@ -10,6 +10,7 @@ from stubs import experiment
 
 from ddaebm_jax import models
 from ddaebm_jax.data import images
+from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import outliers as outliers_lib
 from ddaebm_jax.evaluation.outliers import Estimate, auroc, detection, roc_curve
 
@@ -23,9 +24,9 @@ def scores(elements):
 
 
 def test_scores_of_no_use_are_refused():
-    with pytest.raises(ValueError, match="0 of 0 inlier scores"):
+    with pytest.raises(InputError, match="0 of 0 inlier scores"):
         auroc(np.ones(0), np.ones(2))
-    with pytest.raises(ValueError, match="1 of 3 outlier scores are NaN"):
+    with pytest.raises(InputError, match="1 of 3 outlier scores are NaN"):
         auroc(np.ones(2), np.array([0.0, 1.0, np.nan]))
 
 
@@ -91,28 +92,45 @@ def test_table_of_detections():
     known = outliers_lib.Detection(*[Estimate(0.91234, 0.9012, 0.9229)] * 4)
     other = outliers_lib.Detection(*[Estimate(0.5, 0.25, 0.75)] * 4)
     rows = {"svhn": {"energy": known}, "noise": {"e": other}}
-    text = outliers_lib.format_detections(rows)
+    text = outliers_lib.format_detections(rows, 60, {"svhn": 30, "noise": 1})
     assert text.splitlines() == [
-        "outliers  score   AUROC                  AUPR-in                "
+        "outliers  in/out  score   AUROC                  AUPR-in                "
         "AUPR-out               FPR95",
-        "svhn      energy  " + "  ".join(["0.9123 [0.901, 0.923]"] * 4),
-        "noise     e       " + "  ".join(["0.5000 [0.250, 0.750]"] * 4),
+        "svhn      60/30   energy  " + "  ".join(["0.9123 [0.901, 0.923]"] * 4),
+        "noise     60/1    e       " + "  ".join(["0.5000 [0.250, 0.750]"] * 4),
+        "noise: an AUROC of 60 inliers and 1 outliers says little: measure at least "
+        "30 of either",
     ]
+
+
+def darkness(variables, x, t, rngs=None):
+    return -(x.reshape(len(x), -1) + 1.0).sum(axis=1)
+
+
+def measure(energy, num_train=25, baselines=True):
+    dark = np.random.default_rng(0).integers(0, 60, (40, 4, 4, 1), np.uint8)
+    image_set = images.ImageSet("made", (4, 4, 1), dark[:num_train], dark[25:], "")
+    networks = models.Networks(*[energy] * 6, event_shape=(4, 4, 1), nz=1)
+    made = experiment((4, 4, 1), networks, image_set, batch_size=8)
+    players = models.Players({}, None, None)
+    sets = "test", ["inverted", "noise"]
+    return outliers_lib.measure(made, players, *sets, 0, 1, 10, baselines)
+
+
+def test_what_cannot_be_measured_is_refused_before_more_work(monkeypatch):
+    def broken(variables, x, t, rngs=None):
+        return darkness(variables, x, t) * np.nan
+
+    with pytest.raises(InputError, match="10 of 10 'test' 'energy' scores are NaN"):
+        measure(broken, baselines=False)
+    monkeypatch.setattr(outliers_lib.outlier_sets, "open_set", None)
+    with pytest.raises(InputError, match=r"--baselines: 9 training .*at least 10"):
+        measure(darkness, num_train=9)
 
 
 def test_a_run_is_measured_on_named_sets():
     """Of an energy that knows that images are dark."""
-
-    def energy(variables, x, t, rngs=None):
-        return -(x.reshape(len(x), -1) + 1.0).sum(axis=1)
-
-    dark = np.random.default_rng(0).integers(0, 60, (40, 4, 4, 1), np.uint8)
-    image_set = images.ImageSet("made", (4, 4, 1), dark[:25], dark[25:], "")
-    networks = models.Networks(*[energy] * 6, event_shape=(4, 4, 1), nz=1)
-    made = experiment((4, 4, 1), networks, image_set, batch_size=8)
-    players = models.Players({}, None, None)
-    names = ["inverted", "noise"]
-    found = outliers_lib.measure(made, players, "test", names, 0, 1, 10, baselines=True)
+    found, names = measure(darkness), ["inverted", "noise"]
     assert list(found.detections) == list(found.outlier_scores) == names
     assert found.inlier_scores["energy"].shape == (10,)
     assert len(found.inlier_scores) == 7  # Three of the energy, four baselines.

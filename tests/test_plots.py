@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import call, environment
 from PIL import Image
 
 from ddaebm_jax.evaluation import plots
@@ -43,3 +44,36 @@ def test_a_grid_of_images_is_enlarged_and_bordered(columns, shape, tmp_path: Pat
         cell = images[place, :, :, 0] if place < 3 else 255
         assert (small[top : top + 4, left : left + 5] == cell).all()
         assert (small[top - 1] == 255).all() and (small[:, left - 1] == 255).all()
+
+
+def plot(path: str) -> None:
+    """Draws something, and imports matplotlib for it."""
+    plots.plot_samples(Path(path), np.eye(2), 2.0, "title")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MPLBACKEND": "module://matplotlib_inline.nosuch"},
+        {"MPLBACKEND": "nosuch"},
+        {"MPLCONFIGDIR": "/proc/nosuch"},
+        {"MATPLOTLIBRC": "{folder}"},
+    ],
+)
+def test_settings_for_others_spoil_no_picture(settings: dict, tmp_path: Path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nnonsense\nbackend: no")
+    settings = {k: v.format(folder=tmp_path) for k, v in settings.items()}
+    (result,) = call(plot, [str(tmp_path / "a.png")], env=environment() | settings)
+    assert result.code == 0 and "cannot be drawn" not in result.err
+    assert _pixels(tmp_path / "a.png").std() > 5
+
+
+def test_a_picture_that_cannot_be_drawn_is_only_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "file").touch()
+    plots.plot_roc(tmp_path / "file" / "a.png", {}, "title")
+    plots.plot_images(tmp_path / "a.png", np.zeros((0, 1, 1, 1), np.uint8))
+    assert [m.split(" cannot be drawn: ")[0] for m in caplog.messages] == [
+        str(tmp_path / name) for name in ("file/a.png", "a.png")
+    ]

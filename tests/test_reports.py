@@ -1,8 +1,10 @@
 """Metrics survive a resume without gaps or duplicates, and no report ends a run."""
 
+import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,9 +108,59 @@ def test_tensorboard_shows_numbers_pictures_and_histograms(
     assert any("energies" in tag for tag in (*tags["histograms"], *tags["tensors"]))
     assert "no TensorBoard files" not in caplog.text
 
-    found.show(2, {"picture": tmp_path / "missing.png"}, {})
+    found.show(2, {"picture": tmp_path / "missing.png"}, {})  # Could not be drawn.
+    assert "no TensorBoard files" not in caplog.text
+    (tmp_path / "broken.png").touch()
+    found.show(2, {"picture": tmp_path / "broken.png"}, {})
     found.write(2, {"energy/loss": 1.0})
     assert caplog.text.count("no TensorBoard files from here on (") == 1
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_event_files_are_written_where_tensorflow_keeps_its_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As in a notebook that has used it before."""
+    import tensorflow as tf
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
+
+    monkeypatch.setattr(tf.config, "set_visible_devices", refuse)
+    found = opened(tmp_path, train__tensorboard=True)
+    found.write(1, {"energy/loss": 1.0})
+    found.close()
+    assert list(tmp_path.glob("events.*")) and "no TensorBoard" not in caplog.text
+
+
+class Terminal(io.StringIO):
+    """A terminal; `gone` is one that was closed."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        if self.gone:
+            raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("stderr", "term", "shown"),
+    [(Terminal(), "xterm", True), (Terminal(), "dumb", False), (None, "xterm", False)],
+)
+def test_the_progress_line_needs_a_terminal_and_outlives_it(
+    stderr: Any, term: str, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", term)
+    found = opened(tmp_path, train__report_every=1)
+    found.add(1, 1, METRICS)
+    if stderr is not None:
+        assert ("\r\x1b[Kstep 1/24" in stderr.getvalue()) is shown
+        stderr.gone = True
+    found.add(2, 1, METRICS)
     assert steps(tmp_path) == [1, 2]
 
 

@@ -11,6 +11,7 @@ from untrusted import FUZZ, read_or_refused
 from untrusted import refused as refused_cheaply
 
 from ddaebm_jax.data import table_files, tabular
+from ddaebm_jax.data.table_files import Wanted
 from ddaebm_jax.data.tabular import Standardizer
 from ddaebm_jax.errors import InputError
 
@@ -37,6 +38,20 @@ def save(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def told(caplog):
+    """Returns what has been logged so far."""
+    caplog.set_level("INFO", "absl")
+    return lambda: caplog.text
+
+
+def to_score(path, columns=None, **wanted):
+    """The rows of a file, for a model with these columns, or so many."""
+    if isinstance(columns, int):
+        columns = tuple(f"column_{j}" for j in range(columns))
+    return tabular.read_rows(path, Wanted(columns=columns, **wanted)).rows
 
 
 def numbered(n, d=3):
@@ -159,7 +174,8 @@ def test_labels_mean_the_same_in_csv_and_npz(save):
         for path, label in (
             (save("t.csv", csv_of(both, header)), "label"),
             (save("bare.csv", csv_of(both)), "column_1"),
-            (save("t.npz", x=rows, labels=labels), None),
+            (save("t.npz", x=rows, labels=labels), ""),
+            (save("v.npz", X=np.asfortranarray(rows, ">f8"), y=labels[:, None]), ""),
             (save("u.npz", x=rows, outlier=labels.astype(bool)), "outlier"),
         )
     ]
@@ -189,7 +205,7 @@ def test_impossible_splits_are_refused(save, n, share):
 def test_npz_of_any_real_type_is_read(tmp_path, dtype, order, saver):
     rows = (numbered(5, 4) % 7).astype(dtype, order=order)
     saver(tmp_path / "t.npz", rows)
-    read = tabular.read_rows(tmp_path / "t.npz", dim=4)
+    read = to_score(tmp_path / "t.npz", 4)
     np.testing.assert_array_equal(read, rows.astype(np.float32))
 
 
@@ -204,24 +220,24 @@ def test_csv_forms_that_programs_write(save):
     """BOM, Windows line ends, quotes, spaces, blank lines, no last line end."""
     text = '\ufeff"a, b",c\r\n\r\n 1 ,"2"\r\n+3e0,-.5\r\n  \r\n\r\n7,8'
     path = save("t.csv", text.encode("utf-8"))
-    np.testing.assert_array_equal(tabular.read_rows(path), [[1, 2], [3, -0.5], [7, 8]])
+    np.testing.assert_array_equal(to_score(path), [[1, 2], [3, -0.5], [7, 8]])
 
 
 def refused(path, *parts, dim=None):
-    message = refused_cheaply(lambda: tabular.read_rows(path, dim), *parts)
+    message = refused_cheaply(lambda: to_score(path, dim), *parts)
     assert message.startswith(f"{path}: ") and len(message) < 600
 
 
 def test_files_that_are_not_tables_at_all(save, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing.csv: no such file"):
-        tabular.read_rows(tmp_path / "nothing.csv")
+        to_score(tmp_path / "nothing.csv")
     (tmp_path / "folder.csv").mkdir()
     refused(tmp_path / "folder.csv", "not a regular file")
     os.mkfifo(tmp_path / "pipe.csv")
     refused(tmp_path / "pipe.csv", "not a regular file")
     for name in ("t.txt", "t", "t.npy", "t.pkl"):
         refused(save(name, "1,2\n"), "suffix", ".csv, .npz")
-    assert tabular.read_rows(save("T.CSV", "1,2\n")).shape == (1, 2)
+    assert to_score(save("T.CSV", "1,2\n")).shape == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +256,12 @@ def test_files_that_are_not_tables_at_all(save, tmp_path):
         ("a,b\n1,nan\n", ["line 2, column 'b' is 'nan'", "missing values"]),
         ("a,b\n\n1,2\n-inf,2\n", ["line 4, column 'a' is '-inf'"]),
         ("a,b\n1e39,2\n", ["line 2, column 'a' is '1e39'", "3.4e+38"]),
-        ("1,x\n1,2\n", ["line 1, column 2", "'x'", "only names or only numbers"]),
-        (",b\n1,2\n", ["line 1, column 1", "empty", "index=False"]),
-        ("b,b\n1,2\n", ["line 1, column 2", "'b'", "used twice"]),
+        ("1,nan\n3,4\n", ["line 1, column 'column_1' is 'nan'"]),
+        ("a,b\n1,12_3\n", ["line 2, column 'b' is '12_3'"]),  # 123 to Python.
+        ('a,b\n1,"1,234"\n', ["line 2, column 'b' is '1,234'"]),
+        (",b\n1,2\n", ["column 1 of the header", "empty", "index=False"]),
+        (",0,1\n0,.5,2\n1,3,4\n", ["column 1 of the header", "index=False"]),
+        ("b,b\n1,2\n", ["column 1 of the header", "'b'", "used twice"]),
         ('a,b\n1,"2\n', ["not a CSV", "EOF inside string"]),
         (f"a,b\n1,{'x' * 1000}\n", ["…'"]),
         (b"a,b\n1,2\n\xff\xfe,3\n", ["not a CSV", "UTF-8"]),
@@ -251,7 +270,7 @@ def test_files_that_are_not_tables_at_all(save, tmp_path):
     ],
 )
 def test_unusable_csv_is_refused(save, text, parts):
-    refused(save("t.csv", text), *parts, dim=3)
+    refused(save("t.csv", text), *parts, dim=3 if "needed" in parts[0] else None)
 
 
 def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
@@ -266,8 +285,10 @@ def test_large_files_are_refused_before_they_are_read(save, monkeypatch):
 @pytest.mark.parametrize(
     "text,label,part",
     [
-        ("a,b\n1,0\n2,2\n", "kind", "no column 'kind' .*; found: 'a', 'b'"),
-        ("a,b\n1,0\n2,2\n", "b", r"line 3 has the label 2.0; allowed: 0 .inlier., 1"),
+        ("a,b\n1,0\n2,2\n", "kind", "no column 'kind'; found: 'a', 'b'"),
+        ("a,b\n1,0\n2,2\n", "b", r"line 3 has the label '2'; allowed: 0 .inlier., 1"),
+        ("a,b\n1,0\n2,bad\n", "b", "line 3 has the label 'bad'; allowed: 0"),
+        ("a\n1\n0\n", "a", "no column is left beside a"),
     ],
 )
 def test_unusable_csv_labels_are_refused(save, text, label, part):
@@ -278,10 +299,15 @@ def test_unusable_csv_labels_are_refused(save, text, label, part):
 @pytest.mark.parametrize(
     "arrays,label,part",
     [
-        ({"labels": np.zeros(3)}, None, r"each of the 4 rows; .*'labels' \(3, float64"),
-        ({"labels": np.array([0, 0, 0.5, 1])}, None, "row 2 .*label 0.5"),
-        ({"labels": np.array(list("abcd"))}, None, "'labels'.* no table of real"),
-        ({"labels": np.zeros(4, object)}, None, "Python objects"),
+        ({"labels": np.zeros(3)}, "", r"each of the 4 rows; .*'labels' \(3, float64"),
+        ({"labels": np.array([0, 0, 0.5, 1])}, "", "row 2 .*label '0.5'"),
+        (
+            {"y": np.array([1, 1, -1, 1])},
+            "",
+            "row 2 .*label '-1'; .*1 and -1 as 0 and 1",
+        ),
+        ({"labels": np.array(list("abcd"))}, "", "row 0 .*label 'a'"),
+        ({"labels": np.zeros(4, object)}, "", "Python objects"),
         ({"labels": np.zeros(4)}, "kind", "1-D array 'kind' .*'labels'"),
     ],
 )
@@ -294,22 +320,23 @@ def test_unusable_npz_labels_are_refused(save, arrays, label, part):
 @pytest.mark.parametrize(
     "arrays,parts",
     [
-        ({"x": np.zeros(3)}, ["'x' (3, float64) is not 2-D"]),
+        ({"x": np.zeros(3)}, ["'x' (3, float64) is no 2-D"]),
+        ({"x": np.eye(2), "X": np.eye(3)}, ["2 arrays 'x' or 'X'", "'X' (3×3"]),
         ({"a": np.zeros(3)}, ["0 2-D arrays", "'a' (3, float64)", "savez"]),
         ({"a": np.eye(2), "b": np.eye(3)}, ["2 2-D arrays", "'a' (2×2", "'b' (3×3"]),
         ({"x": np.zeros((0, 3))}, ["is empty (0×3)"]),
         ({"x": np.zeros((3, 0))}, ["is empty (3×0)"]),
-        ({"x": np.array([["a"]])}, ["no table of real numbers"]),
-        ({"x": np.zeros((2, 2), complex)}, ["complex128", "no table of real numbers"]),
-        ({"x": np.zeros((2, 2), "f4,f4")}, ["no table of real numbers"]),
+        ({"x": np.array([["a"]])}, ["table of real numbers"]),
+        ({"x": np.zeros((2, 2), complex)}, ["complex128", "table of real numbers"]),
+        ({"x": np.zeros((2, 2), "f4,f4")}, ["table of real numbers"]),
         ({"x": np.array([[1, None]])}, ["Python objects"]),
-        ({"x": np.array([[0, 1], [2, np.nan]])}, ["row 1 ", "'column_1' is nan"]),
-        ({"x": np.array([[0.0, 1e300]])}, ["row 0", "column 'column_1' is 1e+300"]),
+        ({"x": np.array([[0, 1], [2, np.nan]])}, ["row 1 ", "'column_1' is 'nan'"]),
+        ({"x": np.array([[0.0, 1e300]])}, ["row 0", "column 'column_1' is '1e+300'"]),
         ({"x": numbered(2)}, ["3 columns found, 4 needed"]),
     ],
 )
 def test_unusable_npz_is_refused(save, arrays, parts):
-    refused(save("t.npz", **arrays), *parts, dim=4)
+    refused(save("t.npz", **arrays), *parts, dim=4 if "needed" in parts[0] else None)
 
 
 @FUZZ
@@ -318,7 +345,7 @@ def test_any_csv_gives_numbers_or_a_refusal(save, text):
     path = save("t.csv", text.encode())
 
     def read():
-        rows = tabular.read_rows(path)
+        rows = to_score(path)
         assert rows.size and np.isfinite(rows).all()
 
     read_or_refused(read)
@@ -341,11 +368,102 @@ def test_a_kept_table_comes_back_and_damage_is_told(tmp_path):
             tabular.load_saved_table(path)
 
 
-def test_columns_with_names_are_put_in_the_order_of_training(save):
-    path = save("rows.csv", "b,a\n1,2\n3,4\n")
-    rows = tabular.read_rows(path, 2, None, ("a", "b"))
-    np.testing.assert_array_equal(rows, [[2, 1], [4, 3]])
-    nameless = ("column_0", "column_1")
-    np.testing.assert_array_equal(tabular.read_rows(path, 2, None, nameless)[0], [1, 2])
-    with pytest.raises(InputError, match="no column 'c'"):
-        tabular.read_rows(path, 2, None, ("a", "c"))
+# --- The first line -------------------------------------------------------------
+
+WAVES = ("400.5", "401.0", "401.5")
+SMALL = np.random.default_rng(0).normal(0.002, 0.001, (8, 3))
+
+
+@pytest.mark.parametrize(
+    "first,rows,is_header",
+    [
+        (WAVES, SMALL, True),
+        (("399.1", "402.7", "410.3"), SMALL, True),  # Far from the numbers below.
+        (("0", "1", "2"), 1_000 * SMALL, True),
+        (("3", "1", "7"), 5_000 * SMALL, True),  # All whole, and no row is.
+        (("2001", "2002", "2003"), numbered(9) // 1, True),
+        (("0", "1", "2", "label"), np.c_[SMALL, np.arange(8) % 2], True),
+        (("0.0", "1.0", "3.5"), numbered(9), False),
+        (
+            ("0.", "1.", "2."),
+            np.arange(3.0, 30).reshape(9, 3),
+            False,
+        ),  # So are all rows.
+        (("7", "7", "7"), SMALL, False),  # No names: used twice.
+        (WAVES, SMALL[:2], False),  # Nothing tells.
+        (("0.5", "2"), np.c_[np.arange(1.0, 9), np.arange(8.0)], False),
+    ],
+)
+def test_a_first_line_of_numbers_is_told_and_a_flag_settles_it(
+    save, told, first, rows, is_header
+):
+    path = save("t.csv", ",".join(first) + "\n" + csv_of(rows))
+    table = table_files.read_table_file(path)
+    assert table.columns[0] == (first[0] if is_header else "column_0")
+    assert len(table.rows) == len(rows) + (not is_header)
+    flag = f"--config.data.header={'absent' if is_header else 'present'}"
+    assert f"taken for {'the header' if is_header else 'a row'}" in told()
+    assert flag in told()
+    if "label" not in first and len(set(first)) == len(first):
+        for header, num in (("present", len(rows)), ("absent", len(rows) + 1)):
+            found = table_files.read_table_file(path, Wanted(header))
+            assert len(found.rows) == num
+
+
+def test_the_names_of_training_tell_a_header_of_numbers(save, told):
+    """However few rows are below; without such names it is a row, and told."""
+    path = save("t.csv", "id,400.50,401,4.015e2\nx,1,2,3\n")
+    np.testing.assert_array_equal(to_score(path, WAVES[::-1]), [[3, 2, 1]])
+    path = save("t.csv", ",".join(WAVES) + "\n1,2,3\n")
+    assert len(to_score(path, WAVES)) == 1
+    assert len(to_score(path, ("a", "b", "c"), header_flag="--header")) == 2
+    assert "taken for a row" in told() and "--header=present" in told()
+    assert len(to_score(path, 3, header="present")) == 1
+
+
+# --- Columns and arrays that are not read ---------------------------------------
+
+
+def test_the_file_that_trained_is_scored(save, told):
+    rows, labels = numbered(20), np.arange(20) % 4 // 3
+    both = np.c_[np.arange(20) + 0.5, rows, labels]
+    for path, label, drop in (
+        (save("t.csv", csv_of(both, ("id", *"abc", "odd"))), "odd", ("id",)),
+        (save("u.csv", csv_of(both)), "column_4", ("column_0",)),
+        (save("t.npz", X=both[:, :4], y=labels), "", ("column_0",)),
+    ):
+        columns = tabular.load_table(path, 0, 0.4, label, drop).columns
+        assert "20 rows and 3 columns" in told() and "15 inliers and 5" in told()
+        how = {"label_column": label, "drop_columns": drop}
+        np.testing.assert_array_equal(to_score(path, columns, **how), np.float32(rows))
+        assert ("'y' (20, int64)" if label == "" else label) in told()
+    path = save("idx.csv", ",0,1\n0,2,3\n1,4,6\n2,7,7\n")  # Of pandas, with its index.
+    assert tabular.load_table(path, 0, 0.4, "", ("",)).columns == ("0", "1")
+    with pytest.raises(InputError, match="no column 'no'; found: 'a', 'b'"):
+        tabular.load_table(save("v.csv", "a,b\n1,2\n"), 0, 0.5, "", ("no",))
+
+
+def test_columns_with_names_are_put_in_the_order_of_training(save, told):
+    path = save("rows.csv", "b,note,a,\n1,x,2,\n3,,4,\n")
+    read = tabular.read_rows(path, Wanted(columns=("a", "b"), id_column="note"))
+    np.testing.assert_array_equal(read.rows, [[2, 1], [4, 3]])
+    assert read.ids == ("x", "")
+    assert "left out: 'note'" in told() and "blank: 4" in told()
+    with pytest.raises(InputError, match="no column 'c'; found: 'b', 'note', 'a'; the"):
+        to_score(path, ("a", "c"))
+    path = save("rows.csv", "b,a\n1,2\n")
+    np.testing.assert_array_equal(to_score(path, 2), [[1, 2]])
+    assert "taken in their order, as only the file has names" in told()
+
+
+def test_misleading_columns_are_told(save, told):
+    rows = np.c_[np.arange(6.0), np.full(6, 2.0), numbered(6, 2)]
+    tabular.load_table(save("t.csv", csv_of(rows, ("n", "same", "b", "label"))), 0, 0.4)
+    for part in ("ids do: 'n'", "model learns: 'same'", "label_column): 'label'"):
+        assert part in told()
+    with pytest.raises(InputError, match="all 4 rows to train on are the same"):
+        tabular.load_table(save("t.npz", x=np.ones((4, 2))), 0, 0.5)
+    arrays = {"features": numbered(6), "y": np.array([[7]] * 6), "extra": np.ones(2)}
+    table = tabular.load_table(save("u.npz", **arrays), 0, 0.5, "", ("y",))
+    assert table.test_labels is None and "not read: 'y' (6×1" in told()
+    assert "'extra' (2, float64)" in told()

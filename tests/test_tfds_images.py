@@ -199,10 +199,12 @@ def test_faults_of_the_file_system_are_not_passed_over(prepared, spoil):
         found.train[2]
 
 
-def test_limit_takes_the_first_and_a_share_is_held_out(prepared):
+def test_limit_takes_the_first_and_a_share_is_held_out(prepared, caplog):
     found = opened(prepared)
     whole = images.stack(found.train)
-    few = opened(prepared, limit=5)
+    with caplog.at_level("INFO", logger="absl"):
+        few = opened(prepared, limit=5)
+    assert f"'tfds': 5 images to train on, {NUM_TEST} held out" in caplog.text
     np.testing.assert_array_equal(images.stack(few.train), whole[:5])
     assert len(few.test) == NUM_TEST
     split, again, other = (opened(prepared, s, test_split="") for s in (0, 0, 1))

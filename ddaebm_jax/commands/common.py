@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,12 +36,31 @@ def leave(line: str, status: int, at_once: bool = True) -> NoReturn:
     `at_once` skips what runs at a program's end: saves under way, and JAX's wait of
     minutes for other processes. Those notice the missing heartbeat.
     """
-    sys.stdout.flush()
-    sys.stderr.write(f"{line}\n")  # In one piece: other threads may write there.
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Gone, or None.
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"{line}\n")  # In one piece: other threads may write there.
+        sys.stderr.flush()
     if at_once:
         os._exit(status)
     sys.exit(status)
+
+
+def show(text: str) -> None:
+    """Print text to stdout, with escapes for characters that its encoding lacks.
+
+    A reader that has left, as of `| head`, or a full disk fails no finished command.
+    """
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            logging.warning("stdout cannot be written: %s", error)
+        # Python would try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -53,6 +73,8 @@ def user_errors() -> Iterator[None]:
     except (InputError, OSError) as error:
         logging.debug("raised here", exc_info=True)
         fail(str(error))
+    except UnicodeError as error:
+        fail(f"{error}; save that text as UTF-8, or set PYTHONUTF8=1")
     except Exception:
         if not jax.distributed.is_initialized():
             raise
@@ -63,6 +85,8 @@ def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
     """Run a command; `words` are the program's name and arguments that are no flags."""
     logging.get_absl_handler().addFilter(_is_for_users)
     sys.unraisablehook = _log_unraisable
+    warnings.showwarning = _log_warning
+    jax.config.update("jax_enable_x64", False)  # Models are float32.
     with user_errors():
         if words[1:]:
             raise InputError(f"unexpected argument {words[1]!r}; flags start with --")
@@ -72,6 +96,11 @@ def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
 def _log_unraisable(unraisable: Any) -> None:
     """Log what threads cannot raise; TensorStore's do hundreds after a failed save."""
     logging.debug("ignored in %r: %r", unraisable.object, unraisable.exc_value)
+
+
+def _log_warning(message: Warning, *_: Any) -> None:
+    """Log a library's warning in one line: scikit-learn's, pandas', Pillow's, …."""
+    logging.warning("%s", one_line(message))
 
 
 def _is_for_users(record: std_logging.LogRecord) -> bool:

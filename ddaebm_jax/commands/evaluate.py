@@ -53,7 +53,7 @@ def run(values: flags.FlagValues) -> None:
     with common.out_of_memory_advice():
         report = evaluate(values.workdir, *given, **settings)
     if processes.is_first_process():
-        print(reports.format_report(report))
+        common.show(reports.format_report(report))
 
 
 def evaluate(

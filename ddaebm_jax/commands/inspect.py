@@ -1,4 +1,4 @@
-"""What a run directory holds, also while the run trains; nothing is written."""
+"""`--mode=inspect`: tell what a run holds, also while it trains; only reads."""
 
 import contextlib
 import datetime
@@ -208,6 +208,6 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Print what a run holds; end with status 1 unless its checkpoints are intact."""
     found = inspect(values.workdir)
-    print(found.text)
+    common.show(found.text)
     if not found.intact:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection by a trained run's energy: `--mode=ood`."""
+"""`--mode=ood`: detect images that are out of distribution by their energy."""
 
 import re
 import time
@@ -31,8 +31,11 @@ def define_flags(values: flags.FlagValues) -> None:
     common.define_trained_run(values)
     text = "Inliers: `test`, the run's held-out images, or one set as in --out."
     flags.DEFINE_string("in", HELD_OUT, text, values)
-    text = f"Outliers, separated by commas: built-in sets ({_BUILT_IN}), folders, NPZ "
-    flags.DEFINE_list("out", [], text + "files, TFDS names.", values)
+    text = f"Outliers: built-in sets ({_BUILT_IN}), folders, NPZ files, TFDS names; "
+    text += "separated by commas, or in several --out. A name with a comma is quoted: "
+    text += """--out='"my,folder",noise'."""
+    parser, serializer = flags.ListParser(), flags.CsvListSerializer(",")
+    flags.DEFINE_multi(parser, serializer, "out", [], text, values)
     text = "Fit four standard detectors to the training pixels, too."
     flags.DEFINE_bool("baselines", False, text, values)
     text = "Noise draws per level of the energy over t."
@@ -49,10 +52,12 @@ def run(values: flags.FlagValues) -> None:
     common.join_processes(values)
     names = "checkpoint", "seed", "num_draws", "baselines", "limit", "skip_corrupt"
     settings = {name: values[name].value for name in names}
+    outliers = [name for names in values.out for name in names]
     with common.out_of_memory_advice():
-        folder = detect(values.workdir, values.out, values["in"].value, **settings)
+        folder = detect(values.workdir, outliers, values["in"].value, **settings)
     if processes.is_first_process():
-        print(f"{folder}\n{(folder / 'report.txt').read_text().rstrip()}")
+        table = (folder / "report.txt").read_text(encoding="utf-8")
+        common.show(f"{folder}\n{table.rstrip()}")
 
 
 def detect(
@@ -110,7 +115,7 @@ def detect(
         return folder
     folder.mkdir()
     files.write_json_atomically(folder / "report.json", report)
-    table = outliers_lib.format_detections(measured.detections)
+    table = outliers_lib.format_detections(measured.detections, num_inliers, sizes)
     files.write_text_atomically(folder / "report.txt", table + "\n")
     _save(folder, inliers, measured, f"step {run.step}")
     logging.info("wrote %s", folder)

@@ -30,7 +30,7 @@ def run(values: flags.FlagValues) -> None:
     """Draw samples, and print the path of their NPZ."""
     settings = values.num_samples, values.seed, values.output, values.checkpoint
     with common.out_of_memory_advice():
-        print(sample(values.workdir, *settings))
+        common.show(str(sample(values.workdir, *settings)))
 
 
 def sample(
@@ -81,7 +81,8 @@ def sample(
     else:
         extent = max(1e-6, 1.1 * float(np.abs(samples).max()))
         plots.plot_samples(picture, samples, extent, title)
-    logging.info("wrote %s and %s", path, picture)
+    written = [str(one) for one in (path, picture) if one.exists()]
+    logging.info("wrote %s", " and ".join(written))
     return path
 
 

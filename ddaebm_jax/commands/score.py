@@ -8,6 +8,7 @@ import numpy as np
 from absl import flags, logging
 
 from ddaebm_jax.commands import common
+from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, tabular
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inference
@@ -23,14 +24,19 @@ def define_flags(values: flags.FlagValues) -> None:
     common.require(values, "input", "a CSV or NPZ of rows, or images")
     text = "CSV or NPZ to write. Default: a new CSV in --workdir."
     flags.DEFINE_string("output", None, text, values)
+    text = "Whether the first line of a CSV is a header. Default: as in training."
+    flags.DEFINE_enum("header", None, choices.HEADERS, text, values)
+    text = "Column (CSV) or array (NPZ) of the rows' ids, to be copied."
+    flags.DEFINE_string("id_column", "", text, values)
     common.define_skip_corrupt(values)
 
 
 def run(values: flags.FlagValues) -> None:
     """Score, and print the path of the scores."""
-    settings = values.input, values.output, values.skip_corrupt, values.checkpoint
+    names = "output", "header", "id_column", "skip_corrupt", "checkpoint"
+    settings = {name: values[name].value for name in names}
     with common.out_of_memory_advice():
-        print(score(values.workdir, *settings))
+        common.show(str(score(values.workdir, values.input, **settings)))
 
 
 def score(
@@ -39,50 +45,71 @@ def score(
     output: str | None = None,
     skip_corrupt: bool = False,
     checkpoint: str = "latest",
+    header: str | None = None,
+    id_column: str = "",
 ) -> Path:
     """Write the energies f(x, 0) of rows or images; larger is more likely.
 
     Rows are in the data's own units; images of a folder are cropped and resized like
-    the training images. Returns the path of the scores: CSV (`energy`, or
-    `image,energy`) or NPZ (`energy`, of images also `image`). Raises InputError for a
-    run that cannot be loaded, or bad rows, images or output path.
+    the training images. Returns the path of the scores: a CSV with the columns `row`
+    (from 0) or `image`, `id` with an `id_column`, `energy`, and `rank` (1: the lowest
+    energy), or an NPZ of such arrays. Raises InputError for a run that cannot be
+    loaded, or bad rows, images or output path.
     """
     common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
-    rows, names = _read(loaded, input_path, skip_corrupt)
+    rows, named = _read(loaded, input_path, skip_corrupt, header, id_column)
     path = Path(output) if output else common.free_path(loaded.workdir / "scores.csv")
     energies = inference.energies(loaded.experiment, loaded.variables, rows)
+    ranks = 1 + np.searchsorted(np.sort(energies), energies)  # Ties share the first.
+    found = {**named, "energy": energies, "rank": ranks}
     with written_atomically(path) as file:
         if path.suffix == ".npz":
-            named = {} if names is None else {"image": np.asarray(names)}
-            np.savez(file, energy=energies, **named)
+            np.savez(file, **found)
         else:
-            file.write(_csv(energies, names).encode())
+            file.write(_csv(found).encode())
     logging.info("wrote %d energies to %s", len(rows), path)
     return path
 
 
 def _read(
-    loaded: TrainedRun, path: str | Path, skip_corrupt: bool
-) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Return rows, or images with their names."""
+    loaded: TrainedRun,
+    path: str | Path,
+    skip_corrupt: bool,
+    header: str | None,
+    id_column: str,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return rows or images, and by column of the scores what they are called."""
     source, data = loaded.experiment.source, loaded.experiment.config.data
     if source.holds_images:
-        return images.read_images(
+        if header or id_column:
+            raise InputError(
+                "--header and --id_column are for runs of tables; leave them out"
+            )
+        pixels, names = images.read_images(
             path, source.event_shape, skip_corrupt, data.crop, timeout=data.timeout
         )
+        return pixels, {"image": np.asarray(names)}
     if skip_corrupt:
         raise InputError("--skip_corrupt is for runs of images; leave it out")
-    (dim,) = source.event_shape
-    table = source.table
-    standardizer, columns = (table and table.standardizer), (table and table.columns)
-    return tabular.read_rows(path, dim, standardizer, columns), None
+    table, (dim,) = source.table, source.event_shape
+    wanted = tabular.Wanted(
+        header or data.header,
+        "--header",
+        data.label_column,
+        tuple(data.drop_columns),
+        id_column,
+        columns=table.columns if table else tuple(f"column_{j}" for j in range(dim)),
+    )
+    rows, ids = tabular.read_rows(path, wanted, table and table.standardizer)
+    named = {"row": np.arange(len(rows))}
+    return rows, named if ids is None else {**named, "id": np.asarray(ids)}
 
 
-def _csv(energies: np.ndarray, names: tuple[str, ...] | None) -> str:
-    values = [f"{energy:.9g}" for energy in energies]
+def _csv(found: dict[str, np.ndarray]) -> str:
+    columns = found | {"energy": np.array([f"{e:.9g}" for e in found["energy"]])}
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["energy"] if names is None else ["image", "energy"])
-    lines.writerows(zip(values) if names is None else zip(names, values, strict=True))
+    lines.writerow(columns)
+    lines.writerows(zip(*columns.values(), strict=True))
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""`--mode=train`: train a recipe, or go on with a run."""
+"""`--mode=train`, the default: train a recipe, or go on with a run."""
 
 import sys
 import time
@@ -32,7 +32,8 @@ def run(values: flags.FlagValues) -> None:
     """Train, and print the run directory and the final figures."""
     if values.config is None:
         raise InputError(
-            "--mode=train needs --config, for example --config=configs/gaussians25.py"
+            "--mode=train needs --config, for example --config=configs/gaussians25.py; "
+            "--help lists the modes and their flags"
         )
     if values.distributed and not values.workdir:
         raise InputError("--distributed needs --workdir, the same for all processes")
@@ -55,7 +56,7 @@ def run(values: flags.FlagValues) -> None:
     except KeyboardInterrupt:
         common.leave("interrupted; the newest checkpoint is kept", 130)
     if processes.is_first_process():
-        print(f"{workdir}\n{reports.format_report(report)}")
+        common.show(f"{workdir}\n{reports.format_report(report)}")
 
 
 def _new_workdir() -> str:

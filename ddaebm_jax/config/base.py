@@ -24,10 +24,15 @@ def base() -> "ConfigDict":
     # Points: see data/synthetic.py. Tables: `breast_cancer`, `table` (with `path`).
     # Images: `digits`, `photos`, `folder` (with `path`), `tfds` (with `tfds`).
     data.name = "gaussians25"
-    data.path = ""  # CSV or NPZ file of `table`; directory of PNG and JPEG files.
+    data.path = ""  # CSV or NPZ file of `table`; directory of images.
     # Column (CSV) or array (NPZ) of a table that is 1 for outliers, 0 for inliers. Only
-    # inliers are trained on. Empty: none in a CSV, `labels` in an NPZ.
+    # inliers are trained on. Empty: none in a CSV, `labels` or `y` in an NPZ.
     data.label_column = ""
+    # Columns, or arrays of an NPZ, of a table that are no part of it, as ids.
+    data.drop_columns = ()
+    # Whether the first line of a CSV is a header: `present`, `absent` or `auto`; see
+    # data/table_files.py.
+    data.header = "auto"
     data.test_fraction = 0.3  # Fraction of a table's rows, or of images, held out.
     data.batch_size = 200  # Global, over all devices.
     data.tfds = ""  # Name in TensorFlow Datasets, for example cifar10.

@@ -18,7 +18,7 @@ Needs = Iterator[tuple[str, str]]
 # Inception features, which --mode=evaluate sets for any run.
 READ_WHEN = {
     "data.name table folder": "data.path",
-    "data.name table": "data.label_column",
+    "data.name table": "data.label_column data.drop_columns data.header",
     "data.name tfds": "data.tfds data.tfds_dir data.split data.test_split data.limit",
     "data.name folder tfds": "data.crop data.skip_corrupt",
     "data.name photos": "data.num_patches",
@@ -171,10 +171,16 @@ def problems(config: Any, saved: bool = False) -> list[str]:
 
     Cross-field checks look at a config in which the base's values stand for unusable
     ones; what they yield counts where all fields that they read are usable. `saved` is
-    for what a run was trained with: fields that went unread do not matter then.
+    for what a run was trained with: fields that went unread do not matter then, and
+    fields that its version did not have yet have the base's values, which is what it
+    did.
     """
     given, default = (dict(fields.leaves(c)) for c in (config, base()))
     unknown = {f: fields.unknown(f, default) for f in given.keys() - default.keys()}
+    if saved:
+        there = {field.rpartition(".")[0] for field in given}
+        own = {f: v for f, v in default.items() if f.rpartition(".")[0] in there}
+        given = own | given
     sections = tuple(f"{field}." for field in unknown)
     missing = [f for f in default.keys() - given.keys() if not f.startswith(sections)]
     found = unknown | {f: f"{f} is missing; start from config.base()" for f in missing}

@@ -9,10 +9,12 @@ IMAGES = ("digits", "photos", "folder", "tfds")
 NETWORKS = ("mlp", "ncsnpp")
 PREPROCESSINGS = ("tf", "pytorch_fid")
 REFERENCES = ("train", "test")
+HEADERS = ("auto", "present", "absent")
 
 ALLOWED = {
     "data.name": (*SYNTHETIC, *TABLES, *IMAGES),
     "data.channels": (1, 3),
+    "data.header": HEADERS,
     "diffusion.variance": ("vp", "geometric", "cosine"),
     "diffusion.time": ("uniform", "lsun"),
     "model.name": NETWORKS,

@@ -95,7 +95,10 @@ def unknown(field: str, default: dict[str, Any]) -> str:
 
 def _type_problem(field: str, value: Any, default: Any) -> str | None:
     kind, limit = type(default), sys.float_info.max
-    if field in _TUPLES or kind is tuple:
+    if field == "data.drop_columns":
+        needed, fits = "a tuple of names", isinstance(value, tuple | list)
+        fits = fits and all(isinstance(name, str) for name in value)
+    elif field in _TUPLES or kind is tuple:
         words, lengths, least, greatest = _TUPLES.get(field, _WIDTHS)
         needed = f"a tuple of {words} whole numbers from {least} to {greatest}"
         fits = isinstance(value, tuple | list) and len(value) in lengths

@@ -12,8 +12,9 @@ from ddaebm_jax.config.fields import leaves
 # is free only where nothing decays over the run (`decays`).
 FREE_ON_RESUME = frozenset(
     # Where the data lie may change; what they are is told by their fingerprint.
-    "data.path data.tfds_dir data.on_device data.num_threads data.num_workers "
-    "data.prefetch data.timeout data.skip_corrupt model.remat optimizer.accumulate "
+    "data.path data.header data.tfds_dir data.on_device data.num_threads "
+    "data.num_workers data.prefetch data.timeout data.skip_corrupt "
+    "model.remat optimizer.accumulate "
     "train.num_steps train.steps_per_dispatch train.report_every train.picture_every "
     "train.evaluate_every train.checkpoint_every train.keep_checkpoints "
     "train.tensorboard recovery.max_rollbacks recovery.save_patience "

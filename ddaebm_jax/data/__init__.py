@@ -128,8 +128,9 @@ def open_source(
     elif data.name == "breast_cancer":
         table = tabular.load_breast_cancer(seed, data.test_fraction)
     else:
-        label = data.label_column or None
-        table = tabular.load_table(data.path, seed, data.test_fraction, label)
+        fields = ("header", "label_column", "drop_columns")
+        how = {field: data[field] for field in fields}
+        table = tabular.load_table(data.path, seed, data.test_fraction, **how)
     return Source(
         name=data.name,
         event_shape=(table.train.shape[1],),

@@ -1,8 +1,11 @@
 """Images from folders and NPZ files."""
 
+import collections
 import dataclasses
 import hashlib
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8
 
-from ddaebm_jax.data.decoding import Crop, decode_file
+from ddaebm_jax.data.decoding import Crop, Remark, decode_file, silent
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
@@ -21,10 +24,18 @@ from ddaebm_jax.data.records import (
     stack,
 )
 from ddaebm_jax.data.threads import TIMEOUT, in_parallel
-from ddaebm_jax.errors import InputError, listed
+from ddaebm_jax.errors import InputError, listed, one_line
 from ddaebm_jax.files import choose_array, npz_headers, printable, read_npz
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = tuple(
+    ".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split()
+)
+# Thumbnails, copies and trash that storage devices and archivers leave; dotted names
+# are left out, too.
+_LEFT_BY_OTHERS = (
+    *("@eaDir", "#recycle", "@Recycle", "@__thumb", "__MACOSX", "$RECYCLE.BIN"),
+    *("System Volume Information", "lost+found"),
+)
 # Most bytes of decoded images that are kept in memory.
 MAX_BYTES = 4 * 2**30
 
@@ -36,6 +47,7 @@ class FolderImages(NamedTuple):
     names: tuple[str, ...]  # Printable.
     num_skipped: int
     content_sha256: str
+    digests: tuple[bytes, ...]  # SHA-256 of each image's pixels.
 
 
 @dataclasses.dataclass
@@ -50,8 +62,64 @@ class _Files:
         return len(self.names)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        return self.read(index, silent)
+
+    def read(self, index: int, remark: Remark) -> np.ndarray:
+        """Decodes one image, with remarks on what its pixels do not tell."""
         name = self.names[index]
-        return decode_file(self.folder / name, printable(name), *self.how)
+        return decode_file(self.folder / name, printable(name), *self.how, remark)
+
+
+def find_images(folder: Path) -> tuple[tuple[str, ...], Mapping[str, int]]:
+    """Returns the sorted names of images in a folder and below, and what is left out.
+
+    That is a number of files or folders for each reason. Links to folders are
+    followed, but no folder is read twice, nor one that holds this one.
+
+    Raises InputError for a folder that cannot be read, and a link to nothing.
+    """
+    names, left_out = [], collections.Counter()
+    seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
+    folders, links = [""], []  # Links come last: a folder is known by its own name.
+    while folders or links:
+        name = (folders or links).pop()
+        place = os.path.realpath(folder / name)
+        if place in seen:
+            left_out["linked folders that are read already or hold this one"] += 1
+            continue
+        seen.add(place)
+        try:
+            with os.scandir(folder / name) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+            kinds = [entry.is_dir() for entry in entries]
+        except OSError as error:
+            raise InputError(
+                f"{folder / printable(name)}: cannot be read ({one_line(error)}); give "
+                "this user the right to read it, or leave it out of the folder"
+            ) from error
+        for entry, is_folder in zip(entries, kinds, strict=True):
+            path = f"{name}/{entry.name}" if name else entry.name
+            suffix = os.path.splitext(entry.name)[1]
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif is_folder and entry.name in _LEFT_BY_OTHERS:
+                left_out[f"folders {entry.name}"] += 1
+            elif is_folder:
+                (links if entry.is_symlink() else folders).append(path)
+            elif suffix.lower() in SUFFIXES:
+                names.append(path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise InputError(
+                    f"{folder / printable(path)}: a link to nothing that this user "
+                    "can read; mend it or remove it"
+                )
+            else:
+                left_out[f"*{printable(suffix)}" if suffix else "without suffix"] += 1
+    return tuple(sorted(names)), left_out
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    return listed(f"{number} {what}" for what, number in sorted(numbers.items()))
 
 
 def read_folder(
@@ -62,11 +130,12 @@ def read_folder(
     skip_corrupt: bool = False,
     timeout: int | float = TIMEOUT,
 ) -> FolderImages:
-    """Reads and prepares every PNG and JPEG file of a folder and its subfolders.
+    """Reads and prepares every image of a folder and its subfolders.
 
-    Every file is decoded, so that all unusable ones are found at once; with
-    `skip_corrupt` they are skipped with a warning. Images are kept in memory if they
-    take at most `MAX_BYTES`, else read again on demand. Hidden files are left out.
+    Those are the files of `find_images`, all of which are decoded, so that unusable
+    ones are found at once; with `skip_corrupt` they are skipped with a warning. Images
+    are kept in memory if they take at most `MAX_BYTES`, else read again on demand. One
+    line of the log says how many there are, what is left out, and what pixels lost.
 
     Raises FileNotFoundError, or InputError if there is no image or an unusable file,
     or no progress for `timeout` seconds.
@@ -74,22 +143,21 @@ def read_folder(
     folder = Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; check the path")
-    paths = (p.relative_to(folder) for p in folder.rglob("*"))
-    visible = (p for p in paths if not any(part[0] == "." for part in p.parts))
-    images = (p.as_posix() for p in visible if p.suffix.lower() in SUFFIXES)
-    names = tuple(sorted(images))
+    names, left_out = find_images(folder) if folder.is_dir() else ((), {})
     if not names:
         raise InputError(
             f"{folder}: not a folder with images in it or below it; files that end in "
-            f"{', '.join(SUFFIXES)} are needed; check the path"
+            f"{', '.join(SUFFIXES)} are needed; check the path; left out: "
+            f"{_counts(left_out)}"
         )
     files = _Files(folder, names, (size, channels, crop))
     keep = len(names) * size * size * channels <= MAX_BYTES
     kept = np.empty((len(names) if keep else 0, size, size, channels), np.uint8)
+    remarks: list[str] = []
 
     def decode(index: int) -> bytes | InputError:
         try:
-            image = files[index]
+            image = files.read(index, remarks.append)
         except InputError as error:
             return error
         if keep:
@@ -112,9 +180,15 @@ def read_folder(
         good = [i for i, name in enumerate(names) if name not in errors]
         records = Subset(records, np.array(good))
         names = tuple(names[i] for i in good)
-    pixels = b"".join(result for result in results if isinstance(result, bytes))
-    content = digest("\n".join(names).encode(errors="surrogateescape"), pixels)
-    return FolderImages(records, tuple(map(printable, names)), len(errors), content)
+    logging.info(
+        f"{folder}: {len(names)} images are read; left out: {_counts(left_out)}"
+        + f"; of the images {_counts(collections.Counter(remarks))}" * bool(remarks)
+    )
+    digests = tuple(result for result in results if isinstance(result, bytes))
+    text = "\n".join(names).encode(errors="surrogateescape")
+    content = digest(text, b"".join(digests))
+    names = tuple(map(printable, names))
+    return FolderImages(records, names, len(errors), content, digests)
 
 
 def load_folder(data: Any, seed: int) -> ImageSet:
@@ -126,11 +200,21 @@ def load_folder(data: Any, seed: int) -> ImageSet:
     folder = read_folder(
         data.path, size, channels, data.crop, data.skip_corrupt, data.timeout
     )
+    what = f"{data.path}: images"
+    split = hold_out(len(folder.names), data.test_fraction, seed, what)
+    trained = {folder.digests[i] for i in split.train}
+    copies = [i for i in split.test if folder.digests[i] in trained]
+    if copies:
+        logging.warning(
+            "%s: %d of the %d held-out images equal a training image in every pixel, "
+            "for example %s; remove copies, or figures of held-out images flatter",
+            *(data.path, len(copies), len(split.test), folder.names[copies[0]]),
+        )
     return split_set(
         "folder",
         folder.records,
         (size, size, channels),
-        hold_out(len(folder.names), data.test_fraction, seed, f"{data.path}: images"),
+        split,
         folder.content_sha256,
         skipped=folder.num_skipped,
     )
@@ -171,11 +255,6 @@ def _read_npz(
     path: Path, event_shape: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "n height width channels"]:
     array = choose_array(path, npz_headers(path, MAX_BYTES), 4)
-    if array.dtype != np.uint8 and not array.dtype.hasobject:
-        raise InputError(
-            f"{path}: the array {array} is not of uint8; pixels 0 … 255 are needed; "
-            "for floats in [-1, 1] save numpy.round((x + 1) * 127.5).astype('uint8')"
-        )
     allowed = [event_shape] + [event_shape[:2]] * (event_shape[2] == 1)
     if array.shape[1:] not in allowed or not array.shape[0]:
         shapes = " or ".join("n×" + "×".join(map(str, shape)) for shape in allowed)
@@ -184,9 +263,25 @@ def _read_npz(
             "is needed; resize the images, or give them as a folder of files"
         )
     images = read_npz(path, MAX_BYTES, [array.name])[array.name]
-    if images.max() == 1:
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{path}: the array {array} holds no real numbers")
+    low, high = float(images.min()), float(images.max())
+    if array.dtype != np.uint8 or high == 1:
         raise InputError(
-            f"{path}: the array {array} holds nothing above 1, so hardly pixels "
-            "0 … 255; save (255 * x).astype('uint8')"
+            f"{path}: the array {array} holds values from {low:g} to {high:g}; pixels "
+            f"0 … 255 of uint8 are needed; {_as_pixels(low, high)}"
         )
     return images.reshape(-1, *event_shape)
+
+
+def _as_pixels(low: float, high: float) -> str:
+    """Returns how to make pixels of numbers in a range; says so rather than guesses."""
+    if 0 <= low <= high <= 1:
+        levels = "255.0 * x"
+    elif -1 <= low <= high <= 1:
+        levels = "(x + 1) * 127.5"
+    elif 0 <= low <= high <= 255:
+        levels = "x"
+    else:  # NaN, too.
+        return "bring them to that range"
+    return f"save numpy.round({levels}).astype('uint8')"

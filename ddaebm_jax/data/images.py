@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from ddaebm_jax.data import image_files, image_sets, tfds_images
@@ -35,6 +36,10 @@ def open_images(data: Any, seed: int) -> ImageSet:
         images = image_files.load_folder(data, seed)
     else:
         images = tfds_images.load_tfds(data, seed)
+    sizes = len(images.train), len(images.test)
+    logging.info(
+        "data.name = '%s': %d images to train on, %d held out", data.name, *sizes
+    )
     if not data.skip_corrupt:
         return images
     # After the split: what is held out must not take the place of what is not.

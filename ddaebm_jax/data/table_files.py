@@ -1,18 +1,26 @@
 """Tables of numbers from CSV files, by pandas, and from NPZ files.
 
-CSV: comma-separated numbers in UTF-8. The first line is a header if none of its cells
-is a number; without one the columns are `column_0`, `column_1`, …. Lines whose cells
-are all blank are left out.
+CSV: comma-separated numbers in UTF-8. Blank lines, and columns that are blank on every
+line, are left out. Columns without a header are `column_0`, `column_1`, ….
 
-NPZ: the table is the array `x`, or the only 2-D array.
+A first line with a cell that is no number is a header. One of numbers is a header if it
+holds the names of the trained columns, or else if it is unlike every row below it:
+evenly spaced, or all whole, or in every column farther from the numbers below than
+these lie apart. Either way a log line says so; `header` settles it.
+
+NPZ: the table is the array `x` or `X`, or the only 2-D array; labels are `labels` or
+`y`. A log line names the arrays that are not read.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 
 from ddaebm_jax.errors import InputError, listed, one_line, shown
@@ -27,26 +35,50 @@ MAX_NPZ_BYTES = 512 * 2**20
 LARGEST = float(np.finfo(np.float32).max)
 
 INLIER, OUTLIER = 0, 1
+# An NPZ's arrays of labels, unless another is named.
+_LABELS = ("labels", "y")
+_MISSING = {"", "?", "-", "na", "n/a", "#n/a", "nan", "null", "none"}
+# Rows with which a first line of numbers is compared.
+_MIN_BELOW, _MAX_BELOW = 3, 1_000
+
+
+class Wanted(NamedTuple):
+    """What is read of a file.
+
+    Attributes:
+      header: whether a CSV's first line is one: `auto`, `present` or `absent`.
+      header_flag: the flag that sets it, for messages.
+      label_column: column (CSV) or array (NPZ) of the labels of a table to train on;
+        empty: none in a CSV, `labels` or `y` in an NPZ.
+      drop_columns: columns, or arrays of an NPZ, that are no part of the table.
+      id_column: column or array of the rows' names; empty: none.
+      columns: of the model that rows are for, chosen by name where file and model have
+        names, else by place, and without labels; None: a table to train on.
+    """
+
+    header: str = "auto"
+    header_flag: str = "--config.data.header"
+    label_column: str = ""
+    drop_columns: tuple[str, ...] = ()
+    id_column: str = ""
+    columns: tuple[str, ...] | None = None
 
 
 class TableFile(NamedTuple):
-    """Columns' names, float64 rows, labels, and row i → its place, for messages."""
+    """Columns' names, float64 rows, labels, row i → its place in the file, and ids."""
 
     columns: tuple[str, ...]
     rows: Float[np.ndarray, "n d"]
     labels: Float[np.ndarray, " n"] | None
     row_name: Callable[[int], str]
+    ids: tuple[str, ...] | None = None
 
 
-def read_table_file(
-    path: Path, label_column: str | None = None, labelled: bool = False
-) -> TableFile:
+def read_table_file(path: Path, wanted: Wanted = Wanted()) -> TableFile:  # noqa: B008
     """Reads a `.csv` or `.npz` file, and checks that numbers are finite in float32.
 
-    If it is `labelled`, the labels, 0 (inlier) or 1 (outlier), are the CSV's column or
-    the NPZ's 1-D array of the name `label_column`; None: an NPZ's array `labels`, if
-    there is one. Raises FileNotFoundError, or InputError, which names the place and
-    the value found.
+    Labels are 0 (inlier) or 1 (outlier). Raises FileNotFoundError, or InputError, which
+    names the place and the value found.
     """
     readers = {".csv": _read_csv, ".npz": _read_npz}
     reader = readers.get(path.suffix.lower())
@@ -57,27 +89,140 @@ def read_table_file(
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; check the path")
-    table = reader(path, label_column, labelled)
+    table = reader(path, wanted)
     if not table.rows.size:
         raise InputError(
             f"{path}: the table is empty ({'×'.join(map(str, table.rows.shape))}); at "
             "least one row and one column of numbers are needed"
         )
-    if table.labels is not None:
-        bad = np.flatnonzero(~np.isin(table.labels, (INLIER, OUTLIER)))
-        if len(bad):
-            raise InputError(
-                f"{path}: {table.row_name(int(bad[0]))} has the label "
-                f"{table.labels[bad[0]]}; allowed: 0 (inlier), 1 (outlier); write "
-                "the labels as 0 and 1"
-            )
     return table
+
+
+def are_places(columns: Sequence[str]) -> bool:
+    """Whether names are the columns' places only: `column_0`, … or `0`, `1`, …."""
+    numbered = all(re.fullmatch(r"column_\d+", name) for name in columns)
+    return numbered or list(columns) == [str(j) for j in range(len(columns))]
+
+
+def _select(
+    path: Path, names: Sequence[str], wanted: Wanted, has_header: bool
+) -> list[int]:
+    """Returns the places of a file's columns that make its table."""
+    keys, model, ids = [*map(_key, names)], wanted.columns, wanted.id_column
+    place, used = dict(zip(keys, range(len(keys)), strict=True)), Counter(keys)
+    apart = [*filter(None, (wanted.label_column, ids)), *wanted.drop_columns]
+    left_out = {*map(_key, apart)}
+    chosen = [j for j, key in enumerate(keys) if key not in left_out]
+    needed = apart if model is None else [ids] * bool(ids)
+    if model is not None:
+        named, of_model = (not are_places(columns) for columns in (names, model))
+        if has_header and {*map(_key, model)} <= {*keys}:
+            chosen = [place[_key(name)] for name in model]
+        elif named and of_model:
+            needed += model
+        else:
+            if len(chosen) != len(model):  # Without what was left out in training.
+                chosen = [j for j, name in enumerate(names) if not ids or name != ids]
+            if len(chosen) != len(model):
+                raise InputError(
+                    f"{path}: {len(chosen)} columns found, {len(model)} needed; give "
+                    "the columns that the model was trained on, by the names of "
+                    "training, or in the same order and without labels"
+                )
+            if named or of_model:
+                only, text = "file" if named else "model", "its columns are taken in "
+                text = f"%s: {text}their order, as only the %s has names for them"
+                logging.info(text, path, only)
+    for name in needed:
+        if _key(name) not in place:
+            of_model = f"; the model was trained on {listed(model or ())}: give these"
+            raise InputError(
+                f"{path}: no column {shown(name)}; found: {listed(map(shown, names))}"
+                + (of_model if name in (model or ()) else "; correct the name")
+            )
+    if names and not chosen:
+        raise InputError(f"{path}: no column is left beside {listed(apart)}; keep some")
+    for j in chosen if has_header else ():
+        if not names[j] or used[keys[j]] > 1:
+            raise InputError(
+                f"{path}: column {j + 1} of the header is {shown(names[j])}, empty or "
+                "used twice; give each a name of its own (in pandas: to_csv with "
+                "index=False), or leave it out by data.drop_columns"
+            )
+    rest = [shown(names[j]) for j in sorted({*range(len(names))} - {*chosen})]
+    if model is not None and rest:
+        logging.info("%s: columns left out: %s", path, listed(rest))
+    return chosen
+
+
+def _check_finite(
+    path: Path,
+    rows: Float[np.ndarray, "n d"],
+    row_name: Callable[[int], str],
+    columns: Sequence[str],
+    cells: np.ndarray,
+) -> None:
+    """Raises InputError with the first cell whose number float32 cannot hold."""
+    for i, j in np.argwhere(~(np.abs(rows) <= LARGEST))[:1].tolist():
+        raise InputError(
+            f"{path}: {row_name(i)}, column {shown(columns[j])} is "
+            f"{shown(str(cells[i, j]))}; a finite number of size at most {LARGEST:.2g} "
+            "is needed; fill in missing values, write columns as numbers or drop them "
+            "(data.drop_columns), and separate cells by commas"
+        )
+
+
+def _labels(
+    path: Path, found: Sequence[Any], row_name: Callable[[int], str]
+) -> Float[np.ndarray, " n"]:
+    """Returns labels of numbers, booleans or text; InputError if not 0 or 1."""
+    truth = {"true": OUTLIER, "false": INLIER}
+    labels = [truth.get(str(one).lower(), _number(str(one))) for one in found]
+    for i, label in enumerate(labels):
+        if label not in (INLIER, OUTLIER):
+            raise InputError(
+                f"{path}: {row_name(i)} has the label {shown(str(found[i]))}; allowed: "
+                "0 (inlier), 1 (outlier); write them so (scikit-learn's 1 and -1 as 0 "
+                "and 1); what is no such label belongs into data.drop_columns"
+            )
+    return np.array(labels, np.float64)
 
 
 # --- CSV ------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile:
+def _read_csv(path: Path, wanted: Wanted) -> TableFile:
+    cells, lines = _cells(path)
+    names = tuple(cell.strip() for cell in cells[0]) if len(cells) else ()
+    has_header = bool(names) and _has_header(path, names, cells[1:], wanted)
+    if has_header:
+        cells, lines = cells[1:], lines[1:]
+    else:
+        names = tuple(f"column_{j}" for j in range(cells.shape[1]))
+    chosen = _select(path, names, wanted, has_header)
+    rows = np.fromiter(map(_number, cells[:, chosen].flat), np.float64)
+    rows = rows.reshape(len(cells), len(chosen))
+    columns = tuple(names[j] for j in chosen)
+
+    def row_name(i: int) -> str:
+        return f"line {lines[i] + 1}"
+
+    _check_finite(path, rows, row_name, columns, cells[:, chosen])
+
+    def column(name: str) -> tuple[str, ...]:
+        place = [*map(_key, names)].index(_key(name))
+        return tuple(cell.strip() for cell in cells[:, place])
+
+    labels = ids = None
+    if wanted.label_column and wanted.columns is None:
+        labels = _labels(path, column(wanted.label_column), row_name)
+    if wanted.id_column:
+        ids = column(wanted.id_column)
+    return TableFile(columns, rows, labels, row_name, ids)
+
+
+def _cells(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a CSV's cells as text, without what is blank, and each row's line."""
     import pandas as pd
 
     try:
@@ -99,105 +244,135 @@ def _read_csv(path: Path, label_column: str | None, labelled: bool) -> TableFile
             raise
         raise InputError(
             f"{path}: not a CSV of numbers ({one_line(error)}); save the table again "
-            "as comma-separated values in UTF-8, with as many cells on every line"
+            "as comma-separated values in UTF-8, without comments, with points as "
+            "decimal separators, and with as many cells on every line (in R: write.csv "
+            "with row.names=FALSE)"
         ) from error
-    lines = np.flatnonzero([any(cell.strip() for cell in row) for row in cells])
-    columns = _csv_header(path, cells[lines[0]]) if len(lines) else ()
-    if columns:
-        lines = lines[1:]
-    else:
-        columns = tuple(f"column_{j}" for j in range(cells.shape[1]))
-    rows = np.empty((len(lines), len(columns)))
-    for row, line in zip(rows, lines, strict=True):
-        for j, cell in enumerate(cells[line]):
-            row[j] = _number(cell)
-            if not abs(row[j]) <= LARGEST:
-                raise InputError(
-                    f"{path}: line {line + 1}, column {shown(columns[j])} is "
-                    f"{shown(cell)}; a finite number of size at most {LARGEST:.2g} is "
-                    "needed; fill in missing values, write columns as numbers or drop "
-                    "them, and separate cells by commas"
-                )
-    labels = None
-    if labelled and label_column is not None:
-        if label_column not in columns or len(columns) == 1:
-            raise InputError(
-                f"{path}: no column {shown(label_column)} for label_column beside "
-                f"others; found: {listed(map(shown, columns))}"
-            )
-        label = columns.index(label_column)
-        labels, rows = rows[:, label], np.delete(rows, label, axis=1)
-        columns = columns[:label] + columns[label + 1 :]
-    return TableFile(columns, rows, labels, lambda i: f"line {lines[i] + 1}")
+    filled = np.fromiter((bool(cell.strip()) for cell in cells.flat), bool)
+    filled = filled.reshape(cells.shape)
+    lines, blank = np.flatnonzero(filled.any(axis=1)), ~filled.any(axis=0)
+    if len(lines) and blank.any():
+        places = listed(np.flatnonzero(blank) + 1)
+        logging.info("%s: columns left out, as they are blank: %s", path, places)
+        cells = cells[:, ~blank]
+    return cells[lines], lines
 
 
 def _number(cell: str) -> float:
-    """Returns the cell's number, or NaN."""
+    """Returns the cell's number, or NaN; Python would read 1_000 and 12_3, too."""
     try:
-        return float(cell)
+        return math.nan if "_" in cell else float(cell)
     except ValueError:
         return math.nan
 
 
-def _csv_header(path: Path, cells: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names of the columns; () if the first line holds numbers."""
-    names = tuple(cell.strip() for cell in cells)
-    numbers = [not math.isnan(_number(name)) for name in names]
-    if all(numbers):
-        return ()
-    for j, name in enumerate(names):
-        if any(numbers) and not numbers[j]:
-            fault = "beside cells that are numbers; write only names or only numbers"
-        elif not name or name in names[:j]:
-            fault = "empty or used twice (in pandas: to_csv with index=False)"
-        else:
-            continue
-        raise InputError(
-            f"{path}: line 1, column {j + 1} of the header is {shown(name)}, {fault}; "
-            "every column needs a name of its own"
+def _key(name: str) -> str | float:
+    """Returns what is the same for all ways to write a name that is a number."""
+    number = _number(name)
+    return name if math.isnan(number) else number
+
+
+def _has_header(
+    path: Path, first: tuple[str, ...], below: np.ndarray, wanted: Wanted
+) -> bool:
+    """Whether the first line is a header; unless its cells are names, it is told."""
+    numbers = [not math.isnan(_number(cell)) for cell in first]
+    is_header, why = wanted.header == "present", f"{wanted.header_flag} says so"
+    if wanted.header != "auto" and not all(numbers):
+        return is_header
+    if not all(numbers):
+        # Names; blank is only that of an index, which no row leaves blank.
+        is_index = not first[0] and bool(len(below)) and all(below[:, 0])
+        is_header = is_index or any(
+            not number and cell.lower() not in _MISSING
+            for number, cell in zip(numbers, first, strict=True)
         )
-    return names
+        if not any(numbers):
+            return is_header
+        why = "it holds names, too" if is_header else "it holds no name"
+    elif wanted.header == "auto":
+        keys = {*map(_key, first)}
+        if wanted.columns and keys >= {*map(_key, wanted.columns)}:
+            is_header, why = True, "it has the names of the model's columns"
+        else:
+            reason = _unlike_rows(first, below) if len(keys) == len(first) else None
+            is_header = reason is not None
+            why = f"it is {reason}, and no row below is"
+            why = why if is_header else "it is like rows below, or these are few"
+    logging.info(
+        "%s: its first line (%s) has numbers, and is taken for %s, as %s; %s=%s takes "
+        "it for %s",
+        path,
+        listed(map(shown, first), 4),
+        "the header" if is_header else "a row",
+        why,
+        wanted.header_flag,
+        "absent" if is_header else "present",
+        "a row" if is_header else "the header",
+    )
+    return is_header
+
+
+def _unlike_rows(first: tuple[str, ...], below: np.ndarray) -> str | None:
+    """Returns how a first line of numbers differs from every row below; None: not."""
+    lines = [first, *below[:_MAX_BELOW]]
+    if len(lines) <= _MIN_BELOW:
+        return None
+    values = np.array([[_number(cell) for cell in line] for line in lines])
+    with np.errstate(all="ignore"):
+        steps = np.diff(values, axis=1)
+        step = steps[:, :1]
+        even = (step != 0) & (np.abs(steps - step) <= 0.01 * np.abs(step))
+        low, high = values[1:].min(axis=0), values[1:].max(axis=0)
+        distance = np.maximum(low - values[0], values[0] - high)
+        far = ~(distance <= high - low)  # True also above cells that are no numbers.
+    whole = [all(re.fullmatch(r" *[+-]?\d+ *", c) for c in line) for line in lines]
+    kinds = {"evenly spaced": even.all(axis=1), "all whole numbers": whole}
+    for kind, (found, *others) in kinds.items():
+        if len(first) > 2 and found and not any(others):
+            return kind
+    return "far from all numbers of its columns" if far.all() else None
 
 
 # --- NPZ ------------------------------------------------------------------------
 
 
-def _read_npz(path: Path, label_column: str | None, labelled: bool) -> TableFile:
-    arrays = npz_headers(path, MAX_NPZ_BYTES)
-    chosen = [choose_array(path, arrays, 2)]
-    if len(chosen[0].shape) != 2:
+def _read_npz(path: Path, wanted: Wanted) -> TableFile:
+    found, dropped, ids = npz_headers(path, MAX_NPZ_BYTES), wanted.drop_columns, None
+    arrays = {name: array for name, array in found.items() if name not in dropped}
+    label = next((name for name in _LABELS if name in arrays), "")
+    label = wanted.label_column or label if wanted.columns is None else ""
+    beside = {*_LABELS, wanted.label_column, wanted.id_column}
+    table = choose_array(path, arrays, 2, beside)
+    size = 8 * math.prod(table.shape)
+    # Objects are refused when read.
+    if size > MAX_NPZ_BYTES or table.dtype.kind not in "biufO" or len(table.shape) != 2:
         raise InputError(
-            f"{path}: the array {chosen[0]} is not 2-D; save rows × columns with "
-            "numpy.savez(path, x=rows)"
+            f"{path}: the array {table} is no 2-D table of real numbers of at most "
+            f"{MAX_NPZ_BYTES} bytes as float64; convert it, or split it, and save rows "
+            "× columns with numpy.savez(path, x=rows)"
         )
-    label = label_column or ("labels" if "labels" in arrays else None)
-    if labelled and label is not None:
-        if label not in arrays or arrays[label].shape != chosen[0].shape[:1]:
+    num = table.shape[0]
+    for name, what in ((label, "data.label_column"), (wanted.id_column, "--id_column")):
+        shape = arrays[name].shape if name in arrays else None
+        if name and shape not in ((num,), (num, 1)):
             raise InputError(
-                f"{path}: label_column needs a 1-D array {shown(label)} with a label "
-                f"for each of the {chosen[0].shape[0]} rows; found: "
-                f"{listed(arrays.values())}"
+                f"{path}: {what} needs a 1-D array {shown(name)} with a value for each "
+                f"of the {num} rows; found: {listed(arrays.values())}; an array that "
+                "is no label belongs into data.drop_columns"
             )
-        chosen.append(arrays[label])
-    for array in chosen:
-        size = 8 * math.prod(array.shape)
-        # Objects are refused when read.
-        if size > MAX_NPZ_BYTES or array.dtype.kind not in "biufO":
-            raise InputError(
-                f"{path}: the array {array} is no table of real numbers of at most "
-                f"{MAX_NPZ_BYTES} bytes as float64; convert it to numbers, or split it"
-            )
-    found = read_npz(path, MAX_NPZ_BYTES, [array.name for array in chosen])
-    rows, *labels = (found[array.name].astype(np.float64) for array in chosen)
-    bad = np.argwhere(~(np.abs(rows) <= LARGEST))
-    if len(bad):
-        i, j = bad[0]
-        raise InputError(
-            f"{path}: row {i} (counted from 0), column 'column_{j}' is {rows[i, j]}; "
-            f"a finite number of size at most {LARGEST:.2g} is needed; fill in missing "
-            "values or drop the row"
-        )
-    columns = tuple(f"column_{j}" for j in range(rows.shape[1]))
-    return TableFile(
-        columns, rows, labels[0] if labels else None, "row {} (counted from 0)".format
-    )
+    names = [name for name in (table.name, label, wanted.id_column) if name]
+    read = read_npz(path, MAX_NPZ_BYTES, names)
+    columns = tuple(f"column_{j}" for j in range(table.shape[1]))
+    dropped = tuple(name for name in dropped if name not in found)
+    of_rows = Wanted(drop_columns=dropped, columns=wanted.columns)
+    chosen = _select(path, columns, of_rows, has_header=False)
+    rows = read[table.name].astype(np.float64)[:, chosen]
+    columns = tuple(columns[j] for j in chosen)
+    labels, row_name = None, "row {} (counted from 0)".format
+    _check_finite(path, rows, row_name, columns, rows)
+    if label:
+        labels = _labels(path, read[label].reshape(-1).tolist(), row_name)
+    if wanted.id_column:
+        ids = tuple(map(str, read[wanted.id_column].reshape(-1).tolist()))
+    return TableFile(columns, rows, labels, row_name, ids)

@@ -6,11 +6,11 @@ training rows alone.
 """
 
 import hashlib
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float, Int
 
 from ddaebm_jax.data.records import hold_out
@@ -20,9 +20,10 @@ from ddaebm_jax.data.table_files import (
     MAX_NPZ_BYTES,
     OUTLIER,
     TableFile,
+    Wanted,
     read_table_file,
 )
-from ddaebm_jax.errors import InputError, one_line
+from ddaebm_jax.errors import InputError, listed, one_line, shown
 from ddaebm_jax.files import read_npz, written_atomically
 
 
@@ -139,61 +140,82 @@ def load_table(
     path: str | Path,
     seed: int,
     test_fraction: float,
-    label_column: str | None = None,
+    label_column: str = "",
+    drop_columns: tuple[str, ...] = (),
+    header: str = "auto",
 ) -> Table:
     """Loads a table from a file, splits it and standardises it.
 
-    The path and the column are those of `read_table_file`; the fraction is of the rows
-    (of the inliers). The test set is the held-out rows, then all outliers. Raises
-    FileNotFoundError, or InputError for a file or a fraction that cannot be used.
+    The last three arguments are those of `Wanted`; the fraction is of the rows (of the
+    inliers). The test set is the held-out rows, then all outliers. Log lines say what
+    was found. Raises FileNotFoundError, or InputError for a file or a fraction that
+    cannot be used.
     """
-    table = read_table_file(Path(path), label_column, labelled=True)
-    return _split(str(path), table, seed, test_fraction)
+    wanted = Wanted(header, label_column=label_column, drop_columns=tuple(drop_columns))
+    file = read_table_file(Path(path), wanted)
+    _report(path, file)
+    return _split(str(path), file, seed, test_fraction)
+
+
+# Names of columns that are likely to be labels.
+_LIKE_LABELS = "label labels y target class outlier is_outlier anomaly is_anomaly"
+
+
+def _report(path: str | Path, file: TableFile) -> None:
+    """Logs what a table holds, and warns of columns that are likely to mislead."""
+    columns, rows, labels, *_ = file
+    found = "no labels, so all rows are taken for inliers"
+    if labels is not None:
+        num = int((labels == OUTLIER).sum())
+        found = f"{len(rows) - num} inliers and {num} outliers by their labels"
+    names = listed(map(shown, columns))
+    size = f"{len(rows)} rows and {len(columns)} columns"
+    logging.info("%s: %s (%s); %s", path, size, names, found)
+    learnt = rows if labels is None else rows[labels == INLIER]
+    constant = (learnt == learnt[:1]).all(axis=0)
+    if len(learnt) > 1 and constant.all():
+        raise InputError(
+            f"{path}: all {len(learnt)} rows to train on are the same, and nothing is "
+            "to be learnt from them; give rows that differ"
+        )
+    likely = [labels is None and c.lower() in _LIKE_LABELS.split() for c in columns]
+    misleading = {
+        "are constant where the model learns": constant,
+        "count the rows, as ids do": (np.diff(rows, axis=0) == 1).all(axis=0),
+        "are named like labels (data.label_column)": np.array(likely),
+    }
+    for what, which in misleading.items():
+        if which.any() and len(rows) > 2:
+            names = listed(shown(columns[j]) for j in np.flatnonzero(which))
+            text = "%s: trained on like others, but %s: %s; data.drop_columns can help"
+            logging.warning(text, path, what, names)
+
+
+class Rows(NamedTuple):
+    """Rows to be scored, float32, and their ids where a file has them."""
+
+    rows: Float[np.ndarray, "n d"]
+    ids: tuple[str, ...] | None
 
 
 def read_rows(
-    path: str | Path,
-    dim: int | None = None,
-    standardizer: Standardizer | None = None,
-    columns: tuple[str, ...] | None = None,
-) -> Float[np.ndarray, "n d"]:
-    """Reads the rows of a CSV or NPZ file, to be scored, as float32.
+    path: str | Path, wanted: Wanted, standardizer: Standardizer | None = None
+) -> Rows:
+    """Reads the rows of a CSV or NPZ file, to be scored.
 
-    Labels are not looked for: a CSV must hold the model's columns only. Where it and
-    the training table (`columns`) have names, they may be in another order.
-
-    Raises FileNotFoundError, or InputError for a file that cannot be used, or rows of
-    another width than `dim` or with other names.
+    `wanted` tells the model's columns, which are chosen by name, where the file and the
+    training table have names, and what lies beside them. Raises FileNotFoundError, or
+    InputError for a file that cannot be used, or that lacks a column.
     """
-    path = Path(path)
-    table = read_table_file(path)
-    rows = table.rows
-    if dim is not None and rows.shape[1] != dim:
-        raise InputError(
-            f"{path}: {rows.shape[1]} columns found, {dim} needed; give the columns "
-            "that the model was trained on, in the same order and without labels"
-        )
-    if columns is not None and _are_names(columns) and _are_names(table.columns):
-        missing = [name for name in columns if name not in table.columns]
-        if missing:
-            raise InputError(
-                f"{path}: there is no column '{missing[0]}'; the model was trained on "
-                f"{', '.join(columns)}: give these"
-            )
-        rows = rows[:, [table.columns.index(name) for name in columns]]
+    file = read_table_file(Path(path), wanted)
     if standardizer is None:
-        return rows.astype(np.float32)
-    return standardizer.transform(rows, str(path))
-
-
-def _are_names(columns: tuple[str, ...]) -> bool:
-    """Whether a file gave these names, rather than their places."""
-    return not all(re.fullmatch(r"column_\d+", name) for name in columns)
+        return Rows(file.rows.astype(np.float32), file.ids)
+    return Rows(standardizer.transform(file.rows, str(path)), file.ids)
 
 
 def _split(name: str, table: TableFile, seed: int, test_fraction: float) -> Table:
     """Holds out a random share of the inliers; all outliers are for testing."""
-    columns, rows, labels, _ = table
+    columns, rows, labels, *_ = table
     inliers = (
         np.arange(len(rows)) if labels is None else np.flatnonzero(labels == INLIER)
     )

@@ -191,6 +191,22 @@ def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
 # --- Preparing ------------------------------------------------------------------
 
 
+def import_tensorflow() -> None:
+    """Imports TensorFlow, and hides from it the devices on which JAX trains.
+
+    Where it is already in use, as in a notebook, it keeps what it has.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # Or it logs at import.
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+        try:
+            tf.config.set_visible_devices([], kind)
+        except RuntimeError as error:
+            logging.info("TensorFlow keeps its devices (%s)", one_line(error))
+
+
 def _prepare(builder: Any, name: str) -> None:
     """Downloads a set and writes it as ArrayRecord files, under its name once whole."""
     logging.info(
@@ -204,14 +220,10 @@ def _prepare(builder: Any, name: str) -> None:
     if builder.name == "lsun":
         builder._generate_examples, command = _lsun_examples, ""
     try:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it logs at import
-        import tensorflow as tf
+        import_tensorflow()
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.download import downloader
 
-        for kind in ("GPU", "TPU"):  # On which JAX trains.
-            tf.config.set_visible_devices([], kind)
         downloader.MAX_RETRIES = _RETRIES
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),

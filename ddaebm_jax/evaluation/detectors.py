@@ -8,9 +8,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ddaebm_jax.errors import InputError
+
 # Of the detectors of pixels.
 _MAX_TRAINING_IMAGES = 10_000
-_HELD_OUT_OF = 10
+_HELD_OUT_OF = 10  # Also the fewest images, so that one is held out.
 _BANDWIDTHS = np.geomspace(0.01, 1.0, 25)
 _COMPONENTS = (1, 5, 10, 20)
 _MAX_FULL_DIMS = 256
@@ -49,6 +51,16 @@ def table_scores(
     }
 
 
+def check_num_images(num: int) -> None:
+    """Raises InputError if `fit_pixel_detectors` needs more training images."""
+    if num < _HELD_OUT_OF:
+        raise InputError(
+            f"--baselines: {num} training images; a tenth of them is held out, and so "
+            f"at least {_HELD_OUT_OF} are needed; leave --baselines out, or train on "
+            "more"
+        )
+
+
 def fit_pixel_detectors(
     train_pixels: UInt8[np.ndarray, "n h w c"], seed: int
 ) -> dict[str, Scorer]:
@@ -71,9 +83,13 @@ def fit_pixel_detectors(
     Returns:
       For each name a function of uint8 images [m, h, w, c] that returns their scores,
       float64 [m]; larger means more likely an inlier.
+
+    Raises:
+      InputError: as `check_num_images`.
     """
     from sklearn.ensemble import IsolationForest
 
+    check_num_images(len(train_pixels))
     chosen = np.random.default_rng(seed).permutation(len(train_pixels))
     rows = _unit_rows(train_pixels[chosen[:_MAX_TRAINING_IMAGES]])
     num_held_out = len(rows) // _HELD_OUT_OF

@@ -222,6 +222,12 @@ def open_meter(experiment: Experiment) -> Meter | None:
     settings, image_set = experiment.config.evaluation, experiment.source.image_set
     if not settings.inception:
         return None
+    records = getattr(image_set, settings.reference)
+    if len(records) < 2:
+        raise InputError(
+            f"evaluation.reference is '{settings.reference}', of {len(records)} image; "
+            "a covariance needs at least 2: give more, or another reference"
+        )
     network = inception_weights.load_network(settings.inception_weights)
     if not network.published:
         logging.warning(
@@ -232,7 +238,6 @@ def open_meter(experiment: Experiment) -> Meter | None:
     extract = inception.make_extractor(
         network, evaluation_mesh(experiment), settings.preprocessing
     )
-    records = getattr(image_set, settings.reference)
     images = image_set.metadata()["fingerprint"]
     fingerprint = {
         "format": _FORMAT_VERSION,

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from ddaebm_jax import density
 from ddaebm_jax.data import images, tabular, test_rows
@@ -28,9 +29,10 @@ def evaluate(
     it is a mixture), sliced 2-Wasserstein distance to held-out data (beside that of
     two real sets), Jensen-Shannon divergence of the densities on a grid. Of a table
     with outliers: AUROC of f(x, 0), and of four baselines on the same split. Of
-    images: energies of held-out images and samples, and the AUROC between the two;
-    of labelled ones those of `digits.evaluate_digits`; with a meter those of
-    `Meter.measure`. As many samples as evaluation.num_samples unless told otherwise.
+    images: energies of held-out images and samples, and the AUROC between the two.
+    Beside an AUROC stands of how many scores it is. Of labelled images those of
+    `digits.evaluate_digits`; with a meter those of `Meter.measure`. As many samples as
+    evaluation.num_samples unless told otherwise.
     """
     num = num_samples or experiment.config.evaluation.num_samples
     if experiment.source.distribution is not None:
@@ -81,6 +83,9 @@ def _evaluate_table(experiment: Experiment, variables: Players) -> dict[str, Any
     }
     outlier_rows = test_rows(table, tabular.OUTLIER)
     if len(outlier_rows):
+        metrics["num_test_inliers"] = len(inlier_energies)
+        metrics["num_test_outliers"] = len(outlier_rows)
+        _warn_of_few(len(inlier_energies), len(outlier_rows))
         metrics["auroc"] = outliers.auroc(inlier_energies, energies(outlier_rows))
         seed = experiment.config.seed
         baselines = detectors.table_scores(table.train, table.test, seed)
@@ -115,7 +120,10 @@ def _evaluate_images(
         "samples_energy_mean": float(fake.mean()),
         # 0.5: the energy cannot tell them apart.
         "auroc_held_out_against_samples": outliers.auroc(real, fake),
+        "num_held_out_energies": len(real),
+        "num_samples_energies": len(fake),
     }
+    _warn_of_few(len(real), len(fake))
     if labelled:
         timeout = experiment.config.data.timeout
         metrics |= digits.evaluate_digits(
@@ -127,6 +135,11 @@ def _evaluate_images(
             experiment.config.seed,
         )
     return metrics
+
+
+def _warn_of_few(num_inliers: int, num_outliers: int) -> None:
+    if caution := outliers.few_scores(num_inliers, num_outliers):
+        logging.warning(caution)
 
 
 def _keeping(

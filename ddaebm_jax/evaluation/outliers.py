@@ -11,10 +11,14 @@ from absl import logging
 from jaxtyping import Float
 
 from ddaebm_jax.data import images
+from ddaebm_jax.errors import InputError, listed
 from ddaebm_jax.evaluation import detectors, outlier_sets
 from ddaebm_jax.evaluation.inference import outlier_scores
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
+
+# Fewer scores than this on either side are warned of.
+_FEW = 30
 
 
 class Estimate(NamedTuple):
@@ -53,7 +57,7 @@ def auroc(
     like others.
 
     Raises:
-      ValueError: if either is empty or holds a NaN.
+      InputError: if either is empty or holds a NaN.
     """
     return _area(*_counts(*_ranks(inlier_scores, outlier_scores)))
 
@@ -67,7 +71,7 @@ def roc_curve(
     lines between them enclose `auroc`.
 
     Raises:
-      ValueError: as `auroc`.
+      InputError: as `auroc`.
     """
     counts = _counts(*_ranks(inlier_scores, outlier_scores))
     tpr, fpr = (_cumulative(each) / each.sum() for each in counts)
@@ -88,7 +92,7 @@ def detection(
     the randomness of training.
 
     Raises:
-      ValueError: as `auroc`.
+      InputError: as `auroc`.
     """
     *both, num = _ranks(inlier_scores, outlier_scores)
     rngs = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2)]
@@ -109,17 +113,22 @@ def _ranks(
     inlier_scores: np.ndarray, outlier_scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns ranks among the distinct scores, the largest first, and their number."""
-    for name, scores in (("inlier", inlier_scores), ("outlier", outlier_scores)):
-        if not len(scores) or np.isnan(scores).any():
-            raise ValueError(
-                f"{np.isnan(scores).sum()} of {len(scores)} {name} scores are NaN; "
-                "numbers are needed, and at least one: check the model's training"
-            )
+    _check_scores("inlier", inlier_scores)
+    _check_scores("outlier", outlier_scores)
     both = np.concatenate([inlier_scores, outlier_scores]).astype(np.float64)
     distinct, ascending = np.unique(both, return_inverse=True)
     ranks = len(distinct) - 1 - ascending
     num_inliers = len(inlier_scores)
     return ranks[:num_inliers], ranks[num_inliers:], len(distinct)
+
+
+def _check_scores(name: str, scores: np.ndarray) -> None:
+    if not len(scores) or np.isnan(scores).any():
+        raise InputError(
+            f"{np.isnan(scores).sum()} of {len(scores)} {name} scores are NaN; numbers "
+            "are needed, and at least one: check the model's training, or try another "
+            "--checkpoint"
+        )
 
 
 def _counts(inliers: np.ndarray, outliers: np.ndarray, num: int) -> list[np.ndarray]:
@@ -162,18 +171,39 @@ def _metrics(inliers: np.ndarray, outliers: np.ndarray) -> tuple[float, ...]:
 # Tables.
 
 
-def format_detections(detections: Mapping[str, Mapping[str, Detection]]) -> str:
-    """Returns a plain-text table from name of a set → name of a score → metrics."""
+def few_scores(num_inliers: int, num_outliers: int) -> str:
+    """Returns a caution if an AUROC is of few scores, else an empty string."""
+    if min(num_inliers, num_outliers) >= _FEW:
+        return ""
+    return (
+        f"an AUROC of {num_inliers} inliers and {num_outliers} outliers says little: "
+        f"measure at least {_FEW} of either"
+    )
+
+
+def format_detections(
+    detections: Mapping[str, Mapping[str, Detection]],
+    num_inliers: int,
+    num_outliers: Mapping[str, int],
+) -> str:
+    """Returns a plain-text table from name of a set → name of a score → metrics.
+
+    It says how many inliers and outliers figures are of, and warns of few.
+    """
+    sizes = {name: f"{num_inliers}/{num}" for name, num in num_outliers.items()}
     rows = [
-        ("outliers", "score", "AUROC", "AUPR-in", "AUPR-out", "FPR95"),
+        ("outliers", "in/out", "score", "AUROC", "AUPR-in", "AUPR-out", "FPR95"),
         *(
-            (outliers, score, *map(_formatted, estimates))
-            for outliers, scores in detections.items()
-            for score, estimates in scores.items()
+            (name, sizes[name], score, *map(_formatted, found))
+            for name, scores in detections.items()
+            for score, found in scores.items()
         ),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    told = {name: few_scores(num_inliers, num_outliers[name]) for name in detections}
+    lines += [f"{name}: {caution}" for name, caution in told.items() if caution]
+    return "\n".join(lines)
 
 
 def _formatted(estimate: Estimate) -> str:
@@ -213,27 +243,37 @@ def measure(
     `detectors.fit_pixel_detectors`, fitted to the training images.
 
     `inliers` and `outliers` are names for `outlier_sets.open_set`, which opens at most
-    `limit` images of each, and which raises. The seed is of all that is drawn.
+    `limit` images of each. The seed is of all that is drawn.
+
+    Raises InputError as that does, for too few training images, and for scores that
+    are NaN.
     """
     source, data = experiment.source, experiment.config.data
+    if baselines:
+        detectors.check_num_images(len(source.image_set.train))
     # Everything is opened before anything is computed.
     known = outlier_sets.open_set(inliers, source, data, None, seed, limit)
     others = {
         name: outlier_sets.open_set(name, source, data, known, seed, limit)
         for name in outliers
     }
+    sizes = [f"{len(opened)} of {name}" for name, opened in others.items()]
+    logging.info("inliers: %d of %s; outliers: %s", len(known), inliers, listed(sizes))
     fitted = {}
     if baselines:
         logging.info("fitting the baselines to the training images")
         train = images.stack(source.image_set.train, timeout=data.timeout)
         fitted = detectors.fit_pixel_detectors(train, seed)
 
-    def scores(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        ours = outlier_scores(experiment, variables, pixels, seed, num_draws)
-        return ours | {name: detector(pixels) for name, detector in fitted.items()}
+    def scores(of: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        found = outlier_scores(experiment, variables, pixels, seed, num_draws)
+        found |= {name: detector(pixels) for name, detector in fitted.items()}
+        for name, values in found.items():
+            _check_scores(f"'{of}' '{name}'", values)  # Before other sets are scored.
+        return found
 
-    of_inliers = scores(known)
-    of_outliers = {name: scores(pixels) for name, pixels in others.items()}
+    of_inliers = scores(inliers, known)
+    of_outliers = {name: scores(name, pixels) for name, pixels in others.items()}
     detections = {
         name: {
             score: detection(of_inliers[score], values, seed)

@@ -1,34 +1,77 @@
 """Plots by matplotlib's Agg canvas, which leave the user's backend alone."""
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
+from ddaebm_jax.errors import one_line
 from ddaebm_jax.files import written_atomically
 
 # Approximate longer side of a grid of images.
 _GRID_PIXELS = 640
 
 
-def _figure(columns: int, side: float = 3.2) -> tuple[Any, list]:
+def _side_output(plot: Callable[..., None]) -> Callable[..., None]:
+    """Lets a plot that fails be only warned of: nothing is to end for its sake."""
+
+    @functools.wraps(plot)
+    def drawn(path: Path, *args: Any, **kwargs: Any) -> None:
+        try:
+            plot(path, *args, **kwargs)
+        except Exception as error:
+            logging.warning("%s cannot be drawn: %s", path, one_line(error))
+
+    return drawn
+
+
+@contextlib.contextmanager
+def _figure(
+    path: Path, columns: int, side: float = 3.2, title: str = ""
+) -> Iterator[list]:
+    """Yields axes, one beside another; then writes them as a PNG, atomically.
+
+    In matplotlib's own style: the user's may need LaTeX or fonts that are not here.
+    """
+    _import_matplotlib()
+    import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(side * columns, side + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(side * columns, side + 0.3), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield list(figure.subplots(1, columns, squeeze=False)[0])
+        if title:
+            figure.suptitle(title, fontsize=10, parse_math=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_atomically(path) as file:
+            figure.savefig(file, dpi=110, format="png")
 
 
-def _save(figure: Any, path: Path, title: str = "") -> None:
-    """Writes a figure as a PNG, atomically."""
-    if title:
-        figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_atomically(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+def _import_matplotlib() -> None:
+    """Imports it also where the backend in MPLBACKEND is not installed.
+
+    Notebooks hand theirs to every program they start. Where it works it is kept.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
 
 
 def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
@@ -43,6 +86,7 @@ def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
     )
 
 
+@_side_output
 def plot_plane(
     path: Path,
     data: np.ndarray,
@@ -56,28 +100,28 @@ def plot_plane(
     Points are [n, 2]. The log density lies on a square grid over [−extent, extent]²,
     whose first axis is that of the first coordinate.
     """
-    figure, axes = _figure(3)
-    _scatter(axes[0], data, "data", extent)
-    _scatter(axes[1], samples, "samples", extent)
-    axes[2].imshow(
-        np.exp(log_density - log_density.max()).T,
-        origin="lower",
-        extent=(-extent, extent, -extent, extent),
-        cmap="magma",
-    )
-    axes[2].set(title="density  exp f(·, 0)", xticks=[], yticks=[])
-    _save(figure, path, title)
+    with _figure(path, 3, title=title) as axes:
+        _scatter(axes[0], data, "data", extent)
+        _scatter(axes[1], samples, "samples", extent)
+        axes[2].imshow(
+            np.exp(log_density - log_density.max()).T,
+            origin="lower",
+            extent=(-extent, extent, -extent, extent),
+            cmap="magma",
+        )
+        axes[2].set(title="density  exp f(·, 0)", xticks=[], yticks=[])
 
 
+@_side_output
 def plot_levels(path: Path, levels: np.ndarray, extent: float, title: str) -> None:
     """Draws a strip of the denoising steps x_T … x_0, [T+1, n, 2]."""
-    figure, axes = _figure(len(levels), side=2.6)
-    last = len(levels) - 1
-    for place, (axis, points) in enumerate(zip(axes, levels, strict=True)):
-        _scatter(axis, points, f"$x_{{{last - place}}}$", extent)
-    _save(figure, path, title)
+    with _figure(path, len(levels), side=2.6, title=title) as axes:
+        last = len(levels) - 1
+        for place, (axis, points) in enumerate(zip(axes, levels, strict=True)):
+            _scatter(axis, points, f"$x_{{{last - place}}}$", extent)
 
 
+@_side_output
 def plot_table(
     path: Path,
     data: np.ndarray,
@@ -91,15 +135,16 @@ def plot_table(
     """
     centre = data.mean(axis=0)
     axes_of_data = np.linalg.svd(data - centre, full_matrices=False)[2][:2].T
-    figure, (left, right) = _figure(2, side=4.0)
-    for points, name, colour in ((data, "data", "k"), (samples, "samples", "C1")):
-        flat = (points - centre) @ axes_of_data
-        second = flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
-        left.plot(flat[:, 0], second, ".", ms=2.5, alpha=0.6, color=colour, label=name)
-    left.set(title="on the data's principal axes", xticks=[], yticks=[])
-    left.legend()
-    _histograms(right, energies)
-    _save(figure, path, title)
+    with _figure(path, 2, side=4.0, title=title) as (left, right):
+        for points, name, colour in ((data, "data", "k"), (samples, "samples", "C1")):
+            flat = (points - centre) @ axes_of_data
+            second = flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
+            left.plot(
+                flat[:, 0], second, ".", ms=2.5, alpha=0.6, color=colour, label=name
+            )
+        left.set(title="on the data's principal axes", xticks=[], yticks=[])
+        left.legend()
+        _histograms(right, energies)
 
 
 def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
@@ -113,32 +158,33 @@ def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
     axis.legend()
 
 
+@_side_output
 def plot_histograms(path: Path, energies: Mapping[str, np.ndarray], title: str) -> None:
     """Draws the distributions of several sets' energies over each other."""
-    figure, (axis,) = _figure(1, side=4.5)
-    _histograms(axis, energies)
-    _save(figure, path, title)
+    with _figure(path, 1, side=4.5, title=title) as (axis,):
+        _histograms(axis, energies)
 
 
+@_side_output
 def plot_roc(
     path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str
 ) -> None:
     """Draws ROC curves, by name, over each other; see `outliers.roc_curve`."""
-    figure, (axis,) = _figure(1, side=4.5)
-    axis.plot((0, 1), (0, 1), ":", color="0.6")
-    for name, (fpr, tpr) in curves.items():
-        axis.plot(fpr, tpr, label=name)
-    axis.set(
-        xlabel="outliers that pass",
-        ylabel="inliers that pass",
-        xlim=(0, 1),
-        ylim=(0, 1),
-        aspect="equal",
-    )
-    axis.legend(loc="lower right")
-    _save(figure, path, title)
+    with _figure(path, 1, side=4.5, title=title) as (axis,):
+        axis.plot((0, 1), (0, 1), ":", color="0.6")
+        for name, (fpr, tpr) in curves.items():
+            axis.plot(fpr, tpr, label=name)
+        axis.set(
+            xlabel="outliers that pass",
+            ylabel="inliers that pass",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            aspect="equal",
+        )
+        axis.legend(loc="lower right")
 
 
+@_side_output
 def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> None:
     """Writes a grid of uint8 images [n, height, width, 1 or 3], row by row, as a PNG.
 
@@ -167,8 +213,8 @@ def save_image(path: Path, image: np.ndarray) -> None:
         Image.fromarray(pixels).save(file, "PNG")
 
 
+@_side_output
 def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:
     """Draws points [n, 2] in [−extent, extent]²."""
-    figure, (axis,) = _figure(1, side=4.5)
-    _scatter(axis, samples, title, extent)
-    _save(figure, path)
+    with _figure(path, 1, side=4.5) as (axis,):
+        _scatter(axis, samples, title, extent)

@@ -70,6 +70,10 @@ class Dispatcher:
         """Gives the steps from here on the noise of a trial; 0 is the first."""
         self._trial = sharding.replicate(self.mesh, np.int32(trial))
 
+    def compiles(self, length: int) -> bool:
+        """Returns whether a call of so many steps would compile them first."""
+        return length not in self._compiled
+
     def __call__(
         self, state: TrainState, length: int, batches: np.ndarray | None = None
     ) -> tuple[TrainState, Metrics, Fault]:
@@ -83,7 +87,7 @@ class Dispatcher:
         """
         start = time.monotonic()
         result = self.steps.program(length)(state, *self.inputs(batches))
-        if length not in self._compiled:
+        if self.compiles(length):
             # The call compiles, and then only starts the steps.
             self._compiled.add(length)
             self.compile_seconds += time.monotonic() - start

@@ -21,7 +21,7 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
-from ddaebm_jax.errors import InputError, LostProcessError, TrainingError
+from ddaebm_jax.errors import InputError, LostProcessError, TrainingError, one_line
 from ddaebm_jax.evaluation import image_quality, pictures
 from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
@@ -48,7 +48,6 @@ class Run:
     saver: Saver
     reports: Reports
     trial: int = 0  # Number of rollbacks, which seeds the noise.
-    evaluated: int = 0  # The last step that was evaluated.
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -65,18 +64,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     Raises:
       InputError: for a bad config, bad data, or a directory that is not this run's or
         is in use; nothing has been written then.
-      TrainingError: if a loss or gradient is not finite, again and again, or no
-        checkpoint can be written.
+      TrainingError: if a loss or gradient is not finite, again and again, no
+        checkpoint can be written, or the last one, which is saved, not be measured.
       LostProcessError: if another process cannot be reached.
       Stopped: after SIGTERM or SIGINT, when everything is saved.
     """
     started, workdir = time.monotonic(), Path(workdir)
     config_lib.validate(config)
     try:
+        processes.check_devices()
         processes.check_same_config(config)
         with contextlib.ExitStack() as stack:
             run = _open(config, workdir, stack)
             state, first_step = _restore(run)
+            # The evaluation of this step is done again: its end is not known.
+            again = _is_due(config.train.evaluate_every, first_step, config)
+            run.reports.rewind(first_step, first_step - again)
             if processes.is_first_process():
                 run_directory.update_config(workdir, config)
                 run.experiment.source.save(workdir)
@@ -155,27 +158,31 @@ def _restore(run: Run) -> tuple[TrainState, int]:
             f"the data '{source.name}' are not those that {run.workdir} was trained "
             "on; bring the old files back, or name a new --workdir"
         )
-    run.trial, run.evaluated = info.get("trial", 0), info.get("evaluated", 0)
+    run.trial = info.get("trial", 0)
     run.dispatcher.reseed(run.trial)
     if run.batches is not None:
         beginning = {**run.batches.state(), "batches": 0}
         run.batches.restore(info.get("input") or beginning)
-    run.reports.rewind(step, run.evaluated)
     return state, step
 
 
 def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> TrainState:
-    """Take all steps that are left, with reports, evaluations, pictures, checkpoints.
+    """Take all steps that are left, with reports, checkpoints, pictures, evaluations.
+
+    In this order: nothing that may fail comes before a step's checkpoint.
 
     Raises:
       Stopped: for a signal, when everything is saved.
     """
     config, train = run.experiment.config, run.experiment.config.train
     total, previous, stop = train.num_steps, None, None
-    if _is_due(train.evaluate_every, step, total) and run.evaluated < step:
+    if _is_due(train.evaluate_every, step, config):
         stop = _evaluate(run, state, step, preemption)
     while step < total and stop is None:
         start, step = step, dispatch.dispatch_end(config, step)
+        bad = None
+        if run.dispatcher.compiles(step - start):  # The rate before leaves that out.
+            bad, previous = _report(run, previous), None
         batches = None if run.batches is None else run.batches.next(step - start)
         compiled = run.dispatcher.compile_seconds
         state, metrics, fault = run.dispatcher(state, step - start, batches)
@@ -184,14 +191,14 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
 
         stop = preemption.poll(start, step)
         run.saver.poll()
-        evaluate = _is_due(train.evaluate_every, step, total) and stop is None
-        draw = _is_due(train.picture_every, step, total) and stop is None
+        evaluate = _is_due(train.evaluate_every, step, config) and stop is None
+        draw = _is_due(train.picture_every, step, config) and stop is None
         save = step % train.checkpoint_every == 0 or step == total or stop is not None
         save = save or run.saver.retry_due()
 
         # Metrics are fetched while the next steps are under way, those of a state that
         # is used at once.
-        bad = _report(run, previous)
+        bad = bad or _report(run, previous)
         if compiled:
             run.reports.log(f"compiled {step - start} steps in {compiled:.1f} s")
             run.reports.restart_clock(start)
@@ -204,14 +211,18 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
             state, step = _roll_back(run, bad)
             continue
 
-        if evaluate:
-            stop = _evaluate(run, state, step, preemption)
         if stop is not None or step == total:
             run.saver.finish(state, _info(run))
         elif save:
             run.saver.save(state, _info(run))
-        if draw and stop is None:
+        if evaluate or draw:
+            run.saver.wait()
+        if draw:
             _draw(run, state, step, preemption)
+        if evaluate:
+            stop = _evaluate(run, state, step, preemption)
+            if stop is not None:
+                run.saver.finish(state, _info(run))
         if evaluate or draw:
             run.reports.restart_clock(step)
     if stop is not None:
@@ -219,9 +230,9 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
     return state
 
 
-def _is_due(every: int, step: int, total: int) -> bool:
+def _is_due(every: int, step: int, config: ml_collections.ConfigDict) -> bool:
     """Return whether an action is due; at the end of the run come the final ones."""
-    return every > 0 and 0 < step < total and step % every == 0
+    return every > 0 and 0 < step < config.train.num_steps and step % every == 0
 
 
 def _report(
@@ -245,7 +256,6 @@ def _info(run: Run) -> dict[str, Any]:
         "data": run.experiment.source.metadata(),
         "input": None if run.batches is None else run.batches.state(),
         "trial": run.trial,
-        "evaluated": run.evaluated,
     }
 
 
@@ -266,6 +276,7 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
             "higher game.gamma, or optimizer.max_grad_norm, in a new --workdir"
         )
     state, step = _restore(run)
+    run.reports.rewind(step)
     run.trial = trial + 1
     run.dispatcher.reseed(run.trial)
     logging.warning(
@@ -278,14 +289,21 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
 def _evaluate(
     run: Run, state: TrainState, step: int, preemption: Preemption
 ) -> signal.Signals | None:
-    """Evaluate on the way; return the signal that interrupted it, if any."""
+    """Evaluate on the way; return the signal that interrupted it, if any.
+
+    A failure is only warned of, unless other processes wait in the midst of it.
+    """
     fewer = run.experiment.config.evaluation.num_samples_on_the_way or None
     try:
         with preemption.interruptible():
             found = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
     except StopRequested:
         return preemption.signal
-    run.evaluated = step
+    except Exception as error:
+        if jax.process_count() > 1:
+            raise
+        logging.warning("the evaluation of step %d failed: %s", step, one_line(error))
+        return None
     run.reports.write(step, {f"evaluation/{k}": v for k, v in found.items()})
     _save_best(run, state, found)
     return None
@@ -296,7 +314,6 @@ def _save_best(run: Run, state: TrainState, found: dict[str, Any]) -> None:
     if run.meter is None:
         return
     try:
-        run.saver.wait()
         info = _info(run) | {"input": None}
         run.checkpoints.save_best(state, info, found["fid"])
     except CheckpointError as error:
@@ -306,7 +323,7 @@ def _save_best(run: Run, state: TrainState, found: dict[str, Any]) -> None:
 
 
 def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> None:
-    """Draw the averaged model's pictures; a failure or a signal skips them.
+    """Draw the averaged model's pictures; a signal or, as above, a failure skips them.
 
     All processes sample together; the first one keeps the pictures.
     """
@@ -321,22 +338,25 @@ def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> Non
     except StopRequested:
         logging.info("the pictures of step %d are skipped", step)
     except Exception as error:
-        if processes.is_lost_process(error):
+        if jax.process_count() > 1:
             raise
-        logging.warning("the pictures of step %d cannot be drawn: %s", step, error)
+        text = "the pictures of step %d cannot be drawn: %s"
+        logging.warning(text, step, one_line(error))
 
 
 def _finish(
     run: Run, state: TrainState, first_step: int, started: float, preemption: Preemption
 ) -> dict[str, Any]:
-    """Evaluate and draw the last state, and write the report; return it.
+    """Draw and evaluate the last state, and write the report; return it.
 
     Raises:
       Stopped: for a signal before the report is written.
+      TrainingError: if it cannot be evaluated.
     """
     config, step = run.experiment.config, run.experiment.config.train.num_steps
     num, fewer = config.evaluation.num_samples, config.evaluation.num_samples_on_the_way
     inputs = run.experiment, state.ema, run.meter
+    _draw(run, state, step, preemption)
     try:
         with preemption.interruptible():
             found = compared = metrics_lib.evaluate(*inputs)
@@ -344,6 +364,13 @@ def _finish(
                 compared = metrics_lib.evaluate(*inputs, fewer)
     except StopRequested:
         raise Stopped(preemption.signal, step, step) from None
+    except Exception as error:
+        reason = error if isinstance(error, InputError) else one_line(error)
+        raise TrainingError(
+            f"the model cannot be evaluated ({reason}); step {step} is saved: the same "
+            "command evaluates it again, in less memory with a lower "
+            f"evaluation.batch_size ({config.evaluation.batch_size})"
+        ) from error
     _save_best(run, state, compared)
     report = {
         "step": step,
@@ -363,5 +390,4 @@ def _finish(
     if processes.is_first_process():
         run_directory.write_report(run.workdir, report)
     run.reports.write(step, {f"final/{name}": value for name, value in found.items()})
-    _draw(run, state, step, preemption)
     return report

@@ -8,11 +8,12 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.extend.backend
 import ml_collections
 import numpy as np
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.errors import InputError, one_line
+from ddaebm_jax.errors import InputError, listed, one_line
 
 # How errors of collectives describe a peer that is gone.
 _LOST_PEER = re.compile(
@@ -67,6 +68,42 @@ def join(processes: Processes) -> None:
             "TPU pod or under Slurm start one process per host or task, elsewhere give "
             "--coordinator=host:port, --num_processes and --process_id"
         ) from error
+
+
+def check_devices() -> None:
+    """Let JAX start its devices.
+
+    Raises:
+      InputError: if it has none of those that JAX_PLATFORMS asks for, or they fail.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # JAX asserts that there is a GPU.
+        asked = jax.config.jax_platforms
+        reason = one_line(error).partition(" (set JAX")[0].rstrip(": ")
+        if not asked:
+            raise InputError(
+                f"JAX cannot start its devices ({reason}); see whether another process "
+                "holds them, or set JAX_PLATFORMS=cpu"
+            ) from error
+        raise InputError(
+            f"JAX_PLATFORMS={asked}: JAX cannot start this ({reason}), and finds "
+            f"{_devices_found()}; install JAX for your devices (NVIDIA: pip install "
+            "'jax[cuda12]'; TPU: 'jax[tpu]'), or unset JAX_PLATFORMS"
+        ) from error
+
+
+def _devices_found() -> str:
+    """Return the devices that JAX starts where it may choose, as text."""
+    asked = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        return listed(dict.fromkeys(d.device_kind for d in jax.devices()))
+    except Exception:
+        return "none"
+    finally:
+        jax.config.update("jax_platforms", asked)
+        jax.extend.backend.clear_backends()
 
 
 def is_first_process() -> bool:

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from ddaebm_jax.data.tfds_images import import_tensorflow
 from ddaebm_jax.diagnostics import energy_gaps_by_t
 from ddaebm_jax.errors import one_line
 from ddaebm_jax.files import open_regular
@@ -43,23 +44,25 @@ class Reports:
         self._sums: dict[str, np.ndarray] = {}
         self._steps = 0
         self._clock = 0, time.monotonic()
-        self._interactive = sys.stderr.isatty()
+        # A dumb terminal cannot clear a line, and without stderr there is none.
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._interactive = bool(sys.stderr) and sys.stderr.isatty() and not dumb
         self._tensorboard: Any | None = None
         if self._writes and config.train.tensorboard:
             self._open_tensorboard(workdir)
 
-    def rewind(self, step: int, evaluated: int = 0) -> None:
+    def rewind(self, step: int, evaluated: int | None = None) -> None:
         """Continue from a restored step: drop everything that will be reported again.
 
         Args:
           step: of the checkpoint.
-          evaluated: the last step up to it whose evaluation is finished.
+          evaluated: the last step whose evaluation is kept; None: that step.
         """
         self._sums, self._steps = {}, 0
         self.restart_clock(step)
         if self._writes and self._path.exists():
             try:
-                _cut(self._path, step, evaluated)
+                _cut(self._path, step, step if evaluated is None else evaluated)
             except OSError as error:
                 self._warn(error)
 
@@ -96,8 +99,7 @@ class Reports:
             f"generator {values['generator/loss']:+.3f}"
         )
         if self._interactive:
-            sys.stderr.write(f"\r\x1b[K{line}" + "\n" * (step == self._total))
-            sys.stderr.flush()
+            self._show(f"\r\x1b[K{line}" + "\n" * (step == self._total))
         else:
             logging.info(line)
         self._warn_of_divergence(step, values)
@@ -121,7 +123,8 @@ class Reports:
         def write(writer: Any) -> None:
             from PIL import Image
 
-            for name, path in files.items():
+            # A picture that could not be drawn is missing.
+            for name, path in ((n, p) for n, p in files.items() if p.exists()):
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("RGB"))
                 writer.write_images(step, {name: pixels[None]})
@@ -134,8 +137,15 @@ class Reports:
         """Log a line, clear of the progress line."""
         if self._writes:
             if self._interactive:
-                sys.stderr.write("\r\x1b[K")
+                self._show("\r\x1b[K")
             logging.info(text)
+
+    def _show(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:  # The terminal is gone, and the run goes on.
+            self._interactive = False
 
     def close(self) -> None:
         """Write out the event files."""
@@ -171,14 +181,9 @@ class Reports:
             )
 
     def _open_tensorboard(self, workdir: Path) -> None:
-        """Opens clu's writer; TensorFlow must not take GPUs on which JAX trains."""
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # Or it logs at import.
+        """Opens clu's writer."""
         try:
-            import tensorflow as tf
-
-            tf.config.set_visible_devices([], "GPU")
-            tf.config.set_visible_devices([], "TPU")
+            import_tensorflow()
             from clu import metric_writers
 
             writer = metric_writers.SummaryWriter(str(workdir))

@@ -9,7 +9,7 @@ from absl import logging
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
-from ddaebm_jax.training import dispatch
+from ddaebm_jax.training import dispatch, processes
 from ddaebm_jax.training.checkpoints import Checkpoints
 from ddaebm_jax.training.run_directory import read_config
 
@@ -45,6 +45,7 @@ def load_run(
     config = read_config(workdir)
     _distrust(config)
     dispatch.use_compilation_cache(config.compilation_cache)
+    processes.check_devices()
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         kept = list(map(str, checkpoints.steps()))
