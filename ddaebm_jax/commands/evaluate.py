@@ -12,7 +12,7 @@ from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import image_quality, metrics
+from ddaebm_jax.evaluation import image_quality, likelihood, metrics
 from ddaebm_jax.files import write_json_atomically, write_text_atomically
 from ddaebm_jax.training import processes, reports
 from ddaebm_jax.training.run_directory import REPORT_FILE
@@ -80,7 +80,10 @@ def evaluate(
     report: dict[str, Any] = {}
     if input_path is None:
         meter = image_quality.open_meter(loaded.experiment)
-        found = metrics.evaluate(loaded.experiment, loaded.variables, meter)
+        model = loaded.experiment, loaded.variables
+        found = metrics.evaluate(*model, meter)
+        if not loaded.experiment.source.holds_images:
+            found |= likelihood.metrics(*model)
         report |= {"step": loaded.step, "checkpoint": checkpoint}
     else:
         found = _measure_images(loaded, input_path, skip_corrupt)

@@ -8,10 +8,11 @@ from jaxtyping import UInt8
 
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import inference, plots
+from ddaebm_jax.evaluation import inference, likelihood, plots
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import load_run
 
+SAMPLERS = ("generator", "energy")
 # A grid of more would be too small to look at.
 _GRID_IMAGES = 100
 
@@ -22,6 +23,8 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "Number of samples. Default: 10000, or 100 images."
     flags.DEFINE_integer("num_samples", None, text, 1, None, values)
     common.define_seed(values, "Sample i is a function of (seed, i).")
+    text = "Where samples come from: the generator, or the energy by particles."
+    flags.DEFINE_enum("sampler", "generator", SAMPLERS, text, values)
     text = "NPZ to write, with a picture beside it. Default: a new one in --workdir."
     flags.DEFINE_string("output", None, text, values)
 
@@ -29,6 +32,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Draw samples, and print the path of their NPZ."""
     settings = values.num_samples, values.seed, values.output, values.checkpoint
+    settings = (*settings, values.sampler)
     with common.out_of_memory_advice():
         common.show(str(sample(values.workdir, *settings)))
 
@@ -39,8 +43,12 @@ def sample(
     seed: int = 0,
     output: str | None = None,
     checkpoint: str = "latest",
+    sampler: str = "generator",
 ) -> Path:
-    """Draw samples of a run; sample i is a function of (seed, i).
+    """Draw samples of a run; of the generator sample i is a function of (seed, i).
+
+    `sampler` is `generator`, or `energy`: of exp f(·, 0) by sequential Monte Carlo, see
+    `likelihood.draw_from_energy`.
 
     Returns the path of the NPZ (`x`, in the data's own units), which has a picture
     beside it. Images are uint8, and are also PNG files in a folder beside it. Raises
@@ -57,7 +65,10 @@ def sample(
     default_path = common.free_path(loaded.workdir / name, *companions)
     path = Path(output) if output else default_path
     model = loaded.experiment, loaded.variables
-    drawn = inference.draw_samples(*model, num_samples, seed)
+    if sampler == "energy":
+        drawn = likelihood.draw_from_energy(*model, num_samples, seed)
+    else:
+        drawn = inference.draw_samples(*model, num_samples, seed)
     if source.holds_images:
         samples = np.asarray(images.to_uint8(drawn))
     elif source.table is not None:

@@ -11,7 +11,7 @@ from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, tabular
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import inference
+from ddaebm_jax.evaluation import inference, likelihood
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
@@ -28,12 +28,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("header", None, choices.HEADERS, text, values)
     text = "Column (CSV) or array (NPZ) of the rows' ids, to be copied."
     flags.DEFINE_string("id_column", "", text, values)
+    text = "Add the normalised log density, in the data's own units."
+    flags.DEFINE_bool("normalized", False, text, values)
     common.define_skip_corrupt(values)
 
 
 def run(values: flags.FlagValues) -> None:
     """Score, and print the path of the scores."""
-    names = "output", "header", "id_column", "skip_corrupt", "checkpoint"
+    names = "output header id_column skip_corrupt checkpoint normalized".split()
     settings = {name: values[name].value for name in names}
     with common.out_of_memory_advice():
         common.show(str(score(values.workdir, values.input, **settings)))
@@ -47,14 +49,16 @@ def score(
     checkpoint: str = "latest",
     header: str | None = None,
     id_column: str = "",
+    normalized: bool = False,
 ) -> Path:
     """Write the energies f(x, 0) of rows or images; larger is more likely.
 
     Rows are in the data's own units; images of a folder are cropped and resized like
     the training images. Returns the path of the scores: a CSV with the columns `row`
     (from 0) or `image`, `id` with an `id_column`, `energy`, and `rank` (1: the lowest
-    energy), or an NPZ of such arrays. Raises InputError for a run that cannot be
-    loaded, or bad rows, images or output path.
+    energy), or an NPZ of such arrays. `normalized` adds `log_density`, f(x, 0) − log Ẑ
+    in the data's own units, nats. Raises InputError for a run that cannot be loaded, bad
+    rows, images or output path, or a log Ẑ that too few particles carry.
     """
     common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
@@ -63,6 +67,8 @@ def score(
     energies = inference.energies(loaded.experiment, loaded.variables, rows)
     ranks = 1 + np.searchsorted(np.sort(energies), energies)  # Ties share the first.
     found = {**named, "energy": energies, "rank": ranks}
+    if normalized:
+        found["log_density"] = energies - _log_z(loaded)
     with written_atomically(path) as file:
         if path.suffix == ".npz":
             np.savez(file, **found)
@@ -106,8 +112,22 @@ def _read(
     return rows, named if ids is None else {**named, "id": np.asarray(ids)}
 
 
+def _log_z(loaded: TrainedRun) -> float:
+    """Return log Ẑ, in the data's own units."""
+    estimate = likelihood.estimate(loaded.experiment, loaded.variables)
+    if estimate.refusal is not None:
+        raise InputError(
+            f"--normalized: {estimate.refusal}; train with game.num_negatives above 1, "
+            "or leave --normalized out"
+        )
+    logging.info("log Z is %.4f ± %.4f", estimate.log_z, estimate.error)
+    table = loaded.experiment.source.table
+    return estimate.log_z - (0.0 if table is None else table.standardizer.log_det)
+
+
 def _csv(found: dict[str, np.ndarray]) -> str:
-    columns = found | {"energy": np.array([f"{e:.9g}" for e in found["energy"]])}
+    numbers = {"energy", "log_density"} & found.keys()
+    columns = found | {n: np.array([f"{e:.9g}" for e in found[n]]) for n in numbers}
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(columns)

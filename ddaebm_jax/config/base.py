@@ -33,6 +33,8 @@ def base() -> "ConfigDict":
     # Whether the first line of a CSV is a header: `present`, `absent` or `auto`; see
     # data/table_files.py.
     data.header = "auto"
+    # Rotate a table's standardised rows to principal axes, and scale those too.
+    data.whiten = False
     data.test_fraction = 0.3  # Fraction of a table's rows, or of images, held out.
     data.batch_size = 200  # Global, over all devices.
     data.tfds = ""  # Name in TensorFlow Datasets, for example cifar10.
@@ -181,6 +183,13 @@ def base() -> "ConfigDict":
     evaluation.reference = "train"  # Images compared with samples: `train` or `test`.
     evaluation.reference_path = ""  # File of its statistics; empty: the user's cache.
     evaluation.num_kept_features = 10_000  # Most images compared by KID, recall, ….
+    # Sequential Monte Carlo, for log Z and samples of the energy: particles of a run,
+    # independent runs, the proposal's defensive share (game.defensive is that of
+    # training), and Metropolis-adjusted Langevin moves at each level.
+    evaluation.num_particles = 20_000
+    evaluation.num_runs = 10
+    evaluation.defensive = 0.2
+    evaluation.langevin_moves = 0
     evaluation.num_projections = 500  # Directions of the sliced Wasserstein distance.
 
     config.compilation_cache = cache = ConfigDict()

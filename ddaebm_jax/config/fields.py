@@ -28,6 +28,9 @@ _RANGES = {
     (1, 10**6): "data.num_patches evaluation.batch_size evaluation.num_projections",
     (0, 10**6): "evaluation.num_samples_on_the_way",
     (2, 10**6): "evaluation.num_samples",
+    (100, 10**7): "evaluation.num_particles",
+    (2, 1000): "evaluation.num_runs",
+    (0, 1000): "evaluation.langevin_moves",
     (10, 10**6): "evaluation.num_kept_features",
     (8, 1024): "data.image_size",
     (1, 1000): "data.num_threads data.prefetch model.unet.num_res_blocks "
@@ -40,7 +43,8 @@ _RANGES = {
     (0, 16): "model.mlp.fourier_octaves model.mlp.energy_fourier_octaves",
     (0, 0.5): "diffusion.time_eps",
     (1e-6, 0.9): "data.test_fraction",
-    (0, 0.999999): "game.negatives_from game.defensive model.unet.dropout "
+    (0, 0.999999): "game.negatives_from game.defensive evaluation.defensive "
+    "model.unet.dropout "
     "optimizer.beta1 optimizer.beta2 optimizer.ema_decay",
     (1e-6, 0.999999): "diffusion.max_beta",
     (1e-6, math.inf): "diffusion.beta_min diffusion.beta_max",

@@ -21,6 +21,8 @@ FREE_ON_RESUME = frozenset(
     "recovery.max_energy recovery.max_gap parallel.num_devices parallel.mode "
     "parallel.fsdp evaluation.batch_size "
     "evaluation.reference_path evaluation.num_kept_features evaluation.num_projections "
+    "evaluation.num_particles evaluation.num_runs evaluation.defensive "
+    "evaluation.langevin_moves "
     "compilation_cache.enabled compilation_cache.directory".split()
 )
 

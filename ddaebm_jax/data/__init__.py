@@ -70,6 +70,7 @@ class Source(NamedTuple):
         if self.table is None:
             return {}
         standardizer = self.table.standardizer._asdict()
+        del standardizer["whitening"]  # Large; part of the fingerprint.
         return {
             "columns": list(self.table.columns),
             "standardizer": {k: v.tolist() for k, v in standardizer.items()},
@@ -126,9 +127,9 @@ def open_source(
     if workdir is not None:
         table = tabular.load_saved_table(workdir / TABLE_FILE)
     elif data.name == "breast_cancer":
-        table = tabular.load_breast_cancer(seed, data.test_fraction)
+        table = tabular.load_breast_cancer(seed, data.test_fraction, data.whiten)
     else:
-        fields = ("header", "label_column", "drop_columns")
+        fields = ("header", "label_column", "drop_columns", "whiten")
         how = {field: data[field] for field in fields}
         table = tabular.load_table(data.path, seed, data.test_fraction, **how)
     return Source(

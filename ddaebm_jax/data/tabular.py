@@ -26,31 +26,56 @@ from ddaebm_jax.data.table_files import (
 from ddaebm_jax.errors import InputError, listed, one_line, shown
 from ddaebm_jax.files import read_npz, written_atomically
 
+# Share of the mean eigenvalue that is added to each before whitening.
+_RIDGE = 0.01
+
 
 class Standardizer(NamedTuple):
     """Moves and scales columns to mean 0 and standard deviation 1.
 
-    A constant column is moved but not scaled: its `std` is 1.
+    A constant column is moved but not scaled: its `std` is 1. With `whitening` [d, d]
+    scaled rows are multiplied by it: rotated to principal axes, each divided by the
+    root of its eigenvalue plus 0.01 of their mean, so that columns are uncorrelated.
     """
 
     mean: Float[np.ndarray, " d"]
     std: Float[np.ndarray, " d"]
+    whitening: Float[np.ndarray, "d d"] | None = None
 
     @classmethod
-    def fit(cls, rows: Float[np.ndarray, "n d"]) -> "Standardizer":
+    def fit(
+        cls, rows: Float[np.ndarray, "n d"], whiten: bool = False
+    ) -> "Standardizer":
         """Returns the standardizer of at least one row; its std divides by n."""
         rows = np.asarray(rows, np.float64)
         # Rounding gives a constant column a tiny spread: compare values instead.
         constant = (rows == rows[0]).all(axis=0)
         mean = np.where(constant, rows[0], rows.mean(axis=0))
         std = np.where(constant, 1.0, rows.std(axis=0))
-        return cls(mean, np.where(std > 0.0, std, 1.0))
+        std = np.where(std > 0.0, std, 1.0)
+        if not whiten:
+            return cls(mean, std)
+        scaled = (rows - mean) / std
+        eigenvalues, axes = np.linalg.eigh(scaled.T @ scaled / len(rows))
+        # A table of constant columns alone has nothing to scale by.
+        ridge = _RIDGE * eigenvalues.mean() or 1.0
+        return cls(mean, std, axes / np.sqrt(np.maximum(eigenvalues, 0.0) + ridge))
+
+    @property
+    def log_det(self) -> float:
+        """Log of how much `transform` enlarges volumes, nats."""
+        log_det = -float(np.log(self.std).sum())
+        if self.whitening is not None:
+            log_det += float(np.linalg.slogdet(self.whitening)[1])
+        return log_det
 
     def transform(
         self, rows: Float[np.ndarray, "n d"], name: str = "the rows"
     ) -> Float[np.ndarray, "n d"]:
         """Returns (rows − mean) / std as float32; InputError if beyond its range."""
         scaled = (np.asarray(rows, np.float64) - self.mean) / self.std
+        if self.whitening is not None:
+            scaled = scaled @ self.whitening
         beyond = np.argwhere(~(np.abs(scaled) <= LARGEST))
         if len(beyond):
             i, j = beyond[0]
@@ -62,8 +87,11 @@ class Standardizer(NamedTuple):
         return scaled.astype(np.float32)
 
     def inverse(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-        """Returns rows·std + mean in the columns' units, float64."""
-        return np.asarray(rows, np.float64) * self.std + self.mean
+        """Returns rows in the columns' units, float64; undoes `transform`."""
+        rows = np.asarray(rows, np.float64)
+        if self.whitening is not None:
+            rows = np.linalg.solve(self.whitening.T, rows.T).T
+        return rows * self.std + self.mean
 
 
 class Table(NamedTuple):
@@ -97,8 +125,7 @@ def save_table(table: Table, path: Path) -> None:
     """Keeps a split and standardised table, so that a run needs no other file."""
     arrays = table._asdict() | table.standardizer._asdict()
     del arrays["standardizer"]
-    if table.test_labels is None:
-        del arrays["test_labels"]
+    arrays = {name: value for name, value in arrays.items() if value is not None}
     with written_atomically(path) as file:
         np.savez(file, **arrays)
 
@@ -107,7 +134,8 @@ def load_saved_table(path: Path) -> Table:
     """Returns the table that `save_table` kept; InputError if it is not there whole."""
     try:
         arrays = read_npz(path, 2 * MAX_NPZ_BYTES)
-        standardizer = Standardizer(arrays["mean"], arrays["std"])
+        affine = arrays["mean"], arrays["std"], arrays.get("whitening")
+        standardizer = Standardizer(*affine)
         columns, train, test = (arrays[key] for key in ("columns", "train", "test"))
     except (OSError, KeyError, InputError) as error:
         raise InputError(
@@ -118,7 +146,7 @@ def load_saved_table(path: Path) -> Table:
     return Table(tuple(columns.tolist()), train, test, labels, standardizer)
 
 
-def load_breast_cancer(seed: int, test_fraction: float) -> Table:
+def load_breast_cancer(seed: int, test_fraction: float, whiten: bool = False) -> Table:
     """Loads scikit-learn's breast-cancer table: 569 rows, 30 columns.
 
     357 rows are benign (inliers), 212 malignant (outliers). Training uses benign rows
@@ -133,7 +161,8 @@ def load_breast_cancer(seed: int, test_fraction: float) -> Table:
     table = TableFile(
         columns, np.asarray(raw.data, np.float64), labels, "row {}".format
     )
-    return _split("scikit-learn's breast-cancer table", table, seed, test_fraction)
+    name = "scikit-learn's breast-cancer table"
+    return _split(name, table, seed, test_fraction, whiten)
 
 
 def load_table(
@@ -143,18 +172,19 @@ def load_table(
     label_column: str = "",
     drop_columns: tuple[str, ...] = (),
     header: str = "auto",
+    whiten: bool = False,
 ) -> Table:
     """Loads a table from a file, splits it and standardises it.
 
-    The last three arguments are those of `Wanted`; the fraction is of the rows (of the
-    inliers). The test set is the held-out rows, then all outliers. Log lines say what
-    was found. Raises FileNotFoundError, or InputError for a file or a fraction that
-    cannot be used.
+    The fraction is of the rows (of the inliers); the next three arguments are those of
+    `Wanted`, and the last is that of `Standardizer.fit`. The test set is the held-out
+    rows, then all outliers. Log lines say what was found. Raises FileNotFoundError, or
+    InputError for a file or a fraction that cannot be used.
     """
     wanted = Wanted(header, label_column=label_column, drop_columns=tuple(drop_columns))
     file = read_table_file(Path(path), wanted)
     _report(path, file)
-    return _split(str(path), file, seed, test_fraction)
+    return _split(str(path), file, seed, test_fraction, whiten)
 
 
 # Names of columns that are likely to be labels.
@@ -213,7 +243,9 @@ def read_rows(
     return Rows(standardizer.transform(file.rows, str(path)), file.ids)
 
 
-def _split(name: str, table: TableFile, seed: int, test_fraction: float) -> Table:
+def _split(
+    name: str, table: TableFile, seed: int, test_fraction: float, whiten: bool
+) -> Table:
     """Holds out a random share of the inliers; all outliers are for testing."""
     columns, rows, labels, *_ = table
     inliers = (
@@ -226,6 +258,6 @@ def _split(name: str, table: TableFile, seed: int, test_fraction: float) -> Tabl
     if labels is not None:
         test = np.concatenate([test, np.flatnonzero(labels == OUTLIER)])
         test_labels = labels[test].astype(np.int64)
-    standardizer = Standardizer.fit(rows[kept])
+    standardizer = Standardizer.fit(rows[kept], whiten)
     parts = (standardizer.transform(rows[part], name) for part in (kept, test))
     return Table(columns, *parts, test_labels, standardizer)

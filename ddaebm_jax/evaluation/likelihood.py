@@ -6,7 +6,7 @@ are known. Several processes call these functions together, and each gets the re
 
 import math
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Shaped
 from scipy.special import logsumexp
 
 from ddaebm_jax import density, diffusion, objective
-from ddaebm_jax.evaluation import inference
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import detectors, inference
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Networks, Players
 from ddaebm_jax.proposal import Proposal, ProposalNoise
@@ -28,7 +29,9 @@ LEAST_EFFECTIVE = 100
 # Of Langevin moves: acceptance that the step size is adapted to (Roberts & Rosenthal
 # 1998), and rounds and particles of the adaptation.
 _ACCEPTANCE, _ROUNDS, _ADAPTING = 0.574, 30, 1_000
-_PATHS_SEED, _CONSISTENCY_SEED = 1_004, 1_005
+PARTICLES_SEED, _PATHS_SEED, _CONSISTENCY_SEED, _TRAIN_SEED = 1_004, 1_005, 1_006, 1_007
+# Rows of the plane that likelihoods are measured on.
+_HELD_OUT = 10_000
 # Numbers folded into a run's key; levels t take 0 … T−1.
 _START, _RESAMPLE, _LANGEVIN, _ADAPTING_KEY = 10_000, 20_000, 30_000, 40_000
 
@@ -72,6 +75,43 @@ class Particles(NamedTuple):
 
     x: Float[np.ndarray, "n *shape"]
     estimate: Estimate
+
+
+def estimate(experiment: Experiment, variables: Players) -> Estimate:
+    """Returns log Ẑ by particles as the config's evaluation section says."""
+    settings = experiment.config.evaluation
+    counts = settings.num_particles, settings.num_runs
+    return _as_configured(experiment, variables, *counts, PARTICLES_SEED).estimate
+
+
+def draw_from_energy(
+    experiment: Experiment, variables: Players, num: int, seed: int
+) -> Float[np.ndarray, "n *shape"]:
+    """Returns samples of the energy itself, exp f(·, 0), a function of (seed, num).
+
+    They are chosen at random from at least four times as many particles of one run.
+
+    Raises:
+      InputError: if too few particles count.
+    """
+    num_particles = max(experiment.config.evaluation.num_particles, 4 * num)
+    found = _as_configured(experiment, variables, num_particles, 1, seed)
+    if found.estimate.refusal is not None:
+        raise InputError(
+            f"--sampler=energy: {found.estimate.refusal}; train with "
+            "game.num_negatives above 1, or take --sampler=generator"
+        )
+    return found.x[np.random.default_rng(seed).permutation(num_particles)[:num]]
+
+
+def _as_configured(
+    experiment: Experiment, variables: Players, num: int, num_runs: int, seed: int
+) -> Particles:
+    settings, game = experiment.config.evaluation, experiment.game
+    wide = game.proposal._replace(defensive=settings.defensive)
+    experiment = experiment._replace(game=game._replace(proposal=wide))
+    moves = settings.langevin_moves
+    return run_particles(experiment, variables, num, num_runs, seed, moves)
 
 
 def run_particles(
@@ -207,6 +247,57 @@ def _adapt(
             size *= math.exp(2.0 * (rate - _ACCEPTANCE) / math.sqrt(1.0 + number))
         sizes[t] = size
     return [sizes[t] for t in range(experiment.schedule.num_steps)]
+
+
+def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
+    """Returns log Z and likelihoods of a model in the plane or of a table, nats.
+
+    Likelihoods are means over held-out data, per row in the data's own units, beside
+    those of baselines that were tuned on training data, and in the plane of the truth.
+    Where too few particles count the likelihood is left out, and `refused` says why.
+    """
+    source = experiment.source
+    shift = 0.0 if source.table is None else source.table.standardizer.log_det
+    held_out = source.held_out(_HELD_OUT, inference.HELD_OUT_SEED)
+    if source.distribution is None:
+        train = source.table.train
+    else:
+        train = source.held_out(_HELD_OUT, _TRAIN_SEED)
+    found = estimate(experiment, variables)
+    figures: dict[str, Any] = {
+        "log_z": found.log_z,
+        "log_z_error": found.error,
+        "effective_share": list(found.effective),
+        "consistency": list(consistency(experiment, variables, held_out)),
+    }
+    if found.acceptance is not None:
+        figures["langevin_acceptance"] = list(found.acceptance)
+
+    def add(name: str, log_densities: np.ndarray, error: float = 0.0) -> None:
+        values = np.asarray(log_densities, np.float64) + shift
+        spread = values.std() / math.sqrt(len(values))
+        figures[f"log_likelihood{name}"] = float(values.mean())
+        figures[f"log_likelihood{name}_error"] = math.hypot(spread, error)
+
+    if found.refusal is None:
+        f = inference.energies(experiment, variables, held_out)
+        add("", f - found.log_z, found.error)
+    else:
+        figures["log_likelihood_refused"] = found.refusal
+    add("_bound", generator_bound(experiment, variables, train, held_out))
+    if source.distribution is not None:
+        truth = source.distribution
+        points = density.grid_points(truth.extent, truth.cells)
+        log_p = inference.energies(experiment, variables, points)
+        area = (2.0 * truth.extent / truth.cells) ** 2
+        log_sum = logsumexp(log_p.astype(np.float64))
+        figures["log_z_quadrature"] = float(log_sum + math.log(area))
+        of_truth = density.evaluate_in_chunks(jax.jit(truth.log_density), held_out)
+        add("_true", of_truth)
+    fitted = detectors.density_baselines(train, experiment.config.seed)
+    for name, log_density in fitted.items():
+        add(f"_{name}", log_density(held_out))
+    return figures
 
 
 def consistency(
