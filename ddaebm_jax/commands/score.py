@@ -57,8 +57,8 @@ def score(
     the training images. Returns the path of the scores: a CSV with the columns `row`
     (from 0) or `image`, `id` with an `id_column`, `energy`, and `rank` (1: the lowest
     energy), or an NPZ of such arrays. `normalized` adds `log_density`, f(x, 0) − log Ẑ
-    in the data's own units, nats. Raises InputError for a run that cannot be loaded, bad
-    rows, images or output path, or a log Ẑ that too few particles carry.
+    in the data's own units, nats. Raises InputError for a run that cannot be loaded,
+    bad rows, images or output path, or a log Ẑ that too few particles carry.
     """
     common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
