@@ -23,7 +23,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_samples", None, text, 1, None, values)
     common.define_seed(values, "Sample i is a function of (seed, i).")
     text = "NPZ to write, with a picture beside it. Default: a new one in --workdir."
-    flags.DEFINE_string("output", None, text, values)
+    common.define_path(values, "output", text)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -37,7 +37,7 @@ def sample(
     workdir: str | Path,
     num_samples: int | None = None,
     seed: int = 0,
-    output: str | None = None,
+    output: str | Path | None = None,
     checkpoint: str = "latest",
 ) -> Path:
     """Draw samples of a run; sample i is a function of (seed, i).
@@ -46,7 +46,7 @@ def sample(
     beside it. Images are uint8, and are also PNG files in a folder beside it. Raises
     InputError for a run that cannot be loaded, or a bad output path.
     """
-    common.check_output(output, ".npz")
+    output = common.check_output(output, ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     source = loaded.experiment.source
     if source.holds_images:
@@ -55,7 +55,7 @@ def sample(
         default_num, name, companions = 10_000, "samples.npz", (".png",)
     num_samples = num_samples or default_num
     default_path = common.free_path(loaded.workdir / name, *companions)
-    path = Path(output) if output else default_path
+    path = output or default_path
     model = loaded.experiment, loaded.variables
     drawn = inference.draw_samples(*model, num_samples, seed)
     if source.holds_images:

@@ -19,10 +19,10 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
     common.define_trained_run(values)
     text = "CSV or NPZ of rows; folder or NPZ of images."
-    flags.DEFINE_string("input", None, text, values)
+    common.define_path(values, "input", text)
     common.require(values, "input", "a CSV or NPZ of rows, or images")
     text = "CSV or NPZ to write. Default: a new CSV in --workdir."
-    flags.DEFINE_string("output", None, text, values)
+    common.define_path(values, "output", text)
     common.define_skip_corrupt(values)
 
 
@@ -36,7 +36,7 @@ def run(values: flags.FlagValues) -> None:
 def score(
     workdir: str | Path,
     input_path: str | Path,
-    output: str | None = None,
+    output: str | Path | None = None,
     skip_corrupt: bool = False,
     checkpoint: str = "latest",
 ) -> Path:
@@ -47,10 +47,10 @@ def score(
     `image,energy`) or NPZ (`energy`, of images also `image`). Raises InputError for a
     run that cannot be loaded, or bad rows, images or output path.
     """
-    common.check_output(output, ".csv", ".npz")
+    output = common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     rows, names = _read(loaded, input_path, skip_corrupt)
-    path = Path(output) if output else common.free_path(loaded.workdir / "scores.csv")
+    path = output or common.free_path(loaded.workdir / "scores.csv")
     energies = inference.energies(loaded.experiment, loaded.variables, rows)
     with written_atomically(path) as file:
         if path.suffix == ".npz":

@@ -1,11 +1,13 @@
 """Configs in files, and what a resumed run may change."""
 
+import copy
 import json
 from typing import Any
 
 from ddaebm_jax.config.base import base
 from ddaebm_jax.config.checks import ConfigError, validate
-from ddaebm_jax.config.fields import leaves
+from ddaebm_jax.config.fields import PATHS, leaves
+from ddaebm_jax.paths import user_path
 
 # Fields that may differ when a run is resumed: they change how long, where and how
 # loudly it trains, not what is trained on what, nor what its FIDs mean. train.num_steps
@@ -22,6 +24,8 @@ FREE_ON_RESUME = frozenset(
     "evaluation.reference_path evaluation.num_kept_features evaluation.num_projections "
     "compilation_cache.enabled compilation_cache.directory".split()
 )
+# Fields that configs of earlier versions lack; the base's values mean what was before.
+ADDED = ("train.init_from",)
 
 
 def decays(config: Any) -> bool:
@@ -38,6 +42,20 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     return {f: pair for f, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def with_absolute_paths(config: Any) -> Any:
+    """Return a copy of a valid config whose paths name the same from any directory.
+
+    Raises InputError for a path that cannot be, as `paths.user_path` does.
+    """
+    config = copy.deepcopy(config)
+    for field in PATHS:
+        section, _, name = field.partition(".")
+        text = config[section][name]
+        if text and not ("://" in text and section == "compilation_cache"):
+            config[section][name] = str(user_path(text, field).absolute())
+    return config
+
+
 def to_json(config: Any) -> str:
     """Return the config as readable JSON; see `from_json`."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
@@ -51,6 +69,10 @@ def from_json(text: str) -> Any:
         raise ConfigError(f"the config is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the config is not a JSON object")
+    for field in ADDED:
+        section, _, name = field.partition(".")
+        if isinstance(part := values.get(section), dict):
+            part.setdefault(name, base()[section][name])
     validate(values, saved=True)
     config = base()
     config.update_from_flattened_dict(dict(leaves(values)))

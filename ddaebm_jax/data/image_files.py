@@ -23,6 +23,7 @@ from ddaebm_jax.data.records import (
 from ddaebm_jax.data.threads import TIMEOUT, in_parallel
 from ddaebm_jax.errors import InputError, listed
 from ddaebm_jax.files import choose_array, npz_headers, printable, read_npz
+from ddaebm_jax.paths import user_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Most bytes of decoded images that are kept in memory.
@@ -71,7 +72,7 @@ def read_folder(
     Raises FileNotFoundError, or InputError if there is no image or an unusable file,
     or no progress for `timeout` seconds.
     """
-    folder = Path(path)
+    folder = user_path(path, "data.path")
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; check the path")
     paths = (p.relative_to(folder) for p in folder.rglob("*"))
@@ -151,7 +152,7 @@ def read_images(
     names are their indices. Raises FileNotFoundError, or InputError for what cannot
     be used.
     """
-    path = Path(path)
+    path = user_path(path, "--input")
     if path.suffix.lower() == ".npz" and not path.is_dir():
         images = _read_npz(path, event_shape)
         return images, tuple(map(str, range(len(images))))

@@ -24,6 +24,7 @@ from ddaebm_jax.data.table_files import (
 )
 from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.files import read_npz, written_atomically
+from ddaebm_jax.paths import user_path
 
 
 class Standardizer(NamedTuple):
@@ -147,7 +148,7 @@ def load_table(
     (of the inliers). The test set is the held-out rows, then all outliers. Raises
     FileNotFoundError, or InputError for a file or a fraction that cannot be used.
     """
-    table = read_table_file(Path(path), label_column, labelled=True)
+    table = read_table_file(user_path(path, "data.path"), label_column, labelled=True)
     return _split(str(path), table, seed, test_fraction)
 
 
@@ -165,7 +166,7 @@ def read_rows(
     Raises FileNotFoundError, or InputError for a file that cannot be used, or rows of
     another width than `dim` or with other names.
     """
-    path = Path(path)
+    path = user_path(path, "--input")
     table = read_table_file(path)
     rows = table.rows
     if dim is not None and rows.shape[1] != dim:

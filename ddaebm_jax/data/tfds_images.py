@@ -27,6 +27,7 @@ from ddaebm_jax.data.records import (
     split_set,
 )
 from ddaebm_jax.errors import InputError, listed, one_line
+from ddaebm_jax.paths import user_path
 
 _FORMAT = "array_record"
 _RETRIES = 3  # TFDS would go on for three minutes without a network.
@@ -160,8 +161,14 @@ def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
     """Returns the builder of a set of such images, prepared if it was not yet."""
     import tensorflow_datasets as tfds
 
+    directory = user_path(tfds_dir, "data.tfds_dir") if tfds_dir else None
+    default = os.environ.get("TFDS_DATA_DIR", "~")
+    if directory is None and os.path.expanduser(default).startswith("~"):
+        raise InputError(
+            "data.tfds_dir is empty, and the home directory where TFDS would keep its "
+            "sets is not known; set data.tfds_dir"
+        )
     try:
-        directory = os.path.expanduser(tfds_dir) if tfds_dir else None
         builder = tfds.builder(name, data_dir=directory)
     except Exception as error:  # A bad name, config, version or folder: of many kinds.
         bare = name.partition("/")[0].partition(":")[0]

@@ -6,11 +6,13 @@ processes make the same calls; an error ends the process that meets it.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,10 +30,15 @@ from etils import epath
 
 from ddaebm_jax import files
 from ddaebm_jax.errors import InputError, TrainingError, one_line
+from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
 # Arrays may declare so many times the bytes of their files, since zeros are compressed.
+_LASTING = (
+    *(errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOSYS, errno.EOPNOTSUPP),
+)  # Errors of the system that stay until somebody does something.
 _ALLOWANCE, _MOST_COMPRESSION = 256 * 2**20, 200
 
 
@@ -61,7 +68,7 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
         self.pending: tuple[int, bool, futures.Future] | None = None
-        self._workdir = _LiteralPath(Path(workdir).resolve())
+        self._workdir = _LiteralPath(user_path(workdir).resolve())
         self._keep, self._read_only = keep, read_only
         self._managers: dict[bool, ocp.CheckpointManager] = {}
         self._thread = futures.ThreadPoolExecutor(1)
@@ -288,10 +295,13 @@ class Saver:
         except CheckpointError as error:
             if jax.process_count() > 1:
                 raise
-            if waited >= self._patience:
+            if waited >= self._patience or not _can_pass(error):
+                tried = f"for recovery.save_patience {self._patience} s"
+                if not _can_pass(error):
+                    tried = "and waiting would not help"
                 raise TrainingError(
-                    f"no checkpoint could be written for recovery.save_patience "
-                    f"{self._patience} s: {error}; then repeat the same command"
+                    f"no checkpoint could be written, {tried}: {error}; then repeat "
+                    "the same command"
                 ) from error
             logging.warning("a checkpoint cannot be written: %s; going on", error)
             # The longer it lasts the later, but at the latest when patience is over.
@@ -302,6 +312,23 @@ class Saver:
             logging.warning("checkpoint saved after %.0f s of failures", waited)
             self._since = None
         return True
+
+
+def _can_pass(error: BaseException | None) -> bool:
+    """Returns whether what kept a checkpoint from being saved may end by itself.
+
+    As a full disk, a quota, a lost mount or want of rights may.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError | DamagedCheckpointError):
+            return True
+        # TensorStore's errors are of no such type, but name the system's number.
+        named = re.search(r"OS error (\d+)", str(error))
+        number = int(named[1]) if named else getattr(error, "errno", None)
+        if number is not None:
+            return number not in _LASTING
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _LiteralPath(type(epath.Path())):
