@@ -218,27 +218,21 @@ def join_processes(values: flags.FlagValues) -> None:
 # Outputs.
 
 
-def claimed(folder: Path) -> Path:
-    """Make a new folder of that name, or with -1, -2, … after it, and return it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for candidate in itertools.chain(
-        [folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
-    ):
-        with contextlib.suppress(FileExistsError):
-            candidate.mkdir()
-            return candidate
+def claimed(path: Path, *companions: str, folder: bool = False) -> Path:
+    """Make a new, empty file or folder, and return its path.
 
-
-def free_path(path: Path, *companions: str) -> Path:
-    """Return `path`, or with -1, -2, … before its suffix if it exists.
-
-    The same stem with the suffixes of `companions` ("": a folder) must be free, too.
+    It is `path`, or with -1, -2, … before its suffix if that exists; the same stem with
+    the suffixes of `companions` ("": a folder) is free, too. Of processes that claim at
+    once each gets another.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for count in itertools.count():
         number = f"-{count}" if count else ""
         candidate = path.with_name(f"{path.stem}{number}{path.suffix}")
-        names = (candidate, *map(candidate.with_suffix, companions))
-        if not any(name.exists() for name in names):
+        if any(candidate.with_suffix(suffix).exists() for suffix in companions):
+            continue
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir() if folder else candidate.touch(exist_ok=False)
             return candidate
 
 

@@ -89,7 +89,7 @@ def evaluate(
         report["images"] = str(input_path)
     report |= {"figures": found, **common.circumstances(loaded.experiment, started)}
     if processes.is_first_process():
-        path = common.free_path(loaded.workdir / REPORT_FILE, ".txt")
+        path = common.claimed(loaded.workdir / REPORT_FILE, ".txt")
         write_json_atomically(path, report)
         table = reports.format_report(report)
         write_text_atomically(path.with_suffix(".txt"), table + "\n")

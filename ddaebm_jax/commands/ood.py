@@ -110,10 +110,9 @@ def detect(
         "figures": _plain(measured),
         **common.circumstances(run.experiment, started),
     }
-    folder = common.free_path(run.workdir / "ood")
     if not processes.is_first_process():
-        return folder
-    folder.mkdir()
+        return run.workdir
+    folder = common.claimed(run.workdir / "ood", folder=True)
     files.write_json_atomically(folder / "report.json", report)
     table = outliers_lib.format_detections(measured.detections)
     files.write_text_atomically(folder / "report.txt", table + "\n")

@@ -54,8 +54,6 @@ def sample(
     else:
         default_num, name, companions = 10_000, "samples.npz", (".png",)
     num_samples = num_samples or default_num
-    default_path = common.free_path(loaded.workdir / name, *companions)
-    path = output or default_path
     model = loaded.experiment, loaded.variables
     drawn = inference.draw_samples(*model, num_samples, seed)
     if source.holds_images:
@@ -64,12 +62,14 @@ def sample(
         samples = source.table.standardizer.inverse(drawn)
     else:
         samples = drawn
+    path = output or common.claimed(loaded.workdir / name, *companions)
     with written_atomically(path) as file:
         np.savez(file, x=samples, seed=seed, step=loaded.step)
-    picture = common.free_path(path.with_suffix(".png"))
+    picture = common.claimed(path.with_suffix(".png"))
     title = f"{num_samples} samples, step {loaded.step}"
     if source.holds_images:
-        _save_images(common.free_path(path.with_suffix("")), samples)
+        folder = common.claimed(path.with_suffix(""), folder=True)
+        _save_images(folder, samples)
         plots.plot_images(picture, samples[:_GRID_IMAGES])
     elif source.table is not None:
         held_out = test_rows(source.table, tabular.INLIER)
@@ -86,7 +86,6 @@ def sample(
 
 
 def _save_images(folder: Path, samples: UInt8[np.ndarray, "n h w c"]) -> None:
-    folder.mkdir()
     digits = len(str(len(samples) - 1))
     for i, image in enumerate(samples):
         plots.save_image(folder / f"{i:0{digits}}.png", image)

@@ -50,8 +50,8 @@ def score(
     output = common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     rows, names = _read(loaded, input_path, skip_corrupt)
-    path = output or common.free_path(loaded.workdir / "scores.csv")
     energies = inference.energies(loaded.experiment, loaded.variables, rows)
+    path = output or common.claimed(loaded.workdir / "scores.csv")
     with written_atomically(path) as file:
         if path.suffix == ".npz":
             named = {} if names is None else {"image": np.asarray(names)}

@@ -70,7 +70,7 @@ def _workdir(given: str | None) -> Iterator[Path]:
         yield Path(given)
         return
     first = Path("runs") / config_flags.recipe_name() / time.strftime("%Y%m%d-%H%M%S")
-    new = common.claimed(first)
+    new = common.claimed(first, folder=True)
     try:
         yield new
     finally:

@@ -124,6 +124,11 @@ def load_folder(data: Any, seed: int) -> ImageSet:
     Raises what `read_folder` does.
     """
     size, channels = data.image_size, data.channels
+    if not user_path(data.path).exists():
+        raise FileNotFoundError(
+            f"data.path is {data.path}: no such folder; give --config.data.path=… in "
+            "training, --data_path=… to evaluate, where the images lie now"
+        )
     folder = read_folder(
         data.path, size, channels, data.crop, data.skip_corrupt, data.timeout
     )

@@ -161,15 +161,11 @@ def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
     """Returns the builder of a set of such images, prepared if it was not yet."""
     import tensorflow_datasets as tfds
 
-    directory = user_path(tfds_dir, "data.tfds_dir") if tfds_dir else None
-    default = os.environ.get("TFDS_DATA_DIR", "~")
-    if directory is None and os.path.expanduser(default).startswith("~"):
-        raise InputError(
-            "data.tfds_dir is empty, and the home directory where TFDS would keep its "
-            "sets is not known; set data.tfds_dir"
-        )
+    # Without a home directory TFDS would make a folder `~`.
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    directory = user_path(tfds_dir or default, "data.tfds_dir")
     try:
-        builder = tfds.builder(name, data_dir=directory)
+        builder = tfds.builder(name, data_dir=directory if tfds_dir else None)
     except Exception as error:  # A bad name, config, version or folder: of many kinds.
         bare = name.partition("/")[0].partition(":")[0]
         close = difflib.get_close_matches(bare, set(tfds.list_builders()), 4)

@@ -7,6 +7,7 @@ processes make the same calls; an error ends the process that meets it.
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -68,7 +70,10 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
         self.pending: tuple[int, bool, futures.Future] | None = None
-        self._workdir = _LiteralPath(user_path(workdir).resolve())
+        workdir = user_path(workdir).resolve()
+        if not read_only:
+            workdir.mkdir(parents=True, exist_ok=True)
+        self._workdir = _LiteralPath(_plain(workdir))
         self._keep, self._read_only = keep, read_only
         self._managers: dict[bool, ocp.CheckpointManager] = {}
         self._thread = futures.ThreadPoolExecutor(1)
@@ -339,6 +344,30 @@ class _LiteralPath(type(epath.Path())):
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
         return iter([self / name for name in glob.glob(pattern, root_dir=self)])
+
+
+def _plain(path: Path) -> Path:
+    """Returns a path that Orbax and TensorStore take: a link to those they do not.
+
+    Raises CheckpointError with several processes, which need the same one.
+    """
+    text = str(path).encode(errors="replace").decode()
+    # Orbax takes gs:/ anywhere for a URL; TensorStore wants UTF-8, no backslashes.
+    if text == str(path) and not re.search(r"\\|:/", text):
+        return path
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"{str(path)!r}: several processes cannot save below a name that holds a "
+            "backslash, ends in a colon or is not UTF-8; rename it"
+        )
+    return Path(_link_folder(path).name, "run")
+
+
+@functools.cache  # Which keeps it until the process ends.
+def _link_folder(path: Path) -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="ddaebm_jax-")
+    Path(folder.name, "run").symlink_to(path)
+    return folder
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:

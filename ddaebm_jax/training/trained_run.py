@@ -52,7 +52,7 @@ def load_run(
     workdir = user_path(workdir, "--workdir")
     config = read_config(workdir)
     _distrust(config)
-    if open_images or data_path:
+    if data_path:
         _find_data(config.data, data_path)
     dispatch.use_compilation_cache(config.compilation_cache)
     return _load(workdir, config, open_images, checkpoint)
@@ -126,21 +126,18 @@ def _load(
     return TrainedRun(workdir, experiment, found.state.ema, found.step)
 
 
-def _find_data(data: ml_collections.ConfigDict, path: str | Path | None) -> None:
-    """Set where the data lie now; raise InputError if a folder of images is gone."""
+def _find_data(data: ml_collections.ConfigDict, path: str | Path) -> None:
+    """Set where a run's images lie now; raise InputError where nothing reads them."""
     field = {"folder": "path", "tfds": "tfds_dir"}.get(data.name)
-    if path and field is None:
+    if field is None:
         raise InputError(
             f"--data_path is for runs of data.name 'folder' or 'tfds', and this one's "
             f"is '{data.name}', which reads no other files; leave it out"
         )
-    if path:
-        data[field] = str(user_path(path, "--data_path"))
-    if field and data[field] and not user_path(data[field]).is_dir():
-        name = "--data_path" if path else f"data.{field} of the run"
+    data[field] = str(user_path(path, "--data_path"))
+    if not Path(data[field]).is_dir():
         raise InputError(
-            f"{name}, {data[field]}: no such folder; give --data_path=FOLDER, where "
-            "the run's images lie now"
+            f"--data_path, {path}: no such folder; give that of the run's images"
         )
 
 
