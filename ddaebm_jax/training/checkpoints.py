@@ -353,7 +353,7 @@ def _plain(path: Path) -> Path:
     """
     text = str(path).encode(errors="replace").decode()
     # Orbax takes gs:/ anywhere for a URL; TensorStore wants UTF-8, no backslashes.
-    if text == str(path) and not re.search(r"\\|:/", text):
+    if text == str(path) and not re.search(r"\\|:/", f"{text}/"):
         return path
     if jax.process_count() > 1:
         raise CheckpointError(
