@@ -301,11 +301,11 @@ class Saver:
             if jax.process_count() > 1:
                 raise
             if waited >= self._patience or not _can_pass(error):
-                tried = f"for recovery.save_patience {self._patience} s"
+                tried = f" for recovery.save_patience {self._patience} s"
                 if not _can_pass(error):
-                    tried = "and waiting would not help"
+                    tried = ", and waiting would not help"
                 raise TrainingError(
-                    f"no checkpoint could be written, {tried}: {error}; then repeat "
+                    f"no checkpoint could be written{tried}: {error}; then repeat "
                     "the same command"
                 ) from error
             logging.warning("a checkpoint cannot be written: %s; going on", error)
