@@ -68,12 +68,6 @@ def write_json_atomically(path: Path, value: Any) -> None:
     write_text_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def cache_directory(name: str) -> Path:
-    """Returns this project's folder of that name in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "ddaebm_jax" / name
-
-
 def printable(text: str) -> str:
     """Returns a name with control and undecodable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

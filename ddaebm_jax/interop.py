@@ -19,6 +19,7 @@ from ddaebm_jax import models, torch_layout, weights
 from ddaebm_jax.config import choices
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
+from ddaebm_jax.paths import user_path
 
 Paths = dict[str, tuple[str, ...]]
 """PyTorch's name of a parameter → its path in Flax's `params`."""
@@ -220,8 +221,9 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     from ddaebm_jax.training import run_directory
     from ddaebm_jax.training.checkpoints import Checkpoints
 
-    workdir = Path(workdir)
+    workdir = user_path(workdir, "--workdir")
     config_lib.validate(config)
+    config = config_lib.with_absolute_paths(config)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = read_variables(config, files)
@@ -261,10 +263,13 @@ def _parse(argv: list[str]) -> list[str]:
     from ddaebm_jax.config import flags as config_flags
 
     config_flags.define_config_flag("An image recipe.")
-    flags.DEFINE_string("generator", None, "The generator's weights, netG_*.pth.")
-    flags.DEFINE_string("energy", None, "The energy's weights, netD_*.pth.")
-    flags.DEFINE_string("posterior", None, "The encoder's weights, netE_*.pth.")
-    flags.DEFINE_string("workdir", None, "The run directory to create.")
+    for name, text in (
+        ("generator", "The generator's weights, netG_*.pth."),
+        ("energy", "The energy's weights, netD_*.pth."),
+        ("posterior", "The encoder's weights, netE_*.pth."),
+        ("workdir", "The run directory to create."),
+    ):
+        common.define_path(flags.FLAGS, name, text)
     names = ["config", "generator", "energy", "posterior", "workdir"]
     flags.mark_flags_as_required(names)
     with common.user_errors():

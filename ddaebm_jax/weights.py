@@ -21,6 +21,7 @@ from jaxtyping import Shaped
 
 from ddaebm_jax import files
 from ddaebm_jax.errors import InputError, one_line, shown
+from ddaebm_jax.paths import user_path
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
@@ -37,7 +38,7 @@ def read_weights(path: str | Path) -> Arrays:
       InputError: if the file is missing, damaged, too large, of another format, or
         holds anything but arrays under names.
     """
-    path = Path(path)
+    path = user_path(path)
     readers = {
         ".pth": _read_torch,
         ".pt": _read_torch,

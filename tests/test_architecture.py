@@ -11,7 +11,7 @@ from cli import ROOT, python
 # From the bottom up. A module may import only from layers below its own and, where
 # that makes no circle, from its own.
 LAYERS = (
-    ("errors", "files"),
+    ("errors", "paths", "files"),
     ("config",),
     ("diffusion", "models"),
     ("objective", "game", "diagnostics", "losses", "step", "sampling", "density"),
@@ -25,7 +25,7 @@ LAYERS = (
 )
 MATHEMATICS = (*LAYERS[2], *LAYERS[3])
 # What the mathematics needs no part of, though it lies below.
-NO_MATHEMATICS = ("config", "files")
+NO_MATHEMATICS = ("config", "paths", "files")
 
 STEP_PATH = (
     "launch/main.py",
@@ -202,7 +202,7 @@ def test_the_launcher_is_flags_and_one_call():
 
 
 # What mathematics, networks and features need: jax, flax, optax, jaxtyping, numpy.
-_CORE_ROOMS = (*MATHEMATICS, "sharding", "weights", "errors", "files")
+_CORE_ROOMS = (*MATHEMATICS, "sharding", "weights", "errors", "paths", "files")
 _CORE = [
     name
     for name in MODULES

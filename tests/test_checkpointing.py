@@ -1,6 +1,7 @@
 """A checkpoint gives back exactly what was saved, or an error gives the reason."""
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from cli import Result, call
+from cli import BAD_CHARACTERS, Result, call
 from failing import (
     full_disk,
     save_and_die,
@@ -29,6 +30,7 @@ from helpers import assert_trees_equal
 from processes import free_port
 
 from ddaebm_jax import sharding
+from ddaebm_jax.errors import TrainingError
 from ddaebm_jax.training import checkpoints as checkpoints_lib
 from ddaebm_jax.training.checkpoints import (
     CheckpointError,
@@ -99,9 +101,7 @@ def _spoil(workdir: Path, step: int, folder: str = "checkpoints") -> None:
 # Saving and restoring.
 
 
-@pytest.mark.parametrize(
-    "name", ["run", "seed[0]", "hidden=[32,32],lr=5e-4", "a*b?", "[!x"]
-)
+@pytest.mark.parametrize("name", ["run", *BAD_CHARACTERS], ids=ascii)
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path, name: str):
     _save(tmp_path / name, 3)
     found = _restore_newest(tmp_path / name, read_only=True)
@@ -327,6 +327,33 @@ def test_saves_on_a_full_disk_are_retried(
     assert_trees_equal(_restore_newest(tmp_path).state, _state(5))
     names = os.listdir(tmp_path / "checkpoints")
     assert {"1", "5"} <= set(names) and "".join(names).isdecimal()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ENOSPC, "full"), True),
+        (OSError(errno.ESTALE, "stale"), True),
+        (ValueError("[OS error 122: EDQUOT Disk quota exceeded]"), True),
+        (ValueError("[OS error 30: EROFS Read-only file system]"), False),
+        (OSError(errno.ENAMETOOLONG, "long"), False),
+        (KeyError("something else"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, passes: bool
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+        saver = Saver(checkpoints, patience=100)
+        if passes:
+            saver.save(_state(5), {})
+            return
+        with pytest.raises(TrainingError, match=r"not help.*intact \(1, 2\)"):
+            saver.save(_state(5), {})
 
 
 def test_a_damaged_last_checkpoint_is_written_again(run: Path):

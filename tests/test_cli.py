@@ -268,6 +268,14 @@ BAD_COMMANDS = {
         "README.md/run",
     ),
     "workdir not there": (["--mode=evaluate", "--workdir=/nowhere/run"], "/nowhere"),
+    "workdir in a bucket": (
+        ["--mode=evaluate", "--workdir=gs://bucket/run"],
+        "gs://bucket/run is a URL",
+    ),
+    "table in a bucket": (
+        [f"--config={TABLE}", "--config.data.path=s3://bucket/t.csv"],
+        "data.path=s3://bucket/t.csv is a URL",
+    ),
     "table not there": (
         [f"--config={TABLE}", "--config.data.path=/nowhere.csv"],
         "/nowhere.csv",

@@ -264,12 +264,19 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_images(tmp_path: Pa
         train__picture_every=0,
     )
     succeed(*flags, f"--workdir={workdir}")
+    intact = (folder / "03.png").read_bytes()
     Image.fromarray(_pixels(1, 10, seed=1)[0]).save(folder / "03.png")
     result = run("--mode=evaluate", f"--workdir={workdir}")
     assert_error(result, "not those of its checkpoint 4")
     moved = folder.rename(tmp_path / "elsewhere")
     for again in (["--mode=evaluate"], flags):
-        assert_error(run(*again, f"--workdir={workdir}"), str(folder))
+        assert_error(run(*again, f"--workdir={workdir}"), str(folder), "data_path")
+    with pytest.raises(InputError, match="not those of its checkpoint 4"):
+        load_run(workdir, open_images=True, data_path=moved)
+    (moved / "03.png").write_bytes(intact)
+    assert load_run(workdir, True, data_path=moved).step == 4
+    with pytest.raises(InputError, match=r"--data_path, .*nowhere: no such folder"):
+        load_run(workdir, data_path=tmp_path / "nowhere")
     made = succeed("--mode=sample", "--num_samples=2", f"--workdir={workdir}")
     assert np.load(made.out.strip())["x"].shape == (2, 8, 8, 1)
     made = succeed("--mode=score", f"--workdir={workdir}", f"--input={moved}")

@@ -128,7 +128,8 @@ def test_a_reference_that_cannot_be_kept(
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="no file can be written"):
         opened(reference_path=str(tmp_path / "file" / "reference.npz"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = tmp_path / "file" / "reference"
+    monkeypatch.setattr(image_quality, "cache_directory", lambda name: folder)
     with caplog.at_level("WARNING"):
         assert opened().reference.moments.count == 300
     assert "cannot be saved" in caplog.text

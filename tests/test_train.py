@@ -1,10 +1,13 @@
 """The loop: a resumed run equals an unbroken one, bit for bit, whatever stops it."""
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from cli import files, succeed, tiny
@@ -26,6 +29,7 @@ from runs import (
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import image_quality, metrics, pictures
+from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import checkpoints, dispatch, reports, run_directory
 
 # --- Resumed equals unbroken ------------------------------------------------------
@@ -179,9 +183,55 @@ def test_a_run_whose_rates_decay_cannot_change_its_length(tmp_path: Path):
     config = small(train__num_steps=4, **decays)
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     before = files(tmp_path)
-    with pytest.raises(InputError, match=r"train\.num_steps \(was 4, is 8\)"):
+    message = rf"train\.num_steps \(was 4, is 8\).*--init_from={tmp_path} "
+    with pytest.raises(InputError, match=message):
         train(small(train__num_steps=8, **decays), tmp_path)
     assert files(tmp_path) == before
+
+
+def test_a_new_run_starts_from_the_averages_of_another(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Under other rates and on other data; the other run is not needed for long."""
+    origin = tmp_path / "origin"
+    shutil.copytree(unbroken, origin)
+    monkeypatch.chdir(tmp_path)
+    others = {"optimizer__learning_rate": 1e-5, "data__name": "moons", "seed": 5}
+    config = small(train__init_from="origin", train__num_steps=8, **others)
+    seen = []
+
+    def look(state: TrainState, batches: Any) -> TrainState:
+        seen.append(jax.device_get(state))
+        return state
+
+    with hooked(before=look):
+        train(config, tmp_path / "run")
+    start, expected = seen[0], final_state(unbroken)
+    kept = run_directory.read_config(tmp_path / "run").train.init_from
+    assert start.step == 0 and kept == str(origin)
+    assert_trees_equal(start.variables, expected.ema)
+    assert_trees_equal(start.ema, expected.ema)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(start.opt_energy))
+    shutil.rmtree(origin)
+    config.train.num_steps = 16
+    assert train(config, tmp_path / "run")["resumed_from_step"] == 8
+    before = files(tmp_path)
+    for changed, message in (
+        (small(train__num_steps=16, **others), r"train\.init_from \(was '/.*, is ''\)"),
+        (config, r"train\.init_from, .*origin: .*config\.json cannot be read"),
+    ):
+        workdir = tmp_path / ("new" if changed is config else "run")
+        with pytest.raises(InputError, match=message):
+            train(changed, workdir)
+    assert files(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+def test_other_networks_do_not_start_from_a_run(unbroken: Path, tmp_path: Path):
+    config = small(train__init_from=str(unbroken), model__mlp__hidden=(8, 9))
+    message = r"init_from, .*: energy/params/\S+ is float32\[8.*\] there and float32\[9"
+    with pytest.raises(InputError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "samples"])

@@ -19,6 +19,7 @@ from absl import flags, logging
 from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import processes
 
 # Errors and ends.
@@ -140,9 +141,28 @@ def define_trained_run(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", "latest", text, values)
 
 
+class _PathParser(flags.ArgumentParser):
+    """Parser of a path; see `files.user_path`."""
+
+    def parse(self, argument: str) -> str:
+        return argument and str(user_path(argument))
+
+
+def define_path(values: flags.FlagValues, name: str, text: str) -> None:
+    """Define the flag of a path, which every flag of a file or a directory is."""
+    parser, serializer = _PathParser(), flags.ArgumentSerializer()
+    flags.DEFINE(parser, name, None, text, values, serializer)
+
+
+def define_data_path(values: flags.FlagValues) -> None:
+    """Define --data_path; see `trained_run.load_run`."""
+    text = "Where the run's data lie now: its folder of images, or TFDS's directory."
+    define_path(values, "data_path", text)
+
+
 def define_workdir(values: flags.FlagValues) -> None:
     """Define --workdir, which must be given."""
-    flags.DEFINE_string("workdir", None, "The run directory.", values)
+    define_path(values, "workdir", "The run directory.")
     require(values, "workdir", "a run directory that --mode=train has made")
 
 
@@ -165,14 +185,9 @@ def define_skip_corrupt(values: flags.FlagValues) -> None:
 
 def define_inception_weights(values: flags.FlagValues) -> None:
     """Define --inception_weights; see `inception_settings`."""
-    flags.DEFINE_string(
-        "inception_weights",
-        None,
-        "Measure images by Inception features, with the weights of this .pth, .npz or "
-        ".safetensors file; `published`: the published weights, downloaded once; "
-        "`none`: skip these figures.",
-        values,
-    )
+    text = "Measure images by Inception features, with the weights of this .pth, .npz "
+    text += "or .safetensors file; `published`: the published weights, downloaded "
+    define_path(values, "inception_weights", text + "once; `none`: skip these figures.")
 
 
 def inception_settings(weights: str | None) -> dict[str, Any]:
@@ -232,24 +247,29 @@ def join_processes(values: flags.FlagValues) -> None:
 # Outputs.
 
 
-def free_path(path: Path, *companions: str) -> Path:
-    """Return `path`, or with -1, -2, … before its suffix if it exists.
+def claimed(path: Path, *companions: str, folder: bool = False) -> Path:
+    """Make a new, empty file or folder, and return its path.
 
-    The same stem with the suffixes of `companions` ("": a folder) must be free, too.
+    It is `path`, or with -1, -2, … before its suffix if that exists; the same stem with
+    the suffixes of `companions` ("": a folder) is free, too. Of processes that claim at
+    once each gets another.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for count in itertools.count():
         number = f"-{count}" if count else ""
         candidate = path.with_name(f"{path.stem}{number}{path.suffix}")
-        names = (candidate, *map(candidate.with_suffix, companions))
-        if not any(name.exists() for name in names):
+        if any(candidate.with_suffix(suffix).exists() for suffix in companions):
+            continue
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir() if folder else candidate.touch(exist_ok=False)
             return candidate
 
 
-def check_output(output: str | None, *suffixes: str) -> None:
-    """Raise InputError unless --output, if given, can be a new file."""
+def check_output(output: str | Path | None, *suffixes: str) -> Path | None:
+    """Return --output, if given; raise InputError unless it can be a new file."""
     if not output:
-        return
-    path = Path(output)
+        return None
+    path = user_path(output, "--output")
     if path.suffix not in suffixes:
         raise InputError(
             f"--output={path} ends in '{path.suffix}'; allowed: {', '.join(suffixes)}"
@@ -258,6 +278,7 @@ def check_output(output: str | None, *suffixes: str) -> None:
         raise InputError(f"--output={path} exists already; name another file")
     if not path.parent.is_dir():
         raise InputError(f"--output={path}: {path.parent} is not a directory")
+    return path
 
 
 def circumstances(experiment: Experiment, started: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "Number of samples. Default: the config's."
     flags.DEFINE_integer("num_samples", None, text, flag_values=values)
     text = "Folder or NPZ of images to measure in place of samples."
-    flags.DEFINE_string("input", None, text, values)
+    common.define_path(values, "input", text)
     common.define_skip_corrupt(values)
     common.define_inception_weights(values)
     text = "How images enter Inception. Default: the config's."
@@ -33,7 +33,8 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "Images that samples are compared with. Default: the config's."
     flags.DEFINE_enum("reference", None, choices.REFERENCES, text, values)
     text = "File of the reference's statistics, made if it does not exist."
-    flags.DEFINE_string("reference_path", None, text, values)
+    common.define_path(values, "reference_path", text)
+    common.define_data_path(values)
     common.define_distributed(values)
 
 
@@ -49,7 +50,7 @@ def run(values: flags.FlagValues) -> None:
     settings = common.inception_settings(values.inception_weights)
     for name in ("num_samples", "preprocessing", "reference", "reference_path"):
         settings[name] = values[name].value
-    given = values.checkpoint, values.input, values.skip_corrupt
+    given = values.checkpoint, values.input, values.skip_corrupt, values.data_path
     with common.out_of_memory_advice():
         report = evaluate(values.workdir, *given, **settings)
     if processes.is_first_process():
@@ -61,6 +62,7 @@ def evaluate(
     checkpoint: str = "latest",
     input_path: str | Path | None = None,
     skip_corrupt: bool = False,
+    data_path: str | Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a run, and write `report.json` and a table beside it.
@@ -71,7 +73,7 @@ def evaluate(
     the run.
     """
     started = time.monotonic()
-    loaded = load_run(workdir, open_images=True, checkpoint=checkpoint)
+    loaded = load_run(workdir, True, checkpoint, data_path)
     config = loaded.experiment.config
     changed = {name: value for name, value in settings.items() if value is not None}
     config.evaluation.update(changed)
@@ -90,7 +92,7 @@ def evaluate(
         report["images"] = str(input_path)
     report |= {"figures": found, **common.circumstances(loaded.experiment, started)}
     if processes.is_first_process():
-        path = common.free_path(loaded.workdir / REPORT_FILE, ".txt")
+        path = common.claimed(loaded.workdir / REPORT_FILE, ".txt")
         write_json_atomically(path, report)
         table = reports.format_report(report)
         write_text_atomically(path.with_suffix(".txt"), table + "\n")

@@ -20,6 +20,7 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax import files
 from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.paths import user_path
 from ddaebm_jax.training.checkpoints import (
     BEST,
     DAMAGED,
@@ -52,7 +53,7 @@ def inspect(workdir: str | Path) -> Inspection:
     """
     # Orbax asks JAX for its devices; no accelerator is to be taken from a run.
     jax.config.update("jax_platforms", "cpu")
-    workdir = Path(workdir)
+    workdir = user_path(workdir, "--workdir")
     if not (workdir / CONFIG_FILE).is_file():
         raise InputError(
             f"--workdir={workdir} holds no {CONFIG_FILE}, so it is not a run "

@@ -19,7 +19,9 @@ from ddaebm_jax.evaluation.outlier_sets import (
     DERIVED,
     HELD_OUT,
     HELD_OUT_CLASSES,
+    is_path,
 )
+from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import processes
 from ddaebm_jax.training.trained_run import load_run
 
@@ -44,6 +46,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("limit", 10_000, text, 0, None, values)
     common.define_seed(values, "Seed of everything that is drawn.")
     common.define_skip_corrupt(values)
+    common.define_data_path(values)
     common.define_distributed(values)
 
 
@@ -51,6 +54,7 @@ def run(values: flags.FlagValues) -> None:
     """Detect, and print the report's folder and table."""
     common.join_processes(values)
     names = "checkpoint", "seed", "num_draws", "baselines", "limit", "skip_corrupt"
+    names += ("data_path",)
     settings = {name: values[name].value for name in names}
     outliers = [name for names in values.out for name in names]
     with common.out_of_memory_advice():
@@ -70,6 +74,7 @@ def detect(
     baselines: bool = False,
     limit: int = 10_000,
     skip_corrupt: bool = False,
+    data_path: str | Path | None = None,
 ) -> Path:
     """Measure how well scores of a run of images tell inliers from outliers.
 
@@ -82,7 +87,7 @@ def detect(
     started = time.monotonic()
     _check(outliers, inliers)
     own = {HELD_OUT, HELD_OUT_CLASSES} & {inliers, *outliers}
-    run = load_run(workdir, baselines or bool(own), checkpoint)
+    run = load_run(workdir, baselines or bool(own), checkpoint, data_path)
     config = run.experiment.config
     if not run.experiment.source.holds_images:
         raise InputError(
@@ -110,10 +115,9 @@ def detect(
         "figures": _plain(measured),
         **common.circumstances(run.experiment, started),
     }
-    folder = common.free_path(run.workdir / "ood")
     if not processes.is_first_process():
-        return folder
-    folder.mkdir()
+        return run.workdir
+    folder = common.claimed(run.workdir / "ood", folder=True)
     files.write_json_atomically(folder / "report.json", report)
     table = outliers_lib.format_detections(measured.detections, num_inliers, sizes)
     files.write_text_atomically(folder / "report.txt", table + "\n")
@@ -137,6 +141,8 @@ def _check(outliers: Sequence[str], inliers: str) -> None:
         raise InputError(
             f"--out has {HELD_OUT}, the run's own held-out images; it is for --in"
         )
+    for name in filter(is_path, names):
+        user_path(name, "--in" if name == inliers else "--out")
     if inliers in DERIVED:
         raise InputError(
             f"--in={inliers} is made from inliers, and so it can only be in --out"

@@ -26,7 +26,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "Where samples come from: the generator, or the energy by particles."
     flags.DEFINE_enum("sampler", "generator", SAMPLERS, text, values)
     text = "NPZ to write, with a picture beside it. Default: a new one in --workdir."
-    flags.DEFINE_string("output", None, text, values)
+    common.define_path(values, "output", text)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -41,7 +41,7 @@ def sample(
     workdir: str | Path,
     num_samples: int | None = None,
     seed: int = 0,
-    output: str | None = None,
+    output: str | Path | None = None,
     checkpoint: str = "latest",
     sampler: str = "generator",
 ) -> Path:
@@ -54,7 +54,7 @@ def sample(
     beside it. Images are uint8, and are also PNG files in a folder beside it. Raises
     InputError for a run that cannot be loaded, or a bad output path.
     """
-    common.check_output(output, ".npz")
+    output = common.check_output(output, ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     source = loaded.experiment.source
     if source.holds_images:
@@ -62,8 +62,6 @@ def sample(
     else:
         default_num, name, companions = 10_000, "samples.npz", (".png",)
     num_samples = num_samples or default_num
-    default_path = common.free_path(loaded.workdir / name, *companions)
-    path = Path(output) if output else default_path
     model = loaded.experiment, loaded.variables
     if sampler == "energy":
         drawn = likelihood.draw_from_energy(*model, num_samples, seed)
@@ -75,12 +73,14 @@ def sample(
         samples = source.table.standardizer.inverse(drawn)
     else:
         samples = drawn
+    path = output or common.claimed(loaded.workdir / name, *companions)
     with written_atomically(path) as file:
         np.savez(file, x=samples, seed=seed, step=loaded.step)
-    picture = common.free_path(path.with_suffix(".png"))
+    picture = common.claimed(path.with_suffix(".png"))
     title = f"{num_samples} samples, step {loaded.step}"
     if source.holds_images:
-        _save_images(common.free_path(path.with_suffix("")), samples)
+        folder = common.claimed(path.with_suffix(""), folder=True)
+        _save_images(folder, samples)
         plots.plot_images(picture, samples[:_GRID_IMAGES])
     elif source.table is not None:
         held_out = test_rows(source.table, tabular.INLIER)
@@ -98,7 +98,6 @@ def sample(
 
 
 def _save_images(folder: Path, samples: UInt8[np.ndarray, "n h w c"]) -> None:
-    folder.mkdir()
     digits = len(str(len(samples) - 1))
     for i, image in enumerate(samples):
         plots.save_image(folder / f"{i:0{digits}}.png", image)

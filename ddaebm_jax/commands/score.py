@@ -20,10 +20,10 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
     common.define_trained_run(values)
     text = "CSV or NPZ of rows; folder or NPZ of images."
-    flags.DEFINE_string("input", None, text, values)
+    common.define_path(values, "input", text)
     common.require(values, "input", "a CSV or NPZ of rows, or images")
     text = "CSV or NPZ to write. Default: a new CSV in --workdir."
-    flags.DEFINE_string("output", None, text, values)
+    common.define_path(values, "output", text)
     text = "Whether the first line of a CSV is a header. Default: as in training."
     flags.DEFINE_enum("header", None, choices.HEADERS, text, values)
     text = "Column (CSV) or array (NPZ) of the rows' ids, to be copied."
@@ -44,7 +44,7 @@ def run(values: flags.FlagValues) -> None:
 def score(
     workdir: str | Path,
     input_path: str | Path,
-    output: str | None = None,
+    output: str | Path | None = None,
     skip_corrupt: bool = False,
     checkpoint: str = "latest",
     header: str | None = None,
@@ -60,15 +60,15 @@ def score(
     in the data's own units, nats. Raises InputError for a run that cannot be loaded,
     bad rows, images or output path, or a log Ẑ that too few particles carry.
     """
-    common.check_output(output, ".csv", ".npz")
+    output = common.check_output(output, ".csv", ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
     rows, named = _read(loaded, input_path, skip_corrupt, header, id_column)
-    path = Path(output) if output else common.free_path(loaded.workdir / "scores.csv")
     energies = inference.energies(loaded.experiment, loaded.variables, rows)
     ranks = 1 + np.searchsorted(np.sort(energies), energies)  # Ties share the first.
     found = {**named, "energy": energies, "rank": ranks}
     if normalized:
         found["log_density"] = energies - _log_z(loaded)
+    path = output or common.claimed(loaded.workdir / "scores.csv")
     with written_atomically(path) as file:
         if path.suffix == ".npz":
             np.savez(file, **found)

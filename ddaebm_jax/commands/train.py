@@ -1,7 +1,9 @@
 """`--mode=train`, the default: train a recipe, or go on with a run."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags, logging
@@ -18,12 +20,10 @@ def define_flags(values: flags.FlagValues) -> None:
     config_flags.define_config_flag(
         "The recipe; --config.section.field=value changes a field.", values
     )
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The run directory, new or to go on with. Default: runs/<config>/<time>.",
-        flag_values=values,
-    )
+    text = "The run directory, new or to go on with. Default: runs/<config>/<time>."
+    common.define_path(values, "workdir", text)
+    text = "Start a new run from this run's averaged weights (train.init_from)."
+    common.define_path(values, "init_from", text)
     common.define_inception_weights(values)
     common.define_distributed(values)
 
@@ -39,16 +39,18 @@ def run(values: flags.FlagValues) -> None:
         raise InputError("--distributed needs --workdir, the same for all processes")
     config = values.config
     config.evaluation.update(common.inception_settings(values.inception_weights))
+    if values.init_from is not None:
+        config.train.init_from = values.init_from
     config_lib.validate(config)  # Before other processes are waited for.
+    config = config_lib.with_absolute_paths(config)
     common.join_processes(values)
-    workdir = values.workdir or _new_workdir()
     advice = (
         f"lower data.batch_size ({config.data.batch_size}), or keep it and raise "
         f"optimizer.accumulate ({config.optimizer.accumulate}), or on images set "
         f"model.remat to blocks ({config.model.remat}), or narrow the networks"
     )
     try:
-        with common.out_of_memory_advice(advice):
+        with _workdir(values.workdir) as workdir, common.out_of_memory_advice(advice):
             report = loop.train(config, workdir)
     except preemption.Stopped as stopped:
         logging.info("%s", stopped)
@@ -59,6 +61,19 @@ def run(values: flags.FlagValues) -> None:
         common.show(f"{workdir}\n{reports.format_report(report)}")
 
 
-def _new_workdir() -> str:
-    name = config_flags.recipe_name()
-    return str(Path("runs") / name / time.strftime("%Y%m%d-%H%M%S"))
+@contextlib.contextmanager
+def _workdir(given: str | None) -> Iterator[Path]:
+    """Yield the run directory that is given, or a new one of this process alone.
+
+    A new one that is still empty at the end is removed.
+    """
+    if given:
+        yield Path(given)
+        return
+    first = Path("runs") / config_flags.recipe_name() / time.strftime("%Y%m%d-%H%M%S")
+    new = common.claimed(first, folder=True)
+    try:
+        yield new
+    finally:
+        with contextlib.suppress(OSError):
+            new.rmdir()

@@ -2,7 +2,14 @@
 
 from ddaebm_jax.config.base import base
 from ddaebm_jax.config.checks import ConfigError, problems, validate
-from ddaebm_jax.config.io import FREE_ON_RESUME, decays, differences, from_json, to_json
+from ddaebm_jax.config.io import (
+    FREE_ON_RESUME,
+    decays,
+    differences,
+    from_json,
+    to_json,
+    with_absolute_paths,
+)
 
 __all__ = [
     "FREE_ON_RESUME",
@@ -14,4 +21,5 @@ __all__ = [
     "problems",
     "to_json",
     "validate",
+    "with_absolute_paths",
 ]

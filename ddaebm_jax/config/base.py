@@ -156,6 +156,9 @@ def base() -> "ConfigDict":
     train.keep_checkpoints = 3  # Number of newest checkpoints kept.
     train.tensorboard = True  # Also write TensorBoard event files (needs TensorFlow).
 
+    # Run directory whose averaged weights a new run starts from; empty: random ones.
+    train.init_from = ""
+
     config.recovery = recovery = ConfigDict()
     # How often a run may go back to its last checkpoint, with fresh noise, after a loss
     # or gradient that is not finite; 0: it ends at the first.

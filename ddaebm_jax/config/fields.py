@@ -18,6 +18,12 @@ OPTIONAL = (
     "optimizer.max_grad_norm recovery.max_energy recovery.max_gap"
 ).split()
 
+# Paths of files and directories; the last one may also be a URL, for JAX.
+PATHS = (
+    "data.path data.tfds_dir train.init_from evaluation.inception_weights "
+    "evaluation.reference_path compilation_cache.directory"
+).split()
+
 # The least and the greatest value, and the fields.
 _RANGES = {
     (0, INT32_MAX): "seed data.limit data.timeout train.steps_per_dispatch "

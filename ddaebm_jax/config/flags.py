@@ -16,8 +16,10 @@ from ml_collections.config_flags import config_path, tuple_parser
 from ddaebm_jax.config import fields
 from ddaebm_jax.config.base import base
 from ddaebm_jax.config.checks import ConfigError, problems
+from ddaebm_jax.paths import user_path
 
 _RECIPE = re.compile(r"--?config(=|$)")
+_FROM_HOME = re.compile(r"(--?config=)(~[^:]*|file:/[^:]*)")
 _CHANGE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -69,6 +71,7 @@ def parse(argv: list[str]) -> list[str]:
     if "config" not in flags.FLAGS:
         return flags.FLAGS(argv)
     given = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+    given = [_recipe_found(argument) for argument in given]
     wrong = {a: told for a in given if (told := _change_problem(a))}
     _arguments[:] = [argv[0], *(a for a in given if a not in wrong)]
     following = zip(given, [*given[1:], ""], strict=False)
@@ -88,6 +91,13 @@ def parse(argv: list[str]) -> list[str]:
     if wrong:
         raise ConfigError("; ".join([*wrong.values(), *problems(config)]))
     return remaining
+
+
+def _recipe_found(argument: str) -> str:
+    """Return an argument with the path of a recipe as `user_path` has it."""
+    if not (start := _FROM_HOME.match(argument)):
+        return argument
+    return f"{start[1]}{user_path(start[2], '--config')}{argument[start.end() :]}"
 
 
 def _change_problem(argument: str) -> str | None:

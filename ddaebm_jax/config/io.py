@@ -1,11 +1,13 @@
 """Configs in files, and what a resumed run may change."""
 
+import copy
 import json
 from typing import Any
 
 from ddaebm_jax.config.base import base
 from ddaebm_jax.config.checks import ConfigError, validate
-from ddaebm_jax.config.fields import leaves
+from ddaebm_jax.config.fields import PATHS, leaves
+from ddaebm_jax.paths import user_path
 
 # Fields that may differ when a run is resumed: they change how long, where and how
 # loudly it trains, not what is trained on what, nor what its FIDs mean. train.num_steps
@@ -39,6 +41,20 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     first, second = dict(leaves(old)), dict(leaves(new))
     pairs = {f: (first.get(f), second.get(f)) for f in sorted(first | second)}
     return {f: pair for f, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def with_absolute_paths(config: Any) -> Any:
+    """Return a copy of a valid config whose paths name the same from any directory.
+
+    Raises InputError for a path that cannot be, as `paths.user_path` does.
+    """
+    config = copy.deepcopy(config)
+    for field in PATHS:
+        section, _, name = field.partition(".")
+        text = config[section][name]
+        if text and not ("://" in text and section == "compilation_cache"):
+            config[section][name] = str(user_path(text, field).absolute())
+    return config
 
 
 def to_json(config: Any) -> str:

@@ -26,6 +26,7 @@ from ddaebm_jax.data.records import (
 from ddaebm_jax.data.threads import TIMEOUT, in_parallel
 from ddaebm_jax.errors import InputError, listed, one_line
 from ddaebm_jax.files import choose_array, npz_headers, printable, read_npz
+from ddaebm_jax.paths import user_path
 
 SUFFIXES = tuple(
     ".png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm".split()
@@ -140,7 +141,7 @@ def read_folder(
     Raises FileNotFoundError, or InputError if there is no image or an unusable file,
     or no progress for `timeout` seconds.
     """
-    folder = Path(path)
+    folder = user_path(path, "data.path")
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; check the path")
     names, left_out = find_images(folder) if folder.is_dir() else ((), {})
@@ -197,6 +198,11 @@ def load_folder(data: Any, seed: int) -> ImageSet:
     Raises what `read_folder` does.
     """
     size, channels = data.image_size, data.channels
+    if not user_path(data.path).exists():
+        raise FileNotFoundError(
+            f"data.path is {data.path}: no such folder; give --config.data.path=… in "
+            "training, --data_path=… to evaluate, where the images lie now"
+        )
     folder = read_folder(
         data.path, size, channels, data.crop, data.skip_corrupt, data.timeout
     )
@@ -235,7 +241,7 @@ def read_images(
     names are their indices. Raises FileNotFoundError, or InputError for what cannot
     be used.
     """
-    path = Path(path)
+    path = user_path(path, "--input")
     if path.suffix.lower() == ".npz" and not path.is_dir():
         images = _read_npz(path, event_shape)
         return images, tuple(map(str, range(len(images))))

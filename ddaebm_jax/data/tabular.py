@@ -25,6 +25,7 @@ from ddaebm_jax.data.table_files import (
 )
 from ddaebm_jax.errors import InputError, listed, one_line, shown
 from ddaebm_jax.files import read_npz, written_atomically
+from ddaebm_jax.paths import user_path
 
 # Share of the mean eigenvalue that is added to each before whitening.
 _RIDGE = 0.01
@@ -182,7 +183,7 @@ def load_table(
     InputError for a file or a fraction that cannot be used.
     """
     wanted = Wanted(header, label_column=label_column, drop_columns=tuple(drop_columns))
-    file = read_table_file(Path(path), wanted)
+    file = read_table_file(user_path(path, "data.path"), wanted)
     _report(path, file)
     return _split(str(path), file, seed, test_fraction, whiten)
 
@@ -237,7 +238,8 @@ def read_rows(
     training table have names, and what lies beside them. Raises FileNotFoundError, or
     InputError for a file that cannot be used, or that lacks a column.
     """
-    file = read_table_file(Path(path), wanted)
+    path = user_path(path, "--input")
+    file = read_table_file(path, wanted)
     if standardizer is None:
         return Rows(file.rows.astype(np.float32), file.ids)
     return Rows(standardizer.transform(file.rows, str(path)), file.ids)

@@ -27,6 +27,7 @@ from ddaebm_jax.data.records import (
     split_set,
 )
 from ddaebm_jax.errors import InputError, listed, one_line
+from ddaebm_jax.paths import user_path
 
 _FORMAT = "array_record"
 _RETRIES = 3  # TFDS would go on for three minutes without a network.
@@ -160,9 +161,11 @@ def _prepared(name: str, tfds_dir: str, channels: int) -> Any:
     """Returns the builder of a set of such images, prepared if it was not yet."""
     import tensorflow_datasets as tfds
 
+    # Without a home directory TFDS would make a folder `~`.
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    directory = user_path(tfds_dir or default, "data.tfds_dir")
     try:
-        directory = os.path.expanduser(tfds_dir) if tfds_dir else None
-        builder = tfds.builder(name, data_dir=directory)
+        builder = tfds.builder(name, data_dir=directory if tfds_dir else None)
     except Exception as error:  # A bad name, config, version or folder: of many kinds.
         bare = name.partition("/")[0].partition(":")[0]
         close = difflib.get_close_matches(bare, set(tfds.list_builders()), 4)

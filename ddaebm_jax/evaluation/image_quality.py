@@ -23,7 +23,8 @@ from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation import fid, inception, inception_weights
 from ddaebm_jax.evaluation.inference import evaluation_mesh
 from ddaebm_jax.experiment import Experiment
-from ddaebm_jax.files import cache_directory, read_npz, written_atomically
+from ddaebm_jax.files import read_npz, written_atomically
+from ddaebm_jax.paths import cache_directory, user_path
 
 _FORMAT_VERSION = 1
 # Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
@@ -275,7 +276,9 @@ def _open_reference(
     A file that the user names must fit and be writable; one of the cache need not.
     """
     named = settings.reference_path
-    path = Path(named).expanduser() if named else _cached(fingerprint)
+    path = _cached(fingerprint)
+    if named:
+        path = user_path(named, "evaluation.reference_path")
     if path.suffix != ".npz":
         raise InputError(
             f"evaluation.reference_path is {path}; a name that ends in .npz is needed"

@@ -16,7 +16,8 @@ from absl import logging
 from ddaebm_jax import torch_layout
 from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation.inception import Network, variable_shapes
-from ddaebm_jax.files import cache_directory, open_regular
+from ddaebm_jax.files import open_regular
+from ddaebm_jax.paths import cache_directory, user_path
 from ddaebm_jax.weights import read_weights
 
 PUBLISHED_URL = (
@@ -44,7 +45,7 @@ def load_network(path: str = "") -> Network:
       InputError: if the file is missing, damaged, cannot be downloaded, or does not
         hold this network's weights.
     """
-    file = Path(path).expanduser() if path else _published_file()
+    file = user_path(path) if path else _published_file()
     origin, paths = str(file), _paths()
     arrays = {
         name: array

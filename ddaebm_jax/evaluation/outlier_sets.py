@@ -11,6 +11,7 @@ from jaxtyping import Integer, UInt8
 from ddaebm_jax.data import Source, image_files, image_sets, tfds_images
 from ddaebm_jax.data.records import Subset, stack
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.paths import user_path
 
 # The run's own held-out images, and the images of the classes it never saw.
 HELD_OUT, HELD_OUT_CLASSES = "test", "held_out_classes"
@@ -89,9 +90,9 @@ def open_set(
         }
         images = makers[name]()
         return images[: limit or len(images)]
-    if _is_path(name):
+    if is_path(name):
         images, _ = image_files.read_images(
-            Path(name).expanduser(),
+            user_path(name, "--out"),
             source.event_shape,
             data.skip_corrupt,
             data.crop,
@@ -141,12 +142,13 @@ def _digits(event_shape: tuple[int, int, int]) -> Images:
     return np.stack(enlarged)[..., None].repeat(channels, axis=3)
 
 
-def _is_path(name: str) -> bool:
-    """Whether a name is a file's or a folder's, there or not.
+def is_path(name: str) -> bool:
+    """Returns whether a name is a file's or a folder's, there or not.
 
     A TFDS set may have a slash in its name, but neither begins nor ends so.
     """
     written_as_path = name.startswith((".", "/", "~")) or name.endswith(("/", ".npz"))
+    written_as_path |= ":/" in name  # A URL.
     return written_as_path or (name != "" and Path(name).exists())
 
 

@@ -6,13 +6,17 @@ processes make the same calls; an error ends the process that meets it.
 """
 
 import contextlib
+import errno
+import functools
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -28,10 +32,15 @@ from etils import epath
 
 from ddaebm_jax import files
 from ddaebm_jax.errors import InputError, TrainingError, one_line
+from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
 # Arrays may declare so many times the bytes of their files, since zeros are compressed.
+_LASTING = (
+    *(errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOSYS, errno.EOPNOTSUPP),
+)  # Errors of the system that stay until somebody does something.
 _ALLOWANCE, _MOST_COMPRESSION = 256 * 2**20, 200
 
 
@@ -61,7 +70,10 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int = 3, read_only: bool = False):
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
         self.pending: tuple[int, bool, futures.Future] | None = None
-        self._workdir = _LiteralPath(Path(workdir).resolve())
+        workdir = user_path(workdir).resolve()
+        if not read_only:
+            workdir.mkdir(parents=True, exist_ok=True)
+        self._workdir = _LiteralPath(_plain(workdir))
         self._keep, self._read_only = keep, read_only
         self._managers: dict[bool, ocp.CheckpointManager] = {}
         self._thread = futures.ThreadPoolExecutor(1)
@@ -288,10 +300,13 @@ class Saver:
         except CheckpointError as error:
             if jax.process_count() > 1:
                 raise
-            if waited >= self._patience:
+            if waited >= self._patience or not _can_pass(error):
+                tried = f" for recovery.save_patience {self._patience} s"
+                if not _can_pass(error):
+                    tried = ", and waiting would not help"
                 raise TrainingError(
-                    f"no checkpoint could be written for recovery.save_patience "
-                    f"{self._patience} s: {error}; then repeat the same command"
+                    f"no checkpoint could be written{tried}: {error}; then repeat "
+                    "the same command"
                 ) from error
             logging.warning("a checkpoint cannot be written: %s; going on", error)
             # The longer it lasts the later, but at the latest when patience is over.
@@ -304,6 +319,23 @@ class Saver:
         return True
 
 
+def _can_pass(error: BaseException | None) -> bool:
+    """Returns whether what kept a checkpoint from being saved may end by itself.
+
+    As a full disk, a quota, a lost mount or want of rights may.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError | DamagedCheckpointError):
+            return True
+        # TensorStore's errors are of no such type, but name the system's number.
+        named = re.search(r"OS error (\d+)", str(error))
+        number = int(named[1]) if named else getattr(error, "errno", None)
+        if number is not None:
+            return number not in _LASTING
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class _LiteralPath(type(epath.Path())):
     """A path in which `glob` takes only its argument for a pattern.
 
@@ -312,6 +344,30 @@ class _LiteralPath(type(epath.Path())):
 
     def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
         return iter([self / name for name in glob.glob(pattern, root_dir=self)])
+
+
+def _plain(path: Path) -> Path:
+    """Returns a path that Orbax and TensorStore take: a link to those they do not.
+
+    Raises CheckpointError with several processes, which need the same one.
+    """
+    text = str(path).encode(errors="replace").decode()
+    # Orbax takes gs:/ anywhere for a URL; TensorStore wants UTF-8, no backslashes.
+    if text == str(path) and not re.search(r"\\|:/", f"{text}/"):
+        return path
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"{str(path)!r}: several processes cannot save below a name that holds a "
+            "backslash, ends in a colon or is not UTF-8; rename it"
+        )
+    return Path(_link_folder(path).name, "run")
+
+
+@functools.cache  # Which keeps it until the process ends.
+def _link_folder(path: Path) -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="ddaebm_jax-")
+    Path(folder.name, "run").symlink_to(path)
+    return folder
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:

@@ -1,5 +1,6 @@
 """Steps on the devices: their layout, their compilation, how many per dispatch."""
 
+import contextlib
 import os
 import time
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 
 from ddaebm_jax import sharding
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.experiment import Experiment, init_state, make_steps, state_shapes
-from ddaebm_jax.files import cache_directory
 from ddaebm_jax.game import TrainState
+from ddaebm_jax.models import Players
+from ddaebm_jax.paths import cache_directory, user_path
 
 # Steps per dispatch where the config leaves the choice: small networks are bound by the
 # time of a dispatch, and matrix products lose nothing inside a scan.
@@ -56,9 +59,16 @@ class Dispatcher:
         self.compile_seconds = 0.0
         self.reseed(0)
 
-    def init(self) -> TrainState:
-        """Returns the state before the first step, on the devices."""
-        return sharding.put(init_state(self._experiment), self._shardings())
+    def init(self, variables: Players | None = None) -> TrainState:
+        """Returns the state before the first step, on the devices.
+
+        With the seed's weights, or these, which every process holds.
+        """
+        state = init_state(self._experiment)
+        if variables is not None:
+            averages = jax.tree.map(np.copy, variables)
+            state = state.replace(variables=variables, ema=averages)
+        return sharding.put(state, self._shardings())
 
     def like(self) -> TrainState:
         """Returns the state's shapes and shardings, to restore a checkpoint into."""
@@ -112,8 +122,17 @@ def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     directory = cache.directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not directory:
-        directory = cache_directory("compiled")
+    directory = directory or str(cache_directory("compiled"))
+    if "://" not in directory:
+        folder = user_path(directory, "compilation_cache.directory")
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            # JAX would say so for every program.
+            logging.warning("%s cannot be written: no compiled program is kept", folder)
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+        directory = folder
     jax.config.update("jax_compilation_cache_dir", str(directory))
 
 

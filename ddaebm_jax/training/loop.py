@@ -25,6 +25,8 @@ from ddaebm_jax.errors import InputError, LostProcessError, TrainingError, one_l
 from ddaebm_jax.evaluation import image_quality, pictures
 from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
+from ddaebm_jax.models import Players
+from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import dispatch, processes, run_directory
 from ddaebm_jax.training.checkpoints import (
     CheckpointError,
@@ -33,6 +35,7 @@ from ddaebm_jax.training.checkpoints import (
 )
 from ddaebm_jax.training.preemption import Preemption, Stopped, StopRequested
 from ddaebm_jax.training.reports import Reports
+from ddaebm_jax.training.trained_run import initial_variables
 
 
 @dataclasses.dataclass
@@ -47,6 +50,7 @@ class Run:
     checkpoints: Checkpoints
     saver: Saver
     reports: Reports
+    first: Players | None  # Weights to start from, of train.init_from.
     trial: int = 0  # Number of rollbacks, which seeds the noise.
 
 
@@ -69,8 +73,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
       LostProcessError: if another process cannot be reached.
       Stopped: after SIGTERM or SIGINT, when everything is saved.
     """
-    started, workdir = time.monotonic(), Path(workdir)
+    started, workdir = time.monotonic(), user_path(workdir, "--workdir")
     config_lib.validate(config)
+    config = config_lib.with_absolute_paths(config)
     try:
         processes.check_devices()
         processes.check_same_config(config)
@@ -102,6 +107,9 @@ def _open(
     processes.wait_for_all("the run directory is locked")
     dispatch.use_compilation_cache(config.compilation_cache)
     experiment = experiment_lib.build(config)
+    first = None
+    if config.train.init_from and not Checkpoints(workdir, read_only=True).steps():
+        first = initial_variables(config.train.init_from, experiment)
     dispatcher = dispatch.Dispatcher(experiment)
     meter = image_quality.open_meter(experiment)
     batches = experiment_lib.open_batches(experiment)
@@ -130,7 +138,7 @@ def _open(
             )
             reports.log(f"{name}\n{table}")
     saver = Saver(checkpoints, config.recovery.save_patience)
-    tools = dispatcher, batches, meter, checkpoints, saver, reports
+    tools = dispatcher, batches, meter, checkpoints, saver, reports, first
     return Run(experiment, workdir, *tools)
 
 
@@ -142,7 +150,7 @@ def _restore(run: Run) -> tuple[TrainState, int]:
     """
     found = run.checkpoints.restore_newest(run.dispatcher.like())
     if found is None:
-        state, step, info = run.dispatcher.init(), 0, {}
+        state, step, info = run.dispatcher.init(run.first), 0, {}
     else:
         step, state, info = found
     total = run.experiment.config.train.num_steps

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # Errors of file systems without l
 def lock(workdir: Path) -> Iterator[None]:
     """Hold a run directory for one run; a new one is made.
 
-    The system releases it when the process ends, however it ends. A directory that was
-    made and holds nothing but the lock at the end is removed.
+    The system releases it when the process ends, however it ends. Where a directory
+    holds nothing else at the end, the lock is removed, and the directory if it is new.
 
     Raises:
       InputError: if another run holds it, or it cannot be written.
@@ -57,8 +56,10 @@ def lock(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if new and all(found.name == LOCK_FILE for found in workdir.iterdir()):
-            shutil.rmtree(workdir)
+        if all(found.name == LOCK_FILE for found in workdir.iterdir()):
+            (workdir / LOCK_FILE).unlink(missing_ok=True)
+            if new:
+                workdir.rmdir()
         held.release()
 
 
@@ -90,7 +91,8 @@ def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
                 "would write and delete; put the whole directory where it leads to, or "
                 "name a new --workdir"
             )
-    changed = config_lib.differences(read_config(workdir), config)
+    old = config_lib.with_absolute_paths(read_config(workdir))
+    changed = config_lib.differences(old, config)
     refused = {
         name: pair
         for name, pair in changed.items()
@@ -101,9 +103,15 @@ def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
         fields = ", ".join(
             f"{name} (was {old!r}, is {new!r})" for name, (old, new) in refused.items()
         )
+        advice = "give these fields their old values, or name a new --workdir"
+        if "train.num_steps" in refused:
+            advice += (
+                f"; with --init_from={workdir} that one starts from this run's weights"
+                " (a rate or γ decays over train.num_steps, and so a run cannot be made"
+                " longer)"
+            )
         raise InputError(
-            f"--workdir={workdir} belongs to another config: {fields}; give these "
-            "fields their old values, or name a new --workdir"
+            f"--workdir={workdir} belongs to another config: {fields}; {advice}"
         )
     for name, (old, new) in changed.items():
         logging.info("resuming with %s = %r (was %r)", name, new, old)

@@ -1,15 +1,18 @@
 """A finished run, loaded from its directory, which is only read."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import ml_collections
 from absl import logging
 
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
-from ddaebm_jax.training import dispatch, processes
+from ddaebm_jax.paths import user_path
+from ddaebm_jax.training import checksums, dispatch, processes
 from ddaebm_jax.training.checkpoints import Checkpoints
 from ddaebm_jax.training.run_directory import read_config
 
@@ -24,7 +27,10 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(
-    workdir: str | Path, open_images: bool = False, checkpoint: str = "latest"
+    workdir: str | Path,
+    open_images: bool = False,
+    checkpoint: str = "latest",
+    data_path: str | Path | None = None,
 ) -> TrainedRun:
     """Load a run from its directory.
 
@@ -36,16 +42,63 @@ def load_run(
       open_images: open the images too, for figures that need them.
       checkpoint: `latest`, the newest intact one; `best`, of the lowest FID; or the
         step of one that is kept.
+      data_path: where the images lie now, if they have moved: the folder, or the
+        directory of TFDS; what they are is checked by their fingerprint.
 
     Raises:
       InputError: if the directory holds no run or no such checkpoint, if that is
         damaged, or if the images are not those of the run.
     """
-    workdir = Path(workdir)
+    workdir = user_path(workdir, "--workdir")
     config = read_config(workdir)
     _distrust(config)
+    if data_path:
+        _find_data(config.data, data_path)
     dispatch.use_compilation_cache(config.compilation_cache)
     processes.check_devices()
+    return _load(workdir, config, open_images, checkpoint)
+
+
+def initial_variables(
+    workdir: str | Path, experiment: experiment_lib.Experiment
+) -> Players:
+    """Return a run's newest averaged weights, in host memory, to start another from.
+
+    Raises:
+      InputError: if they cannot be loaded, or do not fit the networks of `experiment`.
+    """
+    try:
+        workdir = user_path(workdir)
+        config = read_config(workdir)
+        _distrust(config)
+        found = _load(workdir, config, False, "latest")
+    except InputError as error:
+        raise InputError(f"train.init_from, {workdir}: {error}") from error
+    shapes = [
+        checksums.described(variables._asdict())
+        for variables in (
+            found.variables,
+            experiment_lib.state_shapes(experiment).variables,
+        )
+    ]
+    old, new = shapes
+    differing = [n for n in sorted(old | new) if old.get(n) != new.get(n)]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"train.init_from, {workdir}, has networks of other shapes than this "
+            f"config and its data: {name} is {old.get(name, 'absent')} there and "
+            f"{new.get(name, 'absent')} here ({len(differing)} of {len(old | new)} "
+            "arrays differ); give this run the same model section, and data of the "
+            "same shape"
+        )
+    logging.info("starting from the weights of %s at step %d", workdir, found.step)
+    return jax.device_get(found.variables)
+
+
+def _load(
+    workdir: Path, config: ml_collections.ConfigDict, open_images: bool, checkpoint: str
+) -> TrainedRun:
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         kept = list(map(str, checkpoints.steps()))
@@ -74,6 +127,21 @@ def load_run(
     return TrainedRun(workdir, experiment, found.state.ema, found.step)
 
 
+def _find_data(data: ml_collections.ConfigDict, path: str | Path) -> None:
+    """Set where a run's images lie now; raise InputError where nothing reads them."""
+    field = {"folder": "path", "tfds": "tfds_dir"}.get(data.name)
+    if field is None:
+        raise InputError(
+            f"--data_path is for runs of data.name 'folder' or 'tfds', and this one's "
+            f"is '{data.name}', which reads no other files; leave it out"
+        )
+    data[field] = str(user_path(path, "--data_path"))
+    if not Path(data[field]).is_dir():
+        raise InputError(
+            f"--data_path, {path}: no such folder; give that of the run's images"
+        )
+
+
 def _distrust(config: ml_collections.ConfigDict) -> None:
     """Clear the paths at which a config could have code loaded or files made.
 
@@ -86,7 +154,10 @@ def _distrust(config: ml_collections.ConfigDict) -> None:
         (evaluation, "reference_path", evaluation.reference_path),
         (data, "tfds_dir", f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"),
     ):
-        if section[field] and not Path(path).expanduser().exists():
+        there = False
+        with contextlib.suppress(InputError):
+            there = user_path(path).exists()
+        if section[field] and not there:
             logging.warning(
                 "%s of the run's config, %s, is ignored: nothing is there yet, and "
                 "nothing is written there; the default is used",

@@ -1,0 +1,77 @@
+"""Paths that users give, and the user's cache directory."""
+
+import functools
+import logging
+import os
+import re
+import tempfile
+import urllib.parse
+from pathlib import Path
+
+from ddaebm_jax.errors import InputError, one_line
+
+# What a path of the user's may begin with, to be more than a path.
+_HOME_OR_URL = re.compile(r"~|[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def user_path(text: str | os.PathLike, name: str = "") -> Path:
+    """Returns the path that a user gives, as a flag, a config's field or an argument.
+
+    A leading `~` or `~user` is that home directory, `file:///a%20b` is /a b, and every
+    other character stands for itself: `./~` and `./gs:/x` are plain names. What is
+    returned may be passed again. `name`, of the flag or field, is for messages.
+
+    Raises InputError for other URLs, an unknown home, or a null character.
+    """
+    text = os.fspath(text)
+    told = f"{name}={text}" if name else text
+    if "\0" in text:
+        raise InputError(f"{name or 'a path'} is {text!r}; no name of a file has that")
+    path, start = Path(text), _HOME_OR_URL.match(text)
+    if start is None:
+        return path.absolute() if _HOME_OR_URL.match(str(path)) else path
+    if start[0] == "~":
+        try:
+            return path.expanduser()
+        except RuntimeError as error:
+            raise InputError(
+                f"{told}: the home directory {path.parts[0]} is not known; write the "
+                f"path in full, or ./{text} for a file of that name"
+            ) from error
+    if local := re.match(r"(?i)file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
+        return Path(urllib.parse.unquote(local[1], errors="surrogateescape"))
+    raise InputError(
+        f"{told} is a URL; a path is needed, since runs take locks and write "
+        "atomically: mount the bucket, for example with Cloud Storage FUSE (gcsfuse) "
+        "or s3fs, and give its folder there; or download the file"
+    )
+
+
+def cache_directory(name: str) -> Path:
+    """Returns this project's folder of that name in the user's cache directory.
+
+    Where that can be neither found nor made, it is one that ends with the process.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = Path(home).expanduser() / "ddaebm_jax" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError) as error:  # Without a home it is a RuntimeError.
+        if not _temporary_cache.cache_info().currsize:
+            logging.getLogger(__name__).warning(
+                "there is no cache directory (%s), so compiled programs are not kept; "
+                "XDG_CACHE_HOME can name one",
+                one_line(error),
+            )
+        folder = Path(_temporary_cache().name) / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+@functools.cache
+def _temporary_cache() -> tempfile.TemporaryDirectory:
+    """Returns a folder that is removed when the process ends; matplotlib's, too."""
+    folder = tempfile.TemporaryDirectory(prefix="ddaebm_jax-")
+    os.environ.setdefault("MPLCONFIGDIR", folder.name)
+    return folder
