@@ -35,6 +35,8 @@ TINY = {
     "train.tensorboard": False,
     "evaluation.num_samples": 64,
     "evaluation.num_projections": 4,
+    "evaluation.num_particles": 200,
+    "evaluation.num_runs": 2,
 }
 TINY_UNET = {
     "model.nz": 4,

@@ -37,7 +37,13 @@ def digits(**fields: Any) -> ml_collections.ConfigDict:
     return config
 
 
-CONFIGS = {"plane": plane, "digits": digits}
+def weighted(**fields: Any) -> ml_collections.ConfigDict:
+    """Returns the config of the game with weighted negatives from the second step."""
+    negatives = {"game__num_negatives": 4, "game__defensive": 0.5}
+    return plane(**negatives, game__negatives_from=0.025, **fields)
+
+
+CONFIGS = {"plane": plane, "weighted": weighted, "digits": digits}
 
 
 def trained(config: ml_collections.ConfigDict, steps: int) -> tuple:

@@ -29,8 +29,10 @@ from processes import free_port
 from runs import lines
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.commands import common, sample
-from ddaebm_jax.training import loop
+from ddaebm_jax.commands import common, sample, score
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import likelihood
+from ddaebm_jax.training import loop, trained_run
 
 PLANE, TABLE = "configs/released_gaussians25.py", "configs/table.py"
 
@@ -135,7 +137,44 @@ def test_evaluate_repeats_the_final_figures(plane_run: Path):
     assert "jensen_shannon" in (plane_run / "report-1.txt").read_text()
     repeated = report(plane_run, "report-1.json")
     assert (repeated["step"], repeated["checkpoint"]) == (40, "latest")
-    assert repeated["figures"] == report(plane_run)["figures"]
+    figures, final = repeated["figures"], report(plane_run)["figures"]
+    assert {name: figures[name] for name in final} == final
+    truth, log_z = figures["log_likelihood_true"], figures["log_z_quadrature"]
+    assert abs(truth - 0.64) < 0.05 and abs(figures["log_z"] - log_z) < 3.0
+    for name in ("kernel_density", "gaussian_mixture", "bound"):
+        assert figures[f"log_likelihood_{name}"] < truth + 0.01
+    assert len(figures["effective_share"]) == len(figures["consistency"]) == 4
+    # 200 particles do not carry a likelihood after 40 steps, and that is said.
+    assert "particles count" in figures["log_likelihood_refused"]
+    assert "log_likelihood" not in figures
+
+
+def test_likelihoods_and_samples_of_the_energy(
+    table: Path, table_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Refused where too few particles count; in the table's own units."""
+    np.savez(
+        tmp_path / "rows.npz", x=np.loadtxt(table, delimiter=",", skiprows=1)[:9, :3]
+    )
+    inputs = table_run, tmp_path / "rows.npz"
+    for use in (
+        lambda: score.score(*inputs, normalized=True),
+        lambda: sample.sample(table_run, 30, sampler="energy"),
+    ):
+        with pytest.raises(InputError, match=r"particles count, and 100000 are needed"):
+            with monkeypatch.context() as patch:
+                patch.setattr(likelihood, "LEAST_EFFECTIVE", 100_000)
+                use()
+    monkeypatch.setattr(likelihood, "LEAST_EFFECTIVE", 0)
+    output = tmp_path / "scores.npz"
+    score.score(*inputs, output, normalized=True)
+    found, loaded = np.load(output), trained_run.load_run(table_run)
+    standardizer = loaded.experiment.source.table.standardizer
+    log_z = likelihood.estimate(loaded.experiment, loaded.variables).log_z
+    expected = found["energy"] - log_z - np.log(standardizer.std).sum()
+    np.testing.assert_allclose(found["log_density"], expected, rtol=1e-5)
+    drawn = np.load(sample.sample(table_run, 30, sampler="energy"))["x"]
+    assert drawn.shape == (30, 3) and np.isfinite(drawn).all()
 
 
 def test_a_table_is_scored_and_sampled_in_its_own_units(

@@ -1,5 +1,7 @@
 """The perceptrons: parameters, input widths, batch norm."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,3 +221,21 @@ def test_batch_norm_couples_examples_in_training_only():
         np.testing.assert_allclose(a, b, rtol=1e-5)
     for a, b in zip(trained, trained_other, strict=True):
         assert np.abs(a - b).max() > 1e-3
+
+
+def test_a_confined_energy_falls_off_in_every_direction():
+    config = mlp_config()
+    plain = models.build(config, (2,))
+    config.confinement = 0.5
+    confined = models.build(config, (2,))
+    variables = filled_variables(plain).energy
+    angles = np.linspace(0, 2 * np.pi, 60)
+    circle = jnp.asarray(
+        np.stack([np.cos(angles), np.sin(angles)], axis=1), jnp.float32
+    )
+    t = jnp.ones(60, jnp.int32)
+    x = 1.5 * circle
+    expected = plain.energy(variables, x, t) - 0.25 * (x**2).sum(axis=1)
+    np.testing.assert_allclose(confined.energy(variables, x, t), expected, rtol=1e-6)
+    radii = [confined.energy(variables, r * circle, t) for r in (1e2, 1e3, 1e4)]
+    assert all((far < near).all() for near, far in itertools.pairwise(radii))

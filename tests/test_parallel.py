@@ -69,7 +69,12 @@ def alone() -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"), [*(("plane", way) for way in WAYS), ("digits", "in parts")]
+    ("kind", "way"),
+    [
+        *(("plane", way) for way in WAYS),
+        *(("weighted", way) for way in ("pmap", "fsdp in parts")),
+        ("digits", "in parts"),
+    ],
 )
 @pytest.mark.usefixtures("small_shards")
 def test_every_way_gives_what_one_device_gives(

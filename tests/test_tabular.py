@@ -467,3 +467,30 @@ def test_misleading_columns_are_told(save, told):
     table = tabular.load_table(save("u.npz", **arrays), 0, 0.5, "", ("y",))
     assert table.test_labels is None and "not read: 'y' (6×1" in told()
     assert "'extra' (2, float64)" in told()
+
+
+def test_whitened_columns_are_uncorrelated_and_come_back(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(400, 3)) @ np.array([[1, 2, 0], [0, 3, 1], [0, 0, 0.5]])
+    rows = np.concatenate([rows, np.full((400, 1), 7.0)], axis=1)  # A constant column.
+    fitted = tabular.Standardizer.fit(rows, whiten=True)
+    moved = fitted.transform(rows)
+    covariance = np.cov(moved.T, bias=True)
+    np.testing.assert_allclose(
+        covariance - np.diag(covariance.diagonal()), 0, atol=1e-4
+    )
+    # The ridge: eigenvalues below 1, of the constant column 0.
+    assert (covariance.diagonal() < 1.0).all() and covariance.diagonal().max() > 0.98
+    np.testing.assert_allclose(fitted.inverse(moved), rows, rtol=1e-4, atol=1e-3)
+    volume = np.linalg.slogdet(np.diag(1 / fitted.std) @ fitted.whitening)[1]
+    np.testing.assert_allclose(fitted.log_det, volume)
+
+    path = tmp_path / "table.csv"
+    np.savetxt(path, rows, delimiter=",", header="a,b,c,d", comments="")
+    table = tabular.load_table(path, 0, 0.3, whiten=True)
+    plain = tabular.load_table(path, 0, 0.3)
+    assert tabular.fingerprint(table) != tabular.fingerprint(plain)
+    assert plain.standardizer.whitening is None
+    tabular.save_table(table, tmp_path / "kept.npz")
+    kept = tabular.load_saved_table(tmp_path / "kept.npz")
+    assert tabular.fingerprint(kept) == tabular.fingerprint(table)

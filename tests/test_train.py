@@ -1,5 +1,6 @@
 """The loop: a resumed run equals an unbroken one, bit for bit, whatever stops it."""
 
+import os
 import random
 import shutil
 import signal
@@ -31,6 +32,7 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import image_quality, metrics, pictures
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import checkpoints, dispatch, reports, run_directory
+from ddaebm_jax.training.preemption import Stopped
 
 # --- Resumed equals unbroken ------------------------------------------------------
 
@@ -41,6 +43,25 @@ def test_a_resumed_run_is_bit_identical(unbroken: Path, tmp_path: Path):
     assert report["resumed_from_step"] == 16
     assert_trees_equal(final_state(tmp_path), final_state(unbroken))
     assert lines(tmp_path) == lines(unbroken)
+
+
+def test_a_resumed_run_of_weighted_negatives_is_bit_identical(tmp_path: Path):
+    """Killed before, and resumed across, the step from which K are played."""
+    fields = {"game__num_negatives": 2, "game__negatives_from": 0.5}
+    fields |= {"game__defensive": 0.5, "model__confinement": 1.0}
+    whole, broken = small(**fields), tmp_path / "broken"
+    train(whole, tmp_path / "whole")
+
+    def stop(step: int) -> None:
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with hooked(after=stop), pytest.raises(Stopped):
+        train(whole, broken)
+    assert newest_step(broken) == 12
+    train(whole, broken)
+    assert_trees_equal(final_state(broken), final_state(tmp_path / "whole"))
+    assert lines(broken)[-1]["energy/effective_negatives"] < 1.0
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
