@@ -1,6 +1,7 @@
 """Tables: what is split, standardised and read, and what is refused."""
 
 import os
+from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import numpy as np

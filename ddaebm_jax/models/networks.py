@@ -83,7 +83,7 @@ def _mlp_networks(
     model: Any, event_shape: tuple[int, ...], axis_name: str | None
 ) -> Networks:
     (dim,) = event_shape
-    nz = model.nz
+    nz, confinement = model.nz, model.confinement
     trunk = {
         "x_widths": tuple(model.mlp.x_widths),
         "t_embed_dim": model.mlp.t_embed_dim,
@@ -113,9 +113,7 @@ def _mlp_networks(
 
     def confined_energy(variables, x, t, rngs=None):
         f = energy.apply(variables, x, t)
-        if model.confinement == 0:
-            return f
-        return f - 0.5 * model.confinement * (x**2).sum(axis=1)
+        return f - 0.5 * confinement * (x**2).sum(axis=1) if confinement else f
 
     def train_generator(variables, x_next, t, z, rngs=None):
         x0, updates = generator.apply(
