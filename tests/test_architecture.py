@@ -14,7 +14,10 @@ LAYERS = (
     ("errors", "paths", "files"),
     ("config",),
     ("diffusion", "models"),
-    ("objective", "game", "diagnostics", "losses", "step", "sampling", "density"),
+    (
+        *("objective", "proposal", "game", "diagnostics", "losses", "step"),
+        *("sampling", "density"),
+    ),
     ("sharding",),
     ("weights", "torch_layout"),
     ("data",),

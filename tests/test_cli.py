@@ -31,7 +31,7 @@ from runs import lines
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.commands import common, sample, score
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import likelihood
+from ddaebm_jax.evaluation import particles
 from ddaebm_jax.training import loop, trained_run
 
 PLANE, TABLE = "configs/released_gaussians25.py", "configs/table.py"
@@ -163,14 +163,14 @@ def test_likelihoods_and_samples_of_the_energy(
     ):
         with pytest.raises(InputError, match=r"particles count, and 100000 are needed"):
             with monkeypatch.context() as patch:
-                patch.setattr(likelihood, "LEAST_EFFECTIVE", 100_000)
+                patch.setattr(particles, "LEAST_EFFECTIVE", 100_000)
                 use()
-    monkeypatch.setattr(likelihood, "LEAST_EFFECTIVE", 0)
+    monkeypatch.setattr(particles, "LEAST_EFFECTIVE", 0)
     output = tmp_path / "scores.npz"
     score.score(*inputs, output, normalized=True)
     found, loaded = np.load(output), trained_run.load_run(table_run)
     standardizer = loaded.experiment.source.table.standardizer
-    log_z = likelihood.estimate(loaded.experiment, loaded.variables).log_z
+    log_z = particles.estimate(loaded.experiment, loaded.variables).log_z
     expected = found["energy"] - log_z - np.log(standardizer.std).sum()
     np.testing.assert_allclose(found["log_density"], expected, rtol=1e-5)
     drawn = np.load(sample.sample(table_run, 30, sampler="energy"))["x"]

@@ -9,7 +9,7 @@ import pytest
 from helpers import GAME, SCHEDULE, STEPS
 
 from ddaebm_jax import density, diffusion
-from ddaebm_jax.evaluation import likelihood
+from ddaebm_jax.evaluation import likelihood, particles
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Networks, Players
 from ddaebm_jax.proposal import Proposal
@@ -80,7 +80,7 @@ NO_VARIABLES = Players({}, {}, {})
 def test_exact_networks_give_log_z_without_variance(defensive: float):
     """So they do with a defensive part of ς = 1, which is exact here, too."""
     exact = experiment(gaussian_networks(), defensive)
-    found = likelihood.run_particles(exact, NO_VARIABLES, 500, 3, seed=0)
+    found = particles.run_particles(exact, NO_VARIABLES, 500, 3, seed=0)
     np.testing.assert_allclose(found.estimate.runs, LOG_Z, atol=1e-3)
     assert found.estimate.error < 1e-3
     np.testing.assert_allclose(found.estimate.effective, 1.0, atol=1e-3)
@@ -94,7 +94,7 @@ def test_log_z_of_wrong_networks_is_unbiased(moves: int):
     """The mean of Ẑ over runs is Z within its error, and the particles are right."""
     wrong = experiment(gaussian_networks(shift=0.15, spread=1.1), 0.1)
     num = 200
-    found = likelihood.run_particles(wrong, NO_VARIABLES, 400, num, 1, moves)
+    found = particles.run_particles(wrong, NO_VARIABLES, 400, num, 1, moves)
     z = np.exp(np.array(found.estimate.runs) - LOG_Z)
     error = z.std(ddof=1) / np.sqrt(num)
     assert 0.0 < error < 0.02
@@ -110,10 +110,10 @@ def test_log_z_of_wrong_networks_is_unbiased(moves: int):
 
 def test_hopeless_networks_are_refused():
     far = experiment(gaussian_networks(shift=40.0))
-    estimate = likelihood.run_particles(far, NO_VARIABLES, 500, 2, seed=0).estimate
+    estimate = particles.run_particles(far, NO_VARIABLES, 500, 2, seed=0).estimate
     assert "particles count" in estimate.refusal
     fine = experiment(gaussian_networks())
-    estimate = likelihood.run_particles(fine, NO_VARIABLES, 500, 2, seed=0).estimate
+    estimate = particles.run_particles(fine, NO_VARIABLES, 500, 2, seed=0).estimate
     assert estimate.refusal is None
 
 
@@ -138,7 +138,7 @@ def test_langevin_leaves_its_target_alone():
 def test_systematic_resampling_keeps_weights():
     weights = np.array([0.0, 0.5, 0.3, 0.2])
     for uniform in (0.0, 0.4, 0.999):
-        counts = np.bincount(likelihood.systematic(weights, uniform), minlength=4)
+        counts = np.bincount(particles.systematic(weights, uniform), minlength=4)
         assert (np.abs(counts - 4 * weights) < 1).all() and counts.sum() == 4
 
 

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import inference, likelihood, plots
+from ddaebm_jax.evaluation import inference, particles, plots
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import load_run
 
@@ -48,7 +48,7 @@ def sample(
     """Draw samples of a run; of the generator sample i is a function of (seed, i).
 
     `sampler` is `generator`, or `energy`: of exp f(·, 0) by sequential Monte Carlo, see
-    `likelihood.draw_from_energy`.
+    `particles.draw_from_energy`.
 
     Returns the path of the NPZ (`x`, in the data's own units), which has a picture
     beside it. Images are uint8, and are also PNG files in a folder beside it. Raises
@@ -64,7 +64,7 @@ def sample(
     num_samples = num_samples or default_num
     model = loaded.experiment, loaded.variables
     if sampler == "energy":
-        drawn = likelihood.draw_from_energy(*model, num_samples, seed)
+        drawn = particles.draw_from_energy(*model, num_samples, seed)
     else:
         drawn = inference.draw_samples(*model, num_samples, seed)
     if source.holds_images:

@@ -11,7 +11,7 @@ from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, tabular
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import inference, likelihood
+from ddaebm_jax.evaluation import inference, particles
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
@@ -114,7 +114,7 @@ def _read(
 
 def _log_z(loaded: TrainedRun) -> float:
     """Return log Ẑ, in the data's own units."""
-    estimate = likelihood.estimate(loaded.experiment, loaded.variables)
+    estimate = particles.estimate(loaded.experiment, loaded.variables)
     if estimate.refusal is not None:
         raise InputError(
             f"--normalized: {estimate.refusal}; train with game.num_negatives above 1, "
