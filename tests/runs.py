@@ -18,7 +18,7 @@ from cli import ROOT, TINY, TINY_UNET, dotted
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
-from ddaebm_jax.evaluation import metrics, pictures
+from ddaebm_jax.evaluation import metrics, pictures, plots
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.training import checkpoints, dispatch, loop, run_directory
 
@@ -89,6 +89,7 @@ def train(
             patch.setattr(metrics, "evaluate", lambda *_: {"none": 0.0})
             drawn = pictures.Pictures({}, {})
             patch.setattr(pictures, "draw_pictures", lambda *_: drawn)
+            patch.setattr(plots, "plot_curves", lambda *_: None)
         return loop.train(config, workdir)
 
 

@@ -90,6 +90,10 @@ def test_a_run_directory_holds_metrics_pictures_and_figures(plane_run: Path):
         f"{name}_{step:08d}.png" for name in ("plane", "steps") for step in (20, 30, 40)
     ]
     assert all(_is_a_picture(plane_run / "samples" / name) for name in pictures)
+    # Drawn once more after the final figures.
+    metrics, curves = plane_run / "metrics.jsonl", plane_run / "curves.png"
+    assert _is_a_picture(curves)
+    assert curves.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
     found = report(plane_run)
     assert found["resumed_from_step"] == 20
     assert found["figures"]["modes"] == 25

@@ -1,13 +1,17 @@
 """Plots show what they are given, and are written atomically."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cli import call, environment
+from matplotlib.figure import Figure
 from PIL import Image
+from runs import small
 
 from ddaebm_jax.evaluation import plots
+from ddaebm_jax.training import reports
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -15,19 +19,118 @@ def _pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("L"), np.float32)
 
 
-def test_the_picture_of_the_plane_shows_where_the_density_is(tmp_path: Path):
-    """A bright density in one corner shows in that corner of the third panel."""
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are written, in order."""
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+
+    def noted(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    return figures
+
+
+@pytest.mark.parametrize("height", [0.5, 1.2, 3.0])
+def test_both_densities_of_the_plane_are_normalised_on_one_scale(
+    height: float, tmp_path: Path, drawn: list[Figure], caplog: Any
+):
+    """The model's mass is on 1/height of the truth's cells; elsewhere f is −∞."""
     points = np.random.default_rng(0).normal(size=(500, 2))
-    log_density = np.full((40, 40), -50.0)
-    log_density[30:, 30:] = 0.0  # large first and second coordinate: top right
-    path = tmp_path / "plane.png"
-    plots.plot_plane(path, points, points, log_density, 2.0, "title")
-    pixels = _pixels(path)
-    height, width = pixels.shape
-    panel = pixels[int(0.2 * height) : int(0.95 * height), int(0.7 * width) :]
-    rows, columns = np.nonzero((panel > 150) & (panel < 254))  # Bright, not white.
-    assert np.median(rows) < 0.5 * panel.shape[0]
-    assert np.median(columns) > 0.5 * panel.shape[1]
+    truth, model = np.full((60, 60), -1e3), np.full((60, 60), -np.inf)
+    truth[:30, :20] = 7.0  # Small first and second coordinate: bottom left.
+    model[60 - round(30 / height) :, 40:] = -70.0  # Top right.
+    model[0, 0] = np.nan
+    plots.plot_plane(tmp_path / "a.png", points, points, truth, model, 2.0, "title")
+    assert not caplog.messages and _pixels(tmp_path / "a.png").std() > 5
+    panels = drawn[0].axes[:4]
+    for panel in panels:
+        assert panel.get_aspect() == 1.0 and panel.get_xlim() == (-2.0, 2.0)
+        assert len(panel.get_xticklabels()) >= 3 <= len(panel.get_yticklabels())
+    images = [panel.images[0] for panel in panels[2:]]
+    for image, corner in zip(images, (np.s_[:20, :30], np.s_[40:, :]), strict=True):
+        density = image.get_array().filled(0.0)
+        assert density.sum() * (4.0 / 60) ** 2 == pytest.approx(1.0)
+        assert density[corner].sum() == pytest.approx(density.sum())
+    assert images[0].get_clim() == images[1].get_clim()
+    largest = images[0].get_array().max()
+    expected = largest * min(max(height, 1.0), 1.5)
+    assert images[0].get_clim() == (0.0, pytest.approx(expected))
+
+
+def test_energies_that_are_not_finite_are_left_out_of_histograms(
+    tmp_path: Path, drawn: list[Figure], caplog: Any
+):
+    some = np.array([-np.inf, np.nan, 1.0, 2.0, 3.0], np.float32)
+    sets = {"real": np.zeros(3), "fake": some, "far": np.full(4, np.inf)}
+    plots.plot_histograms(tmp_path / "a.png", sets, "title")
+    assert not caplog.messages
+    (axis,) = drawn[0].axes
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == [
+        "real",
+        "fake (2 not finite left out)",
+        "far (4 not finite left out)",
+    ]
+    assert all(np.isfinite(bar.get_height()) for bar in axis.patches)
+
+
+def _curves(figure: Figure) -> dict[str, dict[str, tuple[list, list]]]:
+    """Returns panel → label without its value → steps and values."""
+    return {
+        axis.get_title(): {
+            line.get_label().split("  ")[0]: tuple(map(list, line.get_data()))
+            for line in axis.lines
+        }
+        for axis in figure.axes
+        if axis.axison
+    }
+
+
+def test_curves_show_each_metric_by_step(tmp_path: Path, drawn: list[Figure]):
+    """Whatever is missing, out of order, repeated, or no finite number."""
+    lines = [
+        {"step": 20, "energy/loss": 1.0, "energy/real": 3, "energy/gap_t1": -0.5},
+        {"step": 10, "energy/loss": np.inf, "energy/fake": 2.0, "other": "text"},
+        {"step": 20, "energy/loss": 4.0, "posterior/grad_norm": 0.5},
+        {"step": 10, "evaluation/fid": 9.0, "evaluation/num_samples": 5},
+        {"step": 20, "final/fid": 8.0, "final/shares": [0.5, 0.5]},
+    ]
+    plots.plot_curves(tmp_path / "a.png", iter(lines), "title")
+    found = _curves(drawn[0])
+    np.testing.assert_equal(
+        found.pop("energy: loss"), {"loss": ([10, 20], [np.nan, 4.0])}
+    )
+    assert found == {
+        "mean energy f(x, t)": {"real": ([20], [3]), "generated": ([10], [2.0])},
+        "gap f(real, t) − f(generated, t)": {"t1": ([20], [-0.5])},
+        "gradient norm": {"posterior": ([20], [0.5])},
+        "evaluation": {"fid": ([10, 20], [9.0, 8.0])},
+    }
+    plots.plot_curves(tmp_path / "none.png", iter([]), "title")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_of_many_metrics_some_are_drawn_and_all_evaluations(
+    tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch, caplog: Any
+):
+    monkeypatch.setattr(reports, "_DRAWN_BYTES", 2_000)
+    kept = reports.Reports(tmp_path, small(), holds_images=False)
+    kept.draw_curves("title")  # Before the first line.
+    for step in range(1, 1001):
+        kept.write(step, {"energy/loss": float(step)})
+        if step % 100 == 0:
+            kept.write(step, {"evaluation/fid": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"step": null, "energy/loss": 1.0}\n{"step": 7, "ener')
+    kept.draw_curves("title")
+    assert not caplog.messages and len(drawn) == 1
+    found = _curves(drawn[0])
+    steps, values = found["energy: loss"]["loss"]
+    assert 30 < len(steps) < 60 and steps == values and steps[-1] > 950
+    assert found["evaluation"]["fid"][0] == list(range(100, 1001, 100))
 
 
 @pytest.mark.parametrize(("columns", "shape"), [(None, (2, 2)), (3, (1, 3))])
@@ -74,6 +177,8 @@ def test_a_picture_that_cannot_be_drawn_is_only_warned_of(
     (tmp_path / "file").touch()
     plots.plot_roc(tmp_path / "file" / "a.png", {}, "title")
     plots.plot_images(tmp_path / "a.png", np.zeros((0, 1, 1, 1), np.uint8))
+    (tmp_path / "metrics.jsonl").mkdir()
+    reports.Reports(tmp_path, small(), holds_images=False).draw_curves("title")
     assert [m.split(" cannot be drawn: ")[0] for m in caplog.messages] == [
-        str(tmp_path / name) for name in ("file/a.png", "a.png")
+        str(tmp_path / name) for name in ("file/a.png", "a.png", "curves.png")
     ]

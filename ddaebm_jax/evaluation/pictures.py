@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ddaebm_jax import density
@@ -28,11 +29,11 @@ def draw_pictures(
 ) -> Pictures:
     """Draws a model's pictures into a directory, with the same noise each time.
 
-    In the plane: data, samples and the density side by side, and a strip of the
-    denoising steps. Of a table: rows and samples on the data's principal axes, and
-    energies of held-out rows. Of images: a grid of samples, the denoising steps, and
-    the energies of held-out images and samples. The step, of training, goes into
-    titles and file names.
+    In the plane: data, samples, the true density and the model's side by side, and a
+    strip of the denoising steps. Of a table: rows and samples on the data's principal
+    axes, and energies of held-out rows. Of images: a grid of samples, the denoising
+    steps, and the energies of held-out images and samples. The step, of training, goes
+    into titles and file names.
     """
     source = experiment.source
     if source.holds_images:
@@ -56,9 +57,15 @@ def _draw_plane(
     trajectories = inference.draw_trajectories(experiment, variables, _PLANE_POINTS)
     levels = np.swapaxes(trajectories, 0, 1)
     grid = density.grid_points(shown, _PLANE_CELLS)
-    log_density = inference.energies(experiment, variables, grid)
-    log_density = log_density.reshape(_PLANE_CELLS, _PLANE_CELLS)
-    plots.plot_plane(plane, data, levels[-1], log_density, shown, title)
+    log_truth = density.evaluate_in_chunks(
+        jax.jit(source.distribution.log_density), grid
+    )
+    log_model = inference.energies(experiment, variables, grid)
+    logs = (
+        np.asarray(values).reshape(_PLANE_CELLS, _PLANE_CELLS)
+        for values in (log_truth, log_model)
+    )
+    plots.plot_plane(plane, data, levels[-1], *logs, shown, title)
     plots.plot_levels(steps, levels, max(shown, 3.0), title)
     return {}
 

@@ -331,13 +331,16 @@ def _save_best(run: Run, state: TrainState, found: dict[str, Any]) -> None:
 
 
 def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> None:
-    """Draw the averaged model's pictures; a signal or, as above, a failure skips them.
+    """Draw the averaged model's pictures and the curves so far.
+
+    A signal or, as above, a failure skips them.
 
     All processes sample together; the first one keeps the pictures.
     """
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(preemption.interruptible())
+            _draw_curves(run, step)
             directory = run.workdir / "samples"
             if not processes.is_first_process():
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -350,6 +353,10 @@ def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> Non
             raise
         text = "the pictures of step %d cannot be drawn: %s"
         logging.warning(text, step, one_line(error))
+
+
+def _draw_curves(run: Run, step: int) -> None:
+    run.reports.draw_curves(f"{run.experiment.source.name}, step {step}")
 
 
 def _finish(
@@ -398,4 +405,5 @@ def _finish(
     if processes.is_first_process():
         run_directory.write_report(run.workdir, report)
     run.reports.write(step, {f"final/{name}": value for name, value in found.items()})
+    _draw_curves(run, step)
     return report

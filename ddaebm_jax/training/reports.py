@@ -1,11 +1,12 @@
 """What a run reports: metrics.jsonl, TensorBoard event files, and a progress line."""
 
+import contextlib
 import datetime
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from absl import logging
 from ddaebm_jax.data.tfds_images import import_tensorflow
 from ddaebm_jax.diagnostics import energy_gaps_by_t
 from ddaebm_jax.errors import one_line
+from ddaebm_jax.evaluation import plots
 from ddaebm_jax.files import open_regular
 from ddaebm_jax.training.processes import is_first_process
 
 METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
 _LARGEST_METRICS = 2**30
+_DRAWN_BYTES = 2**23  # Of metrics that are drawn: about 10,000 lines.
 
 
 class Reports:
@@ -133,6 +137,12 @@ class Reports:
 
         self._to_tensorboard(write)
 
+    def draw_curves(self, title: str) -> None:
+        """Draw all metrics so far; a failure is only warned of."""
+        if self._writes:
+            path = self._path.with_name(CURVES_FILE)
+            plots.plot_curves(path, _lines_to_draw(self._path), title)
+
     def log(self, text: str) -> None:
         """Log a line, clear of the progress line."""
         if self._writes:
@@ -230,6 +240,24 @@ def _cut(path: Path, step: int, evaluated: int) -> None:
                 break
             size += len(line)
     os.truncate(path, size)
+
+
+def _lines_to_draw(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the metrics of a file, if there is one, without damaged lines.
+
+    Of a large one all lines with figures of evaluations, and every n-th of the others.
+    """
+    if not path.exists():
+        return
+    every = 1 + path.stat().st_size // _DRAWN_BYTES
+    with open_regular(path, _LARGEST_METRICS) as file:
+        for number, line in enumerate(file):
+            figures = b'"evaluation/' in line or b'"final/' in line
+            if figures or number % every == 0:
+                with contextlib.suppress(ValueError, RecursionError):
+                    values = json.loads(line)
+                    if isinstance(values, dict) and isinstance(values.get("step"), int):
+                        yield values
 
 
 def _is_kept(line: bytes, step: int, evaluated: int) -> bool:
