@@ -88,6 +88,8 @@ def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
     sys.unraisablehook = _log_unraisable
     warnings.showwarning = _log_warning
     jax.config.update("jax_enable_x64", False)  # Models are float32.
+    # Notebooks hand theirs to every program; matplotlib and TensorFlow fail without it.
+    os.environ.pop("MPLBACKEND", None)
     with user_errors():
         if words[1:]:
             raise InputError(f"unexpected argument {words[1]!r}; flags start with --")
