@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ddaebm_jax.errors import InputError, one_line
 
-# What a path of the user's may begin with, to be more than a path.
+# The start of a home directory or a URL.
 _HOME_OR_URL = re.compile(r"~|[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
@@ -41,9 +41,8 @@ def user_path(text: str | os.PathLike, name: str = "") -> Path:
     if local := re.match(r"(?i)file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
         return Path(urllib.parse.unquote(local[1], errors="surrogateescape"))
     raise InputError(
-        f"{told} is a URL; a path is needed, since runs take locks and write "
-        "atomically: mount the bucket, for example with Cloud Storage FUSE (gcsfuse) "
-        "or s3fs, and give its folder there; or download the file"
+        f"{told} is a URL; a path is needed: mount the bucket, for example with "
+        "gcsfuse or s3fs, and give its folder there, or download the file"
     )
 
 

@@ -348,7 +348,7 @@ def test_flags_may_come_from_a_file(tmp_path: Path):
 def test_help_shows_all_modes_on_one_screen():
     result = succeed("--help")
     lines, mode, listed = result.out.splitlines(), "", {}
-    assert len(lines) <= 60 and max(map(len, lines)) <= 88
+    assert len(lines) <= 60 and max(map(len, lines)) <= 80
     for line in lines:
         if title := re.match("--mode=(\\w+)", line):
             mode = title[1]

@@ -22,7 +22,7 @@ HOME = Path.home()
 MODES = (evaluate, inspect, ood, sample, score, train)
 # Flags and fields that are texts, but of no path; --in and --out may be of either.
 WORDS = {"checkpoint", "coordinator", "config", "in", "out", "preprocessing"}
-WORDS |= {"reference", "data.label_column", "data.tfds", "data.split"}
+WORDS |= {"id_column", "reference", "data.label_column", "data.tfds", "data.split"}
 WORDS |= {"data.test_split"}
 
 

@@ -1,5 +1,6 @@
 """Plots show what they are given, and are written atomically."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from runs import small
 
+from ddaebm_jax.commands import common
+from ddaebm_jax.data.tfds_images import import_tensorflow
 from ddaebm_jax.evaluation import plots
 from ddaebm_jax.training import reports
 
@@ -150,15 +153,21 @@ def test_a_grid_of_images_is_enlarged_and_bordered(columns, shape, tmp_path: Pat
 
 
 def plot(path: str) -> None:
-    """Draws something, and imports matplotlib for it."""
-    plots.plot_samples(Path(path), np.eye(2), 2.0, "title")
+    """A command that draws something, and imports matplotlib for it."""
+    backend_given = "MPLBACKEND" in os.environ
+
+    def command(_: object) -> None:
+        if backend_given:
+            import_tensorflow()  # Keras imports matplotlib, too.
+        plots.plot_samples(Path(path), np.eye(2), 2.0, "title")
+
+    common.run(command, ["main"])
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"MPLBACKEND": "module://matplotlib_inline.nosuch"},
-        {"MPLBACKEND": "nosuch"},
         {"MPLCONFIGDIR": "/proc/nosuch"},
         {"MATPLOTLIBRC": "{folder}"},
     ],

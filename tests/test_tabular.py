@@ -12,7 +12,7 @@ from untrusted import FUZZ, read_or_refused
 from untrusted import refused as refused_cheaply
 
 from ddaebm_jax.data import table_files, tabular
-from ddaebm_jax.data.table_files import Wanted
+from ddaebm_jax.data.table_files import TableOptions
 from ddaebm_jax.data.tabular import Standardizer
 from ddaebm_jax.errors import InputError
 
@@ -48,11 +48,11 @@ def told(caplog):
     return lambda: caplog.text
 
 
-def to_score(path, columns=None, **wanted):
+def to_score(path, columns=None, **options):
     """The rows of a file, for a model with these columns, or so many."""
     if isinstance(columns, int):
         columns = tuple(f"column_{j}" for j in range(columns))
-    return tabular.read_rows(path, Wanted(columns=columns, **wanted)).rows
+    return tabular.read_rows(path, TableOptions(columns=columns, **options))[0]
 
 
 def numbered(n, d=3):
@@ -381,7 +381,6 @@ SMALL = np.random.default_rng(0).normal(0.002, 0.001, (8, 3))
         (WAVES, SMALL, True),
         (("399.1", "402.7", "410.3"), SMALL, True),  # Far from the numbers below.
         (("0", "1", "2"), 1_000 * SMALL, True),
-        (("3", "1", "7"), 5_000 * SMALL, True),  # All whole, and no row is.
         (("2001", "2002", "2003"), numbered(9) // 1, True),
         (("0", "1", "2", "label"), np.c_[SMALL, np.arange(8) % 2], True),
         (("0.0", "1.0", "3.5"), numbered(9), False),
@@ -407,7 +406,7 @@ def test_a_first_line_of_numbers_is_told_and_a_flag_settles_it(
     assert flag in told()
     if "label" not in first and len(set(first)) == len(first):
         for header, num in (("present", len(rows)), ("absent", len(rows) + 1)):
-            found = table_files.read_table_file(path, Wanted(header))
+            found = table_files.read_table_file(path, TableOptions(header))
             assert len(found.rows) == num
 
 
@@ -446,9 +445,10 @@ def test_the_file_that_trained_is_scored(save, told):
 
 def test_columns_with_names_are_put_in_the_order_of_training(save, told):
     path = save("rows.csv", "b,note,a,\n1,x,2,\n3,,4,\n")
-    read = tabular.read_rows(path, Wanted(columns=("a", "b"), id_column="note"))
-    np.testing.assert_array_equal(read.rows, [[2, 1], [4, 3]])
-    assert read.ids == ("x", "")
+    options = TableOptions(columns=("a", "b"), id_column="note")
+    rows, ids = tabular.read_rows(path, options)
+    np.testing.assert_array_equal(rows, [[2, 1], [4, 3]])
+    assert ids == ("x", "")
     assert "left out: 'note'" in told() and "blank: 4" in told()
     with pytest.raises(InputError, match="no column 'c'; found: 'b', 'note', 'a'; the"):
         to_score(path, ("a", "c"))
@@ -458,10 +458,8 @@ def test_columns_with_names_are_put_in_the_order_of_training(save, told):
 
 
 def test_misleading_columns_are_told(save, told):
-    rows = np.c_[np.arange(6.0), np.full(6, 2.0), numbered(6, 2)]
-    tabular.load_table(save("t.csv", csv_of(rows, ("n", "same", "b", "label"))), 0, 0.4)
-    for part in ("ids do: 'n'", "model learns: 'same'", "label_column): 'label'"):
-        assert part in told()
+    tabular.load_table(save("t.csv", csv_of(numbered(6, 2), ("a", "Label"))), 0, 0.4)
+    assert "named like labels: 'Label'; if" in told()
     with pytest.raises(InputError, match="all 4 rows to train on are the same"):
         tabular.load_table(save("t.npz", x=np.ones((4, 2))), 0, 0.5)
     arrays = {"features": numbered(6), "y": np.array([[7]] * 6), "extra": np.ones(2)}

@@ -280,9 +280,9 @@ def test_a_run_does_not_write_through_links_out_of_its_directory(
 def test_reports_come_while_the_next_steps_are_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Metrics are fetched one dispatch late, except for a state that is kept.
+    """Metrics are fetched one dispatch late, except around a state that is kept.
 
-    And before a compilation, whose seconds would count as those of steps.
+    And before a compilation; or seconds would count as those of other steps.
     """
     happened: list[str] = []
     add = reports.Reports.add
@@ -298,7 +298,7 @@ def test_reports_come_while_the_next_steps_are_under_way(
         monkeypatch.setattr(dispatch.Dispatcher, "compiles", compiles)
         train(config, tmp_path)
     assert happened == [
-        *("steps 4", "steps 8", "metrics 4", "steps 12", "metrics 8", "metrics 12"),
+        *("steps 4", "steps 8", "metrics 4", "metrics 8", "steps 12", "metrics 12"),
         *("steps 16", "steps 20", "metrics 16", "metrics 20", "steps 21", "metrics 21"),
     ]
 

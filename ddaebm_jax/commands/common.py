@@ -88,6 +88,8 @@ def run(command: Callable[[flags.FlagValues], None], words: list[str]) -> None:
     sys.unraisablehook = _log_unraisable
     warnings.showwarning = _log_warning
     jax.config.update("jax_enable_x64", False)  # Models are float32.
+    # Notebooks hand theirs to every program; matplotlib and TensorFlow fail without it.
+    os.environ.pop("MPLBACKEND", None)
     with user_errors():
         if words[1:]:
             raise InputError(f"unexpected argument {words[1]!r}; flags start with --")
@@ -137,12 +139,12 @@ def out_of_memory_advice(advice: str = _USE_LESS_MEMORY) -> Iterator[None]:
 def define_trained_run(values: flags.FlagValues) -> None:
     """Define --workdir and --checkpoint."""
     define_workdir(values)
-    text = "`latest`, `best` (lowest FID), or the step of a checkpoint."
+    text = "`latest`, `best` (lowest FID) or a checkpoint's step."
     flags.DEFINE_string("checkpoint", "latest", text, values)
 
 
 class _PathParser(flags.ArgumentParser):
-    """Parser of a path; see `files.user_path`."""
+    """Parser of a path; see `paths.user_path`."""
 
     def parse(self, argument: str) -> str:
         return argument and str(user_path(argument))
@@ -185,9 +187,9 @@ def define_skip_corrupt(values: flags.FlagValues) -> None:
 
 def define_inception_weights(values: flags.FlagValues) -> None:
     """Define --inception_weights; see `inception_settings`."""
-    text = "Measure images by Inception features, with the weights of this .pth, .npz "
-    text += "or .safetensors file; `published`: the published weights, downloaded "
-    define_path(values, "inception_weights", text + "once; `none`: skip these figures.")
+    text = "Measure images by Inception features: a .pth, .npz or .safetensors file of "
+    text += "weights; `published`, downloaded once; or `none`: skip these figures."
+    define_path(values, "inception_weights", text)
 
 
 def inception_settings(weights: str | None) -> dict[str, Any]:
@@ -205,8 +207,8 @@ def inception_settings(weights: str | None) -> dict[str, Any]:
 
 def define_distributed(values: flags.FlagValues) -> None:
     """Define the flags that `join_processes` reads."""
-    text = "Run several processes, known to a cluster (TPU pod, Slurm) or through the "
-    text += "next three flags. All get the same command, except for --process_id."
+    text = "Run several processes; a cluster (TPU pod, Slurm) or the next three flags "
+    text += "tell which. All get the same command, except for --process_id."
     flags.DEFINE_bool("distributed", False, text, values)
     text = "host:port of process 0, where no cluster tells it."
     flags.DEFINE_string("coordinator", "", text, values)
@@ -214,7 +216,7 @@ def define_distributed(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_processes", None, text, 1, None, values)
     text = "Number of this process, from 0."
     flags.DEFINE_integer("process_id", None, text, 0, None, values)
-    text = "Seconds of silence after which a process is dead, and the others end."
+    text = "Seconds of silence after which a process counts as dead."
     flags.DEFINE_integer("heartbeat_timeout", 100, text, 1, None, values)
     text = "Seconds to wait at the start for the others."
     # JAX itself aborts after 300.

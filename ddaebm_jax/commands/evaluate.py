@@ -32,7 +32,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("preprocessing", None, choices.PREPROCESSINGS, text, values)
     text = "Images that samples are compared with. Default: the config's."
     flags.DEFINE_enum("reference", None, choices.REFERENCES, text, values)
-    text = "File of the reference's statistics, made if it does not exist."
+    text = "File of the reference's statistics, made if missing."
     common.define_path(values, "reference_path", text)
     common.define_data_path(values)
     common.define_distributed(values)

@@ -1,6 +1,7 @@
 """The text of --help, all modes and their flags on one screen, and of unknown flags."""
 
 import difflib
+import re
 import textwrap
 from collections.abc import Mapping
 from types import ModuleType
@@ -9,7 +10,7 @@ from absl import flags
 
 from ddaebm_jax.config import base, fields
 
-_WIDTH = 88
+_WIDTH = 80
 _USAGE = "usage: python launch/main.py [--mode=MODE] --FLAG=VALUE …"
 _END = (
     "--mode=MODE --help explains the flags of a mode in full; --helpfull lists those "
@@ -54,5 +55,8 @@ def _flags_of(command: ModuleType) -> dict[str, str]:
 
 
 def _line(name: str, text: str) -> str:
-    line = f"  --{name:<19}{text}"
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1].rstrip()}…"
+    """Return a flag with as many of its text's clauses as fit."""
+    line = f"  --{name:<18}{text}"
+    if len(line) > _WIDTH:
+        line = re.match("(.*)(?<!Default)[.:;] ", line[:_WIDTH])[1]
+    return line

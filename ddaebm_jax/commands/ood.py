@@ -31,11 +31,11 @@ _BUILT_IN = ", ".join((*BUILT_IN, HELD_OUT_CLASSES))
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
     common.define_trained_run(values)
-    text = "Inliers: `test`, the run's held-out images, or one set as in --out."
+    text = "Inliers: `test` (held-out images), or a set as in --out."
     flags.DEFINE_string("in", HELD_OUT, text, values)
-    text = f"Outliers: built-in sets ({_BUILT_IN}), folders, NPZ files, TFDS names; "
-    text += "separated by commas, or in several --out. A name with a comma is quoted: "
-    text += """--out='"my,folder",noise'."""
+    text = "Outliers, separated by commas or in several --out: built-in sets "
+    text += f"({_BUILT_IN}), folders, NPZ files, TFDS names. A name with a comma is "
+    text += """quoted: --out='"my,folder",noise'."""
     parser, serializer = flags.ListParser(), flags.CsvListSerializer(",")
     flags.DEFINE_multi(parser, serializer, "out", [], text, values)
     text = "Fit four standard detectors to the training pixels, too."

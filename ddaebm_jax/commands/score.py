@@ -24,9 +24,9 @@ def define_flags(values: flags.FlagValues) -> None:
     common.require(values, "input", "a CSV or NPZ of rows, or images")
     text = "CSV or NPZ to write. Default: a new CSV in --workdir."
     common.define_path(values, "output", text)
-    text = "Whether the first line of a CSV is a header. Default: as in training."
+    text = "A CSV's header line. Default: as in training."
     flags.DEFINE_enum("header", None, choices.HEADERS, text, values)
-    text = "Column (CSV) or array (NPZ) of the rows' ids, to be copied."
+    text = "Column (CSV) or array (NPZ) of ids, to be copied."
     flags.DEFINE_string("id_column", "", text, values)
     text = "Add the normalised log density, in the data's own units."
     flags.DEFINE_bool("normalized", False, text, values)
@@ -99,7 +99,7 @@ def _read(
     if skip_corrupt:
         raise InputError("--skip_corrupt is for runs of images; leave it out")
     table, (dim,) = source.table, source.event_shape
-    wanted = tabular.Wanted(
+    options = tabular.TableOptions(
         header or data.header,
         "--header",
         data.label_column,
@@ -107,7 +107,7 @@ def _read(
         id_column,
         columns=table.columns if table else tuple(f"column_{j}" for j in range(dim)),
     )
-    rows, ids = tabular.read_rows(path, wanted, table and table.standardizer)
+    rows, ids = tabular.read_rows(path, options, table and table.standardizer)
     named = {"row": np.arange(len(rows))}
     return rows, named if ids is None else {**named, "id": np.asarray(ids)}
 

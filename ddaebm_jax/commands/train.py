@@ -22,7 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     text = "The run directory, new or to go on with. Default: runs/<config>/<time>."
     common.define_path(values, "workdir", text)
-    text = "Start a new run from this run's averaged weights (train.init_from)."
+    text = "Start a new run from this one's averaged weights."
     common.define_path(values, "init_from", text)
     common.define_inception_weights(values)
     common.define_distributed(values)

@@ -41,9 +41,6 @@ _TURNS = (
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 )
-# A crop at the centre that keeps less is worth a remark.
-_LEAST_KEPT = 0.5
-
 # Takes what a user should know about an image that is read.
 Remark = Callable[[str], Any]
 
@@ -98,8 +95,6 @@ def prepare(
             f"at least {size} a side are needed; lower data.image_size or leave the "
             "image out"
         )
-    if short < _LEAST_KEPT * max(width, height):
-        remark("lose more than half at the centre's crop")
     if short > size:
         width, height = width * size // short, height * size // short
         image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -124,12 +119,11 @@ def _upright(image: Image.Image, remark: Remark) -> Image.Image:
 
 def _opaque(image: Image.Image) -> Image.Image:
     """Returns an image without its alpha where that says nothing."""
-    modes = {"RGBA": "RGB", "RGB": "RGB", "PA": "RGB", "P": "RGB", "LA": "L", "L": "L"}
-    if not image.has_transparency_data or image.mode not in modes:
+    if image.mode not in ("RGBA", "PA", "LA") and "transparency" not in image.info:
         return image
     if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         return image
-    opaque = image.convert(modes[image.mode])
+    opaque = image.convert("L" if image.mode in ("LA", "L") else "RGB")
     opaque.info.pop("transparency", None)
     return opaque
 

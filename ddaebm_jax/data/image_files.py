@@ -48,7 +48,6 @@ class FolderImages(NamedTuple):
     names: tuple[str, ...]  # Printable.
     num_skipped: int
     content_sha256: str
-    digests: tuple[bytes, ...]  # SHA-256 of each image's pixels.
 
 
 @dataclasses.dataclass
@@ -143,7 +142,10 @@ def read_folder(
     """
     folder = user_path(path, "data.path")
     if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder; check the path")
+        raise FileNotFoundError(
+            f"{folder}: no such folder; check the path; if a run's images have moved, "
+            "give --config.data.path in training, --data_path in evaluation"
+        )
     names, left_out = find_images(folder) if folder.is_dir() else ((), {})
     if not names:
         raise InputError(
@@ -185,11 +187,9 @@ def read_folder(
         f"{folder}: {len(names)} images are read; left out: {_counts(left_out)}"
         + f"; of the images {_counts(collections.Counter(remarks))}" * bool(remarks)
     )
-    digests = tuple(result for result in results if isinstance(result, bytes))
-    text = "\n".join(names).encode(errors="surrogateescape")
-    content = digest(text, b"".join(digests))
-    names = tuple(map(printable, names))
-    return FolderImages(records, names, len(errors), content, digests)
+    hashes = b"".join(result for result in results if isinstance(result, bytes))
+    content = digest("\n".join(names).encode(errors="surrogateescape"), hashes)
+    return FolderImages(records, tuple(map(printable, names)), len(errors), content)
 
 
 def load_folder(data: Any, seed: int) -> ImageSet:
@@ -198,24 +198,11 @@ def load_folder(data: Any, seed: int) -> ImageSet:
     Raises what `read_folder` does.
     """
     size, channels = data.image_size, data.channels
-    if not user_path(data.path).exists():
-        raise FileNotFoundError(
-            f"data.path is {data.path}: no such folder; give --config.data.path=… in "
-            "training, --data_path=… to evaluate, where the images lie now"
-        )
     folder = read_folder(
         data.path, size, channels, data.crop, data.skip_corrupt, data.timeout
     )
     what = f"{data.path}: images"
     split = hold_out(len(folder.names), data.test_fraction, seed, what)
-    trained = {folder.digests[i] for i in split.train}
-    copies = [i for i in split.test if folder.digests[i] in trained]
-    if copies:
-        logging.warning(
-            "%s: %d of the %d held-out images equal a training image in every pixel, "
-            "for example %s; remove copies, or figures of held-out images flatter",
-            *(data.path, len(copies), len(split.test), folder.names[copies[0]]),
-        )
     return split_set(
         "folder",
         folder.records,

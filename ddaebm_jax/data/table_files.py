@@ -5,8 +5,8 @@ line, are left out. Columns without a header are `column_0`, `column_1`, ….
 
 A first line with a cell that is no number is a header. One of numbers is a header if it
 holds the names of the trained columns, or else if it is unlike every row below it:
-evenly spaced, or all whole, or in every column farther from the numbers below than
-these lie apart. Either way a log line says so; `header` settles it.
+evenly spaced, or in every column farther from the numbers below than these lie apart.
+Either way a log line says so; `header` settles it.
 
 NPZ: the table is the array `x` or `X`, or the only 2-D array; labels are `labels` or
 `y`. A log line names the arrays that are not read.
@@ -42,7 +42,7 @@ _MISSING = {"", "?", "-", "na", "n/a", "#n/a", "nan", "null", "none"}
 _MIN_BELOW, _MAX_BELOW = 3, 1_000
 
 
-class Wanted(NamedTuple):
+class TableOptions(NamedTuple):
     """What is read of a file.
 
     Attributes:
@@ -74,7 +74,7 @@ class TableFile(NamedTuple):
     ids: tuple[str, ...] | None = None
 
 
-def read_table_file(path: Path, wanted: Wanted = Wanted()) -> TableFile:  # noqa: B008
+def read_table_file(path: Path, options: TableOptions = TableOptions()) -> TableFile:  # noqa: B008
     """Reads a `.csv` or `.npz` file, and checks that numbers are finite in float32.
 
     Labels are 0 (inlier) or 1 (outlier). Raises FileNotFoundError, or InputError, which
@@ -89,7 +89,7 @@ def read_table_file(path: Path, wanted: Wanted = Wanted()) -> TableFile:  # noqa
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; check the path")
-    table = reader(path, wanted)
+    table = reader(path, options)
     if not table.rows.size:
         raise InputError(
             f"{path}: the table is empty ({'×'.join(map(str, table.rows.shape))}); at "
@@ -98,24 +98,24 @@ def read_table_file(path: Path, wanted: Wanted = Wanted()) -> TableFile:  # noqa
     return table
 
 
-def are_places(columns: Sequence[str]) -> bool:
-    """Whether names are the columns' places only: `column_0`, … or `0`, `1`, …."""
+def are_positions(columns: Sequence[str]) -> bool:
+    """Whether names only count columns: `column_0`, … or `0`, `1`, …."""
     numbered = all(re.fullmatch(r"column_\d+", name) for name in columns)
     return numbered or list(columns) == [str(j) for j in range(len(columns))]
 
 
 def _select(
-    path: Path, names: Sequence[str], wanted: Wanted, has_header: bool
+    path: Path, names: Sequence[str], options: TableOptions, has_header: bool
 ) -> list[int]:
     """Returns the places of a file's columns that make its table."""
-    keys, model, ids = [*map(_key, names)], wanted.columns, wanted.id_column
+    keys, model, ids = [*map(_key, names)], options.columns, options.id_column
     place, used = dict(zip(keys, range(len(keys)), strict=True)), Counter(keys)
-    apart = [*filter(None, (wanted.label_column, ids)), *wanted.drop_columns]
+    apart = [*filter(None, (options.label_column, ids)), *options.drop_columns]
     left_out = {*map(_key, apart)}
     chosen = [j for j, key in enumerate(keys) if key not in left_out]
     needed = apart if model is None else [ids] * bool(ids)
     if model is not None:
-        named, of_model = (not are_places(columns) for columns in (names, model))
+        named, of_model = (not are_positions(columns) for columns in (names, model))
         if has_header and {*map(_key, model)} <= {*keys}:
             chosen = [place[_key(name)] for name in model]
         elif named and of_model:
@@ -183,7 +183,7 @@ def _labels(
             raise InputError(
                 f"{path}: {row_name(i)} has the label {shown(str(found[i]))}; allowed: "
                 "0 (inlier), 1 (outlier); write them so (scikit-learn's 1 and -1 as 0 "
-                "and 1); what is no such label belongs into data.drop_columns"
+                "and 1), or leave out what is no label by data.drop_columns"
             )
     return np.array(labels, np.float64)
 
@@ -191,15 +191,15 @@ def _labels(
 # --- CSV ------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, wanted: Wanted) -> TableFile:
+def _read_csv(path: Path, options: TableOptions) -> TableFile:
     cells, lines = _cells(path)
     names = tuple(cell.strip() for cell in cells[0]) if len(cells) else ()
-    has_header = bool(names) and _has_header(path, names, cells[1:], wanted)
+    has_header = bool(names) and _has_header(path, names, cells[1:], options)
     if has_header:
         cells, lines = cells[1:], lines[1:]
     else:
         names = tuple(f"column_{j}" for j in range(cells.shape[1]))
-    chosen = _select(path, names, wanted, has_header)
+    chosen = _select(path, names, options, has_header)
     rows = np.fromiter(map(_number, cells[:, chosen].flat), np.float64)
     rows = rows.reshape(len(cells), len(chosen))
     columns = tuple(names[j] for j in chosen)
@@ -214,10 +214,10 @@ def _read_csv(path: Path, wanted: Wanted) -> TableFile:
         return tuple(cell.strip() for cell in cells[:, place])
 
     labels = ids = None
-    if wanted.label_column and wanted.columns is None:
-        labels = _labels(path, column(wanted.label_column), row_name)
-    if wanted.id_column:
-        ids = column(wanted.id_column)
+    if options.label_column and options.columns is None:
+        labels = _labels(path, column(options.label_column), row_name)
+    if options.id_column:
+        ids = column(options.id_column)
     return TableFile(columns, rows, labels, row_name, ids)
 
 
@@ -273,14 +273,15 @@ def _key(name: str) -> str | float:
 
 
 def _has_header(
-    path: Path, first: tuple[str, ...], below: np.ndarray, wanted: Wanted
+    path: Path, first: tuple[str, ...], below: np.ndarray, options: TableOptions
 ) -> bool:
-    """Whether the first line is a header; unless its cells are names, it is told."""
+    """Whether the first line is a header; logged, unless all its cells are names."""
     numbers = [not math.isnan(_number(cell)) for cell in first]
-    is_header, why = wanted.header == "present", f"{wanted.header_flag} says so"
-    if wanted.header != "auto" and not all(numbers):
-        return is_header
-    if not all(numbers):
+    is_header = options.header == "present"
+    if options.header != "auto":
+        if not all(numbers):
+            return is_header
+    elif not all(numbers):
         # Names; blank is only that of an index, which no row leaves blank.
         is_index = not first[0] and bool(len(below)) and all(below[:, 0])
         is_header = is_index or any(
@@ -289,60 +290,49 @@ def _has_header(
         )
         if not any(numbers):
             return is_header
-        why = "it holds names, too" if is_header else "it holds no name"
-    elif wanted.header == "auto":
+    else:
         keys = {*map(_key, first)}
-        if wanted.columns and keys >= {*map(_key, wanted.columns)}:
-            is_header, why = True, "it has the names of the model's columns"
-        else:
-            reason = _unlike_rows(first, below) if len(keys) == len(first) else None
-            is_header = reason is not None
-            why = f"it is {reason}, and no row below is"
-            why = why if is_header else "it is like rows below, or these are few"
+        of_model = bool(options.columns) and keys >= {*map(_key, options.columns)}
+        is_header = of_model or (len(keys) == len(first) and _is_unlike(first, below))
+    taken, other = "the header", "a row"
+    if not is_header:
+        taken, other = other, taken
     logging.info(
-        "%s: its first line (%s) has numbers, and is taken for %s, as %s; %s=%s takes "
-        "it for %s",
-        path,
-        listed(map(shown, first), 4),
-        "the header" if is_header else "a row",
-        why,
-        wanted.header_flag,
-        "absent" if is_header else "present",
-        "a row" if is_header else "the header",
+        "%s: its first line (%s) has numbers, and is taken for %s; %s=%s takes it for "
+        "%s",
+        *(path, listed(map(shown, first), 4), taken, options.header_flag),
+        *("absent" if is_header else "present", other),
     )
     return is_header
 
 
-def _unlike_rows(first: tuple[str, ...], below: np.ndarray) -> str | None:
-    """Returns how a first line of numbers differs from every row below; None: not."""
+def _is_unlike(first: tuple[str, ...], below: np.ndarray) -> bool:
+    """Whether a first line of numbers differs from every row below; see above."""
+    if len(below) < _MIN_BELOW:
+        return False
     lines = [first, *below[:_MAX_BELOW]]
-    if len(lines) <= _MIN_BELOW:
-        return None
     values = np.array([[_number(cell) for cell in line] for line in lines])
     with np.errstate(all="ignore"):
         steps = np.diff(values, axis=1)
         step = steps[:, :1]
         even = (step != 0) & (np.abs(steps - step) <= 0.01 * np.abs(step))
+        is_even, *others_are = even.all(axis=1)
         low, high = values[1:].min(axis=0), values[1:].max(axis=0)
         distance = np.maximum(low - values[0], values[0] - high)
         far = ~(distance <= high - low)  # True also above cells that are no numbers.
-    whole = [all(re.fullmatch(r" *[+-]?\d+ *", c) for c in line) for line in lines]
-    kinds = {"evenly spaced": even.all(axis=1), "all whole numbers": whole}
-    for kind, (found, *others) in kinds.items():
-        if len(first) > 2 and found and not any(others):
-            return kind
-    return "far from all numbers of its columns" if far.all() else None
+    evenly_spaced = len(first) > 2 and is_even and not any(others_are)
+    return bool(evenly_spaced or far.all())
 
 
 # --- NPZ ------------------------------------------------------------------------
 
 
-def _read_npz(path: Path, wanted: Wanted) -> TableFile:
-    found, dropped, ids = npz_headers(path, MAX_NPZ_BYTES), wanted.drop_columns, None
+def _read_npz(path: Path, options: TableOptions) -> TableFile:
+    found, dropped, ids = npz_headers(path, MAX_NPZ_BYTES), options.drop_columns, None
     arrays = {name: array for name, array in found.items() if name not in dropped}
     label = next((name for name in _LABELS if name in arrays), "")
-    label = wanted.label_column or label if wanted.columns is None else ""
-    beside = {*_LABELS, wanted.label_column, wanted.id_column}
+    label = options.label_column or label if options.columns is None else ""
+    beside = {*_LABELS, options.label_column, options.id_column}
     table = choose_array(path, arrays, 2, beside)
     size = 8 * math.prod(table.shape)
     # Objects are refused when read.
@@ -353,19 +343,22 @@ def _read_npz(path: Path, wanted: Wanted) -> TableFile:
             "× columns with numpy.savez(path, x=rows)"
         )
     num = table.shape[0]
-    for name, what in ((label, "data.label_column"), (wanted.id_column, "--id_column")):
+    for name, what in (
+        (label, "data.label_column"),
+        (options.id_column, "--id_column"),
+    ):
         shape = arrays[name].shape if name in arrays else None
         if name and shape not in ((num,), (num, 1)):
             raise InputError(
                 f"{path}: {what} needs a 1-D array {shown(name)} with a value for each "
-                f"of the {num} rows; found: {listed(arrays.values())}; an array that "
-                "is no label belongs into data.drop_columns"
+                f"of the {num} rows; found: {listed(arrays.values())}; leave out what "
+                "is no label by data.drop_columns"
             )
-    names = [name for name in (table.name, label, wanted.id_column) if name]
+    names = [name for name in (table.name, label, options.id_column) if name]
     read = read_npz(path, MAX_NPZ_BYTES, names)
     columns = tuple(f"column_{j}" for j in range(table.shape[1]))
     dropped = tuple(name for name in dropped if name not in found)
-    of_rows = Wanted(drop_columns=dropped, columns=wanted.columns)
+    of_rows = TableOptions(drop_columns=dropped, columns=options.columns)
     chosen = _select(path, columns, of_rows, has_header=False)
     rows = read[table.name].astype(np.float64)[:, chosen]
     columns = tuple(columns[j] for j in chosen)
@@ -373,6 +366,6 @@ def _read_npz(path: Path, wanted: Wanted) -> TableFile:
     _check_finite(path, rows, row_name, columns, rows)
     if label:
         labels = _labels(path, read[label].reshape(-1).tolist(), row_name)
-    if wanted.id_column:
-        ids = tuple(map(str, read[wanted.id_column].reshape(-1).tolist()))
+    if options.id_column:
+        ids = tuple(map(str, read[options.id_column].reshape(-1).tolist()))
     return TableFile(columns, rows, labels, row_name, ids)

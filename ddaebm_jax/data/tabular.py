@@ -20,7 +20,7 @@ from ddaebm_jax.data.table_files import (
     MAX_NPZ_BYTES,
     OUTLIER,
     TableFile,
-    Wanted,
+    TableOptions,
     read_table_file,
 )
 from ddaebm_jax.errors import InputError, listed, one_line, shown
@@ -178,12 +178,14 @@ def load_table(
     """Loads a table from a file, splits it and standardises it.
 
     The fraction is of the rows (of the inliers); the next three arguments are those of
-    `Wanted`, and the last is that of `Standardizer.fit`. The test set is the held-out
+    `TableOptions`, and the last is that of `Standardizer.fit`. The test set is the held-out
     rows, then all outliers. Log lines say what was found. Raises FileNotFoundError, or
     InputError for a file or a fraction that cannot be used.
     """
-    wanted = Wanted(header, label_column=label_column, drop_columns=tuple(drop_columns))
-    file = read_table_file(user_path(path, "data.path"), wanted)
+    options = TableOptions(
+        header, label_column=label_column, drop_columns=tuple(drop_columns)
+    )
+    file = read_table_file(user_path(path, "data.path"), options)
     _report(path, file)
     return _split(str(path), file, seed, test_fraction, whiten)
 
@@ -193,7 +195,7 @@ _LIKE_LABELS = "label labels y target class outlier is_outlier anomaly is_anomal
 
 
 def _report(path: str | Path, file: TableFile) -> None:
-    """Logs what a table holds, and warns of columns that are likely to mislead."""
+    """Logs what a table holds, and warns of columns that may be labels."""
     columns, rows, labels, *_ = file
     found = "no labels, so all rows are taken for inliers"
     if labels is not None:
@@ -203,46 +205,34 @@ def _report(path: str | Path, file: TableFile) -> None:
     size = f"{len(rows)} rows and {len(columns)} columns"
     logging.info("%s: %s (%s); %s", path, size, names, found)
     learnt = rows if labels is None else rows[labels == INLIER]
-    constant = (learnt == learnt[:1]).all(axis=0)
-    if len(learnt) > 1 and constant.all():
+    if len(learnt) > 1 and (learnt == learnt[:1]).all():
         raise InputError(
             f"{path}: all {len(learnt)} rows to train on are the same, and nothing is "
             "to be learnt from them; give rows that differ"
         )
-    likely = [labels is None and c.lower() in _LIKE_LABELS.split() for c in columns]
-    misleading = {
-        "are constant where the model learns": constant,
-        "count the rows, as ids do": (np.diff(rows, axis=0) == 1).all(axis=0),
-        "are named like labels (data.label_column)": np.array(likely),
-    }
-    for what, which in misleading.items():
-        if which.any() and len(rows) > 2:
-            names = listed(shown(columns[j]) for j in np.flatnonzero(which))
-            text = "%s: trained on like others, but %s: %s; data.drop_columns can help"
-            logging.warning(text, path, what, names)
-
-
-class Rows(NamedTuple):
-    """Rows to be scored, float32, and their ids where a file has them."""
-
-    rows: Float[np.ndarray, "n d"]
-    ids: tuple[str, ...] | None
+    likely = [c for c in columns if c.lower() in _LIKE_LABELS.split()]
+    if labels is None and likely:
+        logging.warning(
+            "%s: trained on like others, but named like labels: %s; if they are, name "
+            "it by data.label_column, or leave it out by data.drop_columns",
+            *(path, listed(map(shown, likely))),
+        )
 
 
 def read_rows(
-    path: str | Path, wanted: Wanted, standardizer: Standardizer | None = None
-) -> Rows:
-    """Reads the rows of a CSV or NPZ file, to be scored.
+    path: str | Path, options: TableOptions, standardizer: Standardizer | None = None
+) -> tuple[Float[np.ndarray, "n d"], tuple[str, ...] | None]:
+    """Returns the rows of a CSV or NPZ file, float32, to be scored, and their ids.
 
-    `wanted` tells the model's columns, which are chosen by name, where the file and the
-    training table have names, and what lies beside them. Raises FileNotFoundError, or
-    InputError for a file that cannot be used, or that lacks a column.
+    `options` tells the model's columns, which are chosen by name, where the file and
+    the training table have names, and what lies beside them. Raises FileNotFoundError,
+    or InputError for a file that cannot be used, or that lacks a column.
     """
     path = user_path(path, "--input")
-    file = read_table_file(path, wanted)
+    file = read_table_file(path, options)
     if standardizer is None:
-        return Rows(file.rows.astype(np.float32), file.ids)
-    return Rows(standardizer.transform(file.rows, str(path)), file.ids)
+        return file.rows.astype(np.float32), file.ids
+    return standardizer.transform(file.rows, str(path)), file.ids
 
 
 def _split(

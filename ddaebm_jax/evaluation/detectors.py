@@ -85,9 +85,8 @@ def check_num_images(num: int) -> None:
     """Raises InputError if `fit_pixel_detectors` needs more training images."""
     if num < _HELD_OUT_OF:
         raise InputError(
-            f"--baselines: {num} training images; a tenth of them is held out, and so "
-            f"at least {_HELD_OUT_OF} are needed; leave --baselines out, or train on "
-            "more"
+            f"--baselines: {num} training images; at least {_HELD_OUT_OF} are needed, "
+            "as a tenth is held out; leave --baselines out, or train on more"
         )
 
 

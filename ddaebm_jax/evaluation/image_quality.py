@@ -276,9 +276,10 @@ def _open_reference(
     A file that the user names must fit and be writable; one of the cache need not.
     """
     named = settings.reference_path
-    path = _cached(fingerprint)
     if named:
         path = user_path(named, "evaluation.reference_path")
+    else:
+        path = _cached(fingerprint)
     if path.suffix != ".npz":
         raise InputError(
             f"evaluation.reference_path is {path}; a name that ends in .npz is needed"

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from ddaebm_jax import density
 from ddaebm_jax.data import images, tabular, test_rows
@@ -85,7 +84,6 @@ def _evaluate_table(experiment: Experiment, variables: Players) -> dict[str, Any
     if len(outlier_rows):
         metrics["num_test_inliers"] = len(inlier_energies)
         metrics["num_test_outliers"] = len(outlier_rows)
-        _warn_of_few(len(inlier_energies), len(outlier_rows))
         metrics["auroc"] = outliers.auroc(inlier_energies, energies(outlier_rows))
         seed = experiment.config.seed
         baselines = detectors.table_scores(table.train, table.test, seed)
@@ -123,7 +121,6 @@ def _evaluate_images(
         "num_held_out_energies": len(real),
         "num_samples_energies": len(fake),
     }
-    _warn_of_few(len(real), len(fake))
     if labelled:
         timeout = experiment.config.data.timeout
         metrics |= digits.evaluate_digits(
@@ -135,11 +132,6 @@ def _evaluate_images(
             experiment.config.seed,
         )
     return metrics
-
-
-def _warn_of_few(num_inliers: int, num_outliers: int) -> None:
-    if caution := outliers.few_scores(num_inliers, num_outliers):
-        logging.warning(caution)
 
 
 def _keeping(

@@ -11,14 +11,11 @@ from absl import logging
 from jaxtyping import Float
 
 from ddaebm_jax.data import images
-from ddaebm_jax.errors import InputError, listed
+from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import detectors, outlier_sets
 from ddaebm_jax.evaluation.inference import outlier_scores
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
-
-# Fewer scores than this on either side are warned of.
-_FEW = 30
 
 
 class Estimate(NamedTuple):
@@ -171,16 +168,6 @@ def _metrics(inliers: np.ndarray, outliers: np.ndarray) -> tuple[float, ...]:
 # Tables.
 
 
-def few_scores(num_inliers: int, num_outliers: int) -> str:
-    """Returns a caution if an AUROC is of few scores, else an empty string."""
-    if min(num_inliers, num_outliers) >= _FEW:
-        return ""
-    return (
-        f"an AUROC of {num_inliers} inliers and {num_outliers} outliers says little: "
-        f"measure at least {_FEW} of either"
-    )
-
-
 def format_detections(
     detections: Mapping[str, Mapping[str, Detection]],
     num_inliers: int,
@@ -188,7 +175,7 @@ def format_detections(
 ) -> str:
     """Returns a plain-text table from name of a set → name of a score → metrics.
 
-    It says how many inliers and outliers figures are of, and warns of few.
+    It says of how many inliers and outliers the figures are.
     """
     sizes = {name: f"{num_inliers}/{num}" for name, num in num_outliers.items()}
     rows = [
@@ -200,10 +187,7 @@ def format_detections(
         ),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    told = {name: few_scores(num_inliers, num_outliers[name]) for name in detections}
-    lines += [f"{name}: {caution}" for name, caution in told.items() if caution]
-    return "\n".join(lines)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _formatted(estimate: Estimate) -> str:
@@ -257,8 +241,6 @@ def measure(
         name: outlier_sets.open_set(name, source, data, known, seed, limit)
         for name in outliers
     }
-    sizes = [f"{len(opened)} of {name}" for name, opened in others.items()]
-    logging.info("inliers: %d of %s; outliers: %s", len(known), inliers, listed(sizes))
     fitted = {}
     if baselines:
         logging.info("fitting the baselines to the training images")

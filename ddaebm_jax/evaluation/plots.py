@@ -3,9 +3,7 @@
 import contextlib
 import functools
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ _FEW_POINTS = 40  # Curves of so few points show each of them.
 
 
 def _side_output(plot: Callable[..., None]) -> Callable[..., None]:
-    """Lets a plot that fails be only warned of: nothing is to end for its sake."""
+    """Turns the failure of a plot into a warning: it ends no command."""
 
     @functools.wraps(plot)
     def drawn(path: Path, *args: Any, **kwargs: Any) -> None:
@@ -63,7 +61,6 @@ def _figure(
 
     In matplotlib's own style: the user's may need LaTeX or fonts that are not here.
     """
-    _import_matplotlib()
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -79,24 +76,6 @@ def _figure(
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(path) as file:
             figure.savefig(file, dpi=110, format="png")
-
-
-def _import_matplotlib() -> None:
-    """Imports it also where the backend in MPLBACKEND is not installed.
-
-    Notebooks hand theirs to every program they start. Where it works it is kept.
-    """
-    if "matplotlib" in sys.modules:
-        return
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
 
 
 def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:

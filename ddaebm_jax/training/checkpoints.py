@@ -36,11 +36,12 @@ from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
-# Arrays may declare so many times the bytes of their files, since zeros are compressed.
-_LASTING = (
+# System errors that do not pass by waiting.
+_PERMANENT = (
     *(errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOSYS, errno.EOPNOTSUPP),
-)  # Errors of the system that stay until somebody does something.
+)
+# Arrays may declare so many times the bytes of their files, since zeros are compressed.
 _ALLOWANCE, _MOST_COMPRESSION = 256 * 2**20, 200
 
 
@@ -320,10 +321,7 @@ class Saver:
 
 
 def _can_pass(error: BaseException | None) -> bool:
-    """Returns whether what kept a checkpoint from being saved may end by itself.
-
-    As a full disk, a quota, a lost mount or want of rights may.
-    """
+    """Returns whether a failure to save may end by waiting, as a full disk does."""
     while error is not None:
         if isinstance(error, MemoryError | DamagedCheckpointError):
             return True
@@ -331,7 +329,7 @@ def _can_pass(error: BaseException | None) -> bool:
         named = re.search(r"OS error (\d+)", str(error))
         number = int(named[1]) if named else getattr(error, "errno", None)
         if number is not None:
-            return number not in _LASTING
+            return number not in _PERMANENT
         error = error.__cause__ or error.__context__
     return False
 
@@ -347,7 +345,7 @@ class _LiteralPath(type(epath.Path())):
 
 
 def _plain(path: Path) -> Path:
-    """Returns a path that Orbax and TensorStore take: a link to those they do not.
+    """Returns the path, or a link to one that Orbax or TensorStore refuses.
 
     Raises CheckpointError with several processes, which need the same one.
     """

@@ -188,8 +188,12 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         stop = _evaluate(run, state, step, preemption)
     while step < total and stop is None:
         start, step = step, dispatch.dispatch_end(config, step)
+        evaluate = _is_due(train.evaluate_every, step, config)
+        draw = _is_due(train.picture_every, step, config)
+        save = step % train.checkpoint_every == 0 or step == total
         bad = None
-        if run.dispatcher.compiles(step - start):  # The rate before leaves that out.
+        # The rate before leaves out compilation, and ends before that of a used state.
+        if run.dispatcher.compiles(step - start) or evaluate or draw or save:
             bad, previous = _report(run, previous), None
         batches = None if run.batches is None else run.batches.next(step - start)
         compiled = run.dispatcher.compile_seconds
@@ -199,10 +203,8 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
 
         stop = preemption.poll(start, step)
         run.saver.poll()
-        evaluate = _is_due(train.evaluate_every, step, config) and stop is None
-        draw = _is_due(train.picture_every, step, config) and stop is None
-        save = step % train.checkpoint_every == 0 or step == total or stop is not None
-        save = save or run.saver.retry_due()
+        evaluate, draw = evaluate and stop is None, draw and stop is None
+        save = save or stop is not None or run.saver.retry_due()
 
         # Metrics are fetched while the next steps are under way, those of a state that
         # is used at once.

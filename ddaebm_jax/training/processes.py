@@ -81,15 +81,11 @@ def check_devices() -> None:
     except Exception as error:  # JAX asserts that there is a GPU.
         asked = jax.config.jax_platforms
         reason = one_line(error).partition(" (set JAX")[0].rstrip(": ")
-        if not asked:
-            raise InputError(
-                f"JAX cannot start its devices ({reason}); see whether another process "
-                "holds them, or set JAX_PLATFORMS=cpu"
-            ) from error
         raise InputError(
-            f"JAX_PLATFORMS={asked}: JAX cannot start this ({reason}), and finds "
+            f"JAX_PLATFORMS={asked or ''}: JAX cannot start this ({reason}), and finds "
             f"{_devices_found()}; install JAX for your devices (NVIDIA: pip install "
-            "'jax[cuda12]'; TPU: 'jax[tpu]'), or unset JAX_PLATFORMS"
+            "'jax[cuda12]'; TPU: 'jax[tpu]'), end what holds them, or set "
+            "JAX_PLATFORMS=cpu"
         ) from error
 
 

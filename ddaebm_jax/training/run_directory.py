@@ -128,8 +128,8 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
         return config_lib.from_json(read_text(path, _LARGEST_CONFIG))
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}); --workdir must name a run "
-            "directory that --mode=train has made"
+            f"{path} cannot be read ({error.strerror}); a run directory is needed that "
+            "--mode=train has made"
         ) from error
     except config_lib.ConfigError as error:
         raise InputError(f"{path}: {error}") from error

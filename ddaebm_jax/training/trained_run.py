@@ -74,23 +74,15 @@ def initial_variables(
         found = _load(workdir, config, False, "latest")
     except InputError as error:
         raise InputError(f"train.init_from, {workdir}: {error}") from error
-    shapes = [
-        checksums.described(variables._asdict())
-        for variables in (
-            found.variables,
-            experiment_lib.state_shapes(experiment).variables,
-        )
-    ]
-    old, new = shapes
+    here = experiment_lib.state_shapes(experiment).variables
+    old, new = (checksums.described(v._asdict()) for v in (found.variables, here))
     differing = [n for n in sorted(old | new) if old.get(n) != new.get(n)]
     if differing:
         name = differing[0]
         raise InputError(
-            f"train.init_from, {workdir}, has networks of other shapes than this "
-            f"config and its data: {name} is {old.get(name, 'absent')} there and "
-            f"{new.get(name, 'absent')} here ({len(differing)} of {len(old | new)} "
-            "arrays differ); give this run the same model section, and data of the "
-            "same shape"
+            f"train.init_from, {workdir}, has networks of other shapes: {name} is "
+            f"{old.get(name, 'absent')} there and {new.get(name, 'absent')} here; give "
+            "this run the same model section, and data of the same shape"
         )
     logging.info("starting from the weights of %s at step %d", workdir, found.step)
     return jax.device_get(found.variables)
