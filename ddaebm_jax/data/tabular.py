@@ -178,9 +178,9 @@ def load_table(
     """Loads a table from a file, splits it and standardises it.
 
     The fraction is of the rows (of the inliers); the next three arguments are those of
-    `TableOptions`, and the last is that of `Standardizer.fit`. The test set is the held-out
-    rows, then all outliers. Log lines say what was found. Raises FileNotFoundError, or
-    InputError for a file or a fraction that cannot be used.
+    `TableOptions`, and the last is that of `Standardizer.fit`. The test set is the
+    held-out rows, then all outliers. Log lines say what was found. Raises
+    FileNotFoundError, or InputError for a file or a fraction that cannot be used.
     """
     options = TableOptions(
         header, label_column=label_column, drop_columns=tuple(drop_columns)
