@@ -158,7 +158,9 @@ def steps(workdir: Path) -> list[int]:
     return [line["step"] for line in lines(workdir)]
 
 
-def assert_same_run(actual: TrainState, expected: TrainState) -> None:
+def assert_same_run(
+    actual: TrainState, expected: TrainState, largest: float = 5e-4
+) -> None:
     """Assert that two states are the same up to rounding, after a few steps.
 
     Adam's first steps are near the learning rate (1e-3) whatever the gradient, and
@@ -172,4 +174,4 @@ def assert_same_run(actual: TrainState, expected: TrainState) -> None:
             for a, b in zip(*leaves, strict=True)
         ]
     )
-    assert apart.max() < 5e-4 and apart.mean() < 3e-6
+    assert apart.max() < largest and apart.mean() < 3e-6

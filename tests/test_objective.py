@@ -172,9 +172,10 @@ def test_energy_gradient_by_brute_force():
         @functools.partial(jax.jit, static_argnums=(1, 2))
         def value_and_grad(p, gamma, energy_l2):
             game = GAME._replace(energy_l2=energy_l2)
+            fake = losses.Negatives(jnp.asarray(x_fake))
             return jax.value_and_grad(
                 lambda p: losses.energy_loss(
-                    game, s, networks, pair, jnp.asarray(x_fake), gamma, {"params": p}
+                    game, s, networks, pair, fake, gamma, {"params": p}
                 )[0]
             )(p)
 

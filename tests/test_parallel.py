@@ -83,7 +83,8 @@ def test_every_way_gives_what_one_device_gives(
     """After 3 steps, float32."""
     state, metrics = trained(CONFIGS[kind](**WAYS[way]), STEPS)
     expected, expected_metrics = alone[kind]
-    assert_same_run(state, expected)
+    # The gradient of weighted negatives is a difference: more numbers are near 0.
+    assert_same_run(state, expected, 3e-3 if kind == "weighted" else 5e-4)
     assert int(state.step) == STEPS
     assert_trees_close(
         energy_gaps_by_t(metrics),
