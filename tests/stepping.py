@@ -38,9 +38,8 @@ def digits(**fields: Any) -> ml_collections.ConfigDict:
 
 
 def weighted(**fields: Any) -> ml_collections.ConfigDict:
-    """Returns the config of the game with weighted negatives from the second step."""
-    negatives = {"game__num_negatives": 4, "game__defensive": 0.5}
-    return plane(**negatives, game__negatives_from=0.025, **fields)
+    """Returns the config of the game with weighted negatives."""
+    return plane(game__num_negatives=4, game__defensive=0.5, **fields)
 
 
 CONFIGS = {"plane": plane, "weighted": weighted, "digits": digits}

@@ -25,7 +25,7 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.training import run_directory
 from ddaebm_jax.training.dispatch import Dispatcher
 
-STEPS = 3
+STEPS = {"plane": 3, "digits": 3, "weighted": 1}
 
 
 WAYS = {
@@ -63,7 +63,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def alone() -> dict[str, tuple]:
     """What one device comes to."""
     return {
-        kind: trained(config(parallel__num_devices=1), STEPS)
+        kind: trained(config(parallel__num_devices=1), STEPS[kind])
         for kind, config in CONFIGS.items()
     }
 
@@ -80,12 +80,12 @@ def alone() -> dict[str, tuple]:
 def test_every_way_gives_what_one_device_gives(
     alone: dict[str, tuple], kind: str, way: str
 ):
-    """After 3 steps, float32."""
-    state, metrics = trained(CONFIGS[kind](**WAYS[way]), STEPS)
+    """After a few steps, float32."""
+    state, metrics = trained(CONFIGS[kind](**WAYS[way]), STEPS[kind])
     expected, expected_metrics = alone[kind]
-    # The gradient of weighted negatives is a difference: more numbers are near 0.
-    assert_same_run(state, expected, 3e-3 if kind == "weighted" else 5e-4)
-    assert int(state.step) == STEPS
+    # More gradients of weighted negatives, which are differences, are near 0.
+    assert_same_run(state, expected, 1.5e-3 if kind == "weighted" else 5e-4)
+    assert int(state.step) == STEPS[kind]
     assert_trees_close(
         energy_gaps_by_t(metrics),
         energy_gaps_by_t(expected_metrics),
@@ -256,7 +256,7 @@ def test_two_processes_step_as_one_does(alone: dict[str, tuple], tmp_path: Path)
         ("plane", {"parallel__fsdp": True}),
     ]
     port = free_port()
-    calls = [[number, port, str(tmp_path), runs, STEPS] for number in range(2)]
+    calls = [[number, port, str(tmp_path), runs, 3] for number in range(2)]
     env = environment(devices=2)
     for code, _, err in call(in_two_processes, *calls, env=env, seconds=600.0):
         assert code == 0, err
