@@ -278,9 +278,11 @@ def format_report(report: Mapping[str, Any]) -> str:
             rows += [(f"{name}/{key}", item) for key, item in value.items()]
         else:
             rows.append((name, value))
-    shown = [
-        (name, f"{value:.4g}" if isinstance(value, float) else str(value))
-        for name, value in rows
-    ]
-    width = max(len(name) for name, _ in shown)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {_rounded(value)}" for name, value in rows)
+
+
+def _rounded(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_rounded, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
