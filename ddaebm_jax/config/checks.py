@@ -94,11 +94,9 @@ def _check_game(config: Any) -> Needs:
 def _check_negatives(config: Any) -> Needs:
     game = config.game
     if game.num_negatives == 1:
-        default = base().game
-        for name in "negatives_from negatives_gamma negatives_floor defensive".split():
-            if game[name] != default[name]:
-                needed = "nothing would read the first with one negative: raise the "
-                yield f"game.{name} game.num_negatives", needed + "second, or leave it"
+        if game.defensive > 0:
+            needed = "with one negative the first must be 0.0: that is the paper's game"
+            yield "game.defensive game.num_negatives", needed
     elif game.defensive * game.num_negatives % 1:
         needed = "their product, a number of draws, must be whole"
         yield "game.defensive game.num_negatives", needed
