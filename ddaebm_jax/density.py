@@ -7,8 +7,8 @@ q_ψ for the latent. The product of mean incremental weights is an unbiased esti
 ∫ exp f(x, 0) dx, whatever the networks.
 
 The generator's own bound needs no normaliser: log p_φ(x_0) ≥ E log w, w the weight of a
-path of `generator_log_weight`; the log of the mean of K weights is a tighter one
-(Burda et al. 2016, arXiv 1509.00519).
+path x_0 … x_T, of which `reconstruction_error` gives a step; the log of the mean of K
+weights is a tighter one (Burda et al. 2016, arXiv 1509.00519).
 """
 
 from collections.abc import Callable
@@ -61,11 +61,6 @@ class Move(NamedTuple):
     log_weight: Float[Array, " batch"]
 
 
-def log_standard_normal(x: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
-    """Returns log N(x; 0, I), the target of level T, nats."""
-    return objective.gaussian_log_prob(x, jnp.zeros_like(x), jnp.zeros(len(x)))
-
-
 def denoise_weighted(
     proposal: Proposal,
     schedule: Schedule,
@@ -86,7 +81,7 @@ def denoise_weighted(
       networks: the apply functions.
       variables: of all three.
       x_next: x_{t+1}.
-      log_target_next: f(x_{t+1}, t+1); of level T `log_standard_normal`.
+      log_target_next: f(x_{t+1}, t+1); of level T log N(x; 0, I).
       t: which step.
       noise: of the draws.
     """
@@ -156,7 +151,9 @@ def reconstruction_error(
         z = jnp.zeros_like(z)
     x0_pred = networks.generator(variables.generator, x_next, t, z)
     residual = x_t - diffusion.posterior_mean(schedule, x0_pred, x_next, t)
-    log_weight = log_standard_normal(z) - objective.gaussian_log_prob(z, mu, logvar)
+    log_weight = objective.log_standard_normal(z) - objective.gaussian_log_prob(
+        z, mu, logvar
+    )
     log_weight = log_weight - diffusion.log_q(schedule, x_next, x_t, t)
     return x_next, residual, log_weight
 

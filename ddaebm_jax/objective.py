@@ -160,6 +160,11 @@ def gaussian_log_prob(
     return -0.5 * sum_over_dims(squares + log_var + jnp.log(2 * jnp.pi))
 
 
+def log_standard_normal(x: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
+    """Returns log N(x; 0, I), nats."""
+    return gaussian_log_prob(x, jnp.zeros_like(x), jnp.zeros(len(x)))
+
+
 def log_mean_exp(
     log_weights: Float[Array, "batch draws"],
 ) -> Float[Array, " batch"]:

@@ -115,21 +115,17 @@ def draw(
     else:
         m, v = _defensive_moments(proposal, schedule, x_next, t)
         x_defensive = m + diffusion.per_example(jnp.sqrt(v), x_next) * noise.eps
-        choose = noise.is_defensive[:, None]
         if proposal.latent:
             z_defensive = objective.sample_latent(*moments(x_defensive), noise.z)
-            z = jnp.where(choose, z_defensive, z)
+            z = jnp.where(noise.is_defensive[:, None], z_defensive, z)
         mean = generator_mean(z)
-        is_defensive = noise.is_defensive.reshape(
-            choose.shape[:1] + (1,) * (x_next.ndim - 1)
-        )
+        is_defensive = diffusion.per_example(noise.is_defensive, x_next)
         x = jnp.where(is_defensive, x_defensive, mean + std * noise.eps)
         mu, logvar = moments(x)
 
     log_posterior = objective.gaussian_log_prob(z, mu, logvar)
-    log_g = objective.gaussian_log_prob(
-        z, jnp.zeros_like(z), jnp.zeros_like(z)
-    ) + objective.gaussian_log_prob(x, mean, log_var)
+    log_g = objective.log_standard_normal(z)
+    log_g = log_g + objective.gaussian_log_prob(x, mean, log_var)
     if proposal.defensive > 0.0:
         log_defensive = objective.gaussian_log_prob(x, m, jnp.log(v)) + log_posterior
         log_g = jnp.logaddexp(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import GAME, SCHEDULE, STEPS
 
-from ddaebm_jax import density, diffusion
+from ddaebm_jax import density, diffusion, objective
 from ddaebm_jax.evaluation import likelihood, particles
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Networks, Players
@@ -37,7 +37,7 @@ def gaussian_networks(shift: float = 0.0, spread: float = 1.0) -> Networks:
 
     def energy(variables, x, t, rngs=None):
         del variables, t
-        return density.log_standard_normal(x) + LOG_Z
+        return objective.log_standard_normal(x) + LOG_Z
 
     def generator(variables, x_next, t, z, rngs=None):
         a, _, k, _ = parts(x_next, t)
@@ -157,7 +157,7 @@ def test_bound_of_an_exact_generator_is_the_likelihood():
         experiment(gaussian_networks()), NO_VARIABLES, train, rows, num_paths=4
     )
     np.testing.assert_allclose(
-        found, density.log_standard_normal(jnp.asarray(rows)), atol=0.05
+        found, objective.log_standard_normal(jnp.asarray(rows)), atol=0.05
     )
     shifted = experiment(gaussian_networks(shift=0.3))
     worse = likelihood.generator_bound(shifted, NO_VARIABLES, train, rows, 4)

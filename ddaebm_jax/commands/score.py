@@ -114,7 +114,7 @@ def _read(
 
 def _log_z(loaded: TrainedRun) -> float:
     """Return log Ẑ, in the data's own units."""
-    estimate = particles.estimate(loaded.experiment, loaded.variables)
+    estimate = particles.measure(loaded.experiment, loaded.variables).estimate
     if estimate.refusal is not None:
         raise InputError(
             f"--normalized: {estimate.refusal}; train with game.num_negatives above 1, "

@@ -42,7 +42,6 @@ def run(values: flags.FlagValues) -> None:
     if values.init_from is not None:
         config.train.init_from = values.init_from
     config_lib.validate(config)  # Before other processes are waited for.
-    config = config_lib.with_absolute_paths(config)
     common.join_processes(values)
     advice = (
         f"lower data.batch_size ({config.data.batch_size}), or keep it and raise "

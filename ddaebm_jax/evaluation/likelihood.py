@@ -16,8 +16,8 @@ from scipy.special import logsumexp
 
 from ddaebm_jax import density, diffusion, objective
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import detectors, inference
-from ddaebm_jax.evaluation.particles import estimate, proposal_noise, row_normals
+from ddaebm_jax.evaluation import detectors, inference, plane
+from ddaebm_jax.evaluation.particles import measure, proposal_noise, row_normals
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
@@ -40,7 +40,7 @@ def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
         train = _some(source.table.train)
     else:
         train = source.held_out(_MOST_ROWS, _TRAIN_SEED)
-    found = estimate(experiment, variables)
+    samples, found = measure(experiment, variables)
     figures: dict[str, Any] = {
         "log_z": found.log_z,
         "log_z_error": found.error,
@@ -68,6 +68,9 @@ def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
         log_p = inference.energies(experiment, variables, points)
         area = (2.0 * truth.extent / truth.cells) ** 2
         log_sum = logsumexp(log_p.astype(np.float64))
+        if truth.modes is not None:
+            coverage = plane.mode_coverage(samples, truth.modes, truth.mode_std)
+            figures["energy_samples_high_quality"] = coverage.high_quality
         figures["log_z_quadrature"] = float(log_sum + math.log(area))
         of_truth = density.evaluate_in_chunks(jax.jit(truth.log_density), held_out)
         add("_true", of_truth)
@@ -153,7 +156,7 @@ def _marginal_gap(
     x_next = diffusion.diffuse(schedule, inference.as_float(x), times + 1, eps)
     f_next = networks.energy(variables.energy, x_next, times + 1)
     is_last = t + 1 == schedule.num_steps
-    f_next = jnp.where(is_last, density.log_standard_normal(x_next), f_next)
+    f_next = jnp.where(is_last, objective.log_standard_normal(x_next), f_next)
 
     def add(total, number):
         own = jax.random.fold_in(jax.random.fold_in(key, 1 + number), t)
@@ -185,5 +188,5 @@ def _path(networks, proposal, places, x, key, variables, schedule, log_var, numb
             residual, jnp.zeros_like(residual), jnp.full(places.shape, log_var[t])
         )
         x = x_next
-    log_weight += density.log_standard_normal(x)
+    log_weight += objective.log_standard_normal(x)
     return jnp.stack(squares, axis=1), log_weight

@@ -16,7 +16,7 @@ from absl import logging
 from jaxtyping import Array, Float, Shaped
 from scipy.special import logsumexp
 
-from ddaebm_jax import density
+from ddaebm_jax import density, objective
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
@@ -76,11 +76,11 @@ class Particles(NamedTuple):
     estimate: Estimate
 
 
-def estimate(experiment: Experiment, variables: Players) -> Estimate:
-    """Returns log Ẑ by particles as the config's evaluation section says."""
+def measure(experiment: Experiment, variables: Players) -> Particles:
+    """Runs particles, as many as the config's evaluation section says."""
     settings = experiment.config.evaluation
     counts = settings.num_particles, settings.num_runs
-    return _as_configured(experiment, variables, *counts, PARTICLES_SEED).estimate
+    return _as_configured(experiment, variables, *counts, PARTICLES_SEED)
 
 
 def draw_from_energy(
@@ -278,7 +278,7 @@ def proposal_noise(
 def _start(networks, places, key):
     key = jax.random.fold_in(key, _START)
     (x,) = row_normals(key, places, networks.event_shape)
-    return x, density.log_standard_normal(x)
+    return x, objective.log_standard_normal(x)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
