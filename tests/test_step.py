@@ -1,6 +1,7 @@
 """One step of the game against a naive one, its invariances and its ablations."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def start(game: Game = GAME, networks: Networks | None = None, seed: int = 0):
     return init_state(jax.random.key(seed), networks or smooth_networks(), SGD, game)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@partial(jax.jit, static_argnums=(3, 4))
 def draw_at(seed, step, index, num_negatives: int, defensive: float) -> Noise:
     shapes = STEPS, (DIM,), NZ, num_negatives, defensive
     return draw_noise(jax.random.key(seed), step, index, *shapes)
@@ -112,6 +113,55 @@ def scan(pairs: list, state: TrainState | None = None):
         state or start(),
         inputs,
     )
+
+
+def _normal(x: jax.Array, mean: jax.Array | float, var: jax.Array | float):
+    density = jnp.exp(-0.5 * (x - mean) ** 2 / var) / jnp.sqrt(2 * jnp.pi * var)
+    return density.prod(axis=1)
+
+
+def naive_weight(
+    game: Game,
+    networks: Networks,
+    players: Players,
+    energy: dict,
+    x_next: jax.Array,
+    noise: Noise,
+    k: int,
+) -> jax.Array:
+    """Return exp f(x)·q(x_{t+1}|x)·q_ψ(z|x, x_{t+1})/g(x, z) of the k-th draws."""
+    s, t, settings = SCHEDULE, noise.t, game.proposal
+    own, share = jax.tree.map(lambda n: n[:, k], noise.negatives), settings.defensive
+
+    def column(values):
+        return values[:, None]
+
+    def posterior(x):
+        if not settings.encoder:
+            return 0.0, 1.0
+        mu, logvar = networks.posterior(players.posterior, x, x_next, t)
+        return mu, jnp.exp(logvar)
+
+    def mean(z):
+        x0_pred = networks.generator(players.generator, x_next, t, z)
+        return column(s.posterior_c1[t]) * x0_pred + column(s.posterior_c2[t]) * x_next
+
+    floor = settings.floor or s.posterior_var[1]
+    var = column(jnp.maximum(s.posterior_var[t], floor))
+    a, beta = column(s.a[t + 1]), column(s.beta[t + 1])
+    v = 1 / (1 / settings.prior_std**2 + a**2 / beta)
+    m = v * a * x_next / beta
+    z = own.z if settings.latent else 0.0 * own.z
+    if k < share * game.num_negatives:
+        x = m + jnp.sqrt(v) * own.eps
+        mu, z_var = posterior(x)
+        z = mu + jnp.sqrt(z_var) * own.z
+    else:
+        x = mean(z) + jnp.sqrt(var) * own.eps
+    q_z, q_next = _normal(z, *posterior(x)), _normal(x_next, a * x, beta)
+    g = (1 - share) * _normal(z, 0.0, 1.0) * _normal(x, mean(z), var)
+    g = g + share * _normal(x, m, v) * q_z
+    return jnp.exp(networks.energy(energy, x, t)) * q_next * q_z / g
 
 
 def naive_step(
@@ -155,41 +205,6 @@ def naive_step(
 
     old = state.variables
 
-    def normal(x, mean, var):
-        density = jnp.exp(-0.5 * (x - mean) ** 2 / var) / jnp.sqrt(2 * jnp.pi * var)
-        return density.prod(axis=1)
-
-    def posterior_at(x):
-        if not encoder:
-            return 0.0, 1.0
-        mu, logvar = networks.posterior(old.posterior, x, x_next, t)
-        return mu, jnp.exp(logvar)
-
-    def weights(k, energy):
-        """w = exp f(x)·q(x_{t+1}|x)·q_ψ(z|x, x_{t+1})/g(x, z) of the k-th draws."""
-        settings, own = game.proposal, jax.tree.map(lambda n: n[:, k], noise.negatives)
-        share = settings.defensive
-        var = column(
-            jnp.maximum(s.posterior_var[t], settings.floor or s.posterior_var[1])
-        )
-        a, beta = column(s.a[t + 1]), column(s.beta[t + 1])
-        v = 1 / (1 / settings.prior_std**2 + a**2 / beta)
-        m = v * a * x_next / beta
-        z = own.z if game.latent else 0.0 * own.z
-        if k < share * game.num_negatives:
-            x = m + jnp.sqrt(v) * own.eps
-            mu, z_var = posterior_at(x)
-            z = mu + jnp.sqrt(z_var) * own.z
-        else:
-            drawn = mean(networks.generator(old.generator, x_next, t, z))
-            x = drawn + jnp.sqrt(var) * own.eps
-        middle = mean(networks.generator(old.generator, x_next, t, z))
-        q_z = normal(z, *posterior_at(x))
-        g = (1 - share) * normal(z, 0.0, 1.0) * normal(x, middle, var)
-        g = g + share * normal(x, m, v) * q_z
-        f = networks.energy(energy, x, t)
-        return jnp.exp(f) * jnp.exp(log_q(x)) * q_z / g
-
     def loss_of_energy(params):
         energy = with_params(old.energy, params)
         x_fake = fake(old.generator, z)[1]
@@ -201,7 +216,8 @@ def naive_step(
         gamma = game.gamma(state.step) if callable(game.gamma) else game.gamma
         l2 = game.energy_l2
         if game.num_negatives > 1:
-            total = sum(weights(k, energy) for k in range(game.num_negatives))
+            of = partial(naive_weight, game, networks, old, energy, x_next, noise)
+            total = sum(map(of, range(game.num_negatives)))
             normalizer = jnp.log(total / game.num_negatives)
             loss, l2 = normalizer - networks.energy(energy, x_t, t), 0.0
             gamma = gamma if game.negatives_gamma is None else game.negatives_gamma
@@ -286,7 +302,7 @@ def test_step_is_the_naive_step(variant: str, running_averages: bool):
     game = VARIANTS[variant]
     networks = smooth_networks(running_averages=running_averages)
     state = start(game, networks).replace(step=jnp.int32(2))
-    naive = quick.jit(functools.partial(naive_step, game, networks, 0.9))
+    naive = quick.jit(partial(naive_step, game, networks, 0.9))
     noise = draw(game=game)
     expected = naive(state, batch(), noise)
     if running_averages:
