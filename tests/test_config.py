@@ -261,8 +261,8 @@ evaluation.preprocessing='pytorch_fid' evaluation.reference='test'
 model.remat='blocks' model.dtype='bfloat16' model.unet.nf=32 model.encoder.ngf=32
 """
 UNREAD = [
-    ("pinwheel", "game.gamma=0.0", "game.lazy_reg=4"),
-    ("pinwheel", "game.recon='mse'", "game.recon_floor=0.5"),
+    ("released_gaussians25", "game.gamma=0.0", "game.lazy_reg=4"),
+    ("released_gaussians25", "game.recon='mse'", "game.recon_floor=0.5"),
     ("gaussians25", "", _IN_IMAGES),
     ("breast_cancer", "", "data.image_size=64 data.num_patches=5"),
     ("digits", "", "model.mlp.hidden=(8,) evaluation.num_projections=10"),
@@ -270,7 +270,7 @@ UNREAD = [
     ("folder", "", "data.tfds='cifar10' data.held_out_classes=(1,)"),
     ("cifar10", "", "data.test_fraction=0.5 data.path='images'"),
     ("lsun_church128", "", "diffusion.time_eps=0.1"),
-    ("swissroll", "compilation_cache.enabled=False", "compilation_cache.directory='a'"),
+    ("plane", "compilation_cache.enabled=False", "compilation_cache.directory='a'"),
 ]
 
 
@@ -323,7 +323,7 @@ _PROCESSES = {
 @settings(max_examples=100)
 @given(st.fixed_dictionaries(_PROCESSES))
 def test_a_schedule_can_be_made_if_the_config_is_valid(process: dict[str, Any]):
-    config = recipe("swissroll", process)
+    config = recipe("plane", process)
     if config_lib.problems(config, saved=True) == []:
         diffusion.schedule_values(**config.diffusion)
 

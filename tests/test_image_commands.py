@@ -21,6 +21,7 @@ from cli import (
     succeed,
 )
 from PIL import Image
+from sklearn.neighbors import KernelDensity
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import density
@@ -43,6 +44,8 @@ FIELDS = TINY_UNET | {
     "parallel.num_devices": 1,
     "evaluation.num_samples": 32,
     "evaluation.batch_size": 32,
+    "evaluation.num_particles": 128,
+    "evaluation.num_runs": 2,
 }
 
 
@@ -328,6 +331,29 @@ def test_a_run_is_measured_by_inception_features(digits_run: Path, tmp_path: Pat
     assert scores[0] == pytest.approx(scores[1], rel=0.02)
 
 
+def test_likelihoods_of_images_are_measured_on_demand(digits_run: Path):
+    """In 64 dimensions 128 particles after four steps carry none, and that is said."""
+    before = set(digits_run.glob("*.json"))
+    succeed("--mode=evaluate", f"--workdir={digits_run}", "--likelihood")
+    (path,) = set(digits_run.glob("*.json")) - before
+    found = report(digits_run, path.name)["figures"]
+    assert len(found["effective_share"]) == len(found["consistency"]) == 4
+    assert np.isfinite(found["log_z"]) and np.isfinite(found["log_likelihood_bound"])
+    assert "particles count" in found["log_likelihood_refused"]
+    assert "log_likelihood" not in found
+    # Close to a direct computation on pixels in [-1, 1].
+    split = images.open_images(read_config(digits_run).data, 0)
+    train, held_out = (
+        images.stack(part).reshape(-1, 64) / 127.5 - 1.0
+        for part in (split.train, split.test)
+    )
+    widths = np.geomspace(0.01, 1.0, 25)
+    log_density = max(
+        KernelDensity(bandwidth=width).fit(train).score(held_out) for width in widths
+    ) / len(held_out)
+    assert found["log_likelihood_kernel_density"] == pytest.approx(log_density, abs=3)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -338,6 +364,7 @@ def test_a_run_is_measured_by_inception_features(digits_run: Path, tmp_path: Pat
         (("--num_samples=1",), "evaluation.num_samples is 1"),
         (("--input=nowhere",), "nowhere: no such folder"),
         (("--input=nowhere", "--num_samples=9"), "--num_samples has no meaning with"),
+        (("--input=nowhere", "--likelihood"), "--likelihood has no meaning with"),
         (("--input=nowhere", "--inception_weights=none"), "leave one of them out"),
         (("--preprocessing=pytorch_fid",), "--preprocessing is for Inception"),
         (("--skip_corrupt",), "--skip_corrupt has no meaning without --input"),

@@ -34,6 +34,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("reference", None, choices.REFERENCES, text, values)
     text = "File of the reference's statistics, made if missing."
     common.define_path(values, "reference_path", text)
+    text = "Measure log Z and likelihoods of images, too: slow. Always of other data."
+    flags.DEFINE_bool("likelihood", False, text, flag_values=values)
     common.define_data_path(values)
     common.define_distributed(values)
 
@@ -41,7 +43,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Measure, and print the figures."""
     # Images from elsewhere belong to no checkpoint, and bring their own number.
-    unused = ("num_samples", "checkpoint") if values.input else ("skip_corrupt",)
+    of_run = "num_samples", "checkpoint", "likelihood"
+    unused = of_run if values.input else ("skip_corrupt",)
     for name in unused:
         if values[name].present:
             how = "with" if values.input else "without"
@@ -51,6 +54,7 @@ def run(values: flags.FlagValues) -> None:
     for name in ("num_samples", "preprocessing", "reference", "reference_path"):
         settings[name] = values[name].value
     given = values.checkpoint, values.input, values.skip_corrupt, values.data_path
+    settings["with_likelihood"] = values.likelihood
     with common.out_of_memory_advice():
         report = evaluate(values.workdir, *given, **settings)
     if processes.is_first_process():
@@ -63,6 +67,7 @@ def evaluate(
     input_path: str | Path | None = None,
     skip_corrupt: bool = False,
     data_path: str | Path | None = None,
+    with_likelihood: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a run, and write `report.json` and a table beside it.
@@ -84,7 +89,7 @@ def evaluate(
         meter = image_quality.open_meter(loaded.experiment)
         model = loaded.experiment, loaded.variables
         found = metrics.evaluate(*model, meter)
-        if not loaded.experiment.source.holds_images:
+        if with_likelihood or not loaded.experiment.source.holds_images:
             found |= likelihood.metrics(*model)
         report |= {"step": loaded.step, "checkpoint": checkpoint}
     else:

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from scipy.special import logsumexp
 
 from ddaebm_jax import density, diffusion, objective
+from ddaebm_jax.data import Source, images
+from ddaebm_jax.data.records import Subset
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import detectors, inference, plane
 from ddaebm_jax.evaluation.particles import measure, proposal_noise, row_normals
@@ -27,19 +29,21 @@ _MOST_ROWS = 10_000
 
 
 def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
-    """Returns log Z and likelihoods of a model in the plane or of a table, nats.
+    """Returns log Z and likelihoods of a model, nats.
 
-    Likelihoods are means over held-out data, per row in the data's own units, beside
-    those of baselines that were tuned on training data, and in the plane of the truth.
-    Where too few particles count the likelihood is left out, and `refused` says why.
+    Likelihoods are means over held-out data, per row or image, in the data's own units
+    (images: pixels in [−1, 1]), beside those of baselines that were tuned on training
+    data, and in the plane of the truth. Where too few particles count the likelihood
+    is left out, and `refused` says why.
     """
     source = experiment.source
     shift = 0.0 if source.table is None else source.table.standardizer.log_det
-    held_out = _some(source.held_out(_MOST_ROWS, inference.HELD_OUT_SEED))
-    if source.distribution is None:
-        train = _some(source.table.train)
-    else:
-        train = source.held_out(_MOST_ROWS, _TRAIN_SEED)
+    held_out = source.held_out(_MOST_ROWS, inference.HELD_OUT_SEED)
+    held_out = _as_float(_some(held_out))
+    train = _training_rows(source)
+    flat_train, flat_held_out = (
+        rows.reshape(len(rows), -1) for rows in (train, held_out)
+    )
     samples, found = measure(experiment, variables)
     figures: dict[str, Any] = {
         "log_z": found.log_z,
@@ -63,31 +67,66 @@ def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
         figures["log_likelihood_refused"] = found.refusal
     add("_bound", generator_bound(experiment, variables, train, held_out))
     if source.distribution is not None:
-        truth = source.distribution
-        points = density.grid_points(truth.extent, truth.cells)
-        log_p = inference.energies(experiment, variables, points)
-        area = (2.0 * truth.extent / truth.cells) ** 2
-        log_sum = logsumexp(log_p.astype(np.float64))
-        if truth.modes is not None:
-            coverage = plane.mode_coverage(samples, truth.modes, truth.mode_std)
-            figures["energy_samples_high_quality"] = coverage.high_quality
-        figures["log_z_quadrature"] = float(log_sum + math.log(area))
-        of_truth = density.evaluate_in_chunks(jax.jit(truth.log_density), held_out)
-        add("_true", of_truth)
+        figures |= _of_plane(experiment, variables, samples, held_out)
+        truth = jax.jit(source.distribution.log_density)
+        add("_true", density.evaluate_in_chunks(truth, held_out))
     try:
-        fitted = detectors.density_baselines(train, experiment.config.seed)
+        fitted = detectors.density_baselines(flat_train, experiment.config.seed)
     except InputError as error:
         logging.warning("no density baselines: %s", error)
         return figures
     for name, log_density in fitted.items():
-        add(f"_{name}", log_density(held_out))
+        add(f"_{name}", log_density(flat_held_out))
     return figures
+
+
+def _of_plane(
+    experiment: Experiment,
+    variables: Players,
+    samples: np.ndarray,
+    held_out: np.ndarray,
+) -> dict[str, float]:
+    """Returns log Z by quadrature, and figures of samples of the energy."""
+    truth = experiment.source.distribution
+    points = density.grid_points(truth.extent, truth.cells)
+    log_p = inference.energies(experiment, variables, points).astype(np.float64)
+    area = (2.0 * truth.extent / truth.cells) ** 2
+    order = np.random.default_rng(_TRAIN_SEED).permutation(len(samples))
+    num = min(len(samples), len(held_out))
+    figures = {
+        "log_z_quadrature": float(logsumexp(log_p) + math.log(area)),
+        "energy_samples_sliced_wasserstein": plane.sliced_wasserstein(
+            samples[order[:num]],
+            held_out[:num],
+            jax.random.key(plane.PROJECTION_SEED),
+            experiment.config.evaluation.num_projections,
+        ),
+    }
+    if truth.modes is not None:
+        coverage = plane.mode_coverage(samples, truth.modes, truth.mode_std)
+        figures["energy_samples_high_quality"] = coverage.high_quality
+    return figures
+
+
+def _training_rows(source: Source) -> np.ndarray:
+    """Returns at most `_MOST_ROWS` points that training may see."""
+    if source.distribution is not None:
+        return source.held_out(_MOST_ROWS, _TRAIN_SEED)
+    if source.table is not None:
+        return _some(source.table.train)
+    chosen = _some(np.arange(len(source.image_set.train)))
+    chosen = Subset(source.image_set.train, chosen)
+    return _as_float(images.stack(chosen, timeout=source.timeout))
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
     """Returns at most `_MOST_ROWS` of the rows, chosen at random."""
     order = np.random.default_rng(_TRAIN_SEED).permutation(len(rows))
     return rows[np.sort(order[:_MOST_ROWS])]
+
+
+def _as_float(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(inference.as_float(jnp.asarray(rows)))
 
 
 def consistency(
@@ -99,15 +138,16 @@ def consistency(
     log ∫ exp f(x, t) q(x_{t+1}|x) dx − f(x_{t+1}, t+1), which is constant if they do.
     The integral is estimated by `num_draws` draws; x_{t+1} are diffused `rows`.
     """
+    key = jax.random.key(_CONSISTENCY_SEED)
+    step = partial(_marginal_gap, experiment.networks, experiment.game.proposal)
     values = []
     for t in range(experiment.schedule.num_steps):
-        step = partial(
-            _marginal_gap, experiment.networks, experiment.game.proposal, num_draws
-        )
-        key = jax.random.key(_CONSISTENCY_SEED)
-        shared = key, variables, experiment.schedule, np.int32(t)
-        gaps = inference.by_rows(experiment, step, len(rows), (rows,), shared)
-        values.append(float(gaps.std(dtype=np.float64)))
+        total = np.full(len(rows), -np.inf)
+        for number in range(num_draws):
+            shared = key, variables, experiment.schedule, np.int32(t), np.int32(number)
+            gap = inference.by_rows(experiment, step, len(rows), (rows,), shared)
+            total = np.logaddexp(total, gap)
+        values.append(float(total.std(dtype=np.float64)))
     return tuple(values)
 
 
@@ -124,69 +164,70 @@ def generator_bound(
     of the generator's Gaussians are fitted to its reconstruction errors on
     `train_rows`.
     """
-    key = jax.random.key(_PATHS_SEED)
-    networks, schedule = experiment.networks, experiment.schedule
-    common = partial(_path, networks, experiment.game.proposal)
-    num_steps = schedule.num_steps
-    unit = np.zeros(num_steps, np.float32)
-    shared = key, variables, schedule, unit, np.int32(0)
-    squares, _ = inference.by_rows(
-        experiment, common, len(train_rows), (train_rows,), shared
-    )
-    log_var = np.log(squares.mean(axis=0) / math.prod(networks.event_shape))
+    num_steps = experiment.schedule.num_steps
+    squares, _ = _climb(experiment, variables, np.zeros(num_steps), train_rows, 0)
+    log_var = np.log(squares / math.prod(experiment.networks.event_shape))
     total = np.full(len(rows), -np.inf)
     for path in range(num_paths):
-        shared = key, variables, schedule, log_var, np.int32(path + 1)
-        _, log_weight = inference.by_rows(
-            experiment, common, len(rows), (rows,), shared
-        )
+        _, log_weight = _climb(experiment, variables, log_var, rows, path + 1)
         total = np.logaddexp(total, log_weight)
     return total - math.log(num_paths)
+
+
+def _climb(
+    experiment: Experiment,
+    variables: Players,
+    log_var: Float[np.ndarray, " steps"],
+    rows: np.ndarray,
+    number: int,
+) -> tuple[Float[np.ndarray, " steps"], Float[np.ndarray, " n"]]:
+    """Returns mean squared residuals by t, and the log weight of a path of each row.
+
+    Level by level: a scan of convolutions is slow on a CPU.
+    """
+    step = partial(_up, experiment.networks, experiment.game.proposal)
+    key = jax.random.fold_in(jax.random.key(_PATHS_SEED), number)
+    x, total, squares = rows, np.zeros(len(rows)), []
+    for t, level in enumerate(log_var.astype(np.float32)):
+        shared = key, variables, experiment.schedule, level, np.int32(t)
+        x, residuals, log_weight = inference.by_rows(
+            experiment, step, len(rows), (x,), shared
+        )
+        squares.append(residuals.mean(dtype=np.float64))
+        total += log_weight
+    start = np.asarray(objective.log_standard_normal(jnp.asarray(x)))
+    return np.array(squares), total + start
 
 
 # Networks are functions and so static: one program for all chunks of a run.
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _marginal_gap(
-    networks, proposal, num_draws, places, x, key, variables, schedule, t
-):
+@partial(jax.jit, static_argnums=(0, 1))
+def _marginal_gap(networks, proposal, places, x, key, variables, schedule, t, number):
     times = jnp.full(places.shape, t)
     (eps,) = row_normals(key, places, networks.event_shape)
-    x_next = diffusion.diffuse(schedule, inference.as_float(x), times + 1, eps)
+    x_next = diffusion.diffuse(schedule, x, times + 1, eps)
     f_next = networks.energy(variables.energy, x_next, times + 1)
     is_last = t + 1 == schedule.num_steps
     f_next = jnp.where(is_last, objective.log_standard_normal(x_next), f_next)
-
-    def add(total, number):
-        own = jax.random.fold_in(jax.random.fold_in(key, 1 + number), t)
-        noise = proposal_noise(networks, proposal, own, places)
-        move = density.denoise_weighted(
-            proposal, schedule, networks, variables, x_next, f_next, times, noise
-        )
-        return jnp.logaddexp(total, move.log_weight), None
-
-    zero = jnp.full(places.shape, -jnp.inf)
-    total, _ = jax.lax.scan(add, zero, jnp.arange(num_draws))
-    return total - jnp.log(num_draws)
+    own = jax.random.fold_in(jax.random.fold_in(key, 1 + number), t)
+    noise = proposal_noise(networks, proposal, own, places)
+    move = density.denoise_weighted(
+        proposal, schedule, networks, variables, x_next, f_next, times, noise
+    )
+    return move.log_weight
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _path(networks, proposal, places, x, key, variables, schedule, log_var, number):
-    """Returns squared residuals by t and the log weight of one path from each row."""
-    x = inference.as_float(x)
-    log_weight, squares = jnp.zeros(places.shape), []
-    for t in range(schedule.num_steps):
-        own = jax.random.fold_in(jax.random.fold_in(key, number), t)
-        eps, eps_z = row_normals(own, places, networks.event_shape, (networks.nz,))
-        times = jnp.full(places.shape, t)
-        x_next, residual, ratio = density.reconstruction_error(
-            proposal, schedule, networks, variables, x, times, eps, eps_z
-        )
-        squares.append(objective.sum_over_dims(residual**2))
-        log_weight += ratio + objective.gaussian_log_prob(
-            residual, jnp.zeros_like(residual), jnp.full(places.shape, log_var[t])
-        )
-        x = x_next
-    log_weight += objective.log_standard_normal(x)
-    return jnp.stack(squares, axis=1), log_weight
+def _up(networks, proposal, places, x, key, variables, schedule, log_var, t):
+    """Returns x_{t+1}, the squared residual of x_t, and its part of the log weight."""
+    own = jax.random.fold_in(key, t)
+    eps, eps_z = row_normals(own, places, networks.event_shape, (networks.nz,))
+    times = jnp.full(places.shape, t)
+    x_next, residual, ratio = density.reconstruction_error(
+        proposal, schedule, networks, variables, x, times, eps, eps_z
+    )
+    log_weight = ratio + objective.gaussian_log_prob(
+        residual, jnp.zeros_like(residual), jnp.full(places.shape, log_var)
+    )
+    return x_next, objective.sum_over_dims(residual**2), log_weight

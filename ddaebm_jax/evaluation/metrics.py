@@ -13,8 +13,6 @@ from ddaebm_jax.evaluation.image_quality import Meter
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
-_PROJECTION_SEED = 1_003
-
 
 def evaluate(
     experiment: Experiment,
@@ -56,7 +54,7 @@ def _evaluate_plane(
         metrics["high_quality"] = coverage.high_quality
 
     def distance(points: np.ndarray) -> float:
-        key = jax.random.key(_PROJECTION_SEED)
+        key = jax.random.key(plane.PROJECTION_SEED)
         num_projections = experiment.config.evaluation.num_projections
         return plane.sliced_wasserstein(points, held_out, key, num_projections)
 

@@ -6,6 +6,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+# Of the directions of sliced distances, so that they compare.
+PROJECTION_SEED = 1_003
+
 
 class ModeCoverage(NamedTuple):
     """Modes with at least one high-quality sample, and the share of such samples.
