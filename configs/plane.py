@@ -1,7 +1,7 @@
 """A set in the plane, by --config.data.name=pinwheel, swissroll, moons, and others.
 
 data/synthetic.py defines them. The energy is confined, so that it decays where data
-end, and from the middle of the run on eight weighted negatives, two of them from the
+end, and in the last third of the run eight weighted negatives, two of them from the
 defensive part, make its step maximum likelihood (docs/density.md). 25 Gaussians have a
 recipe of their own, gaussians25.py.
 """
@@ -15,7 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
     """Return the recipe."""
     config = config_lib.base()
     config.data.name = "pinwheel"
-    config.data.batch_size = 128
     config.diffusion.variance = "cosine"
     config.model.mlp.hidden = (200, 200, 200)
     config.model.confinement = 1.0
@@ -26,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.game.energy_l2 = 0.05
     config.game.noise_at_data = True
     config.game.num_negatives = 8
-    config.game.negatives_from = 0.5
+    config.game.negatives_from = 0.65
     config.game.negatives_gamma = 3e-5
     config.game.defensive = 0.25
     config.optimizer.learning_rate = 2e-3
