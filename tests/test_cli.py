@@ -148,6 +148,9 @@ def test_evaluate_repeats_the_final_figures(plane_run: Path):
     for name in ("kernel_density", "gaussian_mixture", "bound"):
         assert figures[f"log_likelihood_{name}"] < truth + 0.01
     assert len(figures["effective_share"]) == len(figures["consistency"]) == 4
+    # The energy is nearly flat yet: its samples are far from the data, within the box.
+    distance = figures["energy_samples_sliced_wasserstein"]
+    assert figures["sliced_wasserstein_of_data"] < distance < 4.0
     # 200 particles do not carry a likelihood after 40 steps, and that is said.
     assert "particles count" in figures["log_likelihood_refused"]
     assert "log_likelihood" not in figures

@@ -88,9 +88,11 @@ def _of_plane(
 ) -> dict[str, float]:
     """Returns log Z by quadrature, and figures of samples of the energy."""
     truth = experiment.source.distribution
-    points = density.grid_points(truth.extent, truth.cells)
+    # Wider than the picture: what lies outside it is of Z, too.
+    extent, cells = 1.5 * truth.extent, 3 * truth.cells // 2
+    points = density.grid_points(extent, cells)
     log_p = inference.energies(experiment, variables, points).astype(np.float64)
-    area = (2.0 * truth.extent / truth.cells) ** 2
+    area = (2.0 * extent / cells) ** 2
     order = np.random.default_rng(_TRAIN_SEED).permutation(len(samples))
     num = min(len(samples), len(held_out))
     figures = {
