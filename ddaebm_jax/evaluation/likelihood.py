@@ -146,6 +146,9 @@ def consistency(
     for t in range(experiment.schedule.num_steps):
         total = np.full(len(rows), -np.inf)
         for number in range(num_draws):
+            logging.log_every_n_seconds(
+                logging.INFO, "consistency, t = %d: draw %d", 10, t, number
+            )
             shared = key, variables, experiment.schedule, np.int32(t), np.int32(number)
             gap = inference.by_rows(experiment, step, len(rows), (rows,), shared)
             total = np.logaddexp(total, gap)
@@ -171,6 +174,9 @@ def generator_bound(
     log_var = np.log(squares / math.prod(experiment.networks.event_shape))
     total = np.full(len(rows), -np.inf)
     for path in range(num_paths):
+        logging.log_every_n_seconds(
+            logging.INFO, "generator's bound: path %d of %d", 10, path + 1, num_paths
+        )
         _, log_weight = _climb(experiment, variables, log_var, rows, path + 1)
         total = np.logaddexp(total, log_weight)
     return total - math.log(num_paths)
