@@ -99,15 +99,7 @@ def score(
     """
     output = common.check_output(output, ".csv", ".npz")
     by = by and by.replace("_", " ")
-    if by not in (None, *scores.SCORES):
-        allowed = ", ".join(map(_flag, scores.SCORES))
-        raise InputError(f"--score={by} is none of the scores; allowed: {allowed}")
-    if fdr is not None:
-        calibration_lib.check_fdr(fdr)
-        if calibration == 0:
-            raise InputError(
-                "--fdr needs p-values, and --calibration=0 leaves them out"
-            )
+    _check(by, fdr, calibration)
     needed = data_path or fdr is not None or calibration or by in scores.FITTED
     loaded = _load(workdir, checkpoint, data_path, bool(needed), calibration != 0)
     source = loaded.experiment.source
@@ -138,13 +130,20 @@ def score(
         model = loaded.experiment, loaded.variables
         found["columns"] = np.array(scores.leading_columns(*model, rows))
     path = output or common.claimed(loaded.workdir / "scores.csv")
-    with written_atomically(path) as file:
-        if path.suffix == ".npz":
-            np.savez(file, **found)
-        else:
-            file.write(_csv(found).encode())
+    _write(path, found)
     logging.info("wrote %d scores, '%s', to %s", len(rows), by, path)
     return path
+
+
+def _check(by: str | None, fdr: float | None, calibration: int | None) -> None:
+    """Refuse what can be refused before a run is loaded."""
+    if by not in (None, *scores.SCORES):
+        allowed = ", ".join(map(_flag, scores.SCORES))
+        raise InputError(f"--score={by} is none of the scores; allowed: {allowed}")
+    if fdr is not None:
+        calibration_lib.check_fdr(fdr)
+        if calibration == 0:
+            raise InputError("--fdr needs p-values; leave --calibration=0 out")
 
 
 def _load(
@@ -257,6 +256,14 @@ def _log_z(loaded: TrainedRun) -> float:
     logging.info("log Z is %.4f ± %.4f", estimate.log_z, estimate.error)
     table = loaded.experiment.source.table
     return estimate.log_z - (0.0 if table is None else table.standardizer.log_det)
+
+
+def _write(path: Path, found: dict[str, np.ndarray]) -> None:
+    with written_atomically(path) as file:
+        if path.suffix == ".npz":
+            np.savez(file, **found)
+        else:
+            file.write(_csv(found).encode())
 
 
 def _csv(found: dict[str, np.ndarray]) -> str:
