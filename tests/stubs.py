@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from helpers import SCHEDULE
+from helpers import GAME, SCHEDULE
 
 from ddaebm_jax.data import Source, images
 from ddaebm_jax.experiment import Experiment
@@ -23,5 +23,4 @@ def experiment(
         parallel=SimpleNamespace(num_devices=num_devices),
     )
     source = Source("made", event_shape, None, None, image_set=image_set)
-    game = SimpleNamespace(latent=True)
-    return Experiment(config, source, SCHEDULE, networks, game, None)
+    return Experiment(config, source, SCHEDULE, networks, GAME, None)

@@ -194,8 +194,11 @@ def test_a_table_is_scored_and_sampled_in_its_own_units(
         files = (f"--input={tmp_path / source}", f"--output={tmp_path / output}")
         succeed("--mode=score", f"--workdir={table_run}", *files)
     header, *lines = (tmp_path / "a.csv").read_text().splitlines()
-    places, scores, ranks = np.array([line.split(",") for line in lines], float).T
-    assert header == "row,energy,rank" and list(places) == list(range(20))
+    assert header == "row,energy,rank,p_value,columns"
+    lines = [line.split(",")[:4] for line in lines]
+    places, scores, ranks, p_values = np.array(lines, float).T
+    assert list(places) == list(range(20))
+    assert {round(p * 19, 6) for p in p_values} <= {*range(1, 20)}  # 18 held out.
     assert list(np.argsort(scores)) == list(np.argsort(ranks)) and min(ranks) == 1
     arrays = np.load(tmp_path / "b.npz")
     np.testing.assert_allclose(scores, arrays["energy"], rtol=1e-5)
@@ -213,7 +216,7 @@ def test_a_table_is_scored_and_sampled_in_its_own_units(
     assert "own.csv: columns left out: 'n0', 'odd'" in result.err
     _, *lines = (tmp_path / "own_scores.csv").read_text().splitlines()
     assert lines[0].startswith("0,n1,") and len(lines) == 20
-    found = np.array([line.split(",")[2:] for line in lines], float).T
+    found = np.array([line.split(",")[2:4] for line in lines], float).T
     np.testing.assert_allclose(found, (scores, ranks), rtol=1e-5)
     assert np.abs(scores).max() < 30  # Unstandardised, columns would reach 300.
 
@@ -230,7 +233,7 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_data(
     """The CSV is gone: modes work. It comes back changed: training refuses."""
     figures = report(table_run)["figures"]
     aurocs = [value for name, value in figures.items() if name.startswith("auroc")]
-    assert len(aurocs) == 5  # The energy's, and the baselines'.
+    assert len(aurocs) == 9  # Of five scores, and the baselines'.
     assert figures["num_test_inliers"] > 0 < figures["num_test_outliers"]
     assert all(0 <= value <= 1 for value in aurocs)
     text = table.read_text()
@@ -310,6 +313,14 @@ BAD_COMMANDS = {
     "too few samples": (["--mode=sample", "--num_samples=0"], "num_samples"),
     "no workdir": (["--mode=sample"], "--workdir"),
     "no input": (["--mode=score", "--workdir=x"], "--input"),
+    "unknown score": (
+        ["--mode=score", "--workdir=x", "--input=y", "--score=luck"],
+        "--score=luck is none of the scores; allowed: energy, gradient_norm",
+    ),
+    "false discoveries alone": (
+        ["--mode=score", "--workdir=x", "--input=y", "--fdr=1"],
+        "--fdr is 1.0; a rate above 0 and below 1",
+    ),
     "workdir below a file": (
         ["--mode=sample", "--workdir=README.md/run"],
         "README.md/run",

@@ -202,8 +202,10 @@ def test_scores_of_folders_and_arrays_are_energies(digits_run: Path, tmp_path: P
     assert list(names) == [f"{i:02}.png" for i in range(10)]
     for output, expected in (("of_folder.csv", names), ("of_npz.csv", range(10))):
         header, *lines = (tmp_path / output).read_text().splitlines()
-        assert header == "image,energy,rank"
-        written, values, ranks = zip(*(line.split(",") for line in lines), strict=True)
+        assert header == "image,energy,rank,p_value"
+        cells = [line.split(",") for line in lines]
+        written, values, ranks, p_values = zip(*cells, strict=True)
+        assert all(0 < float(p) <= 1 for p in p_values)
         assert list(written) == list(map(str, expected))
         np.testing.assert_allclose(np.array(values, float), energies, rtol=1e-6)
         assert ranks[np.argmin(energies)] == "1" and ranks[np.argmax(energies)] == "10"
@@ -284,8 +286,15 @@ def test_a_run_needs_its_directory_alone_and_notices_changed_images(tmp_path: Pa
         load_run(workdir, data_path=tmp_path / "nowhere")
     made = succeed("--mode=sample", "--num_samples=2", f"--workdir={workdir}")
     assert np.load(made.out.strip())["x"].shape == (2, 8, 8, 1)
-    made = succeed("--mode=score", f"--workdir={workdir}", f"--input={moved}")
-    assert len(Path(made.out.strip()).read_text().splitlines()) == 21
+    flags = "--mode=score", f"--workdir={workdir}", f"--input={moved}"
+    made = succeed(*flags)
+    header, *lines = Path(made.out.strip()).read_text().splitlines()
+    assert header == "image,energy,rank" and len(lines) == 20
+    assert "no p-values, as the run's images are not opened" in made.err
+    assert_error(run(*flags, "--fdr=0.2"), str(folder), "data_path")
+    made = succeed(*flags, "--fdr=0.2", f"--data_path={moved}")
+    header = Path(made.out.strip()).read_text().splitlines()[0]
+    assert header == "image,energy,rank,p_value,flagged"
 
 
 # --- Measured ---------------------------------------------------------------------
@@ -400,7 +409,7 @@ def test_outliers_are_detected(digits_run: Path, tmp_path: Path):
     scores = {"energy", "gradient norm", "energy over t", "kernel density"}
     for name in sizes:
         found = measured["figures"][name]
-        assert len(found) == 7 and scores < found.keys()
+        assert len(found) == 9 and scores < found.keys()
         for estimates in found.values():
             for estimate in estimates.values():
                 assert 0 <= estimate["low"] <= estimate["high"] <= 1

@@ -108,7 +108,17 @@ def darkness(variables, x, t, rngs=None):
 def measure(energy, num_train=25, baselines=True):
     dark = np.random.default_rng(0).integers(0, 60, (40, 4, 4, 1), np.uint8)
     image_set = images.ImageSet("made", (4, 4, 1), dark[:num_train], dark[25:], "")
-    networks = models.Networks(*[energy] * 6, event_shape=(4, 4, 1), nz=1)
+    networks = models.Networks(
+        *(
+            None,
+            energy,
+            lambda v, x, t, z: 0.5 * x,
+            lambda v, x, y, t: (x[:, 0, 0],) * 2,
+        ),
+        *(None, None),
+        event_shape=(4, 4, 1),
+        nz=1,
+    )
     made = experiment((4, 4, 1), networks, image_set, batch_size=8)
     players = models.Players({}, None, None)
     sets = "test", ["inverted", "noise"]
@@ -119,7 +129,7 @@ def test_what_cannot_be_measured_is_refused_before_more_work(monkeypatch):
     def broken(variables, x, t, rngs=None):
         return darkness(variables, x, t) * np.nan
 
-    with pytest.raises(InputError, match="10 of 10 'test' 'energy' scores are NaN"):
+    with pytest.raises(InputError, match=r"25 of 25 inliers to fit .*not finite"):
         measure(broken, baselines=False)
     monkeypatch.setattr(outliers_lib.outlier_sets, "open_set", None)
     with pytest.raises(InputError, match=r"--baselines: 9 training .*at least 10"):
@@ -131,7 +141,7 @@ def test_a_run_is_measured_on_named_sets():
     found, names = measure(darkness), ["inverted", "noise"]
     assert list(found.detections) == list(found.outlier_scores) == names
     assert found.inlier_scores["energy"].shape == (10,)
-    assert len(found.inlier_scores) == 7  # Three of the energy, four baselines.
+    assert len(found.inlier_scores) == 9  # Five of the model, four baselines.
     for name in names:
         of_set = found.outlier_scores[name]
         assert of_set.keys() == found.detections[name].keys()

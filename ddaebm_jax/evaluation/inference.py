@@ -6,7 +6,7 @@ Several processes call these functions together, and each gets the whole result.
 
 import operator
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from ddaebm_jax import density, diffusion, sampling, sharding
+from ddaebm_jax import density, sampling, sharding
 from ddaebm_jax.data import images
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
@@ -62,43 +62,16 @@ def energies(
     x: Shaped[Array | np.ndarray, "n *shape"],
 ) -> Float[np.ndarray, " n"]:
     """Returns f(x, 0), the unnormalised log density of points or uint8 images, nats."""
-    return _score(experiment, variables, x, _energy)
+    return _of_energy(experiment, variables, x, _energy)
 
 
-def outlier_scores(
+def gradients(
     experiment: Experiment,
     variables: Players,
     x: Shaped[Array | np.ndarray, "n *shape"],
-    seed: int,
-    num_draws: int,
-) -> dict[str, Float[np.ndarray, " n"]]:
-    """Returns three scores of each point, by name; larger: more likely an inlier.
-
-    - `energy`: f(x, 0), the unnormalised log density, nats.
-    - `gradient norm`: −‖∇_x f(x, 0)‖, Euclidean over all dimensions; the approximate
-      mass of Grathwohl et al. 2020 (arXiv 1912.03263), by which typical points have
-      a flat density around them.
-    - `energy over t`: Σ_{t=0}^{T−1} E_{q(x_t|x_0)} f(x_t, t), the mean over
-      `num_draws` draws of the noise. Each f(·, t) is known up to a constant: the sum
-      ranks points, it is no log density. Noise draw j of point i at t depends on
-      (seed, i, j, t) only.
-    """
-    schedule, key = experiment.schedule, jax.random.key(seed)
-
-    def energy_over_t(networks, params, part, places):
-        # One program for all would hold all activations, or scan, slow on a CPU.
-        diffused = (
-            _diffused_energy(networks, schedule, params, part, key, places, draw, t)
-            for draw in range(num_draws)
-            for t in range(schedule.num_steps)
-        )
-        return sum(diffused) / num_draws
-
-    return {
-        "energy": energies(experiment, variables, x),
-        "gradient norm": _score(experiment, variables, x, _gradient_norm),
-        "energy over t": _score(experiment, variables, x, energy_over_t),
-    }
+) -> Float[np.ndarray, "n *shape"]:
+    """Returns ∇f(x, 0) of points, or of uint8 images with pixels in [−1, 1]."""
+    return _of_energy(experiment, variables, x, _gradient)
 
 
 def _in_chunks(
@@ -170,17 +143,18 @@ def _draw(
     return _in_chunks(experiment, num, draw)
 
 
-def _score(
+def _of_energy(
     experiment: Experiment,
     variables: Players,
     x: Array | np.ndarray,
-    score: Callable[..., Array],
+    function: Callable[..., Array],
 ) -> np.ndarray:
-    """Returns score(networks, params, points, their numbers) of all points."""
+    """Returns function(networks, params, points) of all points."""
     networks, rows = experiment.networks, (np.asarray(x),)
 
     def of_rows(places: Array, part: Array, params: Any) -> Array:
-        return score(networks, params, part, places)
+        del places
+        return function(networks, params, part)
 
     return by_rows(experiment, of_rows, len(x), rows, (variables.energy,))
 
@@ -196,28 +170,13 @@ def _draw_chunk(sampler, networks, latent, schedule, params, key, places):
 
 
 @partial(jax.jit, static_argnums=0)
-def _energy(networks, params, x, places):
+def _energy(networks, params, x):
     return density.energy_at_data(networks, params, as_float(x))
 
 
 @partial(jax.jit, static_argnums=0)
-def _gradient_norm(networks, params, x, places):
-    score = density.score_at_data(networks, params, as_float(x))
-    return -jnp.linalg.norm(score.reshape(len(score), -1), axis=1)
-
-
-@partial(jax.jit, static_argnums=0)
-def _diffused_energy(networks, schedule, params, x, key, places, draw, t):
-    """Returns f(x_t, t) of one draw of x_t."""
-    x0 = as_float(x)
-
-    def noise(place: Array) -> Array:
-        own_key = reduce(jax.random.fold_in, (place, draw, t), key)
-        return jax.random.normal(own_key, x0.shape[1:])
-
-    times = jnp.full(places.shape, t, jnp.int32)
-    x_t = diffusion.diffuse(schedule, x0, times, jax.vmap(noise)(places))
-    return networks.energy(params, x_t, times)
+def _gradient(networks, params, x):
+    return density.score_at_data(networks, params, as_float(x))
 
 
 def as_float(x: Array) -> Array:

@@ -40,7 +40,7 @@ def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
     shift = 0.0 if source.table is None else source.table.standardizer.log_det
     held_out = source.held_out(_MOST_ROWS, inference.HELD_OUT_SEED)
     held_out = _as_float(_some(held_out))
-    train = _training_rows(source)
+    train = training_rows(source)
     flat_train, flat_held_out = (
         rows.reshape(len(rows), -1) for rows in (train, held_out)
     )
@@ -110,21 +110,21 @@ def _of_plane(
     return figures
 
 
-def _training_rows(source: Source) -> np.ndarray:
-    """Returns at most `_MOST_ROWS` points that training may see."""
+def training_rows(source: Source, num: int = _MOST_ROWS) -> np.ndarray:
+    """Returns at most `num` points that training may see, chosen at random."""
     if source.distribution is not None:
-        return source.held_out(_MOST_ROWS, _TRAIN_SEED)
+        return source.held_out(num, _TRAIN_SEED)
     if source.table is not None:
-        return _some(source.table.train)
-    chosen = _some(np.arange(len(source.image_set.train)))
+        return _some(source.table.train, num)
+    chosen = _some(np.arange(len(source.image_set.train)), num)
     chosen = Subset(source.image_set.train, chosen)
     return _as_float(images.stack(chosen, timeout=source.timeout))
 
 
-def _some(rows: np.ndarray) -> np.ndarray:
-    """Returns at most `_MOST_ROWS` of the rows, chosen at random."""
+def _some(rows: np.ndarray, num: int = _MOST_ROWS) -> np.ndarray:
+    """Returns at most `num` of the rows, chosen at random."""
     order = np.random.default_rng(_TRAIN_SEED).permutation(len(rows))
-    return rows[np.sort(order[:_MOST_ROWS])]
+    return rows[np.sort(order[:num])]
 
 
 def _as_float(rows: np.ndarray) -> np.ndarray:
@@ -167,7 +167,7 @@ def generator_bound(
 
     The bound of K paths, E log (1/K)Σ w, of which one draw is returned. The variances
     of the generator's Gaussians are fitted to its reconstruction errors on
-    `train_rows`.
+    `train_rows`. The noise of row i depends on i.
     """
     num_steps = experiment.schedule.num_steps
     squares, _ = _climb(experiment, variables, np.zeros(num_steps), train_rows, 0)

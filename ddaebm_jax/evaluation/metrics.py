@@ -5,10 +5,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from ddaebm_jax import density
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import detectors, digits, inference, outliers, plane
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import (
+    detectors,
+    digits,
+    inference,
+    outliers,
+    plane,
+    scores,
+)
 from ddaebm_jax.evaluation.image_quality import Meter
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
@@ -25,11 +34,12 @@ def evaluate(
     Of a synthetic distribution: modes found and share of high-quality samples (where
     it is a mixture), sliced 2-Wasserstein distance to held-out data (beside that of
     two real sets), Jensen-Shannon divergence of the densities on a grid. Of a table
-    with outliers: AUROC of f(x, 0), and of four baselines on the same split. Of
-    images: energies of held-out images and samples, and the AUROC between the two.
-    Beside an AUROC stands of how many scores it is. Of labelled images those of
-    `digits.evaluate_digits`; with a meter those of `Meter.measure`. As many samples as
-    evaluation.num_samples unless told otherwise.
+    with outliers: AUROC of f(x, 0), of the other scores (of those that are fitted to
+    held-out inliers on the other ones, `num_unseen_inliers`), and of four baselines on
+    the same split. Of images: energies of held-out images and samples, and the AUROC
+    between the two. Beside an AUROC stands of how many scores it is. Of labelled images
+    those of `digits.evaluate_digits`; with a meter those of `Meter.measure`. As many
+    samples as evaluation.num_samples unless told otherwise.
     """
     num = num_samples or experiment.config.evaluation.num_samples
     if experiment.source.distribution is not None:
@@ -83,13 +93,34 @@ def _evaluate_table(experiment: Experiment, variables: Players) -> dict[str, Any
         metrics["num_test_inliers"] = len(inlier_energies)
         metrics["num_test_outliers"] = len(outlier_rows)
         metrics["auroc"] = outliers.auroc(inlier_energies, energies(outlier_rows))
+        metrics |= _other_scores(experiment, variables)
         seed = experiment.config.seed
         baselines = detectors.table_scores(table.train, table.test, seed)
         is_outlier = table.test_labels == tabular.OUTLIER
-        for name, scores in baselines.items():
+        for name, values in baselines.items():
             metrics[f"auroc_{name}"] = outliers.auroc(
-                scores[~is_outlier], scores[is_outlier]
+                values[~is_outlier], values[is_outlier]
             )
+    return metrics
+
+
+def _other_scores(experiment: Experiment, variables: Players) -> dict[str, Any]:
+    """Returns the AUROC of a table's scores other than the energy."""
+    table = experiment.source.table
+    is_outlier = table.test_labels == tabular.OUTLIER
+    inliers = np.flatnonzero(~is_outlier)
+    unseen = inliers[scores.unseen_places(len(inliers))]
+    fitted = scores.fit_rows(experiment.source)
+    metrics: dict[str, Any] = {"num_unseen_inliers": len(unseen)}
+    for name in scores.SCORES[1:]:
+        kept = unseen if name in scores.FITTED else inliers
+        try:
+            score = scores.fit_scores(experiment, variables, (name,), fitted)
+            values = score(table.test)[name]
+            auroc = outliers.auroc(values[kept], values[is_outlier])
+            metrics[f"auroc_{name}"] = auroc
+        except InputError as error:
+            logging.warning("no AUROC of the score '%s': %s", name, error)
     return metrics
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Integer, UInt8
 from ddaebm_jax.data import Source, image_files, image_sets, tfds_images
 from ddaebm_jax.data.records import Subset, stack
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import scores
 from ddaebm_jax.paths import user_path
 
 # The run's own held-out images, and the images of the classes it never saw.
@@ -42,8 +43,9 @@ def open_set(
 ) -> UInt8[np.ndarray, "m height width channels"]:
     """Returns the images that a name stands for, of the model's shape.
 
-    - `test`: the run's own held-out images. `held_out_classes`: those of the classes
-      that were left out of it.
+    - `test`: the run's own held-out images, but those that scores are fitted to
+      (`scores.unseen_places`). `held_out_classes`: those of the classes that were left
+      out of it.
     - `inverted`: 255 − x of each inlier.
     - `shuffled`: each inlier's pixels in a random order of its own, by (seed, i); the
       channels of a pixel stay together.
@@ -75,7 +77,10 @@ def open_set(
                 f"{HELD_OUT_CLASSES}: this run left no class out; train one with "
                 "--config.data.held_out_classes='(9,)'"
             )
-        chosen = Subset(records, choose(len(records), limit, seed))
+        places = np.arange(len(records))
+        if name == HELD_OUT:
+            places = scores.unseen_places(len(records))
+        chosen = Subset(records, places[choose(len(places), limit, seed)])
         return stack(chosen, None, name, data.timeout)
     if name in BUILT_IN:
         num = (limit or _DEFAULT_NUM) if inliers is None else len(inliers)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import detectors, outlier_sets
-from ddaebm_jax.evaluation.inference import outlier_scores
+from ddaebm_jax.evaluation import scores as scores_lib
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
@@ -223,7 +223,8 @@ def measure(
 ) -> Measured:
     """Measures how well scores of a run of images tell inliers from outliers.
 
-    The scores are those of `inference.outlier_scores`; with `baselines` also those of
+    The scores are those of `scores.fit_scores`, fitted to `scores.fit_rows`; without
+    the run's images those that are fitted to none. With `baselines` also those of
     `detectors.fit_pixel_detectors`, fitted to the training images.
 
     `inliers` and `outliers` are names for `outlier_sets.open_set`, which opens at most
@@ -241,6 +242,15 @@ def measure(
         name: outlier_sets.open_set(name, source, data, known, seed, limit)
         for name in outliers
     }
+    names, fit_rows = scores_lib.SCORES, None
+    if source.image_set is not None:
+        fit_rows = scores_lib.fit_rows(source)
+    else:
+        logging.info("left out, as they need --in=test: %s", scores_lib.FITTED)
+        names = [name for name in names if name not in scores_lib.FITTED]
+    score = scores_lib.fit_scores(
+        experiment, variables, names, fit_rows, seed, num_draws
+    )
     fitted = {}
     if baselines:
         logging.info("fitting the baselines to the training images")
@@ -248,7 +258,7 @@ def measure(
         fitted = detectors.fit_pixel_detectors(train, seed)
 
     def scores(of: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        found = outlier_scores(experiment, variables, pixels, seed, num_draws)
+        found = score(pixels)
         found |= {name: detector(pixels) for name, detector in fitted.items()}
         for name, values in found.items():
             _check_scores(f"'{of}' '{name}'", values)  # Before other sets are scored.
