@@ -26,6 +26,8 @@ from ddaebm_jax.models import Players
 _PATHS_SEED, _CONSISTENCY_SEED, _TRAIN_SEED = 1_005, 1_006, 1_007
 # Most rows that likelihoods are measured on, and that baselines are fitted to.
 _MOST_ROWS = 10_000
+# Cells per side of the grid that log Z is summed over in the plane.
+_QUADRATURE_CELLS = 1_200
 
 
 def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
@@ -88,8 +90,9 @@ def _of_plane(
 ) -> dict[str, float]:
     """Returns log Z by quadrature, and figures of samples of the energy."""
     truth = experiment.source.distribution
-    # Wider than the picture: what lies outside it is of Z, too.
-    extent, cells = 1.5 * truth.extent, 3 * truth.cells // 2
+    # Wider than the picture, as what lies outside it is of Z, too; and finer, for
+    # densities with edges.
+    extent, cells = 1.5 * truth.extent, _QUADRATURE_CELLS
     points = density.grid_points(extent, cells)
     log_p = inference.energies(experiment, variables, points).astype(np.float64)
     area = (2.0 * extent / cells) ** 2
