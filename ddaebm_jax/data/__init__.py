@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
@@ -16,6 +16,13 @@ from ddaebm_jax.data.records import Subset
 from ddaebm_jax.data.threads import TIMEOUT
 
 TABLE_FILE = "table.npz"
+
+
+class Rows(NamedTuple):
+    """A table's training rows on the device; those from `count` on are padding."""
+
+    values: Float[Array, "n dim"]
+    count: Int[Array | np.int32, ""]
 
 
 class Source(NamedTuple):
@@ -132,19 +139,22 @@ def open_source(
         fields = ("header", "label_column", "drop_columns", "whiten")
         how = {field: data[field] for field in fields}
         table = tabular.load_table(data.path, seed, data.test_fraction, **how)
+    return table_source(data.name, table)
+
+
+def table_source(name: str, table: tabular.Table) -> Source:
+    """Returns the source whose batches are rows of a table's training part."""
     return Source(
-        name=data.name,
+        name=name,
         event_shape=(table.train.shape[1],),
-        arrays=jnp.asarray(table.train),
+        arrays=Rows(jnp.asarray(table.train), np.int32(len(table.train))),
         draw=_draw_rows,
         table=table,
     )
 
 
-def _draw_rows(
-    rows: Float[Array, "n dim"], batch: None, keys: Array
-) -> Float[Array, "batch dim"]:
+def _draw_rows(rows: Rows, batch: None, keys: Array) -> Float[Array, "batch dim"]:
     """Draws one row, with replacement, from each key."""
     del batch
-    index = jax.vmap(lambda key: jax.random.randint(key, (), 0, rows.shape[0]))(keys)
-    return rows[index]
+    index = jax.vmap(lambda key: jax.random.randint(key, (), 0, rows.count))(keys)
+    return rows.values[index]

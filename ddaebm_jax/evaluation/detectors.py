@@ -4,6 +4,7 @@ None of them sees an outlier before it scores one.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -30,26 +31,32 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 def table_scores(
     train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"], seed: int
 ) -> dict[str, Float[np.ndarray, " m"]]:
-    """Returns the scores of test rows by four scikit-learn detectors, by name.
+    """Returns the scores of test rows by `table_detectors`, by name.
+
+    Training rows are inliers. Larger scores mean more likely an inlier.
+    """
+    return {
+        name: np.asarray(detector.fit(train).score_samples(test), np.float64)
+        for name, detector in table_detectors(seed).items()
+    }
+
+
+def table_detectors(seed: int) -> dict[str, Any]:
+    """Returns four scikit-learn detectors, still to be fitted, by name.
 
     Isolation forest, one-class SVM and local outlier factor keep scikit-learn's
     default hyperparameters. The Gaussian kernel density takes Scott's bandwidth,
-    n^(−1/(d+4)), which suits columns of standard deviation 1. Training rows are
-    inliers. Larger scores mean more likely an inlier. The seed is the forest's.
+    n^(−1/(d+4)), which suits columns of standard deviation 1. The seed is the forest's.
     """
     from sklearn.ensemble import IsolationForest
     from sklearn.neighbors import KernelDensity, LocalOutlierFactor
     from sklearn.svm import OneClassSVM
 
-    detectors = {
+    return {
         "isolation forest": IsolationForest(random_state=seed),
         "one-class SVM": OneClassSVM(),
         "local outlier factor": LocalOutlierFactor(novelty=True),
         "kernel density": KernelDensity(bandwidth="scott"),
-    }
-    return {
-        name: np.asarray(detector.fit(train).score_samples(test), np.float64)
-        for name, detector in detectors.items()
     }
 
 

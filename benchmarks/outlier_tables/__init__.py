@@ -1,0 +1,1 @@
+"""Outlier detection on real tables: the parts of benchmarks/tables.py."""

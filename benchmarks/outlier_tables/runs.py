@@ -1,0 +1,193 @@
+"""The runs of the benchmark: a line of figures for each set, seed and detector.
+
+Lines are appended as they are done, and a run that has one is not repeated.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from absl import logging
+
+from ddaebm_jax import config as config_lib
+from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax.data import table_source
+from ddaebm_jax.data.tabular import Standardizer, Table
+from ddaebm_jax.errors import InputError, listed, one_line
+from ddaebm_jax.evaluation import inference, outliers
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.training import many
+from outlier_tables.baselines import DETECTORS
+from outlier_tables.sets import OutlierTable, Split, split
+
+# Scores of a trained model: (experiment, averaged networks, standardised rows) → one a
+# row, larger for inliers. A run is trained once for all of them.
+OURS: dict[str, Callable[..., np.ndarray]] = {"ours": inference.energies}
+
+
+class Job(NamedTuple):
+    """One line of a results file."""
+
+    set: str
+    seed: int
+    detector: str
+
+
+def read_results(path: Path, config: ml_collections.ConfigDict) -> dict[Job, Any]:
+    """Returns the lines of a results file; none if it is not there.
+
+    A last line without an end, which a stopped command leaves, is cut off.
+
+    Raises:
+      InputError: if a line cannot be read or is there twice, or the file holds runs of
+        another config.
+    """
+    if not path.exists():
+        return {}
+    whole, _, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        logging.warning("%s: cutting off its last line, which has no end", path)
+        path.write_bytes(whole + b"\n" * bool(whole))
+    found: dict[Job, Any] = {}
+    for number, line in enumerate(whole.decode().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            saved = record.get("config")
+            job = None if saved else Job(*(record[field] for field in Job._fields))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{path}: line {number} is no line of results ({one_line(error)}); "
+                "delete it, or name another --results"
+            ) from error
+        if saved:
+            _check_config(path, saved, config)
+        elif job in found:
+            raise InputError(f"{path}: line {number} is there twice; delete one")
+        else:
+            found[job] = record
+    return found
+
+
+def _check_config(path: Path, saved: Any, config: ml_collections.ConfigDict) -> None:
+    current = json.loads(json.dumps(config.to_dict()))
+    differing = config_lib.differences(saved, current)
+    differing.pop("seed", None)
+    if differing:
+        pairs = [f"{k} {old!r} → {new!r}" for k, (old, new) in differing.items()]
+        raise InputError(
+            f"{path} holds runs of another config ({listed(pairs, 4)}); name another "
+            "--results, or give that config"
+        )
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def run_baseline(table: OutlierTable, job: Job) -> dict[str, Any]:
+    """Fits and tests one of `baselines.DETECTORS`; returns its line."""
+    parts, started = split(table, job.seed), time.monotonic()
+    standardizer = Standardizer.fit(parts.train)
+    # In double precision: some mixtures cannot be fitted in single.
+    rows = [
+        standardizer.transform(part, job.set).astype(np.float64)
+        for part in (parts.train, parts.test)
+    ]
+    try:
+        scores, error = DETECTORS[job.detector](*rows, job.seed), None
+    except Exception as failure:  # The library's.
+        scores, error = None, one_line(failure)
+    return line(job, parts, scores, time.monotonic() - started, error)
+
+
+def line(
+    job: Job, parts: Split, scores: np.ndarray | None, seconds: float, error: str | None
+) -> dict[str, Any]:
+    """Returns the line of a run; without finite scores it counts as chance."""
+    from sklearn.metrics import average_precision_score
+
+    is_outlier = parts.is_outlier
+    record = job._asdict() | {
+        "train": len(parts.train),
+        "columns": parts.train.shape[1],
+        "inliers": int((~is_outlier).sum()),
+        "outliers": int(is_outlier.sum()),
+        "auroc": 0.5,
+        "average_precision": float(is_outlier.mean()),
+        "seconds": round(seconds, 3),
+    }
+    if scores is not None and np.isnan(scores).any():
+        error = error or f"{int(np.isnan(scores).sum())} scores are NaN"
+    if error:
+        return record | {"error": error}
+    # scikit-learn's average precision takes no infinite scores.
+    finite = np.clip(np.asarray(scores, np.float64), -1e300, 1e300)
+    return record | {
+        "auroc": outliers.auroc(scores[~is_outlier], scores[is_outlier]),
+        "average_precision": float(average_precision_score(is_outlier, -finite)),
+    }
+
+
+def experiment_of(
+    config: ml_collections.ConfigDict, train: np.ndarray, name: str, seed: int
+) -> Experiment:
+    """Returns what a recipe describes for these training rows, and nothing else."""
+    config = config.copy_and_resolve_references()
+    config.seed, config.data.path = seed, name
+    standardizer = Standardizer.fit(train, config.data.whiten)
+    rows = standardizer.transform(train, name)
+    columns = tuple(f"column_{j}" for j in range(train.shape[1]))
+    # Without test rows: what training cannot see it cannot use.
+    table = Table(columns, rows, rows[:0], None, standardizer)
+    return experiment_lib.build_from(config, table_source(config.data.name, table))
+
+
+def run_ours(
+    config: ml_collections.ConfigDict,
+    runs: Sequence[tuple[OutlierTable, int]],
+    detectors: Sequence[str],
+    together: int,
+) -> Iterator[dict[str, Any]]:
+    """Trains a model for each table and seed; yields a line for each of its scores.
+
+    Runs of one width and one config train together (`many.train`). One whose losses are
+    not finite has an error in its lines.
+    """
+    groups: dict[str, list[tuple[OutlierTable, int, Experiment]]] = {}
+    for table, seed in runs:
+        train = split(table, seed).train
+        one = experiment_of(config, train, table.name, seed)
+        alike = one.config.copy_and_resolve_references()
+        alike.seed, alike.data.path = 0, ""
+        key = f"{one.source.event_shape} {config_lib.to_json(alike)}"
+        groups.setdefault(key, []).append((table, seed, one))
+    for group in groups.values():
+        yield from _run_group(group, detectors, together)
+
+
+def _run_group(
+    group: list[tuple[OutlierTable, int, Experiment]],
+    detectors: Sequence[str],
+    together: int,
+) -> Iterator[dict[str, Any]]:
+    experiments = [experiment for _, _, experiment in group]
+    networks = experiments[0].networks  # One program scores all of the group.
+    trained = many.train(experiments, together)
+    for (table, seed, experiment), run in zip(group, trained, strict=True):
+        experiment = experiment._replace(networks=networks)
+        parts = split(table, seed)
+        rows = experiment.source.table.standardizer.transform(parts.test, table.name)
+        error = None if run.fault is None else run.fault.describe()
+        for detector in detectors:
+            started, scores = time.monotonic(), None
+            if error is None:
+                scores = OURS[detector](experiment, run.state.ema, rows)
+            seconds = run.seconds + time.monotonic() - started
+            yield line(Job(table.name, seed, detector), parts, scores, seconds, error)

@@ -1,0 +1,149 @@
+"""Several runs at once on one device, by `vmap` over their stacked states.
+
+Small networks leave a device idle, and a program costs as much to compile for one run
+as for many. Every run keeps its seed and its data, and so its numbers, up to rounding.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddaebm_jax import config as config_lib
+from ddaebm_jax import game as game_lib
+from ddaebm_jax.diagnostics import Fault
+from ddaebm_jax.errors import InputError, listed
+from ddaebm_jax.experiment import Experiment, make_keyed_step, run_keys
+from ddaebm_jax.game import TrainState
+from ddaebm_jax.step import scan_steps
+from ddaebm_jax.training.dispatch import next_stop, steps_per_dispatch
+
+# The runs step together; with a step each, `lax.cond` would take both branches.
+_AXES = TrainState(step=None, variables=0, ema=0, opt_energy=0, opt_generator=0)
+
+
+class Trained(NamedTuple):
+    """What became of a run.
+
+    Attributes:
+      state: the last state, on the host.
+      fault: the first step with a metric that is not finite; None: there was none.
+      seconds: the run's share of the time, compilation included.
+    """
+
+    state: TrainState
+    fault: Fault | None
+    seconds: float
+
+
+def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]:
+    """Trains runs from their first step to the last, and yields them in order.
+
+    Nothing is kept on disk. A run with a fault goes on to the end beside the others.
+
+    Args:
+      experiments: of one event shape and, but for seed and data, of one config.
+      together: most runs that train at once; one program serves all of them.
+
+    Raises:
+      InputError: if the experiments differ in more, or read streams of images.
+    """
+    _check_alike(experiments)
+    num_chunks = -(-len(experiments) // together)
+    size = -(-len(experiments) // num_chunks)
+    keys = _stack(*(run_keys(one.config.seed) for one in experiments))
+    arrays = _stack(*(one.source.arrays for one in experiments))
+    init, take_steps = _programs(experiments[0])
+    for start in range(0, len(experiments), size):
+        # The last chunk repeats its last run, so that its shapes are the others'.
+        chunk = np.minimum(np.arange(start, start + size), len(experiments) - 1)
+        inputs, started = _at((keys, arrays), chunk), time.monotonic()
+        state, faults = _train_chunk(experiments[0], init, take_steps, *inputs)
+        seconds = (time.monotonic() - started) / len(set(chunk))
+        for place in range(len(set(chunk))):
+            one = _at(state.replace(step=None), place).replace(step=state.step)
+            yield Trained(one, faults.get(place), seconds)
+
+
+def _check_alike(experiments: Sequence[Experiment]) -> None:
+    first = experiments[0]
+    for one in experiments:
+        if one.source.image_set is not None:
+            raise InputError(
+                f"{one.source.name}: runs on streams of images do not train together; "
+                "train them one by one"
+            )
+        found = config_lib.differences(first.config, one.config)
+        differing = [
+            name
+            for name in found
+            if name != "seed" and (name[:5] != "data." or name == "data.batch_size")
+        ]
+        if differing or first.source.event_shape != one.source.event_shape:
+            raise InputError(
+                f"runs of shapes {first.source.event_shape} and "
+                f"{one.source.event_shape}, whose configs differ in "
+                f"{listed(differing)}, do not train together; group them by both"
+            )
+
+
+def _stack(*trees: Any) -> Any:
+    """Stacks pytrees; leaves shorter than the longest of their place are padded."""
+
+    def one(*leaves: Any) -> Any:
+        if np.ndim(leaves[0]) == 0:
+            return jnp.stack([jnp.asarray(leaf) for leaf in leaves])
+        length = max(map(len, leaves))
+        rest = [(0, 0)] * (np.ndim(leaves[0]) - 1)
+        padded = [np.pad(leaf, [(0, length - len(leaf)), *rest]) for leaf in leaves]
+        return jnp.asarray(np.stack(padded))
+
+    return jax.tree.map(one, *trees)
+
+
+def _at(tree: Any, places: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[places], tree)
+
+
+def _programs(experiment: Experiment) -> tuple[Callable, Callable]:
+    """Returns keys → states, and (length, keys, arrays, states) → (states, faults)."""
+    parts = experiment.networks, experiment.optimizers, experiment.game
+    index = jnp.arange(experiment.config.data.batch_size)
+    step = make_keyed_step(experiment)
+
+    def init_one(keys):
+        return game_lib.init_state(keys.weights, *parts)
+
+    def one_run(length, keys, arrays, state):
+        inputs = keys, index, arrays, jnp.int32(0)
+        state, _, fault = scan_steps(step, length, state, None, *inputs)
+        return state, fault
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=3)
+    def take_steps(length, keys, arrays, states):
+        run = jax.vmap(partial(one_run, length), (0, 0, _AXES), (_AXES, 0))
+        return run(keys, arrays, states)
+
+    return jax.jit(jax.vmap(init_one, out_axes=_AXES)), take_steps
+
+
+def _train_chunk(
+    experiment: Experiment, init: Callable, take_steps: Callable, keys: Any, arrays: Any
+) -> tuple[TrainState, dict[int, Fault]]:
+    """Returns the stacked states after the last step, and the faults by run."""
+    train = experiment.config.train
+    per_dispatch = train.steps_per_dispatch
+    per_dispatch = per_dispatch or steps_per_dispatch(experiment.config.model.name)
+    state, step = init(keys), 0
+    faults: dict[int, Fault] = {}
+    while step < train.num_steps:
+        stop = next_stop(step, per_dispatch, train.num_steps, [])
+        state, found = take_steps(stop - step, keys, arrays, state)
+        found, step = jax.device_get(found), stop
+        for place in map(int, np.flatnonzero(found.step)):
+            faults.setdefault(place, _at(found, place))
+    return jax.device_get(state), faults
