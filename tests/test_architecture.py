@@ -153,7 +153,7 @@ def test_files_and_functions_are_short():
 
 
 @pytest.mark.parametrize(
-    ("folder", "most"), [("ddaebm_jax", 15_000), ("tests", 13_000)]
+    ("folder", "most"), [("ddaebm_jax", 15_200), ("tests", 13_200)]
 )
 def test_the_whole_is_small(folder: str, most: int):
     files = (ROOT / folder).rglob("*.py")
