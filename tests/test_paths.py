@@ -23,7 +23,7 @@ MODES = (evaluate, inspect, ood, sample, score, train)
 # Flags and fields that are texts, but of no path; --in and --out may be of either.
 WORDS = {"checkpoint", "coordinator", "config", "in", "out", "preprocessing"}
 WORDS |= {"id_column", "reference", "data.label_column", "data.tfds", "data.split"}
-WORDS |= {"data.test_split"}
+WORDS |= {"data.test_split", "score"}
 
 
 @pytest.mark.parametrize(

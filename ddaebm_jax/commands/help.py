@@ -13,8 +13,7 @@ from ddaebm_jax.config import base, fields
 _WIDTH = 80
 _USAGE = "usage: python launch/main.py [--mode=MODE] --FLAG=VALUE …"
 _END = (
-    "--mode=MODE --help explains the flags of a mode in full; --helpfull lists those "
-    "of libraries, too, for example --flagfile=FILE, which reads flags from a file."
+    "--mode=MODE --help explains a mode's flags in full; --helpfull, also libraries'."
 )
 _INDENT = {"initial_indent": "  ", "subsequent_indent": "    "}
 
