@@ -354,7 +354,7 @@ def test_likelihoods_of_images_are_measured_on_demand(
         assert np.isfinite(found[f"log_likelihood_{name}"])
     source = load_run(digits_run, open_images=True).experiment.source
     rows = likelihood.training_rows(source)
-    assert rows.shape == (64, 8, 8, 1) and rows.min() == -1.0 and 0.9 < rows.max() <= 1
+    assert rows.shape[1:] == (8, 8, 1) and rows.min() == -1.0 and rows.max() == 1.0
 
 
 @pytest.mark.parametrize(
