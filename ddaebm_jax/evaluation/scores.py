@@ -1,7 +1,7 @@
-"""Scores of a trained model that tell inliers from outliers, and what they are due to.
+"""Scores of a trained model that tell inliers from outliers, and their explanation.
 
 A score is larger for a point that is more likely an inlier. The normalised log density
-f(x, 0) − log Z is none of its own: it orders points as the energy does.
+f(x, 0) − log Z is not one of them: it orders points as the energy does.
 
 Two scores are fitted to inliers, which are then used for nothing else: `fit_rows`.
 """
