@@ -12,9 +12,7 @@ from ddaebm_jax.config import base, fields
 
 _WIDTH = 80
 _USAGE = "usage: python launch/main.py [--mode=MODE] --FLAG=VALUE …"
-_END = (
-    "--mode=MODE --help explains a mode's flags; --helpfull adds those of libraries."
-)
+_END = "--mode=MODE --help explains a mode's flags; --helpfull adds those of libraries."
 _INDENT = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
