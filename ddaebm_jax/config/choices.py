@@ -5,7 +5,7 @@ SYNTHETIC = (
     *("rings", "checkerboard", "spirals"),
 )
 TABLES = ("breast_cancer", "table")
-IMAGES = ("digits", "photos", "folder", "tfds")
+IMAGES = ("digits", "mnist5k", "photos", "folder", "tfds")
 NETWORKS = ("mlp", "ncsnpp")
 PREPROCESSINGS = ("tf", "pytorch_fid")
 REFERENCES = ("train", "test")

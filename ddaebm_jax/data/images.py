@@ -28,6 +28,8 @@ def open_images(data: Any, seed: int) -> ImageSet:
     """
     if data.name == "digits":
         images = image_sets.load_digits(data, seed)
+    elif data.name == "mnist5k":
+        images = image_sets.load_mnist5k(data, seed)
     elif data.name == "photos":
         images = image_sets.load_photos(
             data.image_size, data.channels, data.num_patches, data.test_fraction, seed
