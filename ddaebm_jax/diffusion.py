@@ -123,6 +123,17 @@ def marginal_variance(
     raise ValueError(f"variance is '{kind}'; allowed: {', '.join(VARIANCES)}")
 
 
+def time_of_noise(ratio: float, process: Any) -> float:
+    """Returns the time τ at which the noise is `ratio` times what is left of the data.
+
+    That is √(v(τ)/(1−v(τ))), at most that of τ = 0.5, for a config's `diffusion`.
+    """
+    variance = ratio**2 / (1.0 + ratio**2)
+    limits = process.variance, process.beta_min, process.beta_max
+    times = np.linspace(0.0, 0.5, 5_001)
+    return float(np.interp(variance, marginal_variance(times, *limits), times))
+
+
 def schedule_values(
     num_steps: int = 4,
     variance: str = "vp",

@@ -14,9 +14,9 @@ import ml_collections
 import optax
 from jaxtyping import Array
 
-from ddaebm_jax import diffusion, models, sharding
+from ddaebm_jax import diffusion, models, reference, sharding
 from ddaebm_jax import game as game_lib
-from ddaebm_jax.data import Source, open_source
+from ddaebm_jax.data import Source, open_source, reference_fit
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.game import Game, Optimizers, TrainState
@@ -64,15 +64,38 @@ def build(
 
 
 def build_from(config: ml_collections.ConfigDict, source: Source) -> Experiment:
-    """Builds what a valid config describes on data that are open already."""
+    """Builds what a valid config describes on data that are open already.
+
+    Where `diffusion.time_eps` is None, the noise of level 0 is the bandwidth of the
+    table's rows.
+    """
+    if config.diffusion.time_eps is None:
+        config = config.copy_and_resolve_references()
+        ratio = reference_fit.bandwidth(source.table.train)
+        config.diffusion.time_eps = diffusion.time_of_noise(ratio, config.diffusion)
+    schedule = diffusion.make_schedule(**config.diffusion)
     return Experiment(
         config=config,
         source=source,
-        schedule=diffusion.make_schedule(**config.diffusion),
-        networks=models.build(config.model, source.event_shape),
+        schedule=schedule,
+        networks=build_networks(config, source.event_shape, schedule),
         game=build_game(config.game, config.train.num_steps),
         optimizers=build_optimizers(config.optimizer, config.train.num_steps),
     )
+
+
+def build_networks(
+    config: ml_collections.ConfigDict,
+    event_shape: tuple[int, ...],
+    schedule: diffusion.Schedule,
+    axis_name: str | None = None,
+) -> models.Networks:
+    """Returns the networks, the energy with its reference if it has one."""
+    networks = models.build(config.model, event_shape, axis_name)
+    if num := config.model.reference:
+        limit = config.model.residual
+        networks = reference.with_reference(networks, schedule, num, limit)
+    return networks
 
 
 def build_game(section: ml_collections.ConfigDict, num_steps: int) -> Game:
@@ -130,7 +153,19 @@ def run_keys(seed: int) -> Keys:
 
 
 def init_state(experiment: Experiment) -> TrainState:
-    """Returns the state before the first step, a function of the seed."""
+    """Returns the state before the first step, a function of the seed and the rows."""
+    state = _blank_state(experiment)
+    if num := experiment.config.model.reference:
+        rows, schedule = experiment.source.table.train, experiment.schedule
+        fitted = reference_fit.fit(rows, schedule, num)
+        state = state.replace(
+            variables=reference.with_fitted(state.variables, fitted),
+            ema=reference.with_fitted(state.ema, fitted),
+        )
+    return state
+
+
+def _blank_state(experiment: Experiment) -> TrainState:
     return game_lib.init_state(
         run_keys(experiment.config.seed).weights,
         experiment.networks,
@@ -141,7 +176,7 @@ def init_state(experiment: Experiment) -> TrainState:
 
 def state_shapes(experiment: Experiment) -> TrainState:
     """Returns the shapes of the state."""
-    return jax.eval_shape(lambda: init_state(experiment))
+    return jax.eval_shape(lambda: _blank_state(experiment))
 
 
 def evaluation_state(experiment: Experiment) -> TrainState:
@@ -180,7 +215,8 @@ def make_keyed_step(
     One step of `make_steps` for a run of any seed, by its `Keys`.
     """
     config = experiment.config
-    networks = models.build(config.model, experiment.source.event_shape, axis_name)
+    shape, schedule = experiment.source.event_shape, experiment.schedule
+    networks = build_networks(config, shape, schedule, axis_name)
     step = make_step(
         experiment.game,
         experiment.schedule,

@@ -203,16 +203,19 @@ def _draw_negatives(
     """Draws the noise of `num` proposals for each key, leaves [batch, num, …]."""
     size = math.prod(event_shape)
 
-    def one(key: Array) -> Array:
+    def one(key: Array) -> tuple[Array, Array]:
         # Other numbers than the three of `draw_noise`'s split.
-        return jax.random.normal(jax.random.fold_in(key, 3), (num, size + nz))
+        key_normal, key_uniform = (jax.random.fold_in(key, i) for i in (3, 4))
+        normal = jax.random.normal(key_normal, (num, size + nz))
+        return normal, jax.random.uniform(key_uniform, (num,))
 
-    normal = jax.vmap(one)(keys)
+    normal, uniform = jax.vmap(one)(keys)
     is_defensive = jnp.arange(num) < round(num * defensive)
     return ProposalNoise(
         is_defensive=jnp.broadcast_to(is_defensive, (len(keys), num)),
         z=normal[:, :, size:],
         eps=normal[:, :, :size].reshape(-1, num, *event_shape),
+        uniform=uniform,
     )
 
 

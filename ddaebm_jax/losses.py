@@ -185,6 +185,12 @@ def energy_loss(
     if gamma is None:
         f_real = energy(x_t, ENERGY_REAL)
         gamma, penalty = 0.0, jnp.zeros_like(f_real)
+    elif networks.residual is not None:
+        # What is known of the score needs no penalty.
+        _, score = objective.energy_and_score(
+            lambda x: networks.residual(variables, x, t), x_t
+        )
+        f_real, penalty = energy(x_t, ENERGY_REAL), objective.gradient_penalty(score)
     else:
         f_real, score = objective.energy_and_score(
             lambda x: energy(x, ENERGY_REAL), x_t

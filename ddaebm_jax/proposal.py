@@ -13,16 +13,18 @@ p(x_t|x_{t+1}) under the prior N(0, ς² I). A draw has the log weight f(x, t) +
   b = log q(x_{t+1}|x) + log q_ψ(z | x, x_{t+1}) − log g(x, z),
 
 for which any q_ψ is exact and a good one lowers the variance. Without an encoder q_ψ
-is N(0, I).
+is N(0, I). With a reference density (see `reference`) the defensive part draws from
+p_ref(x_t | x_{t+1}) instead.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ddaebm_jax import diffusion, objective
+from ddaebm_jax import diffusion, objective, reference
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks, Players
 
@@ -53,11 +55,13 @@ class ProposalNoise:
       is_defensive: which part of g a draw comes from.
       z: the latent, or what q_ψ's moments are multiplied by.
       eps: noise of x.
+      uniform: which Gaussian of a reference the defensive part draws from.
     """
 
     is_defensive: Bool[Array, " batch"]
     z: Float[Array, "batch nz"]
     eps: Float[Array, "batch *shape"]
+    uniform: Float[Array, " batch"]
 
 
 class Draws(NamedTuple):
@@ -113,8 +117,8 @@ def draw(
         x = mean + std * noise.eps
         mu, logvar = moments(x)
     else:
-        m, v = _defensive_moments(proposal, schedule, x_next, t)
-        x_defensive = m + diffusion.per_example(jnp.sqrt(v), x_next) * noise.eps
+        defensive = _defensive_part(proposal, schedule, variables, x_next, t)
+        x_defensive = defensive.draw(noise)
         if proposal.latent:
             z_defensive = objective.sample_latent(*moments(x_defensive), noise.z)
             z = jnp.where(noise.is_defensive[:, None], z_defensive, z)
@@ -127,7 +131,7 @@ def draw(
     log_g = objective.log_standard_normal(z)
     log_g = log_g + objective.gaussian_log_prob(x, mean, log_var)
     if proposal.defensive > 0.0:
-        log_defensive = objective.gaussian_log_prob(x, m, jnp.log(v)) + log_posterior
+        log_defensive = defensive.log_density(x) + log_posterior
         log_g = jnp.logaddexp(
             jnp.log1p(-proposal.defensive) + log_g,
             jnp.log(proposal.defensive) + log_defensive,
@@ -136,10 +140,28 @@ def draw(
     return Draws(x, log_ratio)
 
 
-def _defensive_moments(
-    proposal: Proposal, schedule: Schedule, x_next: Array, t: Array
-) -> tuple[Array, Array]:
-    """Returns m and v (one number an example) of the defensive part."""
+class _Defensive(NamedTuple):
+    """The defensive part: noise → x, and x → its log density."""
+
+    draw: Callable[[ProposalNoise], Array]
+    log_density: Callable[[Array], Array]
+
+
+def _defensive_part(
+    proposal: Proposal, schedule: Schedule, variables: Players, x_next: Array, t: Array
+) -> _Defensive:
+    known = reference.read(variables.energy)
+    if known is not None:
+        given = reference.given_next(known, schedule, x_next, t)
+        return _Defensive(
+            lambda noise: reference.draw(given, noise.uniform, noise.eps),
+            lambda x: reference.log_density(given, x),
+        )
     a, beta = schedule.a[t + 1], schedule.beta[t + 1]
     v = 1.0 / (proposal.prior_std**-2 + a**2 / beta)
-    return diffusion.per_example(v * a / beta, x_next) * x_next, v
+    m = diffusion.per_example(v * a / beta, x_next) * x_next
+    std = diffusion.per_example(jnp.sqrt(v), x_next)
+    return _Defensive(
+        lambda noise: m + std * noise.eps,
+        lambda x: objective.gaussian_log_prob(x, m, jnp.log(v)),
+    )

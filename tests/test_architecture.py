@@ -15,7 +15,15 @@ LAYERS = (
     ("config",),
     ("diffusion", "models"),
     (
-        *("objective", "proposal", "game", "diagnostics", "losses", "step"),
+        *(
+            "objective",
+            "reference",
+            "proposal",
+            "game",
+            "diagnostics",
+            "losses",
+            "step",
+        ),
         *("sampling", "density"),
     ),
     ("sharding",),
@@ -153,7 +161,7 @@ def test_files_and_functions_are_short():
 
 
 @pytest.mark.parametrize(
-    ("folder", "most"), [("ddaebm_jax", 15_200), ("tests", 13_200)]
+    ("folder", "most"), [("ddaebm_jax", 15_600), ("tests", 13_600)]
 )
 def test_the_whole_is_small(folder: str, most: int):
     files = (ROOT / folder).rglob("*.py")

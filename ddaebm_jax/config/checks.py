@@ -22,11 +22,12 @@ READ_WHEN = {
     "data.name tfds": "data.tfds data.tfds_dir data.split data.test_split data.limit",
     "data.name folder tfds": "data.crop data.skip_corrupt",
     "data.name photos": "data.num_patches",
-    "data.name digits": "data.held_out_classes",
+    "data.name digits mnist5k": "data.held_out_classes",
     f"data.name {' '.join(choices.IMAGES)}": "data.flip data.on_device data.channels "
     "data.image_size data.num_threads data.num_workers data.prefetch data.timeout",
     f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction",
-    f"data.name {' '.join(choices.TABLES)}": "data.whiten",
+    f"data.name {' '.join(choices.TABLES)}": "data.whiten model.reference "
+    "model.residual",
     "diffusion.time uniform": "diffusion.time_eps",
     "model.name mlp": "model.mlp model.confinement evaluation.num_projections",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
@@ -71,7 +72,12 @@ def _check_diffusion(config: Any) -> Needs:
         yield betas, "with a sum above 70 nothing of the data is left in x_T"
     if process.time == "lsun" and process.num_steps < 2:
         yield "diffusion.num_steps diffusion.time", "these times need at least 2 steps"
-    noisy = process.time == "uniform" and process.time_eps >= 1e-6
+    if process.time_eps is None and config.data.name not in choices.TABLES:
+        needed = "None takes the noise from a table's rows: give a number, as 1e-3"
+        yield "diffusion.time_eps data.name", needed
+    noisy = process.time == "uniform" and (
+        process.time_eps is None or process.time_eps >= 1e-6
+    )
     noisy |= process.variance == "geometric"
     if process.min_posterior_var is None and not noisy:
         reads = "diffusion.min_posterior_var diffusion.variance diffusion.time"

@@ -13,6 +13,7 @@ WIDEST = 2**16  # Of a layer: its square times a batch can still be counted.
 
 # Fields that may also be None: numbers, and data.crop.
 OPTIONAL = (
+    "diffusion.time_eps "
     "data.crop diffusion.min_posterior_var game.gamma_final game.recon_floor "
     "game.negatives_gamma game.negatives_floor optimizer.energy_learning_rate "
     "optimizer.max_grad_norm recovery.max_energy recovery.max_gap"
@@ -47,6 +48,7 @@ _RANGES = {
     "model.mlp.posterior_features",
     (4, WIDEST): "model.unet.nf model.encoder.t_emb_dim model.mlp.t_embed_dim",
     (0, 16): "model.mlp.fourier_octaves model.mlp.energy_fourier_octaves",
+    (0, 1024): "model.reference",
     (0, 0.5): "diffusion.time_eps",
     (1e-6, 0.9): "data.test_fraction",
     (0, 0.999999): "game.negatives_from game.defensive evaluation.defensive "
@@ -56,6 +58,7 @@ _RANGES = {
     (1e-6, math.inf): "diffusion.beta_min diffusion.beta_max",
     (0, math.inf): "game.gamma game.lambda_z game.lambda_f game.energy_l2 "
     "model.confinement optimizer.final_learning_rate",
+    (1e-3, math.inf): "model.residual",
     (1e-30, math.inf): "diffusion.min_posterior_var game.gamma_final game.recon_floor "
     "game.negatives_gamma game.negatives_floor game.defensive_std "
     "optimizer.learning_rate optimizer.energy_learning_rate optimizer.max_grad_norm "

@@ -265,10 +265,11 @@ def proposal_noise(
     networks: Networks, proposal: Proposal, key: Array, places: Array
 ) -> ProposalNoise:
     """Returns the noise of one draw from g for every row; see `proposal.draw`."""
-    shapes = (networks.nz,), networks.event_shape, ()
-    z, eps, choice = row_normals(key, places, *shapes)
-    uniform = jax.scipy.stats.norm.cdf(choice)
-    return ProposalNoise(is_defensive=uniform < proposal.defensive, z=z, eps=eps)
+    shapes = (networks.nz,), networks.event_shape, (), ()
+    z, eps, *normal = row_normals(key, places, *shapes)
+    part, uniform = (jax.scipy.stats.norm.cdf(choice) for choice in normal)
+    is_defensive = part < proposal.defensive
+    return ProposalNoise(is_defensive=is_defensive, z=z, eps=eps, uniform=uniform)
 
 
 # Networks are functions and so static: one program for all chunks of a run.

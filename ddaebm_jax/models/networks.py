@@ -44,6 +44,8 @@ class Networks(NamedTuple):
       nz: width of the latent.
       group: number of consecutive examples that depend on each other in training and
         must stay together when a batch is split; 1: examples are independent.
+      residual: as `energy`, the part of it that is learnt, beside a known reference
+        (see `reference`); None: all of it is.
     """
 
     init: Callable[[Array], Players]
@@ -55,6 +57,7 @@ class Networks(NamedTuple):
     event_shape: tuple[int, ...]
     nz: int
     group: int = 1
+    residual: Callable[..., Array] | None = None
 
 
 def build(

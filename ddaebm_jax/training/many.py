@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import game as game_lib
 from ddaebm_jax.diagnostics import Fault
 from ddaebm_jax.errors import InputError, listed
-from ddaebm_jax.experiment import Experiment, make_keyed_step, run_keys
+from ddaebm_jax.experiment import Experiment, init_state, make_keyed_step, run_keys
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.step import scan_steps
 from ddaebm_jax.training.dispatch import next_stop, steps_per_dispatch
@@ -57,12 +56,13 @@ def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]
     size = -(-len(experiments) // num_chunks)
     keys = _stack(*(run_keys(one.config.seed) for one in experiments))
     arrays = _stack(*(one.source.arrays for one in experiments))
-    init, take_steps = _programs(experiments[0])
+    take_steps = _program(experiments[0])
     for start in range(0, len(experiments), size):
         # The last chunk repeats its last run, so that its shapes are the others'.
         chunk = np.minimum(np.arange(start, start + size), len(experiments) - 1)
         inputs, started = _at((keys, arrays), chunk), time.monotonic()
-        state, faults = _train_chunk(experiments[0], init, take_steps, *inputs)
+        state = _init([experiments[i] for i in chunk])
+        state, faults = _train_chunk(experiments[0], take_steps, state, *inputs)
         seconds = (time.monotonic() - started) / len(set(chunk))
         for place in range(len(set(chunk))):
             one = _at(state.replace(step=None), place).replace(step=state.step)
@@ -109,14 +109,17 @@ def _at(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[places], tree)
 
 
-def _programs(experiment: Experiment) -> tuple[Callable, Callable]:
-    """Returns keys → states, and (length, keys, arrays, states) → (states, faults)."""
-    parts = experiment.networks, experiment.optimizers, experiment.game
+def _init(experiments: Sequence[Experiment]) -> TrainState:
+    """Returns the stacked states before the first step."""
+    states = list(map(init_state, experiments))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return stacked.replace(step=states[0].step)
+
+
+def _program(experiment: Experiment) -> Callable:
+    """Returns (length, keys, arrays, states) → (states, faults)."""
     index = jnp.arange(experiment.config.data.batch_size)
     step = make_keyed_step(experiment)
-
-    def init_one(keys):
-        return game_lib.init_state(keys.weights, *parts)
 
     def one_run(length, keys, arrays, state):
         inputs = keys, index, arrays, jnp.int32(0)
@@ -128,21 +131,21 @@ def _programs(experiment: Experiment) -> tuple[Callable, Callable]:
         run = jax.vmap(partial(one_run, length), (0, 0, _AXES), (_AXES, 0))
         return run(keys, arrays, states)
 
-    return jax.jit(jax.vmap(init_one, out_axes=_AXES)), take_steps
+    return take_steps
 
 
 def _train_chunk(
-    experiment: Experiment, init: Callable, take_steps: Callable, keys: Any, arrays: Any
+    experiment: Experiment, take_steps: Callable, state: TrainState, *inputs: Any
 ) -> tuple[TrainState, dict[int, Fault]]:
     """Returns the stacked states after the last step, and the faults by run."""
     train = experiment.config.train
     per_dispatch = train.steps_per_dispatch
     per_dispatch = per_dispatch or steps_per_dispatch(experiment.config.model.name)
-    state, step = init(keys), 0
+    step = 0
     faults: dict[int, Fault] = {}
     while step < train.num_steps:
         stop = next_stop(step, per_dispatch, train.num_steps, [])
-        state, found = take_steps(stop - step, keys, arrays, state)
+        state, found = take_steps(stop - step, *inputs, state)
         found, step = jax.device_get(found), stop
         for place in map(int, np.flatnonzero(found.step)):
             faults.setdefault(place, _at(found, place))

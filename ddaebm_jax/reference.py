@@ -1,0 +1,264 @@
+"""A reference density of tables, known at every level and under every condition.
+
+With it f(x, t) = c·tanh(network(x, t)/c) + log p_ref(x_t), so that the network learns
+what the reference misses, at most c nats of it (residual energies, Deng et al. 2020,
+arXiv 2004.11714): where no data are, the energy falls off as the reference does.
+
+p_ref is one half a mixture of Gaussians and one half a window estimate (Parzen 1962), a
+narrow Gaussian around each of the training rows; p_ref(·, t) is its density after
+diffusion, that of x_t = A_t x_0 + S_t ε. Both halves stay mixtures of Gaussians, and so
+does p_ref(x_t | x_{t+1}), which is the defensive part of the proposal. The reference
+travels with the energy's variables, and is not trained; `data.reference_fit` fits it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ddaebm_jax.diffusion import Schedule
+from ddaebm_jax.models import Networks
+
+COLLECTION = "reference"
+# Rows of the window; and full covariances up to this width, beyond it diagonal ones.
+NUM_POINTS, MAX_ROTATED = 1_000, 64
+_ABSENT = -1e30  # Log weight of Gaussians that are not used.
+
+
+class Gaussians(NamedTuple):
+    """A mixture, for each of a batch or one for all.
+
+    Attributes:
+      log_weights: of the k Gaussians.
+      means: their means.
+      variances: their variances along the axes.
+      axes: an orthogonal matrix each, whose columns are axes; None: the coordinates'.
+    """
+
+    log_weights: Float[Array | np.ndarray, "*batch k"]
+    means: Float[Array | np.ndarray, "*batch k d"]
+    variances: Float[Array | np.ndarray, "*batch k d"]
+    axes: Float[Array | np.ndarray, "k d d"] | None
+
+
+class Window(NamedTuple):
+    """Gaussians of one variance around shift + scale·points, for each of a batch.
+
+    Attributes:
+      log_weights: of the m Gaussians.
+      points: the same for the batch.
+      shift, scale, variance: of each of the batch.
+    """
+
+    log_weights: Float[Array, "batch m"]
+    points: Float[Array, "m d"]
+    shift: Float[Array, "batch d"]
+    scale: Float[Array, "batch 1"]
+    variance: Float[Array, "batch 1"]
+
+
+class Density(NamedTuple):
+    """p_ref(x_t) or p_ref(x_t | x_{t+1}), one for each of a batch."""
+
+    gaussians: Gaussians
+    window: Window
+
+
+class Reference(NamedTuple):
+    """p_ref(x_0) before the noise of level 0; its arrays are among the variables.
+
+    Attributes:
+      gaussians: one half of the density.
+      points: training rows, of the other half.
+      log_weights: of the points.
+    """
+
+    gaussians: Gaussians
+    points: Float[Array | np.ndarray, "m d"]
+    log_weights: Float[Array | np.ndarray, " m"]
+
+
+def with_reference(
+    networks: Networks, schedule: Schedule, num: int, limit: float
+) -> Networks:
+    """Returns networks whose energy has a reference of at most `num` Gaussians.
+
+    Initial variables hold one without weight; `with_fitted` fills in that of a table.
+
+    Args:
+      networks: of points.
+      schedule: the diffusion.
+      num: most Gaussians of the mixture.
+      limit: c, nats.
+    """
+    (dim,) = networks.event_shape
+
+    def init(key: Array) -> Any:
+        return with_fitted(networks.init(key), empty(num, dim))
+
+    def residual(variables, x, t, rngs=None):
+        learnt = networks.energy({"params": variables["params"]}, x, t, rngs)
+        return limit * jnp.tanh(learnt / limit)
+
+    def energy(variables, x, t, rngs=None):
+        density = at_level(read(variables), schedule, t)
+        return residual(variables, x, t, rngs) + log_density(density, x)
+
+    return networks._replace(init=init, energy=energy, residual=residual)
+
+
+def with_fitted(variables: Any, reference: Reference) -> Any:
+    """Returns players' variables with this reference among the energy's."""
+    held = reference._asdict()
+    held |= {"gaussians": reference.gaussians._asdict()}
+    if reference.gaussians.axes is None:
+        del held["gaussians"]["axes"]
+    return variables._replace(energy={**variables.energy, COLLECTION: held})
+
+
+def read(energy_variables: Any) -> Reference | None:
+    """Returns the reference among the energy's variables; None: there is none."""
+    if COLLECTION not in energy_variables:
+        return None
+    held = dict(energy_variables[COLLECTION])
+    gaussians = Gaussians(**{"axes": None, **held.pop("gaussians")})
+    return Reference(gaussians, **held)
+
+
+def empty(num: int, dim: int) -> Reference:
+    """Returns a reference whose `num` Gaussians and points have no weight."""
+    zeros, absent = np.zeros((num, dim), np.float32), np.float32(_ABSENT)
+    axes = np.zeros((num, dim, dim), np.float32) if dim <= MAX_ROTATED else None
+    return Reference(
+        Gaussians(np.full(num, absent), zeros, np.ones_like(zeros), axes),
+        np.zeros((NUM_POINTS, dim), np.float32),
+        np.full(NUM_POINTS, absent),
+    )
+
+
+def at_level(
+    reference: Reference, schedule: Schedule, t: Int[Array, " batch"]
+) -> Density:
+    """Returns p_ref(x_t) for each t: means scaled by A_t, variances A_t² v + S_t²."""
+    a, s = (jnp.asarray(v)[t][:, None] for v in (schedule.a_cum, schedule.sigma_cum))
+    shape = (len(t), *reference.log_weights.shape)
+    window = Window(
+        log_weights=jnp.broadcast_to(reference.log_weights, shape),
+        points=reference.points,
+        shift=jnp.zeros((len(t), reference.points.shape[1])),
+        scale=a,
+        variance=s**2,
+    )
+    return Density(gaussians_at_level(reference.gaussians, schedule, t), window)
+
+
+def gaussians_at_level(
+    gaussians: Gaussians, schedule: Schedule, t: Int[Array, " batch"]
+) -> Gaussians:
+    """Returns the half of `at_level` that is a mixture."""
+    levels = schedule.a_cum, schedule.sigma_cum
+    a, s = (jnp.asarray(v)[t][:, None, None] for v in levels)
+    shape = (len(t), *gaussians.log_weights.shape)
+    return gaussians._replace(
+        log_weights=jnp.broadcast_to(gaussians.log_weights, shape),
+        means=a * gaussians.means[None],
+        variances=a**2 * gaussians.variances[None] + s**2,
+    )
+
+
+def given_next(
+    reference: Reference,
+    schedule: Schedule,
+    x_next: Float[Array, "batch d"],
+    t: Int[Array, " batch"],
+) -> Density:
+    """Returns p_ref(x_t | x_{t+1}), whose means are those of a Kalman filter."""
+    (gaussians, window), wide = at_level(reference, schedule, t), jnp.newaxis
+    a, beta = (jnp.asarray(v)[t + 1][:, None] for v in (schedule.a, schedule.beta))
+    of_next = Density(
+        gaussians._replace(
+            means=a[:, :, wide] * gaussians.means,
+            variances=a[:, :, wide] ** 2 * gaussians.variances + beta[:, :, wide],
+        ),
+        window._replace(scale=a * window.scale, variance=a**2 * window.variance + beta),
+    )
+    log_weights = jax.nn.log_softmax(_all_log_parts(of_next, x_next), axis=1)
+    k = gaussians.log_weights.shape[1]
+    # A row at a time along the axes of each Gaussian.
+    gain = a[:, :, wide] * gaussians.variances / of_next.gaussians.variances
+    surprise = _rotated(gaussians.axes, x_next[:, wide] - of_next.gaussians.means)
+    moved = _rotated(gaussians.axes, gain * surprise, back=True)
+    narrowed = gaussians.variances * beta[:, :, wide] / of_next.gaussians.variances
+    window_gain = a * window.variance / of_next.window.variance
+    return Density(
+        gaussians._replace(
+            log_weights=log_weights[:, :k],
+            means=gaussians.means + moved,
+            variances=narrowed,
+        ),
+        window._replace(
+            log_weights=log_weights[:, k:],
+            shift=window_gain * x_next,
+            scale=window.scale * (1.0 - window_gain * a),
+            variance=window.variance * beta / of_next.window.variance,
+        ),
+    )
+
+
+def draw(
+    density: Density, uniform: Float[Array, " batch"], eps: Float[Array, "batch d"]
+) -> Float[Array, "batch d"]:
+    """Returns a draw for each of the batch, by a uniform and normal numbers."""
+    gaussians, window = density
+    log_weights = [gaussians.log_weights, window.log_weights]
+    below = jnp.cumsum(jnp.exp(jnp.concatenate(log_weights, axis=1)), axis=1)
+    place = (below < uniform[:, None] * below[:, -1:]).sum(axis=1)
+    k, row = gaussians.log_weights.shape[1], jnp.arange(len(place))
+    one = jnp.minimum(place, k - 1)
+    noise = jnp.sqrt(gaussians.variances[row, one]) * eps
+    if gaussians.axes is not None:
+        noise = jnp.einsum("nij,nj->ni", gaussians.axes[one], noise)
+    of_gaussian = gaussians.means[row, one] + noise
+    centre = window.shift + window.scale * window.points[jnp.maximum(place - k, 0)]
+    of_window = centre + jnp.sqrt(window.variance) * eps
+    return jnp.where((place < k)[:, None], of_gaussian, of_window)
+
+
+def log_density(density: Density, x: Float[Array, "batch d"]) -> Float[Array, " batch"]:
+    """Returns the log density of each row, nats."""
+    return jax.scipy.special.logsumexp(_all_log_parts(density, x), axis=1)
+
+
+def _all_log_parts(density: Density, x: Array) -> Float[Array, "batch parts"]:
+    """Returns the log weight plus log density of each Gaussian, of both halves."""
+    window = density.window
+    shifted = x - window.shift
+    # ‖x − s·p‖² of all pairs without an array [batch, m, d].
+    squares = (shifted**2).sum(axis=1, keepdims=True)
+    squares = squares - 2 * window.scale * (shifted @ window.points.T)
+    squares = squares + window.scale**2 * (window.points**2).sum(axis=1)[None]
+    dim = x.shape[1]
+    logs = -0.5 * (squares / window.variance)
+    logs = logs - 0.5 * dim * jnp.log(2 * jnp.pi * window.variance)
+    parts = [log_parts(density.gaussians, x), window.log_weights + logs]
+    return jnp.concatenate(parts, axis=1)
+
+
+def log_parts(gaussians: Gaussians, x: Array) -> Float[Array, "batch k"]:
+    """Returns the log weight plus log density of each Gaussian at each row."""
+    centred = _rotated(gaussians.axes, x[:, None] - gaussians.means)
+    variances = gaussians.variances
+    terms = centred**2 / variances + jnp.log(2 * jnp.pi * variances)
+    return gaussians.log_weights - 0.5 * terms.sum(axis=2)
+
+
+def _rotated(
+    axes: Float[Array | np.ndarray, "k d d"] | None,
+    x: Float[Array, "batch k d"],
+    back: bool = False,
+) -> Float[Array, "batch k d"]:
+    if axes is None:
+        return x
+    return jnp.einsum("kij,nkj->nki" if back else "kij,nki->nkj", axes, x)

@@ -1,0 +1,162 @@
+"""The reference density: Bayes' rule, draws, its fit, and the energy on it."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs as small_runs
+from helpers import smooth_networks
+from hypothesis import strategies as st
+
+from ddaebm_jax import diffusion, experiment, reference
+from ddaebm_jax.data import reference_fit
+
+SCHEDULE = diffusion.make_schedule(time_eps=0.1)
+AXIS = np.linspace(-9.0, 9.0, 121)
+GRID = jnp.asarray(np.stack(np.meshgrid(AXIS, AXIS), -1).reshape(-1, 2), jnp.float32)
+CELL = float(AXIS[1] - AXIS[0]) ** 2
+NUM = 8
+
+
+def rows(num=60, dim=2, seed=0):
+    """Two clusters, one of them long and narrow."""
+    rng = np.random.default_rng(seed)
+    narrow = rng.standard_normal((num, dim)) * 0.3 + rng.standard_normal((num, 1))
+    return np.where(rng.random((num, 1)) < 0.3, narrow - 2.0, narrow)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> reference.Reference:
+    return reference_fit.fit(rows(), SCHEDULE, NUM)
+
+
+@pytest.mark.parametrize("t", [0, 3])
+def test_condition_is_bayes_rule_and_draws_follow_it(fitted, t):
+    times = jnp.full(len(GRID), t)
+    x_next = jnp.broadcast_to(jnp.array([0.3, -0.9]), GRID.shape)
+    marginal = jnp.exp(
+        reference.log_density(reference.at_level(fitted, SCHEDULE, times), GRID)
+    )
+    np.testing.assert_allclose(marginal.sum() * CELL, 1.0, rtol=1e-4)
+    expected = marginal * jnp.exp(diffusion.log_q(SCHEDULE, x_next, GRID, times))
+    expected = expected / (expected.sum() * CELL)
+    given = reference.given_next(fitted, SCHEDULE, x_next, times)
+    found = jnp.exp(reference.log_density(given, GRID))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * float(expected.max()))
+
+    keys = jax.random.split(jax.random.key(0))
+    drawn = reference.draw(
+        given,
+        jax.random.uniform(keys[0], (len(GRID),)),
+        jax.random.normal(keys[1], GRID.shape),
+    )
+    mean = (expected[:, None] * GRID).sum(axis=0) * CELL
+    spread = (expected[:, None] * (GRID - mean[None]) ** 2).sum(axis=0) * CELL
+    np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=0.04)
+    np.testing.assert_allclose(drawn.var(axis=0), spread, rtol=0.06)
+
+
+def test_density_is_half_gaussians_and_half_a_window(fitted):
+    x = GRID[::500]
+    at_0 = reference.at_level(fitted, SCHEDULE, jnp.zeros(len(x), jnp.int32))
+    a, s = float(SCHEDULE.a_cum[0]), float(SCHEDULE.sigma_cum[0])
+    distances = ((x[:, None] - np.asarray(a * rows(), np.float32)[None]) ** 2).sum(
+        axis=2
+    )
+    window = jnp.exp(-distances / (2 * s**2)).mean(axis=1) / (2 * np.pi * s**2)
+    of_gaussians = 0.0
+    gaussians = fitted.gaussians
+    for w, mean, variances, axes in zip(*gaussians, strict=True):
+        covariance = a**2 * axes @ np.diag(variances) @ axes.T + s**2 * np.eye(2)
+        centred = np.asarray(x, np.float64) - a * mean
+        squares = (centred @ np.linalg.inv(covariance) * centred).sum(axis=1)
+        scale = 2 * np.pi * np.sqrt(np.linalg.det(covariance))
+        of_gaussians += np.exp(w) * np.exp(-squares / 2) / scale
+    np.testing.assert_allclose(
+        jnp.exp(reference.log_density(at_0, x)),
+        0.5 * window + of_gaussians,
+        rtol=1e-3,
+        atol=1e-8,
+    )
+
+
+@pytest.mark.parametrize(("num", "dim"), [(1, 3), (5, 1), (3, 70), (40, 2)])
+def test_any_table_has_a_finite_reference(num, dim):
+    """Few rows, wide rows, and constant columns beside others."""
+    table = rows(num, dim)
+    table[:, 0] = 0.0
+    found = reference_fit.fit(table, SCHEDULE, NUM)
+    empty = smooth_networks(dim=dim).init(jax.random.key(0))
+    kept = reference.read(reference.with_fitted(empty, found).energy)
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(one, other)
+    x, t = jnp.asarray(table, jnp.float32), jnp.zeros(num, jnp.int32)
+    at_0 = reference.at_level(kept, SCHEDULE, t)
+    assert np.isfinite(reference.log_density(at_0, 1e3 * x)).all()
+    weight = np.exp(found.gaussians.log_weights).sum()
+    np.testing.assert_allclose(
+        [weight, np.exp(found.log_weights).sum()], 0.5, rtol=1e-5
+    )
+    assert 0.0 < reference_fit.bandwidth(table) <= 1.0
+
+
+def test_more_gaussians_are_taken_where_there_are_more_clusters():
+    rng = np.random.default_rng(1)
+    centres = 3.0 * rng.integers(-1, 2, (400, 2))
+    clustered = reference_fit.fit(
+        centres + 0.1 * rng.standard_normal((400, 2)), SCHEDULE, 32
+    )
+    plain = reference_fit.fit(rng.standard_normal((400, 2)), SCHEDULE, 32)
+    used = [int((f.gaussians.log_weights > -100).sum()) for f in (clustered, plain)]
+    assert used[0] >= 8 and used[1] <= 4
+
+
+@hypothesis.given(seed=st.integers(0, 100), copies=st.integers(1, 3))
+def test_bandwidth_heeds_neither_order_nor_copies_of_rows(seed, copies):
+    table = rows(seed=seed)
+    rng = np.random.default_rng(seed)
+    changed = rng.permutation(np.repeat(table, copies, axis=0))
+    assert reference_fit.bandwidth(changed) == pytest.approx(
+        reference_fit.bandwidth(table)
+    )
+
+
+def test_energy_departs_from_the_reference_by_the_limit_at_most(fitted):
+    plain = smooth_networks(dim=2)
+    networks = reference.with_reference(plain, SCHEDULE, NUM, limit=2.0)
+    variables = reference.with_fitted(networks.init(jax.random.key(0)), fitted)
+    for factor in (1.0, 1e3):
+        x, t = factor * GRID[::400], jnp.zeros(len(GRID[::400]), jnp.int32)
+        at_0 = reference.at_level(fitted, SCHEDULE, t)
+        residual = plain.energy({"params": variables.energy["params"]}, x, t)
+        departs = networks.energy(variables.energy, x, t)
+        departs = departs - reference.log_density(at_0, x)
+        bound = 2.0 * np.tanh(residual / 2.0)
+        scale = float(jnp.abs(reference.log_density(at_0, x)).max())
+        np.testing.assert_allclose(departs, bound, atol=2e-6 * scale + 1e-5)
+
+
+def test_training_leaves_the_reference_and_penalises_what_is_learnt(tmp_path):
+    path = tmp_path / "rows.csv"
+    np.savetxt(path, rows(num=80, dim=3), delimiter=",")
+    fields = {"data__name": "table", "data__path": str(path), "model__reference": NUM}
+    fields |= {"diffusion__time_eps": None, "game__noise_at_data": True}
+    fields |= {"game__num_negatives": 4, "game__defensive": 0.5}
+    config = small_runs.small(**fields)
+    built = experiment.build(config)
+    assert built.config.diffusion.time_eps > 0.01
+    before = experiment.init_state(built)
+    step = jax.jit(experiment.make_steps(built), static_argnums=0)
+    index, trial = jnp.arange(config.data.batch_size), jnp.int32(0)
+    after, metrics, _ = step(1, before, None, index, built.source.arrays, trial)
+    for state in (before, after):
+        held = reference.read(state.variables.energy)
+        fitted = reference_fit.fit(built.source.table.train, built.schedule, NUM)
+        jax.tree.map(np.testing.assert_array_equal, held, fitted)
+    assert not np.array_equal(
+        *(jax.tree.leaves(s.variables.energy["params"])[0] for s in (before, after))
+    )
+    # The network has hardly learnt anything: its own gradients are small, while those
+    # of the reference are not.
+    assert 0.0 < float(metrics["energy/gradient_penalty"]) < 0.5
