@@ -71,8 +71,9 @@ def build_from(config: ml_collections.ConfigDict, source: Source) -> Experiment:
     """
     if config.diffusion.time_eps is None:
         config = config.copy_and_resolve_references()
-        ratio = reference_fit.bandwidth(source.table.train)
-        config.diffusion.time_eps = diffusion.time_of_noise(ratio, config.diffusion)
+        source = source._replace(noise=reference_fit.bandwidth(source.table.train))
+        time = diffusion.time_of_noise(source.noise, config.diffusion)
+        config.diffusion.time_eps = time
     schedule = diffusion.make_schedule(**config.diffusion)
     return Experiment(
         config=config,

@@ -186,7 +186,7 @@ def energy_loss(
         f_real = energy(x_t, ENERGY_REAL)
         gamma, penalty = 0.0, jnp.zeros_like(f_real)
     elif networks.residual is not None:
-        # What is known of the score needs no penalty.
+        # Of what is learnt only: the reference and log q are as they should be.
         _, score = objective.energy_and_score(
             lambda x: networks.residual(variables, x, t), x_t
         )

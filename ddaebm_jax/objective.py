@@ -2,6 +2,7 @@
 
 Energy step, descent in θ:
   E[f(x̃_t) − f(x_t)] + γ/2·E‖∇_{x_t}[f(x_t) + log q(x_{t+1}|x_t)]‖²
+(with a reference density, the penalty is of the gradient of what is learnt only).
 With K weighted negatives log_mean_exp(f(x̃_t^k) + b^k) takes the place of f(x̃_t), and
 the step is maximum likelihood of the conditional energy; see `proposal`.
 Generator step, descent in φ and ψ together:

@@ -93,7 +93,7 @@ def draw(
       proposal: the settings of g.
       schedule: the diffusion.
       networks: the apply functions.
-      variables: the generator's and the posterior's are used.
+      variables: the generator's and the posterior's are used, and a reference.
       x_next: x_{t+1}.
       t: which step.
       noise: the draws' randomness.

@@ -25,6 +25,8 @@ COLLECTION = "reference"
 # Rows of the window; and full covariances up to this width, beyond it diagonal ones.
 NUM_POINTS, MAX_ROTATED = 1_000, 64
 _ABSENT = -1e30  # Log weight of Gaussians that are not used.
+# Fewer bits, the default on GPUs and TPUs, would cost tenths of a nat.
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 class Gaussians(NamedTuple):
@@ -219,9 +221,13 @@ def draw(
     one = jnp.minimum(place, k - 1)
     noise = jnp.sqrt(gaussians.variances[row, one]) * eps
     if gaussians.axes is not None:
-        noise = jnp.einsum("nij,nj->ni", gaussians.axes[one], noise)
+        axes = jnp.asarray(gaussians.axes)[one]
+        noise = jnp.einsum("nij,nj->ni", axes, noise, precision=_EXACT)
     of_gaussian = gaussians.means[row, one] + noise
-    centre = window.shift + window.scale * window.points[jnp.maximum(place - k, 0)]
+    centre = (
+        window.shift
+        + window.scale * jnp.asarray(window.points)[jnp.maximum(place - k, 0)]
+    )
     of_window = centre + jnp.sqrt(window.variance) * eps
     return jnp.where((place < k)[:, None], of_gaussian, of_window)
 
@@ -237,8 +243,10 @@ def _all_log_parts(density: Density, x: Array) -> Float[Array, "batch parts"]:
     shifted = x - window.shift
     # ‖x − s·p‖² of all pairs without an array [batch, m, d].
     squares = (shifted**2).sum(axis=1, keepdims=True)
-    squares = squares - 2 * window.scale * (shifted @ window.points.T)
+    products = jnp.matmul(shifted, window.points.T, precision=_EXACT)
+    squares = squares - 2 * window.scale * products
     squares = squares + window.scale**2 * (window.points**2).sum(axis=1)[None]
+    squares = jnp.maximum(squares, 0.0)
     dim = x.shape[1]
     logs = -0.5 * (squares / window.variance)
     logs = logs - 0.5 * dim * jnp.log(2 * jnp.pi * window.variance)
@@ -261,4 +269,5 @@ def _rotated(
 ) -> Float[Array, "batch k d"]:
     if axes is None:
         return x
-    return jnp.einsum("kij,nkj->nki" if back else "kij,nki->nkj", axes, x)
+    how = "kij,nkj->nki" if back else "kij,nki->nkj"
+    return jnp.einsum(how, axes, x, precision=_EXACT)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ddaebm_jax import diffusion, experiment, reference
 from ddaebm_jax.data import reference_fit
+from ddaebm_jax.proposal import Proposal, ProposalNoise, draw
 
 SCHEDULE = diffusion.make_schedule(time_eps=0.1)
 AXIS = np.linspace(-9.0, 9.0, 121)
@@ -55,6 +56,36 @@ def test_condition_is_bayes_rule_and_draws_follow_it(fitted, t):
     spread = (expected[:, None] * (GRID - mean[None]) ** 2).sum(axis=0) * CELL
     np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=0.04)
     np.testing.assert_allclose(drawn.var(axis=0), spread, rtol=0.06)
+
+
+def test_weights_of_draws_estimate_the_normalizer(fitted):
+    """E_g[exp(f(x, t) + b)] = ∫ exp f(x, t) q(x_{t+1}|x) dx, whatever the networks."""
+    networks = reference.with_reference(smooth_networks(dim=2), SCHEDULE, NUM, 2.0)
+    variables = reference.with_fitted(networks.init(jax.random.key(1)), fitted)
+    num, t = 40_000, 1
+    x_next = jnp.array([[0.3, -0.9]])
+    on_grid = jnp.full(len(GRID), t)
+    log_p = networks.energy(variables.energy, GRID, on_grid) + diffusion.log_q(
+        SCHEDULE, jnp.broadcast_to(x_next, GRID.shape), GRID, on_grid
+    )
+    expected = jax.nn.logsumexp(log_p) + np.log(CELL)
+
+    keys = jax.random.split(jax.random.key(2), 3)
+    noise = ProposalNoise(
+        is_defensive=jnp.arange(num) < num // 2,
+        z=jax.random.normal(keys[0], (num, networks.nz)),
+        eps=jax.random.normal(keys[1], (num, 2)),
+        uniform=jax.random.uniform(keys[2], (num,)),
+    )
+    times = jnp.full(num, t)
+    drawn = draw(
+        Proposal(floor=1.0, defensive=0.5),
+        *(SCHEDULE, networks, variables),
+        *(jnp.broadcast_to(x_next, (num, 2)), times, noise),
+    )
+    log_weights = networks.energy(variables.energy, drawn.x, times) + drawn.log_ratio
+    found = jax.nn.logsumexp(log_weights) - np.log(num)
+    np.testing.assert_allclose(found, expected, atol=0.03)
 
 
 def test_density_is_half_gaussians_and_half_a_window(fitted):

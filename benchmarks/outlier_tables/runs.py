@@ -9,24 +9,43 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax import reference
 from ddaebm_jax.data import table_source
 from ddaebm_jax.data.tabular import Standardizer, Table
 from ddaebm_jax.errors import InputError, listed, one_line
 from ddaebm_jax.evaluation import inference, outliers
 from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.models import Players
 from ddaebm_jax.training import many
 from outlier_tables.baselines import DETECTORS
 from outlier_tables.sets import OutlierTable, Split, split
 
+
+def _reference(
+    experiment: Experiment, variables: Players, rows: np.ndarray
+) -> np.ndarray:
+    """Returns the log density of the reference alone: what the network starts from."""
+    known = reference.read(variables.energy)
+    if known is None:
+        return np.full(len(rows), np.nan)
+    x, level = jnp.asarray(rows), jnp.zeros(len(rows), jnp.int32)
+    density = reference.at_level(known, experiment.schedule, level)
+    return np.asarray(reference.log_density(density, x))
+
+
 # Scores of a trained model: (experiment, averaged networks, standardised rows) → one a
 # row, larger for inliers. A run is trained once for all of them.
-OURS: dict[str, Callable[..., np.ndarray]] = {"ours": inference.energies}
+OURS: dict[str, Callable[..., np.ndarray]] = {
+    "ours": inference.energies,
+    "reference": _reference,
+}
 
 
 class Job(NamedTuple):

@@ -66,7 +66,7 @@ def base() -> "ConfigDict":
     process.beta_max = 20.0
     process.time = "uniform"  # Or `lsun`; see diffusion.diffusion_times.
     # Time of level 0, of `uniform`: the noise that data carry. None, of tables: it is
-    # chosen by the training rows (reference.bandwidth).
+    # chosen by the training rows (data/reference_fit.py).
     process.time_eps = optional(float, 1e-3)
     process.max_beta = 0.999  # β_k is clipped to at most this.
     process.min_posterior_var = optional(float)  # Clips s_t² (images: 1e-4); None: not.
@@ -130,7 +130,7 @@ def base() -> "ConfigDict":
     # δ, share of the K from a wide Gaussian that covers what the generator misses; δ·K
     # must be whole. The Gaussian is p(x_t | x_{t+1}) under a prior N(0, ς² I).
     game.defensive = 0.0
-    game.defensive_std = 2.0  # ς, in units of the data that the networks see.
+    game.defensive_std = 2.0  # ς, in units of the data; a reference takes its place.
     game.recon = "nll"  # Reconstruction: `nll`, `weighted_nll` or `mse`.
     game.recon_latent = "posterior"  # Its z; `prior` saves a pass of the generator.
     game.recon_floor = optional(float, 1e-2)  # Least variance of the nll; None: s_1².

@@ -72,9 +72,13 @@ def _check_diffusion(config: Any) -> Needs:
         yield betas, "with a sum above 70 nothing of the data is left in x_T"
     if process.time == "lsun" and process.num_steps < 2:
         yield "diffusion.num_steps diffusion.time", "these times need at least 2 steps"
-    if process.time_eps is None and config.data.name not in choices.TABLES:
-        needed = "None takes the noise from a table's rows: give a number, as 1e-3"
-        yield "diffusion.time_eps data.name", needed
+    if process.time_eps is None:
+        if config.data.name not in choices.TABLES:
+            needed = "None takes the noise from a table's rows: give a number, as 1e-3"
+            yield "diffusion.time_eps data.name", needed
+        if process.time != "uniform":
+            needed = "nothing would read the first: leave it at 0.001"
+            yield "diffusion.time_eps diffusion.time", needed
     noisy = process.time == "uniform" and (
         process.time_eps is None or process.time_eps >= 1e-6
     )
@@ -95,6 +99,28 @@ def _check_game(config: Any) -> Needs:
         reads = "game.recon_floor diffusion.num_steps game.recon game.divergence"
         needed = "None is s_1², which one step lacks: give a number, for example 1e-2"
         yield f"{reads} game.lambda_f", needed
+
+
+def _check_reference(config: Any) -> Needs:
+    if config.model.reference == 0:
+        if config.model.residual != base().model.residual:
+            needed = "nothing would read the first: leave it at 4.0"
+            yield "model.residual model.reference", needed
+        return
+    for field, default in (
+        ("model.confinement", 0.0),
+        ("game.energy_l2", 0.0),
+        ("game.defensive_std", 2.0),
+    ):
+        section, name = field.split(".")
+        if config[section][name] != default:
+            needed = f"a reference takes its place: leave the first at {default}"
+            yield f"{field} model.reference", needed
+    process = config.diffusion
+    noisy = process.time == "uniform" and process.time_eps != 0
+    if not noisy and process.variance != "geometric":
+        reads = "model.reference diffusion.time diffusion.time_eps diffusion.variance"
+        yield reads, "a reference needs noise at level 0, for example time_eps 1e-3"
 
 
 def _check_negatives(config: Any) -> Needs:
@@ -195,7 +221,8 @@ def problems(config: Any, saved: bool = False) -> list[str]:
     usable = {f: value for f, value in given.items() if f not in found}
     checked, together = base(), []
     checked.update_from_flattened_dict(usable)
-    checks = [_check_diffusion, _check_game, _check_negatives, _check_training]
+    checks = [_check_diffusion, _check_game, _check_reference]
+    checks += [_check_negatives, _check_training]
     checks += [_check_data, _check_unet]
     for check in checks if saved else [*checks, _check_reading]:
         for names, needed in check(checked):

@@ -13,10 +13,10 @@ WIDEST = 2**16  # Of a layer: its square times a batch can still be counted.
 
 # Fields that may also be None: numbers, and data.crop.
 OPTIONAL = (
-    "diffusion.time_eps "
-    "data.crop diffusion.min_posterior_var game.gamma_final game.recon_floor "
-    "game.negatives_gamma game.negatives_floor optimizer.energy_learning_rate "
-    "optimizer.max_grad_norm recovery.max_energy recovery.max_gap"
+    "data.crop diffusion.time_eps diffusion.min_posterior_var game.gamma_final "
+    "game.recon_floor game.negatives_gamma game.negatives_floor "
+    "optimizer.energy_learning_rate optimizer.max_grad_norm recovery.max_energy "
+    "recovery.max_gap"
 ).split()
 
 # Paths of files and directories; the last one may also be a URL, for JAX.

@@ -36,6 +36,8 @@ class Source(NamedTuple):
         is what the input stream gave: images, or indices of them; None where there
         is no stream, and examples are drawn from the keys.
       distribution, table, image_set: the data of each kind, images once opened.
+      noise: of level 0, as a share of what is left of the data, where it was chosen by
+        a table's rows.
       timeout: seconds without progress in reading images before giving up; 0: never.
     """
 
@@ -46,6 +48,7 @@ class Source(NamedTuple):
     distribution: synthetic.Synthetic | None = None
     table: tabular.Table | None = None
     image_set: images.ImageSet | None = None
+    noise: float | None = None
     timeout: int | float = TIMEOUT
 
     @property
@@ -82,7 +85,7 @@ class Source(NamedTuple):
             "columns": list(self.table.columns),
             "standardizer": {k: v.tolist() for k, v in standardizer.items()},
             "fingerprint": tabular.fingerprint(self.table),
-        }
+        } | ({} if self.noise is None else {"noise": self.noise})
 
     def save(self, workdir: Path) -> None:
         """Keeps in a new run directory what its modes need of the data."""

@@ -1,5 +1,6 @@
 """The fit of a table's reference density, and of the noise at level 0, to its rows."""
 
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -10,11 +11,11 @@ from jaxtyping import Float
 from ddaebm_jax import reference as reference_lib
 from ddaebm_jax.diffusion import Schedule
 
-# Most rows that a mixture is fitted to, least rows for each Gaussian, the share of rows
-# by whose likelihood their number is chosen, and what is added to variances.
-_MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 20_000, 5, 0.2, 0.01
+# Most rows that are looked at; least rows for each Gaussian, the share of rows by whose
+# likelihood their number is chosen, and what is added to variances.
+_MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
 # Noise of level 0, in units of Scott's bandwidth.
-_BANDWIDTHS, _BANDWIDTH_ROWS = (0.35, 0.5, 0.75, 1.0), 1_500
+_BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
 
 
 def fit(
@@ -27,18 +28,16 @@ def fit(
     the rows that they are not fitted to. The window is over at most 1,000 rows.
 
     Args:
-      rows: standardised training rows; at most 20,000, drawn at random, are used.
+      rows: standardised training rows; at most 5,000, drawn at random, are used.
       schedule: the diffusion, for the noise of level 0.
       num: most Gaussians.
     """
-    rows = np.asarray(rows, np.float64)
-    rng = np.random.default_rng(0)
-    rows = rows[rng.permutation(len(rows))[:_MAX_ROWS]]
+    rows, rng = _some(rows), np.random.default_rng(0)
     cut = round(len(rows) * _HELD_OUT)
     a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
     noise = rng.standard_normal((cut, rows.shape[1]))
     noisy = jnp.asarray(a * rows[:cut] + s * noise, jnp.float32)
-    level = jnp.zeros(cut, jnp.int32)
+    level = jnp.zeros(1, jnp.int32)
 
     def likelihood(kind: str, k: int) -> float:
         found = reference_lib.gaussians_at_level(
@@ -59,9 +58,17 @@ def fit(
     return reference._replace(gaussians=gaussians)
 
 
+def _some(rows: np.ndarray) -> np.ndarray:
+    """Returns rows in random order, at most 5,000, in double precision."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:_MAX_ROWS]
+    return np.asarray(rows[chosen], np.float64)
+
+
 def _choices(num_rows: int, dim: int, num: int) -> Iterator[tuple[str, int]]:
     yield "diag", 1
-    for k in (2**power for power in range(num.bit_length())):
+    if dim <= reference_lib.MAX_ROTATED and num_rows >= _ROWS_EACH:
+        yield "full", 1
+    for k in (2**power for power in range(1, num.bit_length())):
         if k * _ROWS_EACH <= num_rows:
             yield "diag", k
             if dim <= reference_lib.MAX_ROTATED:
@@ -70,12 +77,15 @@ def _choices(num_rows: int, dim: int, num: int) -> Iterator[tuple[str, int]]:
 
 def _fitted(rows: np.ndarray, kind: str, k: int, num: int) -> reference_lib.Gaussians:
     """Returns a mixture of k Gaussians fitted to rows, filled up to `num`."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
 
     if len(rows) == 1:  # It takes two rows to fit.
         rows = np.repeat(rows, 2, axis=0)
-    with threadpool_limits(1):
+    with threadpool_limits(1), warnings.catch_warnings():
+        # A hundred iterations do, converged or not.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         found = GaussianMixture(
             k, covariance_type=kind, reg_covar=_LEAST_VARIANCE, random_state=0
         ).fit(rows)
@@ -95,19 +105,20 @@ def bandwidth(rows: Float[np.ndarray, "n d"]) -> float:
     """Returns the noise at which a window over rows predicts each from the others best.
 
     It is a standard deviation in units of the columns: 0.35, 0.5, 0.75 or 1 times
-    Scott's n^(−1/(d+4)), by the leave-one-out likelihood of at most 1,500 rows. Equal
-    rows count once: they would be predicted best without any noise.
+    Scott's n^(−1/(d+4)), by the leave-one-out likelihood of the n rows of a window, at
+    most 1,000. Equal rows count once: they would be predicted best without any noise.
     """
-    rows = np.unique(np.asarray(rows, np.float64), axis=0)
+    rows = np.unique(_some(rows), axis=0)
+    order = np.random.default_rng(0).permutation(len(rows))
+    rows = rows[order[: reference_lib.NUM_POINTS]]
     num, dim = rows.shape
     scott = num ** (-1 / (dim + 4))
     if num < 2:
         return _BANDWIDTHS[-1] * scott
-    chosen = np.random.default_rng(0).permutation(num)[:_BANDWIDTH_ROWS]
-    left_out = rows[chosen]
-    distances = (left_out**2).sum(1)[:, None] + (rows**2).sum(1)
-    distances = np.maximum(distances - 2 * left_out @ rows.T, 0.0)
-    distances[np.arange(len(chosen)), chosen] = np.inf
+    lengths = (rows**2).sum(axis=1)
+    distances = lengths[:, None] + lengths - 2 * rows @ rows.T
+    distances = np.maximum(distances, 0.0)
+    np.fill_diagonal(distances, np.inf)
 
     def likelihood(factor: float) -> float:
         h = factor * scott
@@ -116,4 +127,5 @@ def bandwidth(rows: Float[np.ndarray, "n d"]) -> float:
         sums = largest[:, 0] + np.log(np.exp(logs - largest).sum(axis=1))
         return float(sums.mean() - dim * np.log(h))
 
-    return max(_BANDWIDTHS, key=likelihood) * scott
+    # Rounded, so that the noise of a run is the same wherever it is read.
+    return round(max(_BANDWIDTHS, key=likelihood) * scott, 6)

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from ddaebm_jax import sharding
+from ddaebm_jax import reference, sharding
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.experiment import Experiment, init_state, make_steps, state_shapes
 from ddaebm_jax.game import TrainState
@@ -62,10 +62,14 @@ class Dispatcher:
     def init(self, variables: Players | None = None) -> TrainState:
         """Returns the state before the first step, on the devices.
 
-        With the seed's weights, or these, which every process holds.
+        With the seed's weights, or these, which every process holds. A reference
+        density is always that of the run's own rows.
         """
         state = init_state(self._experiment)
         if variables is not None:
+            fitted = reference.read(state.variables.energy)
+            if fitted is not None:
+                variables = reference.with_fitted(variables, fitted)
             averages = jax.tree.map(np.copy, variables)
             state = state.replace(variables=variables, ema=averages)
         return sharding.put(state, self._shardings())
