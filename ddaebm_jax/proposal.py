@@ -28,6 +28,9 @@ from ddaebm_jax import diffusion, objective, reference
 from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks, Players
 
+# Bounds of q_ψ's mean and log variance in the proposal.
+_MOST_MEAN, _MOST_LOGVAR = 1e3, 15.0
+
 
 class Proposal(NamedTuple):
     """The settings of g.
@@ -105,7 +108,10 @@ def draw(
     def moments(x: Array) -> tuple[Array, Array]:
         if not proposal.encoder:
             return jnp.zeros_like(noise.z), jnp.zeros_like(noise.z)
-        return networks.posterior(variables.posterior, x, x_next, t)
+        mu, logvar = networks.posterior(variables.posterior, x, x_next, t)
+        # Far from all data an encoder may overflow; a bounded q_ψ is as exact.
+        mu = jnp.clip(mu, -_MOST_MEAN, _MOST_MEAN)
+        return mu, jnp.clip(logvar, -_MOST_LOGVAR, _MOST_LOGVAR)
 
     def generator_mean(z: Array) -> Array:
         x0_pred = networks.generator(variables.generator, x_next, t, z)

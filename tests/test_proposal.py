@@ -9,7 +9,7 @@ from helpers import GAME, NZ, SCHEDULE, STEPS, smooth_networks
 
 from ddaebm_jax import diffusion, losses
 from ddaebm_jax.game import draw_noise
-from ddaebm_jax.proposal import Proposal
+from ddaebm_jax.proposal import Proposal, ProposalNoise, draw
 
 _SMOOTH = smooth_networks(dim=1)
 # Confined, so that few points far out do not carry the whole integral.
@@ -60,3 +60,26 @@ def test_gradient_of_many_negatives_is_exact(t: int, floor: float, defensive: fl
         jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
     ):
         np.testing.assert_allclose(actual, right, atol=0.02)
+
+
+def test_weights_are_finite_where_the_encoder_overflows():
+    networks = smooth_networks(dim=1)._replace(
+        posterior=lambda variables, x, x_next, t: (
+            jnp.full((len(x), NZ), 1e30),
+            jnp.full((len(x), NZ), 300.0),
+        )
+    )
+    num = 8
+    normal = jax.random.normal(jax.random.key(0), (num, NZ))
+    noise = ProposalNoise(
+        is_defensive=jnp.arange(num) < 4,
+        z=normal,
+        eps=normal[:, :1],
+        uniform=jnp.full(num, 0.5),
+    )
+    variables, ones = networks.init(jax.random.key(3)), jnp.ones((num, 1))
+    t = jnp.ones(num, jnp.int32)
+    drawn = draw(Proposal(0.02, 0.5), SCHEDULE, networks, variables, ones, t, noise)
+    assert np.isfinite(drawn.x).all()
+    log_weights = networks.energy(variables.energy, drawn.x, t) + drawn.log_ratio
+    assert np.isfinite(log_weights).all()
