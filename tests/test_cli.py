@@ -178,7 +178,8 @@ def test_likelihoods_and_samples_of_the_energy(
     found, loaded = np.load(output), trained_run.load_run(table_run)
     standardizer = loaded.experiment.source.table.standardizer
     log_z = particles.measure(loaded.experiment, loaded.variables).estimate.log_z
-    expected = found["energy"] - log_z - np.log(standardizer.std).sum()
+    whiten = np.log(np.abs(np.linalg.det(standardizer.whitening)))
+    expected = found["energy"] - log_z - np.log(standardizer.std).sum() + whiten
     np.testing.assert_allclose(found["log_density"], expected, rtol=1e-5)
     drawn = np.load(sample.sample(table_run, 30, sampler="energy"))["x"]
     assert drawn.shape == (30, 3) and np.isfinite(drawn).all()
