@@ -177,22 +177,23 @@ def given_next(
     t: Int[Array, " batch"],
 ) -> Density:
     """Returns p_ref(x_t | x_{t+1}), whose means are those of a Kalman filter."""
-    (gaussians, window), wide = at_level(reference, schedule, t), jnp.newaxis
+    gaussians, window = at_level(reference, schedule, t)
     a, beta = (jnp.asarray(v)[t + 1][:, None] for v in (schedule.a, schedule.beta))
+    # Of each row, beside [batch, k, d].
+    wide_a, wide_beta = a[:, :, None], beta[:, :, None]
     of_next = Density(
         gaussians._replace(
-            means=a[:, :, wide] * gaussians.means,
-            variances=a[:, :, wide] ** 2 * gaussians.variances + beta[:, :, wide],
+            means=wide_a * gaussians.means,
+            variances=wide_a**2 * gaussians.variances + wide_beta,
         ),
         window._replace(scale=a * window.scale, variance=a**2 * window.variance + beta),
     )
     log_weights = jax.nn.log_softmax(_all_log_parts(of_next, x_next), axis=1)
     k = gaussians.log_weights.shape[1]
-    # A row at a time along the axes of each Gaussian.
-    gain = a[:, :, wide] * gaussians.variances / of_next.gaussians.variances
-    surprise = _rotated(gaussians.axes, x_next[:, wide] - of_next.gaussians.means)
+    gain = wide_a * gaussians.variances / of_next.gaussians.variances
+    surprise = _rotated(gaussians.axes, x_next[:, None] - of_next.gaussians.means)
     moved = _rotated(gaussians.axes, gain * surprise, back=True)
-    narrowed = gaussians.variances * beta[:, :, wide] / of_next.gaussians.variances
+    narrowed = gaussians.variances * wide_beta / of_next.gaussians.variances
     window_gain = a * window.variance / of_next.window.variance
     return Density(
         gaussians._replace(
