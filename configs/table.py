@@ -15,7 +15,6 @@ def get_config() -> ml_collections.ConfigDict:
     """Return the recipe; data.path is still to be given."""
     config = config_lib.base()
     config.data.name = "table"
-    config.data.whiten = True
     config.data.batch_size = 128
     config.diffusion.time_eps = None
     config.model.nz = 16

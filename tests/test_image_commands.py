@@ -353,7 +353,7 @@ def test_likelihoods_of_images_are_measured_on_demand(
     for name in ("kernel_density", "gaussian_mixture"):
         assert np.isfinite(found[f"log_likelihood_{name}"])
     source = load_run(digits_run, open_images=True).experiment.source
-    rows = likelihood.training_rows(source)
+    rows = source.training(10_000, 0)
     assert rows.shape[1:] == (8, 8, 1) and rows.min() == -1.0 and rows.max() == 1.0
 
 

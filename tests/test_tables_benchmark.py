@@ -252,7 +252,7 @@ def test_a_repeated_command_does_what_is_left(tmp_path: Path):
     results = tmp_path / "tables.jsonl"
     recipe = ROOT / "configs" / "table.py"
     flags = [f"--data={tmp_path}", f"--results={results}", f"--config={recipe}"]
-    flags += ["--seeds=0", "--detectors=ours,knn,gaussian"]
+    flags += ["--seeds=0", "--detectors=energy,knn,gaussian"]
     small = {"model.mlp.hidden": "(8, 8)", "train.num_steps": 4, "data.batch_size": 8}
     flags += [f"--config.{field}={value}" for field, value in small.items()]
 
@@ -271,7 +271,7 @@ def test_a_repeated_command_does_what_is_left(tmp_path: Path):
     assert sorted(done) == sorted(
         (name, detector)
         for name in ("one", "two")
-        for detector in ("gaussian", "knn", "ours")
+        for detector in ("energy", "gaussian", "knn")
     )
     assert "| two | 20 | 4 | 8 |" in second.out
     assert results.with_suffix(".png").stat().st_size > 1_000

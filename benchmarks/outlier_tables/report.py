@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ddaebm_jax.errors import listed
+from outlier_tables.runs import DEFAULT
 
 LEVEL = 0.05  # Of the tests.
 LOW, HIGH = 0.6, 0.8  # A detector fails below LOW where another is above HIGH.
@@ -146,12 +147,12 @@ def markdown(figures: Figures) -> str:
             f"{found.critical:.2f} are not told apart (Nemenyi, {LEVEL:g}); Friedman's "
             f"test that all are equal: p = {found.p:.2g}."
         )
-        if "ours" in figures.detectors:
+        if DEFAULT in figures.detectors:
             failed = failing(figures.values["auroc"])
-            failed = failed[:, figures.detectors.index("ours")]
+            failed = failed[:, figures.detectors.index(DEFAULT)]
             names = [figures.sets[i] for i in np.flatnonzero(failed)]
             what = f"below {LOW} where another is above {HIGH}"
-            parts.append(f"ours is {what} on: {listed(names, len(names) + 1)}.")
+            parts.append(f"{DEFAULT} is {what} on: {listed(names, len(names) + 1)}.")
     for failure in figures.failures:
         parts.append(f"No scores, counted as chance: {failure}.")
     return "\n".join(parts)

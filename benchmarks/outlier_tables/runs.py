@@ -6,6 +6,7 @@ Lines are appended as they are done, and a run that has one is not repeated.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ddaebm_jax import reference
 from ddaebm_jax.data import table_source
 from ddaebm_jax.data.tabular import Standardizer, Table
 from ddaebm_jax.errors import InputError, listed, one_line
-from ddaebm_jax.evaluation import inference, outliers
+from ddaebm_jax.evaluation import outliers, scores
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 from ddaebm_jax.training import many
@@ -40,12 +41,21 @@ def _reference(
     return np.asarray(reference.log_density(density, x))
 
 
+def _score(
+    name: str, experiment: Experiment, variables: Players, rows: np.ndarray
+) -> np.ndarray:
+    """Returns one of `scores.SCORES`; those that are fitted see training rows."""
+    fitted = scores.fit_rows(experiment.source) if name in scores.FITTED else None
+    return scores.fit_scores(experiment, variables, [name], fitted)(rows)[name]
+
+
 # Scores of a trained model: (experiment, averaged networks, standardised rows) → one a
 # row, larger for inliers. A run is trained once for all of them.
 OURS: dict[str, Callable[..., np.ndarray]] = {
-    "ours": inference.energies,
+    **{name.replace(" ", "_"): partial(_score, name) for name in scores.SCORES},
     "reference": _reference,
 }
+DEFAULT = scores.TABLE_SCORE.replace(" ", "_")
 
 
 class Job(NamedTuple):
@@ -120,16 +130,16 @@ def run_baseline(table: OutlierTable, job: Job) -> dict[str, Any]:
         for part in (parts.train, parts.test)
     ]
     try:
-        scores, error = DETECTORS[job.detector](*rows, job.seed), None
+        found, error = DETECTORS[job.detector](*rows, job.seed), None
     except Exception as failure:  # The library's.
-        scores, error = None, one_line(failure)
-    return line(job, parts, scores, time.monotonic() - started, error)
+        found, error = None, one_line(failure)
+    return line(job, parts, found, time.monotonic() - started, error)
 
 
 def line(
-    job: Job, parts: Split, scores: np.ndarray | None, seconds: float, error: str | None
+    job: Job, parts: Split, found: np.ndarray | None, seconds: float, error: str | None
 ) -> dict[str, Any]:
-    """Returns the line of a run; without finite scores it counts as chance."""
+    """Returns the line of a run with these scores; without any it counts as chance."""
     from sklearn.metrics import average_precision_score
 
     is_outlier = parts.is_outlier
@@ -142,14 +152,14 @@ def line(
         "average_precision": float(is_outlier.mean()),
         "seconds": round(seconds, 3),
     }
-    if scores is not None and np.isnan(scores).any():
-        error = error or f"{int(np.isnan(scores).sum())} scores are NaN"
+    if found is not None and np.isnan(found).any():
+        error = error or f"{int(np.isnan(found).sum())} scores are NaN"
     if error:
         return record | {"error": error}
     # scikit-learn's average precision takes no infinite scores.
-    finite = np.clip(np.asarray(scores, np.float64), -1e300, 1e300)
+    finite = np.clip(np.asarray(found, np.float64), -1e300, 1e300)
     return record | {
-        "auroc": outliers.auroc(scores[~is_outlier], scores[is_outlier]),
+        "auroc": outliers.auroc(found[~is_outlier], found[is_outlier]),
         "average_precision": float(average_precision_score(is_outlier, -finite)),
     }
 
@@ -205,8 +215,8 @@ def _run_group(
         rows = experiment.source.table.standardizer.transform(parts.test, table.name)
         error = None if run.fault is None else run.fault.describe()
         for detector in detectors:
-            started, scores = time.monotonic(), None
+            started, found = time.monotonic(), None
             if error is None:
-                scores = OURS[detector](experiment, run.state.ema, rows)
+                found = OURS[detector](experiment, run.state.ema, rows)
             seconds = run.seconds + time.monotonic() - started
-            yield line(Job(table.name, seed, detector), parts, scores, seconds, error)
+            yield line(Job(table.name, seed, detector), parts, found, seconds, error)
