@@ -63,15 +63,22 @@ def test_nearest_distances_are_the_smallest_of_all_and_exact():
     queries, references = noise(11, 1), noise(7, 2)
     gaps = (queries[:, None] / 255.0 - references[None] / 255.0).reshape(11, 7, 64)
     expected = np.linalg.norm(gaps, axis=2).min(axis=1)
-    found = digits.nearest_distances(queries, references)
+    places, found = digits.nearest(queries, references)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert not digits.nearest_distances(references[::-1].copy(), references).any()
+    np.testing.assert_array_equal(
+        np.linalg.norm(
+            (queries / 255.0 - references[places] / 255.0).reshape(11, -1), axis=1
+        ).round(9),
+        found.round(9),
+    )
+    assert not digits.nearest(references[::-1].copy(), references)[1].any()
 
 
 def test_held_out_digits_are_the_best_samples(split, evaluate):
     found = evaluate(split[2])
     assert json.loads(json.dumps(found)) == found
     assert found["frechet_samples"] < 1e-9
+    assert found["precision"] == found["recall"] == 1.0
     assert found["classifier_accuracy"] >= 0.97
     assert found["classes_present"] == 10
     assert sum(found["class_histogram"]) == pytest.approx(1.0)
@@ -116,6 +123,7 @@ def test_noise_is_far_from_digits_and_unsure(evaluate):
     found = evaluate(noise(500))
     assert found["frechet_samples"] > 20 * found["frechet_train_drawn"]
     assert found["confident_share"] < 0.5 * found["confident_share_held_out"]
+    assert found["precision"] < 0.7 and found["recall"] < 0.3
     assert found["nearest_train_mean"] > 2 * found["nearest_train_mean_held_out"]
     assert found["near_copy_share"] == 0.0
 

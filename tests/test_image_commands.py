@@ -16,6 +16,7 @@ from cli import (
     dotted,
     files,
     flags_of,
+    python,
     report,
     run,
     succeed,
@@ -94,7 +95,7 @@ def test_a_run_directory_holds_metrics_pictures_and_figures(digits_run: Path):
         assert line["images_per_second"] == 8 * line["steps_per_second"]
     assert sorted(path.name for path in (digits_run / "samples").iterdir()) == [
         f"{name}_{step:08d}.png"
-        for name in ("energies", "samples", "steps")
+        for name in ("energies", "nearest", "samples", "steps")
         for step in (2, 4)
     ]
     assert _picture(digits_run / "samples" / "samples_00000004.png").std() > 5
@@ -440,3 +441,23 @@ def test_impossible_outlier_sets_are_refused(
     with pytest.raises(InputError, match=message):
         ood.detect(digits_run, **arguments)
     assert files(digits_run) == before
+
+
+def test_benchmark_leaves_each_digit_of_mnist_out_in_turn(tmp_path: Path):
+    flags = [f"--workdir={tmp_path}", "--side=8", "--steps=2", "--limit=40"]
+    flags += flags_of(FIELDS | {"data.test_fraction": 0.01, "train.picture_every": 0})
+    command = ["benchmarks/mnist_outliers.py", *flags]
+    first = python(*command, "--digits=3,8")
+    assert first.code == 0, first.err
+    for digit in (3, 8):
+        config = read_config(tmp_path / str(digit))
+        assert (*config.data.held_out_classes,) == (digit,)
+        assert config.data.image_size == 8
+    header, _, *rows = [line for line in first.out.splitlines() if line[:1] == "|"][-5:]
+    assert {"energy", "multiscale", "kernel density on PCA"} <= {*header.split(" | ")}
+    values = [[float(v.strip("* |")) for v in row.split(" | ")[1:]] for row in rows]
+    np.testing.assert_allclose(np.mean(values[:2], axis=0), values[2], atol=2e-3)
+    changed = sorted(path.stat().st_mtime for path in tmp_path.rglob("*.json"))
+    again = python(*command, "--digits=3,8")
+    assert again.code == 0 and again.out.endswith(first.out[-500:])
+    assert changed == sorted(path.stat().st_mtime for path in tmp_path.rglob("*.json"))

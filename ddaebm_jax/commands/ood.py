@@ -38,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text += """quoted: --out='"my,folder",noise'."""
     parser, serializer = flags.ListParser(), flags.CsvListSerializer(",")
     flags.DEFINE_multi(parser, serializer, "out", [], text, values)
-    text = "Fit four standard detectors to the training pixels, too."
+    text = "Fit five standard detectors to the training pixels, too."
     flags.DEFINE_bool("baselines", False, text, values)
     text = "Noise draws per level of the energy over t."
     flags.DEFINE_integer("num_draws", 10, text, 1, None, values)

@@ -100,9 +100,11 @@ def check_num_images(num: int) -> None:
 def fit_pixel_detectors(
     train_pixels: UInt8[np.ndarray, "n h w c"], seed: int
 ) -> dict[str, Scorer]:
-    """Fits four standard detectors to pixels, scaled to [0, 1] and flattened.
+    """Fits five standard detectors to pixels, scaled to [0, 1] and flattened.
 
     - `kernel density`: the log density of Gaussian kernels of one bandwidth.
+    - `kernel density on PCA`: the same of the principal components that keep 95% of
+      the variance.
     - `Gaussian mixture`: its log density; scikit-learn's, with 1, 5, 10 or 20
       components, of full covariance up to 256 numbers an image, else diagonal.
       (1/255)² is added to the variances: where training pixels never change, a grey
@@ -111,7 +113,7 @@ def fit_pixel_detectors(
       principal components that keep 95% of the variance.
     - `isolation forest`: scikit-learn's, with its default hyperparameters.
 
-    The bandwidth (of 25 from 0.01 to 1) and the number of components are those with
+    The bandwidths (of 25 from 0.01 to 1) and the number of components are those with
     the largest likelihood of a random tenth of the images, fitted to the others; then
     all of them are fitted. At most 10,000 images are used, chosen at random. The seed
     is of both choices, the mixtures' start and the forest.
@@ -130,12 +132,15 @@ def fit_pixel_detectors(
     rows = _unit_rows(train_pixels[chosen[:_MAX_TRAINING_IMAGES]])
     num_held_out = len(rows) // _HELD_OUT_OF
     held_out, fitted = rows[:num_held_out], rows[num_held_out:]
+    pca = _principal_components(rows)
+    density = _fit_kernel_density(*map(pca.transform, (rows, fitted, held_out)))
     scorers = {
         "kernel density": _fit_kernel_density(rows, fitted, held_out),
+        "kernel density on PCA": lambda points: density(pca.transform(points)),
         "Gaussian mixture": _fit_mixture(
             rows, fitted, held_out, seed, _PIXEL_VARIANCE, _COMPONENTS
         ),
-        "PCA reconstruction error": _fit_pca(rows),
+        "PCA reconstruction error": lambda points: _minus_residuals(pca, points),
         "isolation forest": IsolationForest(random_state=seed).fit(rows).score_samples,
     }
     return {
@@ -203,14 +208,13 @@ def _fit_mixture(
     return fit(numbers[int(np.argmax(likelihoods))], rows).score_samples
 
 
-def _fit_pca(rows: np.ndarray) -> Scorer:
+def _principal_components(rows: np.ndarray) -> Any:
     from sklearn.decomposition import PCA
 
     solver = "covariance_eigh" if rows.shape[1] <= len(rows) else "full"
-    pca = PCA(_PCA_VARIANCE, svd_solver=solver).fit(rows)
+    return PCA(_PCA_VARIANCE, svd_solver=solver).fit(rows)
 
-    def score(points: np.ndarray) -> np.ndarray:
-        residuals = points - pca.inverse_transform(pca.transform(points))
-        return -(residuals**2).sum(axis=1)
 
-    return score
+def _minus_residuals(pca: Any, points: np.ndarray) -> np.ndarray:
+    residuals = points - pca.inverse_transform(pca.transform(points))
+    return -(residuals**2).sum(axis=1)

@@ -1,7 +1,7 @@
 """Quality of samples of small labelled images, judged by a classifier of real ones.
 
-Made for scikit-learn's 8 × 8 digits; any small labelled set of images works. Pixels
-are bytes; distances between images are in units in which a pixel goes from 0 to 1.
+Made for scikit-learn's 8 × 8 digits; any small labelled set of images works. Pixels are
+bytes; distances between images are in units in which a pixel goes from 0 to 1.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
-from ddaebm_jax.evaluation.fid import frechet_distance, moments
+from ddaebm_jax.evaluation.fid import frechet_distance, moments, neighbours
 
 # Chosen on the digits: accuracy 0.977 on held-out ones with a mean top probability of
 # 0.971. Less weight decay is as accurate, but surer of noise; more is too unsure.
@@ -27,6 +27,7 @@ _NEAR_COPY_PERCENTILE = 1.0
 # The Fréchet distance of a single pair of random sets is noisy (on the digits 0.30 ±
 # 0.09): the mean over so many is reported.
 _RANDOM_PAIRS = 20
+_FEW = 5  # Points that have no five neighbours.
 
 
 def train_judge(
@@ -73,18 +74,18 @@ def probabilities(
     return judge.predict_proba(_rows(images) / 255.0)
 
 
-def nearest_distances(
+def nearest(
     queries: UInt8[np.ndarray, "n h w c"], references: UInt8[np.ndarray, "m h w c"]
-) -> Float[np.ndarray, " n"]:
-    """Returns each query's Euclidean distance to the nearest reference.
+) -> tuple[Integer[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Returns the place of each query's nearest reference, and its Euclidean distance.
 
     In units in which a pixel goes from 0 to 1; exactly 0 for a copy.
     """
     from sklearn.metrics import pairwise_distances_argmin_min
 
     # Of whole numbers far below 2⁵³, whose squares and their differences are exact.
-    _, distances = pairwise_distances_argmin_min(_rows(queries), _rows(references))
-    return distances / 255.0
+    places, distances = pairwise_distances_argmin_min(_rows(queries), _rows(references))
+    return places, distances / 255.0
 
 
 def evaluate_digits(
@@ -115,6 +116,8 @@ def evaluate_digits(
       and held-out ones mixed without regard to class, (m + k)/2 each; the mean over
       20 halvings. The effect of finite sets alone, and of other sizes than in
       `frechet_samples`: it compares in scale only.
+    - `precision`, `recall`: of as many samples as there are held-out images, and of
+      these, in the judge's features (`fid.neighbours`); none for at most 5 of them.
     - `confident_share`, `confident_share_held_out`: the share of the samples, and of
       the held-out images, whose top probability is above 0.9.
     - `class_histogram`: the share of the samples predicted as each class, in the
@@ -122,7 +125,7 @@ def evaluate_digits(
     - `classes_present`: how many of them are at least a tenth of an equal share, so
       1% of the samples for ten classes.
     - `nearest_train_mean`, `nearest_train_median` and the same with `_held_out`: the
-      distance (`nearest_distances`) to the nearest training image, over the samples
+      distance (`nearest`) to the nearest training image, over the samples
       and over the held-out images.
     - `near_copy_distance`: the first percentile of the held-out images' distances.
       `near_copy_share`: the share of the samples that are no farther than that from a
@@ -136,19 +139,19 @@ def evaluate_digits(
     by_sample, by_held_out = (probabilities(judge, x) for x in (samples, test))
     accuracy = (judge.classes_[by_held_out.argmax(axis=1)] == test_labels).mean()
     with threadpool_limits(1):  # As in `train_judge`.
-        frechet = _frechet_metrics(judge, samples, train, test, seed)
+        by_features = _feature_metrics(judge, samples, train, test, seed)
     return {
         "num_samples": len(samples),
         "num_train": len(train),
         "num_held_out": len(test),
         "classifier_accuracy": float(accuracy),
-        **frechet,
+        **by_features,
         **_class_metrics(by_sample, by_held_out),
         **_nearness_metrics(samples, train, test),
     }
 
 
-def _frechet_metrics(judge, samples, train, test, seed) -> dict[str, float]:
+def _feature_metrics(judge, samples, train, test, seed) -> dict[str, float]:
     sampled, seen, unseen = (features(judge, x) for x in (samples, train, test))
     real, half = np.concatenate([seen, unseen]), (len(seen) + len(unseen)) // 2
 
@@ -160,12 +163,17 @@ def _frechet_metrics(judge, samples, train, test, seed) -> dict[str, float]:
     shuffled = (rng.permutation(real) for _ in range(_RANDOM_PAIRS))
     halves = [distance(rows[:half], rows[half:]) for rows in shuffled]
     drawn = [distance(rng.choice(seen, len(samples))) for _ in range(_RANDOM_PAIRS)]
-    return {
+    found = {
         "frechet_samples": distance(sampled),
         "frechet_train": distance(seen),
         "frechet_train_drawn": float(np.mean(drawn)),
         "frechet_real_halves": float(np.mean(halves)),
     }
+    num = min(len(sampled), len(unseen))
+    if num > _FEW:
+        overlap = neighbours(unseen[:num], sampled[:num])
+        found |= {"precision": overlap.precision, "recall": overlap.recall}
+    return found
 
 
 def _class_metrics(by_sample: np.ndarray, by_held_out: np.ndarray) -> dict[str, Any]:
@@ -184,7 +192,7 @@ def _class_metrics(by_sample: np.ndarray, by_held_out: np.ndarray) -> dict[str, 
 
 
 def _nearness_metrics(samples, train, test) -> dict[str, float]:
-    ours, held_out = (nearest_distances(images, train) for images in (samples, test))
+    ours, held_out = (nearest(images, train)[1] for images in (samples, test))
     near = np.percentile(held_out, _NEAR_COPY_PERCENTILE)
     return {
         "nearest_train_mean": float(ours.mean()),

@@ -8,13 +8,14 @@ import numpy as np
 
 from ddaebm_jax import density
 from ddaebm_jax.data import images, tabular, test_rows
-from ddaebm_jax.evaluation import inference, plots
+from ddaebm_jax.evaluation import digits, inference, plots
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
 _PLANE_POINTS = 5_000
 _PLANE_CELLS = 400
 _GRID_IMAGES, _TRAJECTORY_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
+_PAIRS, _PAIR_COLUMNS = 50, 10
 
 
 class Pictures(NamedTuple):
@@ -32,12 +33,15 @@ def draw_pictures(
     In the plane: data, samples, the true density and the model's side by side, and a
     strip of the denoising steps. Of a table: rows and samples on the data's principal
     axes, and energies of held-out rows. Of images: a grid of samples, the denoising
-    steps, and the energies of held-out images and samples. The step, of training, goes
-    into titles and file names.
+    steps, and the energies of held-out images and samples; of labelled images, which
+    are small sets, also samples with the nearest training image at their right. The
+    step, of training, goes into titles and file names.
     """
     source = experiment.source
     if source.holds_images:
         draw, names = _draw_images, ("samples", "steps", "energies")
+        if source.image_set.train_labels is not None:
+            names += ("nearest",)
     elif source.distribution is None:
         draw, names = _draw_table, ("table",)
     else:
@@ -77,14 +81,24 @@ def _draw_images(
     grid: Path,
     steps: Path,
     histograms: Path,
+    nearest: Path | None = None,
 ) -> dict[str, np.ndarray]:
+    source = experiment.source
     samples = inference.draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
-    plots.plot_images(grid, np.asarray(images.to_uint8(samples[:_GRID_IMAGES])))
+    shown = np.asarray(images.to_uint8(samples[:_GRID_IMAGES]))
+    plots.plot_images(grid, shown)
+    if nearest is not None:
+        train = images.stack(source.image_set.train, timeout=source.timeout)
+        shown = shown[:_PAIRS]
+        places, _ = digits.nearest(shown, train)
+        pairs = np.stack([shown, train[places]], axis=1)
+        pairs = pairs.reshape(-1, *shown.shape[1:])
+        plots.plot_images(nearest, pairs, columns=2 * _PAIR_COLUMNS)
     # A row for each sample, from noise to image.
     rows = inference.draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
     pixels = np.asarray(images.to_uint8(rows.reshape(-1, *rows.shape[2:])))
     plots.plot_images(steps, pixels, columns=rows.shape[1])
-    held_out = experiment.source.held_out(_HISTOGRAM_IMAGES, inference.HELD_OUT_SEED)
+    held_out = source.held_out(_HISTOGRAM_IMAGES, inference.HELD_OUT_SEED)
     values = {
         "held-out images": inference.energies(experiment, variables, held_out),
         "samples": inference.energies(experiment, variables, samples),
