@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ddaebm_jax import diffusion, experiment, reference
 from ddaebm_jax.data import reference_fit
+from ddaebm_jax.data.tabular import Standardizer
 from ddaebm_jax.proposal import Proposal, ProposalNoise, draw
 
 SCHEDULE = diffusion.make_schedule(time_eps=0.1)
@@ -151,6 +152,34 @@ def test_bandwidth_heeds_neither_order_nor_copies_of_rows(seed, copies):
     assert reference_fit.bandwidth(changed) == pytest.approx(
         reference_fit.bandwidth(table)
     )
+
+
+@pytest.mark.parametrize("change", ["units", "columns", "rows", "copies"])
+def test_settings_of_a_table_follow_from_what_its_rows_say(change):
+    """Units change nothing; orders and copies, what is drawn, and hardly the density."""
+    rng = np.random.default_rng(0)
+    table, new = rows(200, 3, seed=1), rows(50, 3, seed=2)
+    changed = {
+        "units": lambda x: x * [1e-3, 1.0, 40.0] + [5.0, -2.0, 1e3],
+        "columns": lambda x: x[:, [2, 0, 1]],
+        "rows": lambda x: rng.permutation(x) if x is table else x,
+        "copies": lambda x: np.repeat(x, 2, axis=0) if x is table else x,
+    }[change]
+
+    def derived(table, new):
+        standardizer = Standardizer.fit(table)
+        known, x = (standardizer.transform(part) for part in (table, new))
+        noise = reference_fit.bandwidth(known)
+        schedule = diffusion.make_schedule(time_eps=noise**2)
+        found = reference_fit.fit(known, schedule, NUM)
+        at_0 = reference.at_level(found, schedule, jnp.zeros(len(x), jnp.int32))
+        return noise, np.asarray(reference.log_density(at_0, jnp.asarray(x)))
+
+    noise, density = derived(table, new)
+    other_noise, other = derived(changed(table), changed(new))
+    assert other_noise == pytest.approx(noise, rel=1e-4)
+    np.testing.assert_allclose(other, density, atol=0.01 if change == "units" else 1.0)
+    assert np.corrcoef(other, density)[0, 1] > 0.98
 
 
 def test_energy_departs_from_the_reference_by_the_limit_at_most(fitted):
