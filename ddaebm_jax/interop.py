@@ -227,8 +227,7 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = read_variables(config, files)
-    needs_images = config.model.reference > 0  # Which is fitted to them.
-    experiment = experiment_lib.build(config, workdir, needs_images)
+    experiment = experiment_lib.build(config, workdir, open_images=False)
     networks = experiment.networks._replace(init=lambda key: variables)
     state = experiment_lib.init_state(experiment._replace(networks=networks))
     workdir.mkdir(parents=True, exist_ok=True)

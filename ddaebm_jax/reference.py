@@ -1,4 +1,4 @@
-"""A reference density of the data, known at every level and under every condition.
+"""A reference density of tables, known at every level and under every condition.
 
 With it f(x, t) = c·tanh(network(x, t)/c) + log p_ref(x_t), so that the network learns
 what the reference misses, at most c nats of it (residual energies, Deng et al. 2020,
@@ -9,10 +9,8 @@ narrow Gaussian around each of the training rows; p_ref(·, t) is its density af
 diffusion, that of x_t = A_t x_0 + S_t ε. Both halves stay mixtures of Gaussians, and so
 does p_ref(x_t | x_{t+1}), which is the defensive part of the proposal. The reference
 travels with the energy's variables, and is not trained; `data.reference_fit` fits it.
-Images are rows of d pixels to it, with values in [−1, 1].
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -89,15 +87,15 @@ def with_reference(
 ) -> Networks:
     """Returns networks whose energy has a reference of at most `num` Gaussians.
 
-    Initial variables hold one without weight; `with_fitted` fills in that of the data.
+    Initial variables hold one without weight; `with_fitted` fills in that of a table.
 
     Args:
-      networks: of points or images.
+      networks: of points.
       schedule: the diffusion.
       num: most Gaussians of the mixture.
       limit: c, nats.
     """
-    dim = math.prod(networks.event_shape)
+    (dim,) = networks.event_shape
 
     def init(key: Array) -> Any:
         return with_fitted(networks.init(key), empty(num, dim))
@@ -175,11 +173,10 @@ def gaussians_at_level(
 def given_next(
     reference: Reference,
     schedule: Schedule,
-    x_next: Float[Array, "batch *shape"],
+    x_next: Float[Array, "batch d"],
     t: Int[Array, " batch"],
 ) -> Density:
     """Returns p_ref(x_t | x_{t+1}), whose means are those of a Kalman filter."""
-    x_next = _as_rows(x_next)
     gaussians, window = at_level(reference, schedule, t)
     a, beta = (jnp.asarray(v)[t + 1][:, None] for v in (schedule.a, schedule.beta))
     # Of each row, beside [batch, k, d].
@@ -214,13 +211,10 @@ def given_next(
 
 
 def draw(
-    density: Density,
-    uniform: Float[Array, " batch"],
-    eps: Float[Array, "batch *shape"],
-) -> Float[Array, "batch *shape"]:
+    density: Density, uniform: Float[Array, " batch"], eps: Float[Array, "batch d"]
+) -> Float[Array, "batch d"]:
     """Returns a draw for each of the batch, by a uniform and normal numbers."""
     gaussians, window = density
-    shape, eps = eps.shape, _as_rows(eps)
     log_weights = [gaussians.log_weights, window.log_weights]
     below = jnp.cumsum(jnp.exp(jnp.concatenate(log_weights, axis=1)), axis=1)
     place = (below < uniform[:, None] * below[:, -1:]).sum(axis=1)
@@ -236,18 +230,12 @@ def draw(
         + window.scale * jnp.asarray(window.points)[jnp.maximum(place - k, 0)]
     )
     of_window = centre + jnp.sqrt(window.variance) * eps
-    return jnp.where((place < k)[:, None], of_gaussian, of_window).reshape(shape)
+    return jnp.where((place < k)[:, None], of_gaussian, of_window)
 
 
-def log_density(
-    density: Density, x: Float[Array, "batch *shape"]
-) -> Float[Array, " batch"]:
-    """Returns the log density of each point, nats."""
-    return jax.scipy.special.logsumexp(_all_log_parts(density, _as_rows(x)), axis=1)
-
-
-def _as_rows(x: Float[Array, "batch *shape"]) -> Float[Array, "batch d"]:
-    return x.reshape(len(x), -1)
+def log_density(density: Density, x: Float[Array, "batch d"]) -> Float[Array, " batch"]:
+    """Returns the log density of each row, nats."""
+    return jax.scipy.special.logsumexp(_all_log_parts(density, x), axis=1)
 
 
 def _all_log_parts(density: Density, x: Array) -> Float[Array, "batch parts"]:

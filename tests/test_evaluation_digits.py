@@ -119,6 +119,14 @@ def test_fresh_digits_are_as_far_as_chance_takes_them(split, evaluate):
     assert 0.2 < found["frechet_real_halves"] < 0.5
 
 
+def test_samples_are_compared_with_held_out_digits_of_all_labels(split, judge):
+    """However few they are, and in whatever order the held-out ones."""
+    train, _, test, labels = split
+    ordered = test[np.argsort(labels, kind="stable")]
+    few = digits._feature_metrics(judge, train[:90], train, ordered, SEED)
+    assert few["precision"] > 0.85
+
+
 def test_noise_is_far_from_digits_and_unsure(evaluate):
     found = evaluate(noise(500))
     assert found["frechet_samples"] > 20 * found["frechet_train_drawn"]

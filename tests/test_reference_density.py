@@ -220,26 +220,3 @@ def test_training_leaves_the_reference_and_penalises_what_is_learnt(tmp_path):
     # The network has hardly learnt anything: its own gradients are small, while those
     # of the reference are not.
     assert 0.0 < float(metrics["energy/gradient_penalty"]) < 0.5
-
-
-def test_images_are_rows_of_pixels(fitted):
-    """Densities, conditions, draws and energies of [2, 1, 1] are those of [2]."""
-    x = GRID[::900]
-    images, times = x.reshape(-1, 2, 1, 1), jnp.full(len(x), 1)
-    for density in (
-        reference.at_level(fitted, SCHEDULE, times),
-        reference.given_next(fitted, SCHEDULE, images, times),
-    ):
-        np.testing.assert_array_equal(
-            reference.log_density(density, images), reference.log_density(density, x)
-        )
-        uniform = jnp.linspace(0.0, 0.99, len(x))
-        drawn = reference.draw(density, uniform, images)
-        assert drawn.shape == images.shape
-        np.testing.assert_array_equal(
-            drawn.reshape(x.shape), reference.draw(density, uniform, x)
-        )
-    np.testing.assert_array_equal(
-        reference_fit.fit(rows().reshape(-1, 2, 1, 1), SCHEDULE, NUM).points,
-        fitted.points,
-    )

@@ -213,10 +213,13 @@ def _run_group(
         experiment = experiment._replace(networks=networks)
         parts = split(table, seed)
         rows = experiment.source.table.standardizer.transform(parts.test, table.name)
-        error = None if run.fault is None else run.fault.describe()
+        fault = None if run.fault is None else run.fault.describe()
         for detector in detectors:
-            started, found = time.monotonic(), None
-            if error is None:
-                found = OURS[detector](experiment, run.state.ema, rows)
+            started, found, error = time.monotonic(), None, fault
+            try:
+                if fault is None:
+                    found = OURS[detector](experiment, run.state.ema, rows)
+            except InputError as failure:
+                error = one_line(failure)
             seconds = run.seconds + time.monotonic() - started
             yield line(Job(table.name, seed, detector), parts, found, seconds, error)

@@ -73,21 +73,6 @@ class Source(NamedTuple):
             return images.stack(chosen, timeout=self.timeout)
         return test_rows(self.table, tabular.INLIER)
 
-    def training(self, num: int, seed: int) -> Float[np.ndarray, "n *shape"]:
-        """Returns at most `num` points that training may see, chosen by the seed.
-
-        A table's rows and images are in their order, images as the networks see them.
-        """
-        if self.distribution is not None:
-            return self.held_out(num, seed)
-        is_table = self.table is not None
-        seen = self.table.train if is_table else self.image_set.train
-        places = np.random.default_rng(seed).permutation(len(seen))[:num]
-        if is_table:
-            return seen[np.sort(places)]
-        chosen = Subset(seen, np.sort(places))
-        return np.asarray(images.to_float(images.stack(chosen, timeout=self.timeout)))
-
     def metadata(self) -> dict[str, Any] | None:
         """Returns JSON values that identify the data; None for images not opened."""
         if self.holds_images:

@@ -1,4 +1,4 @@
-"""The fit of a reference density, and of a table's noise at level 0, to the data."""
+"""The fit of a table's reference density, and of the noise at level 0, to its rows."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,27 +13,26 @@ from ddaebm_jax.diffusion import Schedule
 
 # Most rows that are looked at; least rows for each Gaussian, the share of rows by whose
 # likelihood their number is chosen, and what is added to variances.
-MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
+_MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
 # Noise of level 0, in units of Scott's bandwidth.
 _BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
 
 
 def fit(
-    rows: Float[np.ndarray, "n *shape"], schedule: Schedule, num: int
+    rows: Float[np.ndarray, "n d"], schedule: Schedule, num: int
 ) -> reference_lib.Reference:
-    """Returns the reference of rows or images, a pure function of them.
+    """Returns the reference of a table's rows, a pure function of them.
 
     How many Gaussians there are, a power of 2, and whether their covariances are full
     or diagonal, is chosen by the likelihood, with the noise of level 0, of a fifth of
     the rows that they are not fitted to. The window is over at most 1,000 rows.
 
     Args:
-      rows: standardised training rows, or images with pixels in [−1, 1]; at most
-        5,000, drawn at random, are used.
+      rows: standardised training rows; at most 5,000, drawn at random, are used.
       schedule: the diffusion, for the noise of level 0.
       num: most Gaussians.
     """
-    rows, rng = _some(rows.reshape(len(rows), -1)), np.random.default_rng(0)
+    rows, rng = _some(rows), np.random.default_rng(0)
     cut = round(len(rows) * _HELD_OUT)
     a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
     noise = rng.standard_normal((cut, rows.shape[1]))
@@ -61,7 +60,7 @@ def fit(
 
 def _some(rows: np.ndarray) -> np.ndarray:
     """Returns rows in random order, at most 5,000, in double precision."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:MAX_ROWS]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:_MAX_ROWS]
     return np.asarray(rows[chosen], np.float64)
 
 

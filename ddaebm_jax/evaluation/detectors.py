@@ -103,8 +103,8 @@ def fit_pixel_detectors(
     """Fits five standard detectors to pixels, scaled to [0, 1] and flattened.
 
     - `kernel density`: the log density of Gaussian kernels of one bandwidth.
-    - `kernel density on PCA`: the same of the principal components that keep 95% of
-      the variance.
+    - `kernel density on PCA`: the same of the principal components of all images that
+      keep 95% of the variance.
     - `Gaussian mixture`: its log density; scikit-learn's, with 1, 5, 10 or 20
       components, of full covariance up to 256 numbers an image, else diagonal.
       (1/255)² is added to the variances: where training pixels never change, a grey

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
-from ddaebm_jax.evaluation.fid import frechet_distance, moments, neighbours
+from ddaebm_jax.evaluation.fid import (
+    MOST_NEIGHBOURS,
+    frechet_distance,
+    moments,
+    neighbours,
+)
 
 # Chosen on the digits: accuracy 0.977 on held-out ones with a mean top probability of
 # 0.971. Less weight decay is as accurate, but surer of noise; more is too unsure.
@@ -27,7 +32,6 @@ _NEAR_COPY_PERCENTILE = 1.0
 # The Fréchet distance of a single pair of random sets is noisy (on the digits 0.30 ±
 # 0.09): the mean over so many is reported.
 _RANDOM_PAIRS = 20
-_FEW = 5  # Points that have no five neighbours.
 
 
 def train_judge(
@@ -116,8 +120,8 @@ def evaluate_digits(
       and held-out ones mixed without regard to class, (m + k)/2 each; the mean over
       20 halvings. The effect of finite sets alone, and of other sizes than in
       `frechet_samples`: it compares in scale only.
-    - `precision`, `recall`: of as many samples as there are held-out images, and of
-      these, in the judge's features (`fid.neighbours`); none for at most 5 of them.
+    - `precision`, `recall`: in the judge's features (`fid.neighbours`), of as many
+      samples and held-out images as there are of the fewer; none for at most 5.
     - `confident_share`, `confident_share_held_out`: the share of the samples, and of
       the held-out images, whose top probability is above 0.9.
     - `class_histogram`: the share of the samples predicted as each class, in the
@@ -170,8 +174,9 @@ def _feature_metrics(judge, samples, train, test, seed) -> dict[str, float]:
         "frechet_real_halves": float(np.mean(halves)),
     }
     num = min(len(sampled), len(unseen))
-    if num > _FEW:
-        overlap = neighbours(unseen[:num], sampled[:num])
+    if num > MOST_NEIGHBOURS:
+        # Not the first held-out images: a set in the order of its labels is cut, too.
+        overlap = neighbours(rng.permutation(unseen)[:num], sampled[:num])
         found |= {"precision": overlap.precision, "recall": overlap.recall}
     return found
 

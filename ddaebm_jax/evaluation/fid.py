@@ -12,7 +12,7 @@ from jaxtyping import Float
 _SUBSET_SIZE, _MAX_SUBSETS = 1_000, 100
 # Nearest neighbours: of precision and recall, as Kynkäänniemi et al. 2019; of density
 # and coverage, as Naeem et al. 2020.
-_K, _K_COVERAGE = 3, 5
+_K, MOST_NEIGHBOURS = 3, 5
 # Memory of the distances that are held at once.
 _DISTANCES_MIB = 128
 
@@ -185,7 +185,7 @@ def neighbours(
     # Squared distances are differences of squares: near the origin they round least.
     origin = np.mean(real, axis=0, dtype=np.float64)
     real, fake = real - origin, fake - origin
-    radius, coverage_radius = _radii(real, (_K, _K_COVERAGE))
+    radius, coverage_radius = _radii(real, (_K, MOST_NEIGHBOURS))
     (fake_radius,) = _radii(fake, (_K,))
     precise, recalled = np.zeros(len(fake), bool), np.zeros(len(real), bool)
     covered, num_inside, start = np.zeros(len(real), bool), 0, 0
@@ -202,7 +202,7 @@ def neighbours(
     return Neighbours(
         precision=float(precise.mean()),
         recall=float(recalled.mean()),
-        density=float(num_inside / (_K_COVERAGE * len(fake))),
+        density=float(num_inside / (MOST_NEIGHBOURS * len(fake))),
         coverage=float(covered.mean()),
     )
 

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from scipy.special import logsumexp
 
 from ddaebm_jax import density, diffusion, objective
+from ddaebm_jax.data import Source, images
+from ddaebm_jax.data.records import Subset
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import detectors, inference, plane
 from ddaebm_jax.evaluation.particles import measure, proposal_noise, row_normals
@@ -39,9 +41,8 @@ def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
     source = experiment.source
     shift = 0.0 if source.table is None else source.table.standardizer.log_det
     held_out = source.held_out(_MOST_ROWS, inference.HELD_OUT_SEED)
-    order = np.random.default_rng(_TRAIN_SEED).permutation(len(held_out))
-    held_out = _as_float(held_out[np.sort(order[:_MOST_ROWS])])
-    train = source.training(_MOST_ROWS, _TRAIN_SEED)
+    held_out = _as_float(_some(held_out))
+    train = training_rows(source)
     flat_train, flat_held_out = (
         rows.reshape(len(rows), -1) for rows in (train, held_out)
     )
@@ -110,6 +111,23 @@ def _of_plane(
         coverage = plane.mode_coverage(samples, truth.modes, truth.mode_std)
         figures["energy_samples_high_quality"] = coverage.high_quality
     return figures
+
+
+def training_rows(source: Source, num: int = _MOST_ROWS) -> np.ndarray:
+    """Returns at most `num` points that training may see, chosen at random."""
+    if source.distribution is not None:
+        return source.held_out(num, _TRAIN_SEED)
+    if source.table is not None:
+        return _some(source.table.train, num)
+    chosen = _some(np.arange(len(source.image_set.train)), num)
+    chosen = Subset(source.image_set.train, chosen)
+    return _as_float(images.stack(chosen, timeout=source.timeout))
+
+
+def _some(rows: np.ndarray, num: int = _MOST_ROWS) -> np.ndarray:
+    """Returns at most `num` of the rows, chosen at random."""
+    order = np.random.default_rng(_TRAIN_SEED).permutation(len(rows))
+    return rows[np.sort(order[:num])]
 
 
 def _as_float(rows: np.ndarray) -> np.ndarray:

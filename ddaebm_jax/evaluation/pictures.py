@@ -15,7 +15,7 @@ from ddaebm_jax.models import Players
 _PLANE_POINTS = 5_000
 _PLANE_CELLS = 400
 _GRID_IMAGES, _TRAJECTORY_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
-_PAIRS, _PAIR_COLUMNS = 50, 10
+_PAIR_ROWS, _PAIR_COLUMNS = 5, 10
 
 
 class Pictures(NamedTuple):
@@ -34,8 +34,8 @@ def draw_pictures(
     strip of the denoising steps. Of a table: rows and samples on the data's principal
     axes, and energies of held-out rows. Of images: a grid of samples, the denoising
     steps, and the energies of held-out images and samples; of labelled images, which
-    are small sets, also samples with the nearest training image at their right. The
-    step, of training, goes into titles and file names.
+    are small sets, also samples above the training images nearest to them. The step,
+    of training, goes into titles and file names.
     """
     source = experiment.source
     if source.holds_images:
@@ -89,11 +89,12 @@ def _draw_images(
     plots.plot_images(grid, shown)
     if nearest is not None:
         train = images.stack(source.image_set.train, timeout=source.timeout)
-        shown = shown[:_PAIRS]
+        shown = shown[: _PAIR_ROWS * _PAIR_COLUMNS]
         places, _ = digits.nearest(shown, train)
-        pairs = np.stack([shown, train[places]], axis=1)
+        rows = _PAIR_ROWS, _PAIR_COLUMNS, *shown.shape[1:]
+        pairs = np.stack([shown.reshape(rows), train[places].reshape(rows)], axis=1)
         pairs = pairs.reshape(-1, *shown.shape[1:])
-        plots.plot_images(nearest, pairs, columns=2 * _PAIR_COLUMNS)
+        plots.plot_images(nearest, pairs, columns=_PAIR_COLUMNS)
     # A row for each sample, from noise to image.
     rows = inference.draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
     pixels = np.asarray(images.to_uint8(rows.reshape(-1, *rows.shape[2:])))

@@ -218,7 +218,7 @@ def fit_rows(source: Source) -> Shaped[np.ndarray, "n *shape"]:
         "%d",
         *(num, _LEAST_FITTED),
     )
-    return source.training(_MOST_FITTED, _FIT_SEED)
+    return likelihood.training_rows(source, _MOST_FITTED)
 
 
 def calibration_rows(
