@@ -70,8 +70,8 @@ def weighted_negatives(
         schedule,
         networks,
         variables,
-        jnp.repeat(pair.x_next, num, axis=0),
-        jnp.repeat(pair.noise.t, num),
+        pair.x_next,
+        pair.noise.t,
         flat(pair.noise.negatives),
     )
     drawn = jax.lax.stop_gradient(drawn)

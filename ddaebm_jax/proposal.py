@@ -18,6 +18,7 @@ p_ref(x_t | x_{t+1}) instead.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.struct
@@ -88,7 +89,7 @@ def draw(
     t: Int[Array, " batch"],
     noise: ProposalNoise,
 ) -> Draws:
-    """Returns a draw from g given each x_{t+1}, and its log ratio b.
+    """Returns draws from g given each x_{t+1}, and their log ratios b.
 
     Networks are in evaluation mode. At t = 0 draws carry noise as at other levels.
 
@@ -99,8 +100,12 @@ def draw(
       variables: the generator's and the posterior's are used, and a reference.
       x_next: x_{t+1}.
       t: which step.
-      noise: the draws' randomness.
+      noise: the draws' randomness, one or as many for each x_{t+1}, in their order.
     """
+    num = len(noise.z) // len(x_next)
+    if proposal.defensive > 0.0:
+        defensive = _defensive_part(proposal, schedule, variables, x_next, t, num)
+    x_next, t = jnp.repeat(x_next, num, axis=0), jnp.repeat(t, num)
     floor = objective.variance_floor(schedule, proposal.floor)
     log_var = jnp.maximum(schedule.posterior_log_var, jnp.log(floor))[t]
     std = diffusion.per_example(jnp.exp(0.5 * log_var), x_next)
@@ -123,7 +128,6 @@ def draw(
         x = mean + std * noise.eps
         mu, logvar = moments(x)
     else:
-        defensive = _defensive_part(proposal, schedule, variables, x_next, t)
         x_defensive = defensive.draw(noise)
         if proposal.latent:
             z_defensive = objective.sample_latent(*moments(x_defensive), noise.z)
@@ -154,15 +158,32 @@ class _Defensive(NamedTuple):
 
 
 def _defensive_part(
-    proposal: Proposal, schedule: Schedule, variables: Players, x_next: Array, t: Array
+    proposal: Proposal,
+    schedule: Schedule,
+    variables: Players,
+    x_next: Array,
+    t: Array,
+    num: int,
 ) -> _Defensive:
+    """Returns the defensive part of `num` draws for each x_{t+1}."""
+    repeated = partial(jnp.repeat, repeats=num, axis=0)
     known = reference.read(variables.energy)
     if known is not None:
         given = reference.given_next(known, schedule, x_next, t)
+        marginal = reference.at_level(known, schedule, t + 1)
+        log_marginal = reference.log_density(marginal, x_next)
+
+        def log_given(x: Array) -> Array:
+            # By Bayes' rule: the energies need the first term, too.
+            times = repeated(t)
+            at_t = reference.at_level(known, schedule, times)
+            log_q = diffusion.log_q(schedule, repeated(x_next), x, times)
+            return reference.log_density(at_t, x) + log_q - repeated(log_marginal)
+
         return _Defensive(
-            lambda noise: reference.draw(given, noise.uniform, noise.eps),
-            lambda x: reference.log_density(given, x),
+            lambda noise: reference.draw(given, noise.uniform, noise.eps), log_given
         )
+    x_next, t = repeated(x_next), repeated(t)
     a, beta = schedule.a[t + 1], schedule.beta[t + 1]
     v = 1.0 / (proposal.prior_std**-2 + a**2 / beta)
     m = diffusion.per_example(v * a / beta, x_next) * x_next

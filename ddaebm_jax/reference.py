@@ -211,25 +211,26 @@ def given_next(
 
 
 def draw(
-    density: Density, uniform: Float[Array, " batch"], eps: Float[Array, "batch d"]
-) -> Float[Array, "batch d"]:
-    """Returns a draw for each of the batch, by a uniform and normal numbers."""
+    density: Density, uniform: Float[Array, " draws"], eps: Float[Array, "draws d"]
+) -> Float[Array, "draws d"]:
+    """Returns as many draws for each of the batch, by uniform and normal numbers."""
     gaussians, window = density
     log_weights = [gaussians.log_weights, window.log_weights]
     below = jnp.cumsum(jnp.exp(jnp.concatenate(log_weights, axis=1)), axis=1)
-    place = (below < uniform[:, None] * below[:, -1:]).sum(axis=1)
-    k, row = gaussians.log_weights.shape[1], jnp.arange(len(place))
+    of_each = uniform.reshape(len(below), -1)
+    level = of_each[:, :, None] * below[:, None, -1:]
+    place = (below[:, None] < level).sum(axis=2).reshape(-1)
+    k = gaussians.log_weights.shape[1]
+    row = jnp.repeat(jnp.arange(len(below)), of_each.shape[1])
     one = jnp.minimum(place, k - 1)
     noise = jnp.sqrt(gaussians.variances[row, one]) * eps
     if gaussians.axes is not None:
         axes = jnp.asarray(gaussians.axes)[one]
         noise = jnp.einsum("nij,nj->ni", axes, noise, precision=_EXACT)
     of_gaussian = gaussians.means[row, one] + noise
-    centre = (
-        window.shift
-        + window.scale * jnp.asarray(window.points)[jnp.maximum(place - k, 0)]
-    )
-    of_window = centre + jnp.sqrt(window.variance) * eps
+    points = jnp.asarray(window.points)[jnp.maximum(place - k, 0)]
+    centre = window.shift[row] + window.scale[row] * points
+    of_window = centre + jnp.sqrt(window.variance[row]) * eps
     return jnp.where((place < k)[:, None], of_gaussian, of_window)
 
 

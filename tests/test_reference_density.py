@@ -89,6 +89,29 @@ def test_weights_of_draws_estimate_the_normalizer(fitted):
     np.testing.assert_allclose(found, expected, atol=0.03)
 
 
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_draws_for_one_condition_are_those_of_as_many_conditions(fitted, has_reference):
+    networks = smooth_networks(dim=2)
+    if has_reference:
+        networks = reference.with_reference(networks, SCHEDULE, NUM, 2.0)
+    variables = networks.init(jax.random.key(1))
+    if has_reference:
+        variables = reference.with_fitted(variables, fitted)
+    keys = jax.random.split(jax.random.key(2), 3)
+    noise = ProposalNoise(
+        is_defensive=jnp.arange(12) % 4 < 2,
+        z=jax.random.normal(keys[0], (12, networks.nz)),
+        eps=jax.random.normal(keys[1], (12, 2)),
+        uniform=jax.random.uniform(keys[2], (12,)),
+    )
+    x_next, t = GRID[::5_000], jnp.array([0, 3, 1])
+    how = Proposal(floor=0.1, defensive=0.5), SCHEDULE, networks, variables
+    together = draw(*how, x_next, t, noise)
+    alone = draw(*how, jnp.repeat(x_next, 4, axis=0), jnp.repeat(t, 4), noise)
+    np.testing.assert_allclose(together.x, alone.x, rtol=1e-5)
+    np.testing.assert_allclose(together.log_ratio, alone.log_ratio, rtol=1e-4)
+
+
 def test_density_is_half_gaussians_and_half_a_window(fitted):
     x = GRID[::500]
     at_0 = reference.at_level(fitted, SCHEDULE, jnp.zeros(len(x), jnp.int32))
