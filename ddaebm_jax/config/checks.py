@@ -79,14 +79,16 @@ def _check_diffusion(config: Any) -> Needs:
         if process.time != "uniform":
             needed = "nothing would read the first: leave it at 0.001"
             yield "diffusion.time_eps diffusion.time", needed
-    noisy = process.time == "uniform" and (
-        process.time_eps is None or process.time_eps >= 1e-6
-    )
-    noisy |= process.variance == "geometric"
-    if process.min_posterior_var is None and not noisy:
+    if process.min_posterior_var is None and not _has_noise_at_data(process):
         reads = "diffusion.min_posterior_var diffusion.variance diffusion.time"
         needed = "level 0 has no noise, so a number is needed, for example 1e-4"
         yield f"{reads} diffusion.time_eps", needed
+
+
+def _has_noise_at_data(process: Any) -> bool:
+    chosen = process.time == "uniform"
+    chosen &= process.time_eps is None or process.time_eps >= 1e-6
+    return chosen or process.variance == "geometric"
 
 
 def _check_game(config: Any) -> Needs:
@@ -116,9 +118,7 @@ def _check_reference(config: Any) -> Needs:
         if config[section][name] != default:
             needed = f"a reference takes its place: leave the first at {default}"
             yield f"{field} model.reference", needed
-    process = config.diffusion
-    noisy = process.time == "uniform" and process.time_eps != 0
-    if not noisy and process.variance != "geometric":
+    if not _has_noise_at_data(config.diffusion):
         reads = "model.reference diffusion.time diffusion.time_eps diffusion.variance"
         yield reads, "a reference needs noise at level 0, for example time_eps 1e-3"
 
