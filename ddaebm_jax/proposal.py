@@ -18,7 +18,6 @@ p_ref(x_t | x_{t+1}) instead.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import flax.struct
@@ -102,9 +101,11 @@ def draw(
       t: which step.
       noise: the draws' randomness, one or as many for each x_{t+1}, in their order.
     """
-    num = len(noise.z) // len(x_next)
     if proposal.defensive > 0.0:
-        defensive = _defensive_part(proposal, schedule, variables, x_next, t, num)
+        x_defensive, log_defensive = _defensive_part(
+            proposal, schedule, variables, x_next, t, noise
+        )
+    num = len(noise.z) // len(x_next)
     x_next, t = jnp.repeat(x_next, num, axis=0), jnp.repeat(t, num)
     floor = objective.variance_floor(schedule, proposal.floor)
     log_var = jnp.maximum(schedule.posterior_log_var, jnp.log(floor))[t]
@@ -123,38 +124,24 @@ def draw(
         return diffusion.posterior_mean(schedule, x0_pred, x_next, t)
 
     z = noise.z if proposal.latent else jnp.zeros_like(noise.z)
-    if proposal.defensive == 0.0:
-        mean = generator_mean(z)
-        x = mean + std * noise.eps
-        mu, logvar = moments(x)
-    else:
-        x_defensive = defensive.draw(noise)
-        if proposal.latent:
-            z_defensive = objective.sample_latent(*moments(x_defensive), noise.z)
-            z = jnp.where(noise.is_defensive[:, None], z_defensive, z)
-        mean = generator_mean(z)
-        is_defensive = diffusion.per_example(noise.is_defensive, x_next)
-        x = jnp.where(is_defensive, x_defensive, mean + std * noise.eps)
-        mu, logvar = moments(x)
-
+    if proposal.defensive > 0.0 and proposal.latent:
+        z_defensive = objective.sample_latent(*moments(x_defensive), noise.z)
+        z = jnp.where(noise.is_defensive[:, None], z_defensive, z)
+    mean = generator_mean(z)
+    x = mean + std * noise.eps
+    if proposal.defensive > 0.0:
+        x = jnp.where(diffusion.per_example(noise.is_defensive, x), x_defensive, x)
+    mu, logvar = moments(x)
     log_posterior = objective.gaussian_log_prob(z, mu, logvar)
     log_g = objective.log_standard_normal(z)
     log_g = log_g + objective.gaussian_log_prob(x, mean, log_var)
     if proposal.defensive > 0.0:
-        log_defensive = defensive.log_density(x) + log_posterior
         log_g = jnp.logaddexp(
             jnp.log1p(-proposal.defensive) + log_g,
-            jnp.log(proposal.defensive) + log_defensive,
+            jnp.log(proposal.defensive) + log_defensive(x) + log_posterior,
         )
     log_ratio = diffusion.log_q(schedule, x_next, x, t) + log_posterior - log_g
     return Draws(x, log_ratio)
-
-
-class _Defensive(NamedTuple):
-    """The defensive part: noise → x, and x → its log density."""
-
-    draw: Callable[[ProposalNoise], Array]
-    log_density: Callable[[Array], Array]
 
 
 def _defensive_part(
@@ -163,32 +150,24 @@ def _defensive_part(
     variables: Players,
     x_next: Array,
     t: Array,
-    num: int,
-) -> _Defensive:
-    """Returns the defensive part of `num` draws for each x_{t+1}."""
-    repeated = partial(jnp.repeat, repeats=num, axis=0)
-    known = reference.read(variables.energy)
-    if known is not None:
-        given = reference.given_next(known, schedule, x_next, t)
-        marginal = reference.at_level(known, schedule, t + 1)
-        log_marginal = reference.log_density(marginal, x_next)
+    noise: ProposalNoise,
+) -> tuple[Array, Callable[[Array], Array]]:
+    """Returns the defensive part's draws, and the function x → its log density."""
+    num, known = len(noise.z) // len(x_next), reference.read(variables.energy)
+    many_next, times = jnp.repeat(x_next, num, axis=0), jnp.repeat(t, num)
+    if known is None:
+        a, beta = schedule.a[times + 1], schedule.beta[times + 1]
+        v = 1.0 / (proposal.prior_std**-2 + a**2 / beta)
+        m = diffusion.per_example(v * a / beta, many_next) * many_next
+        drawn = m + diffusion.per_example(jnp.sqrt(v), many_next) * noise.eps
+        return drawn, lambda x: objective.gaussian_log_prob(x, m, jnp.log(v))
+    marginal = reference.at_level(known, schedule, t + 1)
+    log_marginal = jnp.repeat(reference.log_density(marginal, x_next), num)
 
-        def log_given(x: Array) -> Array:
-            # By Bayes' rule: the energies need the first term, too.
-            times = repeated(t)
-            at_t = reference.at_level(known, schedule, times)
-            log_q = diffusion.log_q(schedule, repeated(x_next), x, times)
-            return reference.log_density(at_t, x) + log_q - repeated(log_marginal)
+    def log_density(x: Array) -> Array:
+        # By Bayes' rule: the energies need the first term, too.
+        at_t = reference.log_density(reference.at_level(known, schedule, times), x)
+        return at_t + diffusion.log_q(schedule, many_next, x, times) - log_marginal
 
-        return _Defensive(
-            lambda noise: reference.draw(given, noise.uniform, noise.eps), log_given
-        )
-    x_next, t = repeated(x_next), repeated(t)
-    a, beta = schedule.a[t + 1], schedule.beta[t + 1]
-    v = 1.0 / (proposal.prior_std**-2 + a**2 / beta)
-    m = diffusion.per_example(v * a / beta, x_next) * x_next
-    std = diffusion.per_example(jnp.sqrt(v), x_next)
-    return _Defensive(
-        lambda noise: m + std * noise.eps,
-        lambda x: objective.gaussian_log_prob(x, m, jnp.log(v)),
-    )
+    given = reference.given_next(known, schedule, x_next, t)
+    return reference.draw(given, noise.uniform, noise.eps), log_density

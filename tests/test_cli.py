@@ -63,7 +63,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _flags_of(table: Path) -> list[str]:
-    return tiny(TABLE, data__path=table, data__label_column="odd", train__num_steps=20)
+    fields = {"data__path": table, "data__label_column": "odd", "data__whiten": True}
+    return tiny(TABLE, **fields, train__num_steps=20)
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def test_a_run_is_measured_on_named_sets():
     found, names = measure(darkness), ["inverted", "noise"]
     assert list(found.detections) == list(found.outlier_scores) == names
     assert found.inlier_scores["energy"].shape == (10,)
-    assert len(found.inlier_scores) == 9  # Five of the model, four baselines.
+    assert len(found.inlier_scores) == 10  # Five of the model, five baselines.
     for name in names:
         of_set = found.outlier_scores[name]
         assert of_set.keys() == found.detections[name].keys()

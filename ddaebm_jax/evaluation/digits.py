@@ -105,7 +105,7 @@ def evaluate_digits(
     `train` are the real images that the model was trained on, `test` held-out ones.
     The judge is `train_judge(train, train_labels, seed)`. Fréchet distances are in its
     features, so they compare only between samples judged with the same images and
-    seed, which is also that of the random draws and halves.
+    seed, which is also that of the random draws.
 
     - `num_samples`, `num_train`, `num_held_out`.
     - `classifier_accuracy`: the judge's, on the held-out images.
@@ -116,10 +116,6 @@ def evaluate_digits(
       with replacement, to the held-out images; the mean over 20 draws. What a model
       that returns training images reaches: the figure to compare `frechet_samples`
       with.
-    - `frechet_real_halves`: between two random halves of the real images, training
-      and held-out ones mixed without regard to class, (m + k)/2 each; the mean over
-      20 halvings. The effect of finite sets alone, and of other sizes than in
-      `frechet_samples`: it compares in scale only.
     - `precision`, `recall`: in the judge's features (`fid.neighbours`), of as many
       samples and held-out images as there are of the fewer; none for at most 5.
     - `confident_share`, `confident_share_held_out`: the share of the samples, and of
@@ -128,9 +124,8 @@ def evaluate_digits(
       order of the sorted labels. `class_share_least`: the least of them.
     - `classes_present`: how many of them are at least a tenth of an equal share, so
       1% of the samples for ten classes.
-    - `nearest_train_mean`, `nearest_train_median` and the same with `_held_out`: the
-      distance (`nearest`) to the nearest training image, over the samples
-      and over the held-out images.
+    - `nearest_train_mean`, `nearest_train_mean_held_out`: the distance (`nearest`) of
+      the samples and of the held-out images to the nearest training image.
     - `near_copy_distance`: the first percentile of the held-out images' distances.
       `near_copy_share`: the share of the samples that are no farther than that from a
       training image. About 0.01 for fresh real images, and 1 for copies. Blur too
@@ -157,21 +152,16 @@ def evaluate_digits(
 
 def _feature_metrics(judge, samples, train, test, seed) -> dict[str, float]:
     sampled, seen, unseen = (features(judge, x) for x in (samples, train, test))
-    real, half = np.concatenate([seen, unseen]), (len(seen) + len(unseen)) // 2
 
     def distance(first: np.ndarray, second: np.ndarray = unseen) -> float:
         return frechet_distance(moments(first), moments(second))
 
     rng = np.random.default_rng(seed)
-    # The halves first: they must not depend on how many samples there are.
-    shuffled = (rng.permutation(real) for _ in range(_RANDOM_PAIRS))
-    halves = [distance(rows[:half], rows[half:]) for rows in shuffled]
     drawn = [distance(rng.choice(seen, len(samples))) for _ in range(_RANDOM_PAIRS)]
     found = {
         "frechet_samples": distance(sampled),
         "frechet_train": distance(seen),
         "frechet_train_drawn": float(np.mean(drawn)),
-        "frechet_real_halves": float(np.mean(halves)),
     }
     num = min(len(sampled), len(unseen))
     if num > MOST_NEIGHBOURS:
@@ -202,8 +192,6 @@ def _nearness_metrics(samples, train, test) -> dict[str, float]:
     return {
         "nearest_train_mean": float(ours.mean()),
         "nearest_train_mean_held_out": float(held_out.mean()),
-        "nearest_train_median": float(np.median(ours)),
-        "nearest_train_median_held_out": float(np.median(held_out)),
         "near_copy_distance": float(near),
         "near_copy_share": float((ours <= near).mean()),
     }
