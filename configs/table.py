@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "table"
     config.data.batch_size = 128
     config.diffusion.time_eps = None
+    config.diffusion.keep_scale = True
     config.model.nz = 16
     config.model.reference = 32
     config.model.mlp.x_widths = (128, 128)

@@ -33,8 +33,8 @@ class Schedule:
       beta: β_k, variance added at level k, k = 0 … T.
       a: a_k = √(1−β_k).
       sigma: σ_k = √β_k.
-      a_cum: A_k, the share of the data's amplitude left at level k.
-      sigma_cum: S_k = √(1−A_k²), the standard deviation of the noise at level k.
+      a_cum: A_k, the data's amplitude at level k; 1 at level 0 with `keep_scale`.
+      sigma_cum: S_k, the standard deviation of the noise at level k.
       posterior_c1: c1_t, weight of x_0 in the mean of q(x_t | x_{t+1}, x_0).
       posterior_c2: c2_t, weight of x_{t+1} in that mean.
       posterior_var: s_t², variance of q(x_t | x_{t+1}, x_0), unclipped.
@@ -123,15 +123,11 @@ def marginal_variance(
     raise ValueError(f"variance is '{kind}'; allowed: {', '.join(VARIANCES)}")
 
 
-def time_of_noise(ratio: float, process: Any) -> float:
-    """Returns the time τ at which the noise is `ratio` times what is left of the data.
-
-    That is √(v(τ)/(1−v(τ))), at most that of τ = 0.5, for a config's `diffusion`.
-    """
-    variance = ratio**2 / (1.0 + ratio**2)
+def time_of_noise(std: float, process: Any) -> float:
+    """Returns the time τ, at most 0.5, at which √v(τ) is `std`, of a `diffusion`."""
     limits = process.variance, process.beta_min, process.beta_max
     times = np.linspace(0.0, 0.5, 5_001)
-    return float(np.interp(variance, marginal_variance(times, *limits), times))
+    return float(np.interp(std**2, marginal_variance(times, *limits), times))
 
 
 def schedule_values(
@@ -141,6 +137,7 @@ def schedule_values(
     beta_max: float = 20.0,
     time: str = "uniform",
     time_eps: float = 1e-3,
+    keep_scale: bool = False,
     max_beta: float = 0.999,
     min_posterior_var: float | None = None,
 ) -> dict[str, np.ndarray]:
@@ -153,6 +150,7 @@ def schedule_values(
       beta_max: upper end.
       time: `uniform` or `lsun`; see `diffusion_times`.
       time_eps: time of level 0 for uniform times.
+      keep_scale: x_0 is the data plus S_0 ε; else the noise of level 0 shrinks them.
       max_beta: β_k for k ≥ 1 is clipped to at most this.
       min_posterior_var: log s_t² is clipped below at its log (1e-4 on images);
         None: not clipped. With `lsun` times s_0² = 0, so a value is needed there.
@@ -183,6 +181,7 @@ def schedule_values(
             f"{beta.min():.3g} to {beta.max():.3g}; every step needs 0 < β < 1: take "
             "fewer steps or a narrower range"
         )
+    scale = alpha[0] ** -0.5 if keep_scale else 1.0
     clipped = np.maximum(posterior_var, min_posterior_var or 0.0)
     if clipped.min() <= 0.0:
         raise ValueError(
@@ -195,9 +194,9 @@ def schedule_values(
         "beta": beta,
         "a": np.sqrt(alpha),
         "sigma": np.sqrt(beta),
-        "a_cum": np.sqrt(p),
+        "a_cum": scale * np.sqrt(p),
         "sigma_cum": np.sqrt(one_minus_p),
-        "posterior_c1": c1,
+        "posterior_c1": scale * c1,
         "posterior_c2": c2,
         "posterior_var": posterior_var,
         "posterior_log_var": np.log(clipped),

@@ -315,6 +315,7 @@ _PROCESSES = {
     "diffusion.beta_min": st.floats(1e-6, 2.0),
     "diffusion.beta_max": st.floats(1e-6, 70.0),
     "diffusion.time_eps": st.sampled_from((0.0, 1e-6, 1e-3, 0.5)),
+    "diffusion.keep_scale": st.booleans(),
     "diffusion.max_beta": st.sampled_from((1e-6, 0.5, 0.999, 0.999999)),
     "diffusion.min_posterior_var": st.sampled_from((None, 1e-30, 1e-4)),
 }

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
+from ddaebm_jax import config as config_lib
 from ddaebm_jax import diffusion
 
 num_steps = st.integers(1, 8)
@@ -101,6 +102,27 @@ def test_posterior_is_bayes_rule(steps, low, high, x0, u, w):
         ours = s.posterior_c1[t] * x0 + s.posterior_c2[t] * x_next
         np.testing.assert_allclose(ours, mean, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(s.posterior_var[t], var, rtol=1e-5)
+
+
+@given(num_steps, st.floats(0.01, 0.5))
+def test_kept_scale_is_that_of_larger_data(steps, eps):
+    """x_0 is the data plus noise; from there on, levels are those of data / A_0."""
+    values = [diffusion.schedule_values(steps, time_eps=eps, keep_scale=False)]
+    values += [diffusion.schedule_values(steps, time_eps=eps, keep_scale=True)]
+    shrinking, kept = values
+    share = shrinking["a_cum"][0]
+    assert kept["a_cum"][0] == pytest.approx(1.0) and share < 1.0
+    for name, plain in shrinking.items():
+        factor = share if name in ("a_cum", "posterior_c1") else 1.0
+        np.testing.assert_allclose(kept[name] * factor, plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize("std", [0.05, 0.4, 0.9])
+def test_noise_of_level_0_can_be_chosen(std):
+    process = config_lib.base().diffusion
+    process.time_eps = diffusion.time_of_noise(std, process)
+    found = diffusion.schedule_values(**process)["sigma_cum"][0]
+    assert found == pytest.approx(std, rel=1e-3)
 
 
 # Variances and times.

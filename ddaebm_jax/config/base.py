@@ -68,6 +68,7 @@ def base() -> "ConfigDict":
     # Time of level 0, of `uniform`: the noise that data carry. None, of tables: it is
     # chosen by the training rows (data/reference_fit.py).
     process.time_eps = optional(float, 1e-3)
+    process.keep_scale = False  # x_0 is data + S_0 ε; else A_0 data + S_0 ε.
     process.max_beta = 0.999  # β_k is clipped to at most this.
     process.min_posterior_var = optional(float)  # Clips s_t² (images: 1e-4); None: not.
 
