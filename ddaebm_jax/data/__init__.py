@@ -36,8 +36,7 @@ class Source(NamedTuple):
         is what the input stream gave: images, or indices of them; None where there
         is no stream, and examples are drawn from the keys.
       distribution, table, image_set: the data of each kind, images once opened.
-      noise: of level 0, as a share of what is left of the data, where it was chosen by
-        a table's rows.
+      noise: standard deviation of level 0's, where a table's rows chose it.
       timeout: seconds without progress in reading images before giving up; 0: never.
     """
 
