@@ -44,9 +44,9 @@ def config(**fields):
     return small_runs.small(**settings | fields, train__steps_per_dispatch=2)
 
 
-def described(table: sets.OutlierTable, seed: int = 0) -> Experiment:
+def described(table: sets.OutlierTable, seed: int = 0, **fields) -> Experiment:
     train = sets.split(table, seed).train
-    return runs.experiment_of(config(), train, table.name, seed)
+    return runs.experiment_of(config(**fields), train, table.name, seed)
 
 
 # --- Sets -----------------------------------------------------------------------
@@ -147,10 +147,13 @@ def alone(experiment: Experiment) -> TrainState:
 
 
 def test_runs_together_equal_runs_alone():
-    """Of other seeds and numbers of rows; a fault of one stays there."""
+    """Of other seeds, numbers of rows and noise; a fault of one stays there."""
+    by_rows = {"diffusion__time_eps": None, "model__reference": 2}
     first, second, third = (
-        described(table(num), seed) for num, seed in ((30, 0), (36, 1), (44, 2))
+        described(table(num), seed, **by_rows)
+        for num, seed in ((30, 0), (36, 1), (44, 2))
     )
+    assert len({e.config.diffusion.time_eps for e in (first, second, third)}) == 3
     source = second.source
     rows = source.arrays._replace(values=source.arrays.values * np.nan)
     broken = second._replace(source=source._replace(arrays=rows))

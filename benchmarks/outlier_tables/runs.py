@@ -186,17 +186,14 @@ def run_ours(
 ) -> Iterator[dict[str, Any]]:
     """Trains a model for each table and seed; yields a line for each of its scores.
 
-    Runs of one width and one config train together (`many.train`). One whose losses are
-    not finite has an error in its lines.
+    Runs of one width train together (`many.train`). One whose losses are not finite
+    has an error in its lines.
     """
-    groups: dict[str, list[tuple[OutlierTable, int, Experiment]]] = {}
+    groups: dict[tuple[int, ...], list[tuple[OutlierTable, int, Experiment]]] = {}
     for table, seed in runs:
         train = split(table, seed).train
         one = experiment_of(config, train, table.name, seed)
-        alike = one.config.copy_and_resolve_references()
-        alike.seed, alike.data.path = 0, ""
-        key = f"{one.source.event_shape} {config_lib.to_json(alike)}"
-        groups.setdefault(key, []).append((table, seed, one))
+        groups.setdefault(one.source.event_shape, []).append((table, seed, one))
     for group in groups.values():
         yield from _run_group(group, detectors, together)
 
@@ -207,10 +204,12 @@ def _run_group(
     together: int,
 ) -> Iterator[dict[str, Any]]:
     experiments = [experiment for _, _, experiment in group]
-    networks = experiments[0].networks  # One program scores all of the group.
+    # One program scores all runs of one noise.
+    networks = {one.config.diffusion.time_eps: one.networks for one in experiments}
     trained = many.train(experiments, together)
     for (table, seed, experiment), run in zip(group, trained, strict=True):
-        experiment = experiment._replace(networks=networks)
+        own = networks[experiment.config.diffusion.time_eps]
+        experiment = experiment._replace(networks=own)
         parts = split(table, seed)
         rows = experiment.source.table.standardizer.transform(parts.test, table.name)
         fault = None if run.fault is None else run.fault.describe()

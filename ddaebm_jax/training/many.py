@@ -45,7 +45,8 @@ def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]
     Nothing is kept on disk. A run with a fault goes on to the end beside the others.
 
     Args:
-      experiments: of one event shape and, but for seed and data, of one config.
+      experiments: of one event shape and, but for seed, data, and the noise that a
+        table's rows choose, of one config.
       together: most runs that train at once; one program serves all of them.
 
     Raises:
@@ -54,13 +55,14 @@ def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]
     _check_alike(experiments)
     num_chunks = -(-len(experiments) // together)
     size = -(-len(experiments) // num_chunks)
-    keys = _stack(*(run_keys(one.config.seed) for one in experiments))
-    arrays = _stack(*(one.source.arrays for one in experiments))
+    runs = _stack(
+        *((run_keys(e.config.seed), e.source.arrays, e.schedule) for e in experiments)
+    )
     take_steps = _program(experiments[0])
     for start in range(0, len(experiments), size):
         # The last chunk repeats its last run, so that its shapes are the others'.
         chunk = np.minimum(np.arange(start, start + size), len(experiments) - 1)
-        inputs, started = _at((keys, arrays), chunk), time.monotonic()
+        inputs, started = _at(runs, chunk), time.monotonic()
         state = _init([experiments[i] for i in chunk])
         state, faults = _train_chunk(experiments[0], take_steps, state, *inputs)
         seconds = (time.monotonic() - started) / len(set(chunk))
@@ -81,7 +83,8 @@ def _check_alike(experiments: Sequence[Experiment]) -> None:
         differing = [
             name
             for name in found
-            if name != "seed" and (name[:5] != "data." or name == "data.batch_size")
+            if name not in ("seed", "diffusion.time_eps")
+            and (name[:5] != "data." or name == "data.batch_size")
         ]
         if differing or first.source.event_shape != one.source.event_shape:
             raise InputError(
@@ -117,19 +120,19 @@ def _init(experiments: Sequence[Experiment]) -> TrainState:
 
 
 def _program(experiment: Experiment) -> Callable:
-    """Returns (length, keys, arrays, states) → (states, faults)."""
+    """Returns (length, keys, arrays, schedules, states) → (states, faults)."""
     index = jnp.arange(experiment.config.data.batch_size)
-    step = make_keyed_step(experiment)
 
-    def one_run(length, keys, arrays, state):
+    def one_run(length, keys, arrays, schedule, state):
+        step = make_keyed_step(experiment._replace(schedule=schedule))
         inputs = keys, index, arrays, jnp.int32(0)
         state, _, fault = scan_steps(step, length, state, None, *inputs)
         return state, fault
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=3)
-    def take_steps(length, keys, arrays, states):
-        run = jax.vmap(partial(one_run, length), (0, 0, _AXES), (_AXES, 0))
-        return run(keys, arrays, states)
+    @partial(jax.jit, static_argnums=0, donate_argnums=4)
+    def take_steps(length, keys, arrays, schedules, states):
+        run = jax.vmap(partial(one_run, length), (0, 0, 0, _AXES), (_AXES, 0))
+        return run(keys, arrays, schedules, states)
 
     return take_steps
 
