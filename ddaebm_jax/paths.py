@@ -26,7 +26,7 @@ def user_path(text: str | os.PathLike, name: str = "") -> Path:
     text = os.fspath(text)
     told = f"{name}={text}" if name else text
     if "\0" in text:
-        raise InputError(f"{name or 'a path'} is {text!r}; no name of a file has that")
+        raise InputError(f"{name or 'a path'} is {text!r}; paths hold no null byte")
     path, start = Path(text), _HOME_OR_URL.match(text)
     if start is None:
         return path.absolute() if _HOME_OR_URL.match(str(path)) else path

@@ -45,12 +45,12 @@ def read_weights(path: str | Path) -> Arrays:
         ".npz": lambda path: files.read_npz(path, MAX_BYTES),
         ".safetensors": _read_safetensors,
     }
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         allowed = ", ".join(readers)
         raise InputError(f"{path}: the suffix is '{path.suffix}'; allowed: {allowed}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
-    arrays = readers[path.suffix](path)
+    arrays = readers[path.suffix.lower()](path)
     return {
         name: array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
         for name, array in arrays.items()

@@ -317,7 +317,7 @@ BAD_COMMANDS = {
     "no input": (["--mode=score", "--workdir=x"], "--input"),
     "unknown score": (
         ["--mode=score", "--workdir=x", "--input=y", "--score=luck"],
-        "--score=luck is none of the scores; allowed: energy, gradient_norm",
+        "--score=luck is not a score; allowed: energy, gradient_norm",
     ),
     "false discoveries alone": (
         ["--mode=score", "--workdir=x", "--input=y", "--fdr=1"],

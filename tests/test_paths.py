@@ -55,7 +55,7 @@ def test_a_path_is_what_it_names_and_stays_so(text: str, path: Path):
         ("s3:/b", "is a URL"),
         ("file://host/a", "is a URL"),
         ("~nobody-of-this-name/a", "./~nobody-of-this-name/a"),
-        ("a\0b", "no name of a file"),
+        ("a\0b", "paths hold no null byte"),
     ],
 )
 def test_what_is_no_path_is_refused(text: str, part: str):

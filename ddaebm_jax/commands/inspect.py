@@ -5,7 +5,6 @@ import datetime
 import fcntl
 import json
 import os
-import runpy
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,10 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 from absl import flags
 
-from ddaebm_jax import config as config_lib
 from ddaebm_jax import files
 from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
@@ -31,7 +28,6 @@ from ddaebm_jax.training.checkpoints import (
 )
 from ddaebm_jax.training.run_directory import CONFIG_FILE, LOCK_FILE, read_config
 
-_CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 # Bytes read of files that somebody else may have written.
 _LARGEST_REPORT, _LARGEST_METRICS, _END_OF_METRICS = 2**20, 2**50, 2**16
 
@@ -68,16 +64,14 @@ def inspect(workdir: str | Path) -> Inspection:
     except InputError as error:
         about.append(("config", f"unusable: {error}"))
     else:
-        recipe, sections["fields changed"] = _recipe(config, workdir)
         steps = [int(name.partition("/")[2]) for name in checkpoints]
         steps = f"{max([metrics.get('step', 0), *steps])} of {config.train.num_steps}"
-        about += [("recipe", recipe), ("data", config.data.name), ("steps", steps)]
+        about += [("data", config.data.name), ("steps", steps)]
     sections["last metrics"] = _shown(metrics)
     sections["checkpoints"] = list(checkpoints.items())
     sections["set aside or unfinished"] = list(_leftovers(workdir, running))
     for path in sorted(workdir.glob("report*.json")):
         sections[path.name] = _report(path)
-    sections["pictures"] = list(_pictures(workdir))
     intact = all(text.endswith("  intact") for text in checkpoints.values())
     return Inspection(_format(sections), intact)
 
@@ -100,23 +94,6 @@ def is_running(workdir: Path) -> bool:
     except (OSError, InputError) as error:  # Perhaps there is no lock to hold.
         return isinstance(error, BlockingIOError)
     return False
-
-
-def _recipe(config: ml_collections.ConfigDict, workdir: Path) -> tuple[str, list[_Row]]:
-    """Returns the recipe, by default the folder's name, and the fields that differ."""
-    differences: dict[str, dict[str, Any]] = {}
-    for path in sorted(_CONFIGS.glob("*.py")):
-        recipe = runpy.run_path(str(path))["get_config"]()
-        differences[path.stem] = config_lib.differences(recipe, config)
-    name, reason = workdir.resolve().parent.name, "by the folder's name"
-    if not differences:  # Installed without the recipes.
-        return name, []
-    if name not in differences:
-        name = min(differences, key=lambda one: len(differences[one]))
-        reason = "the most similar"
-    changed = differences[name].items()
-    rows = [(field, f"{old!r} → {new!r}") for field, (old, new) in changed]
-    return f"{name}, {reason} ({len(rows)} fields changed)", rows
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:
@@ -154,12 +131,6 @@ def _report(path: Path) -> list[_Row]:
         return [("unusable", str(error) or type(error).__name__)]
 
 
-def _pictures(workdir: Path) -> Iterator[_Row]:
-    for name, pattern in (("beside the config", "*.png"), ("samples", "samples/*.png")):
-        if found := sorted(workdir.glob(pattern)):
-            yield name, f"{len(found)}, the last by name {found[-1].name}"
-
-
 def _about(path: Path) -> str:
     try:
         size = sum(one.lstat().st_size for one in path.rglob("*") if one.is_file())
@@ -190,11 +161,7 @@ def _checkpoints(workdir: Path, running: bool) -> dict[str, str]:
 
 def _leftovers(workdir: Path, running: bool) -> Iterator[_Row]:
     unfinished = "being written, or unfinished" if running else "unfinished"
-    for folder in (
-        NEWEST,
-        BEST,
-        DAMAGED,
-    ):
+    for folder in (NEWEST, BEST, DAMAGED):
         state = "set aside" if folder == DAMAGED else unfinished
         for path in sorted((workdir / folder).glob("*")):
             if not path.name.isdecimal():

@@ -22,7 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
     common.define_trained_run(values)
     text = "Number of samples. Default: 10000, or 100 images."
     flags.DEFINE_integer("num_samples", None, text, 1, None, values)
-    common.define_seed(values, "Sample i is a function of (seed, i).")
+    common.define_seed(values, "The generator's sample i depends on (seed, i) only.")
     text = "Where samples come from: the generator, or the energy by particles."
     flags.DEFINE_enum("sampler", "generator", SAMPLERS, text, values)
     text = "NPZ to write, with a picture beside it. Default: a new one in --workdir."

@@ -38,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "Add the normalised log density, in the data's own units."
     flags.DEFINE_bool("normalized", False, text, values)
     text = f"Score of ranks and p-values: {', '.join(map(_flag, scores.SCORES))}. "
-    text += f"Default: {scores.TABLE_SCORE}, of images {scores.IMAGE_SCORE}."
+    text += f"Default: {scores.TABLE_SCORE}; of images: {scores.IMAGE_SCORE}."
     flags.DEFINE_string("score", None, text, values)
     text = "Flag rows at this false discovery rate, such as 0.1."
     flags.DEFINE_float("fdr", None, text, flag_values=values)
@@ -139,7 +139,7 @@ def _check(by: str | None, fdr: float | None, calibration: int | None) -> None:
     """Refuse what can be refused before a run is loaded."""
     if by not in (None, *scores.SCORES):
         allowed = ", ".join(map(_flag, scores.SCORES))
-        raise InputError(f"--score={by} is none of the scores; allowed: {allowed}")
+        raise InputError(f"--score={by} is not a score; allowed: {allowed}")
     if fdr is not None:
         calibration_lib.check_fdr(fdr)
         if calibration == 0:

@@ -51,7 +51,7 @@ def _check_reading(config: Any) -> Needs:
         switch, *values = condition.split()
         for field in sorted(changed) if str(given[switch]) not in values else ():
             if {field, field.rpartition(".")[0]} & {*names.split()}:
-                needed = f"nothing would read the first, without {' or '.join(values)}"
+                needed = f"the first is read only with {' or '.join(values)}"
                 yield f"{field} {switch}", f"{needed}: leave it at {default[field]!r}"
     has_test_split = config.data.name == "tfds" and config.data.test_split
     if "data.test_fraction" in changed and has_test_split:

@@ -175,9 +175,9 @@ def read_folder(
         found = f"{folder}: {len(errors)} of {len(names)} images are unusable"
         if len(errors) == len(names) or not skip_corrupt:
             raise InputError(
-                f"{found}: {listed(map(printable, errors), 5)}; the first: {first}; or "
-                "skip them, unless none is left: --config.data.skip_corrupt=True in "
-                "training, --skip_corrupt in scoring"
+                f"{found}: {listed(map(printable, errors), 5)}; the first: {first}; if "
+                "others are left, --config.data.skip_corrupt=True in training, or "
+                "--skip_corrupt in scoring, skips them"
             )
         logging.warning("%s and are skipped: %s", found, listed(errors.values(), 99))
         good = [i for i, name in enumerate(names) if name not in errors]

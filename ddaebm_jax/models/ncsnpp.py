@@ -29,11 +29,11 @@ def num_groups(channels: int) -> int:
 
 
 def group_norm(
-    x: Float[Array, "batch height width channels"],
+    x: Image,
     scale: Float[Array, "#batch channels"],
     shift: Float[Array, "#batch channels"],
     dtype: str,
-) -> Float[Array, "batch height width channels"]:
+) -> Image:
     """Return the group norm of x with ε = 1e-6 and statistics in float32.
 
     Sums over positions come first, then those of a group's channels: the large array is
@@ -61,9 +61,7 @@ class GroupNorm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch height width channels"]:
+    def __call__(self, x: Image) -> Image:
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
@@ -78,9 +76,9 @@ class AdaptiveGroupNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch height width channels"],
+        x: Image,
         style: Float[Array, "batch style"],
-    ) -> Float[Array, "batch height width channels"]:
+    ) -> Image:
         channels = x.shape[-1]
 
         def identity_init(key: Array, shape: Sequence[int], dtype) -> Array:
@@ -119,7 +117,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch height width channels"],
+        x: Image,
         time: Float[Array, "batch time"],
         style: Float[Array, "batch style"] | None,
         keys: Array | None,
@@ -143,9 +141,7 @@ class Attention(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch height width channels"]:
+    def __call__(self, x: Image) -> Image:
         batch, height, width, channels = x.shape
         h = GroupNorm(self.dtype, name="norm")(x)
         h = h.reshape(batch, height * width, channels)
@@ -193,11 +189,11 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch height width channels"],
+        x: Image,
         t: Int[Array, " batch"],
         style: Float[Array, "batch style"] | None = None,
         keys: Array | None = None,
-    ) -> Float[Array, "batch height width channels"]:
+    ) -> Image:
         block_type, attention_type = ResidualBlock, Attention
         if self.remat == "blocks":
             block_type, attention_type = nn.remat(ResidualBlock), nn.remat(Attention)
@@ -272,7 +268,7 @@ class Energy(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "batch height width channels"],
+        x: Image,
         t: Int[Array, " batch"],
         keys: Array | None = None,
     ) -> Float[Array, " batch"]:
@@ -297,11 +293,11 @@ class Generator(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_next: Float[Array, "batch height width channels"],
+        x_next: Image,
         t: Int[Array, " batch"],
         z: Float[Array, "batch nz"],
         keys: Array | None = None,
-    ) -> Float[Array, "batch height width channels"]:
+    ) -> Image:
         dtype = self.trunk["dtype"]
         style = z * jax.lax.rsqrt((z**2).mean(axis=1, keepdims=True) + 1e-8)
         for i in range(self.n_mlp + 1):

@@ -6,6 +6,7 @@ no convolution, and no products with inserted zeros. The filter is that of Karra
 2020 (arXiv 1912.04958).
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,18 +15,6 @@ def _padded(x: Array, axis: int, before: int, after: int) -> Array:
     pads = [(0, 0)] * x.ndim
     pads[axis] = (before, after)
     return jnp.pad(x, pads)
-
-
-def _every_second(x: Array, axis: int, start: int, length: int) -> Array:
-    index = [slice(None)] * x.ndim
-    index[axis] = slice(start, start + 2 * length - 1, 2)
-    return x[tuple(index)]
-
-
-def _window(x: Array, axis: int, start: int, length: int) -> Array:
-    index = [slice(None)] * x.ndim
-    index[axis] = slice(start, start + length)
-    return x[tuple(index)]
 
 
 def _interleave(even: Array, odd: Array, axis: int) -> Array:
@@ -39,32 +28,29 @@ def _up_axis(x: Array, axis: int) -> Array:
     length = x.shape[axis]
     padded = _padded(0.25 * x, axis, 1, 1)
     centre = 0.75 * x
-    return _interleave(
-        _window(padded, axis, 0, length) + centre,
-        centre + _window(padded, axis, 2, length),
-        axis,
-    )
+    before = jax.lax.slice_in_dim(padded, 0, length, axis=axis)
+    after = jax.lax.slice_in_dim(padded, 2, length + 2, axis=axis)
+    return _interleave(before + centre, centre + after, axis)
 
 
 def _down_axis(x: Array, axis: int) -> Array:
     """Outputs are (x_{2i−1} + 3x_{2i} + 3x_{2i+1} + x_{2i+2})/8."""
-    length = x.shape[axis] // 2
+    end = x.shape[axis] - 1
     padded = _padded(x, axis, 1, 1)
-    outer, inner = 0.125, 0.375
-    return outer * (
-        _every_second(padded, axis, 0, length) + _every_second(padded, axis, 3, length)
-    ) + inner * (
-        _every_second(padded, axis, 1, length) + _every_second(padded, axis, 2, length)
+    first, second, third, fourth = (
+        jax.lax.slice_in_dim(padded, i, i + end, 2, axis) for i in range(4)
     )
+    return 0.125 * (first + fourth) + 0.375 * (second + third)
 
 
 def _filter_axis(x: Array, axis: int) -> Array:
     """Outputs are (x_{i−2} + 3x_{i−1} + 3x_i + x_{i+1})/8, one more than inputs."""
-    length = x.shape[axis] + 1
+    end = x.shape[axis] + 1
     padded = _padded(x, axis, 2, 2)
-    outer = _window(padded, axis, 0, length) + _window(padded, axis, 3, length)
-    inner = _window(padded, axis, 1, length) + _window(padded, axis, 2, length)
-    return 0.125 * outer + 0.375 * inner
+    first, second, third, fourth = (
+        jax.lax.slice_in_dim(padded, i, i + end, axis=axis) for i in range(4)
+    )
+    return 0.125 * (first + fourth) + 0.375 * (second + third)
 
 
 def fir_up(

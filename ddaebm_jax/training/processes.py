@@ -82,7 +82,7 @@ def check_devices() -> None:
         asked = jax.config.jax_platforms
         reason = one_line(error).partition(" (set JAX")[0].rstrip(": ")
         raise InputError(
-            f"JAX_PLATFORMS={asked or ''}: JAX cannot start this ({reason}), and finds "
+            f"JAX_PLATFORMS={asked or ''}: JAX cannot start it ({reason}), and finds "
             f"{_devices_found()}; install JAX for your devices (NVIDIA: pip install "
             "'jax[cuda12]'; TPU: 'jax[tpu]'), end what holds them, or set "
             "JAX_PLATFORMS=cpu"
