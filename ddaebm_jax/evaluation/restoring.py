@@ -1,0 +1,338 @@
+"""Draws of x_0 given measurements, in chunks over the mesh.
+
+The mathematics is in `restoration`. Leapfrog steps and resampling are done on the host:
+a scan of convolutions is slow on a CPU. Several processes call these functions
+together, and each gets the result.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jaxtyping import Float
+
+from ddaebm_jax import diffusion, restoration
+from ddaebm_jax.evaluation import inference
+from ddaebm_jax.evaluation.particles import (
+    proposal_noise,
+    row_normals,
+    systematic,
+)
+from ddaebm_jax.experiment import Experiment
+from ddaebm_jax.models import Players
+from ddaebm_jax.restoration import Measurement, NoisePath, State, Twisted
+
+METHODS = "noise_space", "particles", "direct"
+# Particles of an image are resampled where fewer than this share of them count.
+_RESAMPLE_BELOW = 0.5
+# Of Hamiltonian Monte Carlo: acceptance that step sizes are adapted to (Beskos et al.
+# 2013), leapfrog steps of a trajectory, and the first step size, in units of σ.
+_ACCEPTANCE, _LEAPFROG_STEPS, _FIRST_STEP = 0.65, 8, 0.2
+_ERRORS_SEED, _ERROR_SAMPLES = 1_010, 512
+# Added to a move's number, for the key of its test.
+_TESTS = 100_000
+
+
+class Search(NamedTuple):
+    """Settings of the noise space.
+
+    Attributes:
+      num_steps: of Adam, while σ falls to that of the measurement.
+      learning_rate: of Adam.
+      first_std: σ at the first step, if that is more than the measurement's.
+      num_moves: trajectories of Hamiltonian Monte Carlo after that; the second half
+        gives draws.
+    """
+
+    num_steps: int = 100
+    learning_rate: float = 0.1
+    first_std: float = 1.0
+    num_moves: int = 30
+
+
+def noise_space(
+    experiment: Experiment,
+    variables: Players,
+    measurement: Measurement,
+    num_chains: int,
+    seed: int,
+    search: Search,
+) -> Float[np.ndarray, "n draws *shape"]:
+    """Returns draws of p(x_0 | y) under the generator's law.
+
+    Every chain of an example gives a draw for each of the last half of its moves.
+
+    Args:
+      experiment: the trained experiment.
+      variables: the generator's are used.
+      measurement: of n examples, in the networks' units.
+      num_chains: of each example.
+      seed: of everything that is drawn.
+      search: settings.
+    """
+    num = len(measurement.y)
+    known = jax.tree.map(lambda leaf: np.repeat(leaf, num_chains, axis=0), measurement)
+    chains = _Chains(experiment, variables, known, num * num_chains, seed)
+    chains.descend(search)
+    draws = []
+    for number in range(search.num_moves):
+        logging.log_every_n_seconds(
+            logging.INFO, "noise space: move %d of %d", 10, number, search.num_moves
+        )
+        adapt = number < search.num_moves // 2
+        x0 = chains.move(number, adapt)
+        if not adapt:
+            draws.append(x0.reshape(num, num_chains, *experiment.networks.event_shape))
+    return np.concatenate(draws, axis=1)
+
+
+class _Chains:
+    """Chains in noise space, on the host."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        variables: Players,
+        measurement: Measurement,
+        num: int,
+        seed: int,
+    ) -> None:
+        self._experiment, self._generator = experiment, variables.generator
+        self._measurement, self._num, self._seed = measurement, num, seed
+        self._path = self._normals(0)
+        self._sizes = _FIRST_STEP * jnp.minimum(measurement.std, 1.0)
+        self.acceptance: list[float] = []
+
+    def _normals(self, number: int) -> NoisePath:
+        networks, schedule = self._experiment.networks, self._experiment.schedule
+        shape, steps = networks.event_shape, schedule.num_steps
+        shapes = shape, (steps, networks.nz), (steps, *shape)
+        key = jax.random.fold_in(jax.random.key(self._seed), number)
+        return NoisePath(*row_normals(key, jnp.arange(self._num), *shapes))
+
+    def _potential(self, path: NoisePath, std: np.ndarray) -> Any:
+        """Returns U, x_0, and the gradient of U."""
+        experiment = self._experiment
+        measurement = self._measurement._replace(std=np.asarray(std, np.float32))
+        rows, tree = jax.tree.flatten((path, measurement))
+        rows = tuple(map(np.asarray, rows))
+        run = partial(_potential, experiment.networks, experiment.game.latent, tree)
+        shared = self._generator, experiment.schedule
+        found = inference.by_rows(experiment, run, self._num, rows, shared)
+        return jax.tree.map(jnp.asarray, found)
+
+    def descend(self, search: Search) -> None:
+        """Follows Adam, while σ falls geometrically to the measurement's."""
+        adam = optax.adam(search.learning_rate)
+        state, std = adam.init(self._path), self._measurement.std
+        for number in range(search.num_steps):
+            logging.log_every_n_seconds(
+                logging.INFO, "noise space: step %d of %d", 10, number, search.num_steps
+            )
+            share = (number + 1) / search.num_steps
+            now = np.maximum(search.first_std, std) ** (1 - share) * std**share
+            _, _, slope = self._potential(self._path, now)
+            updates, state = adam.update(slope, state)
+            self._path = optax.apply_updates(self._path, updates)
+
+    def move(self, number: int, adapt: bool) -> np.ndarray:
+        """Takes a trajectory with its Metropolis test; returns x_0."""
+        std, found = self._measurement.std, None
+
+        def gradient(path: NoisePath) -> NoisePath:
+            nonlocal found
+            *found, slope = self._potential(path, std)
+            return slope
+
+        path, momentum = self._path, self._normals(1 + number)
+        slope = gradient(path)
+        before = State(path, momentum, *found)
+        for _ in range(_LEAPFROG_STEPS):
+            path, momentum, slope = restoration.leapfrog(
+                gradient, path, momentum, self._sizes, slope
+            )
+        key = jax.random.fold_in(jax.random.key(self._seed), _TESTS + number)
+        uniform = jax.random.uniform(key, (self._num,))
+        end, acceptance = restoration.accept(
+            before, State(path, momentum, *found), uniform
+        )
+        self._path = end.path
+        self.acceptance.append(float(acceptance.mean()))
+        if adapt:
+            rate = (acceptance - _ACCEPTANCE) / (1 + number) ** 0.5
+            self._sizes = self._sizes * jnp.exp(rate)
+        return np.asarray(end.x0)
+
+
+class Restored(NamedTuple):
+    """Draws by particles.
+
+    Attributes:
+      x: draws of each example.
+      effective: the least share of an example's particles that count at some level.
+    """
+
+    x: Float[np.ndarray, "n draws *shape"]
+    effective: Float[np.ndarray, " n"]
+
+
+def particles(
+    experiment: Experiment,
+    variables: Players,
+    measurement: Measurement,
+    num_particles: int,
+    seed: int,
+    weighted: bool,
+    num_predictions: int = 2,
+) -> Restored:
+    """Returns draws of p(x_0 | y) by twisted sequential Monte Carlo.
+
+    Args:
+      experiment: the trained experiment.
+      variables: of all three networks.
+      measurement: of n examples, in the networks' units.
+      num_particles: of each example; as many draws come of them.
+      seed: of everything that is drawn.
+      weighted: whether the prior is exp f(·, 0); else it is the generator's law.
+      num_predictions: draws of z that x̂_0 is the mean of.
+    """
+    num, key = len(measurement.y), jax.random.key(seed)
+    known = jax.tree.map(
+        lambda leaf: np.repeat(leaf, num_particles, axis=0), measurement
+    )
+    errors = prediction_errors(experiment, variables, num_predictions)
+    total = num * num_particles
+    schedule = experiment.schedule
+    rows, tree = jax.tree.flatten(known)
+
+    def take(function: Any, t: int, *before: np.ndarray) -> Twisted:
+        how = experiment.game.proposal, weighted, num_predictions, tree
+        run = partial(function, experiment.networks, *how)
+        shared = key, variables, schedule, errors, np.int32(t)
+        return inference.by_rows(experiment, run, total, (*before, *rows), shared)
+
+    found = take(_start, schedule.num_steps)
+    log_weights, effective = found.log_weight.reshape(num, -1), np.ones(num)
+    for t in reversed(range(schedule.num_steps)):
+        found, log_weights, shares = _resampled(found, log_weights, seed, t + 1)
+        effective = np.minimum(effective, shares)
+        found = take(_move, t, found.x, found.x0, found.log_target)
+        log_weights = log_weights + found.log_weight.reshape(num, -1)
+    found, _, shares = _resampled(found, log_weights, seed, 0)
+    shape = num, num_particles, *experiment.networks.event_shape
+    return Restored(found.x.reshape(shape), np.minimum(effective, shares))
+
+
+def _resampled(
+    found: Twisted, log_weights: np.ndarray, seed: int, level: int
+) -> tuple[Twisted, np.ndarray, np.ndarray]:
+    """Resamples the particles of examples where few count, at level 0 of all."""
+    num, count = log_weights.shape
+    weights = np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    shares = 1.0 / (count * (weights**2).sum(axis=1))
+    uniform = np.random.default_rng((seed, level)).random(num)
+    places, log_weights = np.tile(np.arange(count), (num, 1)), log_weights.copy()
+    for i in np.flatnonzero((shares < _RESAMPLE_BELOW) | (level == 0)):
+        places[i], log_weights[i] = systematic(weights[i], uniform[i]), 0.0
+    kept = (places + count * np.arange(num)[:, None]).reshape(-1)
+    return jax.tree.map(lambda leaf: leaf[kept], found), log_weights, shares
+
+
+def direct(
+    experiment: Experiment,
+    variables: Players,
+    measurement: Measurement,
+    num_draws: int,
+    seed: int,
+) -> Float[np.ndarray, "n draws *shape"]:
+    """Returns what the sampler makes of y, from the level whose noise is like y's."""
+    num, schedule = len(measurement.y), experiment.schedule
+    level = restoration.entry_level(schedule, float(np.max(measurement.std)))
+    y, std = (np.repeat(leaf, num_draws, axis=0) for leaf in measurement[1:])
+    run = partial(_from_level, experiment.networks, experiment.game.latent, level)
+    shared = jax.random.key(seed), variables.generator, schedule
+    drawn = inference.by_rows(experiment, run, len(y), (y, std), shared)
+    return drawn.reshape(num, num_draws, *experiment.networks.event_shape)
+
+
+def prediction_errors(
+    experiment: Experiment, variables: Players, num_predictions: int
+) -> Float[np.ndarray, " levels"]:
+    """Returns τ_t², t = 0 … T, the mean squared error of x̂_0(x_t) on samples."""
+    schedule, key = experiment.schedule, jax.random.key(_ERRORS_SEED)
+    x0 = inference.draw_samples(experiment, variables, _ERROR_SAMPLES, _ERRORS_SEED)
+    run = partial(_prediction_error, experiment.networks, num_predictions)
+    found = [0.0]
+    for level in range(1, schedule.num_steps + 1):
+        shared = key, variables.generator, schedule, np.int32(level)
+        squares = inference.by_rows(experiment, run, len(x0), (x0,), shared)
+        found.append(float(squares.mean(dtype=np.float64)))
+    return np.array(found, np.float32)
+
+
+# Networks are functions and so static: one program for all chunks of a run.
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _potential(networks, latent, tree, places, *rest):
+    *rows, generator, schedule = rest
+    path, measurement = jax.tree.unflatten(tree, rows)
+
+    def total(path):
+        values, x0 = restoration.potential(
+            schedule, networks, generator, measurement, path, latent
+        )
+        return values.sum(), (values, x0)
+
+    slope, found = jax.grad(total, has_aux=True)(path)
+    return *found, slope
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _from_level(networks, latent, level, places, y, std, key, generator, schedule):
+    shape, steps = networks.event_shape, schedule.num_steps
+    shapes = shape, (steps, networks.nz), (steps, *shape)
+    eps, *noise = row_normals(key, places, *shapes)
+    path = NoisePath(restoration.entered(schedule, level, y, std, eps), *noise)
+    return restoration.generate(schedule, networks, generator, path, latent, level)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prediction_error(networks, num, places, x0, key, generator, schedule, level):
+    shapes = networks.event_shape, (num, networks.nz)
+    eps, z = row_normals(jax.random.fold_in(key, level), places, *shapes)
+    levels = jnp.full(places.shape, level)
+    x = diffusion.diffuse(schedule, x0, levels, eps)
+    found = restoration.predicted(networks, generator, x, levels, z)
+    return ((found - x0) ** 2).reshape(len(x0), -1).mean(axis=1)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _start(networks, proposal, weighted, num, tree, places, *rest):
+    del proposal
+    *rows, key, variables, schedule, errors, t = rest
+    shapes = networks.event_shape, (num, networks.nz)
+    x, z = row_normals(jax.random.fold_in(key, t), places, *shapes)
+    measurement = jax.tree.unflatten(tree, rows)
+    return restoration.twisted_start(
+        weighted, schedule, networks, variables, measurement, errors, x, z
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _move(networks, proposal, weighted, num, tree, places, x, x0, log_target, *rest):
+    *rows, key, variables, schedule, errors, t = rest
+    own = jax.random.fold_in(key, t)
+    noise = proposal_noise(networks, proposal, own, places)
+    (z,) = row_normals(jax.random.fold_in(own, 1), places, (num, networks.nz))
+    return restoration.twisted_move(
+        *(proposal, weighted, schedule, networks, variables),
+        *(jax.tree.unflatten(tree, rows), errors),
+        Twisted(x, x0, log_target, jnp.zeros_like(log_target)),
+        *(jnp.full(places.shape, t), noise, z),
+    )

@@ -1,0 +1,165 @@
+"""Restoration against NumPy, closed forms, and the posterior of Gaussians."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SCHEDULE, STEPS, normals
+from hypothesis import given
+from hypothesis import strategies as st
+from test_likelihood import NO_VARIABLES, experiment, gaussian_networks
+
+from ddaebm_jax import restoration
+from ddaebm_jax.evaluation import restoring
+from ddaebm_jax.restoration import BlockMean, Blur, Identity, Mask, Measurement
+
+SHAPE = (4, 6, 2)
+KERNEL = np.array([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]], np.float32) / 16
+
+
+def operators():
+    known = np.random.default_rng(0).random((3, *SHAPE)) < 0.5
+    return {
+        "identity": (Identity(), lambda x: x),
+        "mask": (Mask(jnp.asarray(known)), lambda x: np.where(known, x, 0.0)),
+        "mean": (BlockMean(2), block_means),
+        "blur": (Blur(jnp.asarray(KERNEL)), blurred),
+    }
+
+
+def block_means(x):
+    out = np.zeros((len(x), 2, 3, 2))
+    for i in range(2):
+        for j in range(3):
+            out[:, i, j] = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean(axis=(1, 2))
+    return out
+
+
+def blurred(x):
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], mode="symmetric")
+    out = np.zeros_like(x)
+    for i in range(4):
+        for j in range(6):
+            square = padded[:, i : i + 3, j : j + 3]
+            out[:, i, j] = np.einsum("nijc,ij->nc", square, KERNEL)
+    return out
+
+
+@pytest.mark.parametrize("name", ["identity", "mask", "mean", "blur"])
+def test_operators_and_their_adjoints(name: str):
+    operator, expected = operators()[name]
+    x = normals(1, 3, *SHAPE)
+    seen = operator.apply(x)
+    np.testing.assert_allclose(seen, expected(np.asarray(x)), rtol=1e-5, atol=1e-6)
+    y = normals(2, *seen.shape)
+    back = restoration.adjoint(operator, y, SHAPE)
+    products = (seen * y).sum(axis=(1, 2, 3)), (x * back).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(*products, rtol=1e-4, atol=1e-5)
+    again = operator.apply(restoration.adjoint(operator, y, SHAPE))
+    gains = (again * y).sum(axis=(1, 2, 3)) / (y * y).sum(axis=(1, 2, 3))
+    assert (gains <= operator.gain * (1 + 1e-5)).all()
+
+
+@given(st.floats(0.1, 2.0), st.floats(0.1, 2.0), st.sampled_from(["mask", "mean"]))
+def test_guidance_is_the_conditional_mean(std: float, tau: float, name: str):
+    """Of x_0 ~ N(x̂_0, τ² I) given y, by the normal equations."""
+    operator, apply = operators()[name]
+    prediction = np.asarray(normals(3, 3, *SHAPE))
+    y = np.asarray(operator.apply(normals(4, 3, *SHAPE)))
+    size = prediction[0].size
+    basis = np.eye(size).reshape(size, 1, *SHAPE).repeat(3, axis=1)
+    matrix = np.stack(
+        [apply(b).reshape(3, -1) for b in basis], axis=2
+    )  # [3, seen, size]
+    precision = np.eye(size) / tau**2 + np.swapaxes(matrix, 1, 2) @ matrix / std**2
+    right = prediction.reshape(3, -1) / tau**2
+    right = right + np.einsum("nsd,ns->nd", matrix, y.reshape(3, -1)) / std**2
+    expected = np.linalg.solve(precision, right[..., None])[..., 0]
+    measurement = Measurement(operator, jnp.asarray(y), jnp.full(3, std))
+    found = restoration.guided(measurement, jnp.asarray(prediction), tau**2)
+    np.testing.assert_allclose(found.reshape(3, -1), expected, rtol=1e-3, atol=1e-4)
+
+
+def known_gaussians(std: float = 0.5):
+    """Measurements of N(0, I) in the plane, and the posterior's moments."""
+    known = np.array([[True, True], [True, False], [False, False]])
+    y = np.where(known, np.array([[1.0, -0.5], [0.8, 0.0], [0.0, 0.0]]), 0.0)
+    measurement = Measurement(
+        Mask(known), y.astype(np.float32), np.full(3, std, np.float32)
+    )
+    mean = np.where(known, y / (1 + std**2), 0.0)
+    variance = np.where(known, std**2 / (1 + std**2), 1.0)
+    return measurement, mean, variance
+
+
+def close(draws: np.ndarray, mean: np.ndarray, variance: np.ndarray, count: float):
+    """Whether moments are those expected, by as many independent draws."""
+    error = np.sqrt(variance / count)
+    assert (np.abs(draws.mean(axis=1) - mean) < 5 * error).all()
+    ratio = draws.var(axis=1) / variance
+    assert (np.abs(ratio - 1) < 5 * np.sqrt(2 / count)).all(), ratio
+
+
+def test_noise_space_draws_from_the_posterior():
+    exact = experiment(gaussian_networks())
+    measurement, mean, variance = known_gaussians()
+    search = restoring.Search(num_steps=10, num_moves=60)
+    draws = restoring.noise_space(exact, NO_VARIABLES, measurement, 50, 0, search)
+    assert draws.shape == (3, 1_500, 2)
+    close(draws, mean, variance, count=400)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_particles_draw_from_the_posterior(weighted: bool):
+    exact = experiment(gaussian_networks())
+    measurement, mean, variance = known_gaussians()
+    found = restoring.particles(exact, NO_VARIABLES, measurement, 2_000, 0, weighted)
+    assert (found.effective > 0.05).all()
+    close(found.x, mean, variance, count=300)
+
+
+def test_energies_correct_a_wrong_generator():
+    """The prior is then exp f(·, 0), whatever is drawn."""
+    wrong = experiment(gaussian_networks(shift=0.15, spread=1.1), defensive=0.1)
+    measurement, mean, variance = known_gaussians()
+    model = wrong, NO_VARIABLES, measurement
+    found = restoring.particles(*model, 10_000, 0, weighted=True)
+    close(found.x, mean, variance, count=500)
+    plain = restoring.particles(*model, 2_000, 0, weighted=False)
+    assert (plain.x[2].mean(axis=0) > 0.15).all()
+
+
+def test_direct_denoising_of_gaussians():
+    """From the level whose noise is that of y: one draw of p(x_0 | x_t = A_t y)."""
+    exact = experiment(gaussian_networks())
+    level = 2
+    std = float(SCHEDULE.sigma_cum[level] / SCHEDULE.a_cum[level])
+    y = np.array([[0.4, -1.0]], np.float32)
+    measurement = Measurement(Identity(), y, np.full(1, std, np.float32))
+    draws = restoring.direct(exact, NO_VARIABLES, measurement, 2_000, 0)
+    close(draws, y / (1 + std**2), np.full((1, 2), std**2 / (1 + std**2)), 1_000)
+
+
+def test_the_level_to_enter():
+    ratios = np.asarray(SCHEDULE.sigma_cum / SCHEDULE.a_cum).tolist()
+    for level in range(1, STEPS + 1):
+        assert restoration.entry_level(SCHEDULE, 0.99 * ratios[level]) == level
+    assert restoration.entry_level(SCHEDULE, 2 * ratios[-1]) == STEPS
+    assert restoration.entry_level(SCHEDULE, 0.0) == 1
+
+
+def test_seeds_repeat_and_devices_agree():
+    measurement, _, _ = known_gaussians()
+    found = []
+    for num_devices in (1, 8):
+        exact = experiment(gaussian_networks())
+        exact.config.parallel.num_devices = num_devices
+        search = restoring.Search(3, num_moves=2)
+        found.append(
+            (
+                restoring.particles(exact, NO_VARIABLES, measurement, 8, 0, True).x,
+                restoring.noise_space(exact, NO_VARIABLES, measurement, 8, 0, search),
+                restoring.direct(exact, NO_VARIABLES, measurement, 8, 0),
+            )
+        )
+    for one, eight in zip(*found, strict=True):
+        np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-5)
