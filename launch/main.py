@@ -4,6 +4,7 @@ python launch/main.py --config=configs/gaussians25.py
 python launch/main.py --config=configs/gaussians25.py --config.game.gamma=0.01
 python launch/main.py --mode=sample --workdir=runs/gaussians25/... --num_samples=1000
 python launch/main.py --mode=score --workdir=... --input=rows.csv
+python launch/main.py --mode=restore --workdir=... --task=impute --input=rows.csv
 python launch/main.py --mode=evaluate --workdir=... --checkpoint=best
 python launch/main.py --mode=ood --workdir=... --in=test --out=svhn_cropped,cifar100
 python launch/main.py --mode=inspect --workdir=...
@@ -15,14 +16,23 @@ import sys
 
 from absl import app, flags
 
-from ddaebm_jax.commands import common, evaluate, inspect, ood, sample, score, train
+from ddaebm_jax.commands import (
+    common,
+    evaluate,
+    inspect,
+    ood,
+    restore,
+    sample,
+    score,
+    train,
+)
 from ddaebm_jax.commands import help as help_lib
 from ddaebm_jax.config import flags as config_flags
 from ddaebm_jax.errors import InputError
 
 COMMANDS = {
     command.__name__.rpartition(".")[2]: command
-    for command in (train, sample, score, evaluate, ood, inspect)
+    for command in (train, sample, score, restore, evaluate, ood, inspect)
 }
 
 

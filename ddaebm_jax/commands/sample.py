@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags, logging
-from jaxtyping import UInt8
 
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import images, tabular, test_rows
@@ -80,7 +79,7 @@ def sample(
     title = f"{num_samples} samples, step {loaded.step}"
     if source.holds_images:
         folder = common.claimed(path.with_suffix(""), folder=True)
-        _save_images(folder, samples)
+        plots.save_images(folder, samples)
         plots.plot_images(picture, samples[:_GRID_IMAGES])
     elif source.table is not None:
         held_out = test_rows(source.table, tabular.INLIER)
@@ -95,9 +94,3 @@ def sample(
     written = [str(one) for one in (path, picture) if one.exists()]
     logging.info("wrote %s", " and ".join(written))
     return path
-
-
-def _save_images(folder: Path, samples: UInt8[np.ndarray, "n h w c"]) -> None:
-    digits = len(str(len(samples) - 1))
-    for i, image in enumerate(samples):
-        plots.save_image(folder / f"{i:0{digits}}.png", image)

@@ -244,6 +244,26 @@ def read_images(
     return found, folder.names
 
 
+def read_mask(path: str | Path, side: int) -> Bool[np.ndarray, "side side"]:
+    """Returns which pixels of a grey image of this side are brighter than half."""
+    from PIL import Image
+
+    path = user_path(path, "--mask")
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--mask={path}: cannot be read ({one_line(error)})"
+        ) from error
+    if pixels.shape != (side, side):
+        found = "×".join(map(str, pixels.shape))
+        raise InputError(
+            f"--mask={path} has {found} pixels; the model's images have {side}×{side}"
+        )
+    return pixels > 127
+
+
 def _read_npz(
     path: Path, event_shape: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "n height width channels"]:

@@ -54,6 +54,7 @@ class TableOptions(NamedTuple):
       id_column: column or array of the rows' names; empty: none.
       columns: of the model that rows are for, chosen by name where file and model have
         names, else by place, and without labels; None: a table to train on.
+      may_miss: whether cells may be missing (empty, NaN, NA, …); they are NaN.
     """
 
     header: str = "auto"
@@ -62,6 +63,7 @@ class TableOptions(NamedTuple):
     drop_columns: tuple[str, ...] = ()
     id_column: str = ""
     columns: tuple[str, ...] | None = None
+    may_miss: bool = False
 
 
 class TableFile(NamedTuple):
@@ -161,9 +163,12 @@ def _check_finite(
     row_name: Callable[[int], str],
     columns: Sequence[str],
     cells: np.ndarray,
+    may_miss: bool,
 ) -> None:
     """Raises InputError with the first cell whose number float32 cannot hold."""
-    for i, j in np.argwhere(~(np.abs(rows) <= LARGEST))[:1].tolist():
+    for i, j in np.argwhere(~(np.abs(rows) <= LARGEST)).tolist():
+        if may_miss and str(cells[i, j]).strip().lower() in _MISSING:
+            continue
         raise InputError(
             f"{path}: {row_name(i)}, column {shown(columns[j])} is "
             f"{shown(str(cells[i, j]))}; a finite number of size at most {LARGEST:.2g} "
@@ -207,7 +212,7 @@ def _read_csv(path: Path, options: TableOptions) -> TableFile:
     def row_name(i: int) -> str:
         return f"line {lines[i] + 1}"
 
-    _check_finite(path, rows, row_name, columns, cells[:, chosen])
+    _check_finite(path, rows, row_name, columns, cells[:, chosen], options.may_miss)
 
     def column(name: str) -> tuple[str, ...]:
         place = [*map(_key, names)].index(_key(name))
@@ -363,7 +368,7 @@ def _read_npz(path: Path, options: TableOptions) -> TableFile:
     rows = read[table.name].astype(np.float64)[:, chosen]
     columns = tuple(columns[j] for j in chosen)
     labels, row_name = None, "row {} (counted from 0)".format
-    _check_finite(path, rows, row_name, columns, rows)
+    _check_finite(path, rows, row_name, columns, rows, options.may_miss)
     if label:
         labels = _labels(path, read[label].reshape(-1).tolist(), row_name)
     if options.id_column:

@@ -316,6 +316,13 @@ def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> N
     save_image(path, grid.repeat(times, axis=0).repeat(times, axis=1))
 
 
+def save_images(folder: Path, images: np.ndarray) -> None:
+    """Writes uint8 images [n, height, width, channels] as PNG files, by number."""
+    digits = len(str(len(images) - 1))
+    for i, image in enumerate(images):
+        save_image(folder / f"{i:0{digits}}.png", image)
+
+
 def save_image(path: Path, image: np.ndarray) -> None:
     """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
     from PIL import Image

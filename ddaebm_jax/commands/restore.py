@@ -1,0 +1,331 @@
+"""`--mode=restore`: repair noisy, incomplete, small or blurred images, and fill tables.
+
+  --task=denoise --sigma=0.25    images with Gaussian noise
+  --task=inpaint --mask=center:4 images with a hole; or random:0.5, hole.png
+  --task=superres --factor=2     images of half the side
+  --task=deblur --blur=1.0       images blurred by a Gaussian
+  --task=impute                  rows with empty cells
+
+The picture's columns: given, mean, three draws, uncertainty (two standard deviations),
+and the truth, if it is given.
+"""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+from jaxtyping import Bool, Float, UInt8
+
+from ddaebm_jax.commands import common
+from ddaebm_jax.config import choices
+from ddaebm_jax.data import images
+from ddaebm_jax.data.image_files import read_mask
+from ddaebm_jax.data.table_files import TableOptions, read_table_file
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import imputation, plots, restoring
+from ddaebm_jax.files import written_atomically
+from ddaebm_jax.paths import user_path
+from ddaebm_jax.reference import read as read_reference
+from ddaebm_jax.restoration import BlockMean, Blur, Identity, Mask, Measurement
+from ddaebm_jax.training.trained_run import TrainedRun, load_run
+
+TASKS = "denoise", "inpaint", "superres", "deblur", "impute"
+# σ of tasks in which it is not given, as a share of the range of pixels.
+_LITTLE_NOISE = 0.02
+# Rows of the picture, and the interval of a cell.
+_SHOWN, _INTERVAL = 8, (5.0, 95.0)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    common.define_trained_run(values)
+    text = "What to repair: folder or NPZ of images; CSV or NPZ of rows."
+    common.define_path(values, "input", text)
+    common.require(values, "input", "images, or a CSV or NPZ of rows")
+    flags.DEFINE_enum("task", None, TASKS, "What is wrong.", flag_values=values)
+    common.require(values, "task", "one of " + ", ".join(TASKS))
+    text = "NPZ (images) or CSV (rows) to write. Default: a new one in --workdir."
+    common.define_path(values, "output", text)
+    text = "Standard deviation of the noise, as a share of the range of pixels. "
+    text += f"Needed to denoise, else {_LITTLE_NOISE}."
+    flags.DEFINE_float("sigma", None, text, flag_values=values)
+    text = "Of inpaint: center:SIDE, random:SHARE, or a PNG whose black is the hole."
+    flags.DEFINE_string("mask", None, text, flag_values=values)
+    text = "Of superres: sides of the model's images are so many times larger."
+    flags.DEFINE_integer("factor", 2, text, 2, None, values)
+    text = "Of deblur: the Gaussian's standard deviation, in pixels."
+    flags.DEFINE_float("blur", 1.0, text, 0.1, 10.0, values)
+    text = "Of images: how draws are made; direct is to denoise only."
+    flags.DEFINE_enum("method", "noise_space", restoring.METHODS, text, values)
+    text = "Draws of each image (rows: of each row)."
+    flags.DEFINE_integer("num_draws", 16, text, 2, None, values)
+    text = "The whole images, in the same order: PSNR is measured, and they are drawn."
+    common.define_path(values, "truth", text)
+    text = "A CSV's header line. Default: as in training."
+    flags.DEFINE_enum("header", None, choices.HEADERS, text, values)
+    common.define_seed(values, "Seed of everything that is drawn.")
+
+
+def run(values: flags.FlagValues) -> None:
+    """Restore, and print the path of what is written."""
+    names = "task sigma mask factor blur method num_draws truth header seed output"
+    settings = {name: values[name].value for name in names.split()}
+    settings["checkpoint"] = values.checkpoint
+    with common.out_of_memory_advice():
+        common.show(str(restore(values.workdir, values.input, **settings)))
+
+
+def restore(
+    workdir: str | Path,
+    input_path: str | Path,
+    task: str,
+    sigma: float | None = None,
+    mask: str | None = None,
+    factor: int = 2,
+    blur: float = 1.0,
+    method: str = "noise_space",
+    num_draws: int = 16,
+    truth: str | Path | None = None,
+    header: str | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+    checkpoint: str = "latest",
+) -> Path:
+    """Restores images or fills the empty cells of rows; the arguments are the flags.
+
+    Returns the path of what is written. Of images that is an NPZ: `x`, the mean of the
+    draws, uint8; `draws` [n, num_draws, …]; `std`, in pixel values 0 … 255; beside it a
+    picture and a folder of the means as PNG. Of rows it is a CSV in the table's own
+    units, with means in its empty cells; beside it `…-intervals.csv`, with a line for
+    each of those cells, and an NPZ with the draws.
+
+    Raises InputError for what cannot be used, before anything is drawn.
+    """
+    is_table = task == "impute"
+    output = common.check_output(output, ".csv" if is_table else ".npz")
+    _check(task, sigma, mask, method)
+    loaded = load_run(workdir, checkpoint=checkpoint)
+    source = loaded.experiment.source
+    if source.holds_images == is_table or (is_table and source.table is None):
+        kind = "rows of a table" if is_table else "images"
+        raise InputError(
+            f"--task={task} is for {kind}, and the run's data.name is "
+            f"'{source.name}'; name another --workdir or --task"
+        )
+    if is_table:
+        return _impute(loaded, input_path, num_draws, header, seed, output)
+    given, known = _measured(loaded, input_path, task, sigma, mask, factor, blur, seed)
+    whole = None
+    if truth is not None:
+        whole, _ = images.read_images(truth, source.event_shape)
+        if len(whole) != len(given):
+            raise InputError(
+                f"--truth={truth} holds {len(whole)} images, and --input {len(given)}; "
+                "give the same images in the same order"
+            )
+    model = loaded.experiment, loaded.variables, known
+    if method == "noise_space":
+        drawn = restoring.noise_space(*model, num_draws, seed, restoring.Search())
+    elif method == "particles":
+        drawn = restoring.particles(*model, num_draws, seed, weighted=False).x
+    else:
+        drawn = restoring.direct(*model, num_draws, seed)
+    return _write_images(loaded, drawn, given, whole, num_draws, output)
+
+
+def _check(task: str, sigma: float | None, mask: str | None, method: str) -> None:
+    """Refuse what can be refused before a run is loaded."""
+    if sigma is not None and not sigma > 0:
+        raise InputError(f"--sigma={sigma}: a positive number is needed, such as 0.1")
+    if task == "denoise" and sigma is None:
+        raise InputError("--task=denoise needs --sigma, for example --sigma=0.25")
+    if (task == "inpaint") != (mask is not None):
+        raise InputError(
+            "--mask and --task=inpaint go together; masks are center:4, random:0.5, "
+            "or a PNG whose black pixels are the hole"
+        )
+    if method == "direct" and task != "denoise":
+        raise InputError(f"--method=direct is for --task=denoise, not {task}")
+
+
+def _measured(
+    loaded: TrainedRun,
+    path: str | Path,
+    task: str,
+    sigma: float | None,
+    mask: str | None,
+    factor: int,
+    blur: float,
+    seed: int,
+) -> tuple[UInt8[np.ndarray, "n h w c"], Measurement]:
+    """Return the images to restore, and what they measure."""
+    shape = loaded.experiment.source.event_shape
+    side, _, channels = shape
+    if task == "superres":
+        if side % factor:
+            raise InputError(
+                f"--factor={factor} does not divide the side of the model's images, "
+                f"{side}; give one of {[f for f in range(2, side + 1) if not side % f]}"
+            )
+        shape = (side // factor, side // factor, channels)
+    given, _ = images.read_images(path, shape)
+    y = np.asarray(images.to_float(given))
+    operator: Any = Identity()
+    if task == "inpaint":
+        known = _mask(mask, len(y), shape, seed)
+        operator, y = Mask(known), np.where(known, y, 0.0).astype(np.float32)
+        given = np.where(known, given, 128).astype(np.uint8)
+    elif task == "superres":
+        operator = BlockMean(factor)
+    elif task == "deblur":
+        operator = Blur(gaussian_kernel(blur, side))
+    # Pixels have a range of 2.
+    std = np.full(len(y), 2.0 * (sigma or _LITTLE_NOISE), np.float32)
+    return given, Measurement(operator, y, std)
+
+
+def gaussian_kernel(std: float, side: int) -> Float[np.ndarray, "rows columns"]:
+    """Returns a Gaussian of this standard deviation, cut at 3σ or the image's side."""
+    reach = min(int(np.ceil(3 * std)), side - 1)
+    line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / std) ** 2)
+    kernel = np.outer(line, line)
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def _mask(
+    text: str, num: int, shape: tuple[int, ...], seed: int
+) -> Bool[np.ndarray, "n h w c"]:
+    """Returns which pixels are known."""
+    side, _, channels = shape
+    kind, _, number = text.partition(":")
+    known = np.ones((num, side, side, 1), bool)
+    try:
+        if kind == "center":
+            start = (side - int(number)) // 2
+            if not 0 < int(number) < side:
+                raise ValueError
+            known[:, start : start + int(number), start : start + int(number)] = False
+        elif kind == "random":
+            if not 0 < float(number) < 1:
+                raise ValueError
+            drawn = np.random.default_rng(seed).random(known.shape)
+            known = drawn >= float(number)
+        else:
+            known[:] = read_mask(text, side)[None, :, :, None]
+    except ValueError as error:
+        raise InputError(
+            f"--mask={text}: a side from 1 to {side - 1} (center:4) or a share between "
+            "0 and 1 (random:0.5) is needed"
+        ) from error
+    return np.repeat(known, channels, axis=3)
+
+
+def _write_images(
+    loaded: TrainedRun,
+    drawn: Float[np.ndarray, "n draws h w c"],
+    given: UInt8[np.ndarray, "n h w c"],
+    whole: UInt8[np.ndarray, "n h w c"] | None,
+    num_draws: int,
+    output: Path | None,
+) -> Path:
+    drawn = (np.clip(drawn, -1.0, 1.0) + 1.0) * 127.5
+    mean, std = drawn.mean(axis=1), drawn.std(axis=1)
+    # The last ones: chains are longest there.
+    draws = np.round(drawn[:, -num_draws:]).astype(np.uint8)
+    restored = np.round(mean).astype(np.uint8)
+    path = output or common.claimed(loaded.workdir / "restored.npz", ".png", "")
+    with written_atomically(path) as file:
+        np.savez(file, x=restored, draws=draws, std=std.astype(np.float32))
+    times = restored.shape[1] // given.shape[1]
+    enlarged = given.repeat(times, axis=1).repeat(times, axis=2)
+    uncertain = np.clip(np.round(2.0 * std), 0, 255).astype(np.uint8)
+    columns = [enlarged, restored, *draws[:, :3].swapaxes(0, 1), uncertain]
+    if whole is not None:
+        columns.append(whole)
+        squares = ((mean - whole) ** 2).reshape(len(mean), -1).mean(axis=1)
+        psnr = 10.0 * np.log10(255.0**2 / np.maximum(squares, 1e-9))
+        common.show(f"PSNR of the mean: {psnr.mean():.2f} dB ({len(psnr)} images)")
+    picture = common.claimed(path.with_suffix(".png"))
+    grid = np.stack([column[:_SHOWN] for column in columns], axis=1)
+    plots.plot_images(picture, grid.reshape(-1, *restored.shape[1:]), len(columns))
+    folder = common.claimed(path.with_suffix(""), folder=True)
+    plots.save_images(folder, restored)
+    logging.info("wrote %s, %s and %s", path, picture, folder)
+    return path
+
+
+# Tables.
+
+
+def _impute(
+    loaded: TrainedRun,
+    input_path: str | Path,
+    num_draws: int,
+    header: str | None,
+    seed: int,
+    output: Path | None,
+) -> Path:
+    table, data = loaded.experiment.source.table, loaded.experiment.config.data
+    standardizer = table.standardizer
+    if (
+        standardizer.whitening is not None
+        or read_reference(loaded.variables.energy) is None
+    ):
+        raise InputError(
+            "--task=impute needs a run with model.reference and without data.whiten, "
+            "such as those of configs/table.py; train one"
+        )
+    options = TableOptions(
+        header or data.header,
+        "--header",
+        data.label_column,
+        tuple(data.drop_columns),
+        columns=table.columns,
+        may_miss=True,
+    )
+    rows = read_table_file(user_path(input_path, "--input"), options).rows
+    known = ~np.isnan(rows)
+    if not known.any(axis=1).all() or known.all():
+        i = int(np.argmin(known.any(axis=1)))
+        found = "no cell is empty" if known.all() else f"row {i} (from 0) has no number"
+        raise InputError(f"--input={input_path}: {found}; there is nothing to go by")
+    whole = standardizer.transform(np.where(known, rows, standardizer.mean), "--input")
+    model = loaded.experiment, loaded.variables
+    drawn = imputation.draw_cells(*model, whole, known, num_draws, seed)
+    drawn = standardizer.inverse(drawn.reshape(-1, rows.shape[1])).reshape(drawn.shape)
+    filled = np.where(known, rows, drawn.mean(axis=1))
+    path = output or common.claimed(loaded.workdir / "filled.csv", ".npz")
+    _write_csv(path, table.columns, filled)
+    intervals = common.claimed(path.with_name(f"{path.stem}-intervals.csv"))
+    low, high = np.percentile(drawn, _INTERVAL, axis=1)
+    lines = [
+        [
+            i,
+            table.columns[j],
+            *(_text(v[i, j]) for v in (filled, drawn.std(1), low, high)),
+        ]
+        for i, j in np.argwhere(~known)
+    ]
+    _write_csv(intervals, ("row", "column", "mean", "std", "5%", "95%"), lines)
+    with written_atomically(common.claimed(path.with_suffix(".npz"))) as file:
+        np.savez(file, draws=drawn, known=known, columns=np.array(table.columns))
+    logging.info("filled %d cells of %d rows", int((~known).sum()), len(rows))
+    return path
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float | np.floating):
+        return np.format_float_positional(value, trim="-")
+    return str(value)
+
+
+def _write_csv(path: Path, columns: Any, rows: Any) -> None:
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(columns)
+    lines.writerows([_text(value) for value in row] for row in rows)
+    with written_atomically(path) as file:
+        file.write(text.getvalue().encode())
