@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from ddaebm_jax.data.decoding import Crop, Remark, decode_file, silent
 from ddaebm_jax.data.records import (
