@@ -197,7 +197,7 @@ def _labels(
 
 
 def _read_csv(path: Path, options: TableOptions) -> TableFile:
-    cells, lines = _cells(path)
+    cells, lines = _cells(path, options.may_miss)
     names = tuple(cell.strip() for cell in cells[0]) if len(cells) else ()
     has_header = bool(names) and _has_header(path, names, cells[1:], options)
     if has_header:
@@ -226,8 +226,11 @@ def _read_csv(path: Path, options: TableOptions) -> TableFile:
     return TableFile(columns, rows, labels, row_name, ids)
 
 
-def _cells(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a CSV's cells as text, without what is blank, and each row's line."""
+def _cells(path: Path, may_miss: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a CSV's cells as text, and each row's line, without blank columns.
+
+    And without blank lines, unless cells may be missing: such a line may be a row.
+    """
     import pandas as pd
 
     try:
@@ -255,7 +258,8 @@ def _cells(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     filled = np.fromiter((bool(cell.strip()) for cell in cells.flat), bool)
     filled = filled.reshape(cells.shape)
-    lines, blank = np.flatnonzero(filled.any(axis=1)), ~filled.any(axis=0)
+    lines = np.flatnonzero(filled.any(axis=1) | may_miss)
+    blank = ~filled.any(axis=0)
     if len(lines) and blank.any():
         places = listed(np.flatnonzero(blank) + 1)
         logging.info("%s: columns left out, as they are blank: %s", path, places)

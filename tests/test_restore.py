@@ -1,0 +1,175 @@
+"""`--mode=restore` from end to end; the mathematics is in test_restoration."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import TINY_UNET, assert_error, flags_of, run, succeed, tiny
+from PIL import Image
+
+# --- Tables -----------------------------------------------------------------------
+
+COLUMNS = "height", "weight", "age"
+
+
+@pytest.fixture(scope="module")
+def table_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on rows whose columns follow each other, in units of their own."""
+    folder = tmp_path_factory.mktemp("table")
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=200)
+    rows = np.stack([first, 2.0 * first, -first], axis=1)
+    rows = 100.0 + 10.0 * (rows + 0.1 * rng.normal(size=rows.shape))
+    lines = [COLUMNS, *rows.tolist()]
+    text = "\n".join(",".join(map(str, line)) for line in lines)
+    (folder / "rows.csv").write_text(text + "\n")
+    fields = {
+        "data.path": folder / "rows.csv",
+        "model.reference": 2,
+        "diffusion.time_eps": None,
+        "diffusion.keep_scale": True,
+        "game.noise_at_data": True,
+        "game.num_negatives": 2,
+        "game.defensive": 0.5,
+        "train.num_steps": 4,
+    }
+    flags = tiny(
+        "configs/table.py", **{k.replace(".", "__"): v for k, v in fields.items()}
+    )
+    succeed(*flags, f"--workdir={folder / 'run'}")
+    return folder / "run"
+
+
+def read(path: Path) -> list[list[str]]:
+    with path.open() as file:
+        return list(csv.reader(file))
+
+
+def test_empty_cells_are_filled_in_the_tables_units(table_run: Path, tmp_path: Path):
+    lines = ["age,height,weight", "95,105,", "105,,90", "nan,107.25,114", "100,100,100"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    flags = (
+        f"--workdir={table_run}",
+        f"--input={tmp_path / 'rows.csv'}",
+        "--task=impute",
+    )
+    result = succeed("--mode=restore", *flags, f"--output={tmp_path / 'out.csv'}")
+    assert result.out.strip() == str(tmp_path / "out.csv")
+    header, *rows = read(tmp_path / "out.csv")
+    assert tuple(header) == COLUMNS
+    assert rows[3] == ["100", "100", "100"] and rows[2][0] == "107.25"
+    filled = np.array(rows, float)
+    expected = [[105, 110, 95], [95, 90, 105], [107.25, 114, 92.75], [100] * 3]
+    np.testing.assert_allclose(filled, expected, atol=4.0)
+    header, *cells = read(tmp_path / "out-intervals.csv")
+    assert header == ["row", "column", "mean", "std", "5%", "95%"]
+    assert [cell[:2] for cell in cells] == [
+        ["0", "weight"],
+        ["1", "height"],
+        ["2", "age"],
+    ]
+    for _, _, mean, std, low, high in cells:
+        assert float(low) < float(mean) < float(high) and 0 < float(std) < 8
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["draws"].shape == (4, 16, 3)
+        np.testing.assert_allclose(file["draws"].mean(axis=1), filled, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("height,weight,age\n1,2,3\n", "no cell is empty"),
+        ("height,weight,age\n1,,3\n,,\n", "row 1 (from 0) has no number"),
+        ("height,weight,age\n1,tall,3\n", "tall"),
+        ("height,weight\n1,\n", "no column 'age'"),
+    ],
+)
+def test_rows_that_cannot_be_filled(text, words, table_run: Path, tmp_path: Path):
+    (tmp_path / "rows.csv").write_text(text)
+    output = tmp_path / "out.csv"
+    flags = (
+        f"--workdir={table_run}",
+        f"--input={tmp_path / 'rows.csv'}",
+        "--task=impute",
+    )
+    assert_error(run("--mode=restore", *flags, f"--output={output}"), words)
+    assert not output.exists()
+
+
+# --- Images -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    fields = TINY_UNET | {
+        "data.batch_size": 8,
+        "train.num_steps": 2,
+        "train.picture_every": 0,
+        "train.tensorboard": False,
+        "parallel.num_devices": 1,
+        "evaluation.num_samples": 32,
+        "evaluation.batch_size": 32,
+    }
+    succeed("--config=configs/digits.py", *flags_of(fields), f"--workdir={workdir}")
+    return workdir
+
+
+def pixels(path: Path, side: int = 8, num: int = 3) -> Path:
+    drawn = np.random.default_rng(0).integers(0, 256, (num, side, side, 1), np.uint8)
+    np.savez(path, x=drawn)
+    return path
+
+
+TASKS = {
+    "noise": ("--task=denoise", "--sigma=0.1", "--method=direct"),
+    "hole": ("--task=inpaint", "--mask=center:4"),
+    "small": ("--task=superres", "--method=particles"),
+    "blur": ("--task=deblur", "--blur=0.5", "--method=particles"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
+    side = 4 if name == "small" else 8
+    given = pixels(tmp_path / "given.npz", side)
+    truth, output = pixels(tmp_path / "truth.npz"), tmp_path / "out.npz"
+    flags = f"--workdir={digits_run}", f"--input={given}", f"--truth={truth}"
+    flags += ("--num_draws=4", f"--output={output}")
+    result = succeed("--mode=restore", *flags, *TASKS[name])
+    assert "PSNR of the mean" in result.out
+    with np.load(output) as file:
+        assert file["x"].shape == file["std"].shape == (3, 8, 8, 1)
+        assert file["draws"].shape == (3, 4, 8, 8, 1)
+        assert file["x"].dtype == file["draws"].dtype == np.uint8
+        assert file["std"].mean() > 1.0
+        if name == "hole":
+            known = np.ones((8, 8), bool)
+            known[2:6, 2:6] = False
+            spread = file["std"][..., 0].mean(axis=0)
+            assert spread[known].mean() < spread[~known].mean()
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.width > 2 * image.height  # Seven columns of three images.
+
+
+def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Path):
+    given = pixels(tmp_path / "given.npz")
+    Image.new("L", (9, 8)).save(tmp_path / "hole.png")
+    for words, *flags in [
+        ("--sigma=-1.0: a positive number", "--task=denoise", "--sigma=-1"),
+        ("needs --sigma", "--task=denoise"),
+        ("--mask and --task=inpaint go together", "--task=inpaint"),
+        ("is for --task=denoise", "--task=superres", "--method=direct"),
+        ("does not divide", "--task=superres", "--factor=3"),
+        ("--mask=center:9", "--task=inpaint", "--mask=center:9"),
+        ("has 8×9 pixels", "--task=inpaint", f"--mask={tmp_path / 'hole.png'}"),
+        ("is for rows of a table", "--task=impute"),
+    ]:
+        flags += [f"--workdir={digits_run}", f"--input={given}"]
+        assert_error(run("--mode=restore", *flags), words)
+    flags = f"--workdir={table_run}", f"--input={given}"
+    result = run("--mode=restore", *flags, "--task=denoise", "--sigma=0.1")
+    assert_error(result, "is for images")
+    assert not list(digits_run.glob("restored*"))
