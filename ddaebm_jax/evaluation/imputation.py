@@ -3,7 +3,8 @@
 The reference density (see `reference`) has exact conditionals. Candidates come from
 them and are weighted by exp of what the network adds to log p_ref, a few nats at most,
 so that many of them count: importance sampling of exp f(·, 0) given the known cells.
-Cells are drawn without the noise of level 0, which known ones are taken to carry.
+Known cells are taken to carry the noise of level 0. So are draws around training rows,
+whose kernel it is; those of the Gaussians come without it.
 """
 
 from collections.abc import Iterator
@@ -115,7 +116,8 @@ def _candidates(
         moved = np.einsum("nij,nj->ni", spread[k], eps)
         drawn[np.ix_(of_gaussian, hidden)] = centres[k] + moved
         near = chosen[~of_gaussian] - len(means)
-        drawn[np.ix_(~of_gaussian, hidden)] = points[near][:, hidden]
+        eps = rng.standard_normal((len(near), int(hidden.sum())))
+        drawn[np.ix_(~of_gaussian, hidden)] = points[near][:, hidden] + noise * eps
         yield drawn
 
 
