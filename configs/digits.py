@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.diffusion.min_posterior_var = 1e-4
     config.model.name = "ncsnpp"
     config.model.nz = 16
+    config.model.reference = 32
     config.model.unet.nf = 16
     config.model.unet.ch_mult = (1, 2)
     config.model.unet.num_res_blocks = 1

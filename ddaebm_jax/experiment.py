@@ -11,13 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jaxtyping import Array
 
 from ddaebm_jax import diffusion, models, reference, sharding
 from ddaebm_jax import game as game_lib
-from ddaebm_jax.data import Source, open_source, reference_fit
+from ddaebm_jax.data import Source, images, open_source, reference_fit
 from ddaebm_jax.data.batches import Batches
+from ddaebm_jax.data.records import Subset
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.game import Game, Optimizers, TrainState
 from ddaebm_jax.proposal import Proposal
@@ -94,7 +96,7 @@ def build_networks(
     """Returns the networks, the energy with its reference if it has one."""
     networks = models.build(config.model, event_shape, axis_name)
     if num := config.model.reference:
-        limit = config.model.residual
+        limit = config.model.residual if len(event_shape) == 1 else None
         networks = reference.with_reference(networks, schedule, num, limit)
     return networks
 
@@ -154,16 +156,26 @@ def run_keys(seed: int) -> Keys:
 
 
 def init_state(experiment: Experiment) -> TrainState:
-    """Returns the state before the first step, a function of the seed and the rows."""
+    """Returns the state before the first step, a function of the seed and the data."""
     state = _blank_state(experiment)
     if num := experiment.config.model.reference:
-        rows, schedule = experiment.source.table.train, experiment.schedule
-        fitted = reference_fit.fit(rows, schedule, num)
+        data = _training_data(experiment.source)
+        fitted = reference_fit.fit(data, experiment.schedule, num)
         state = state.replace(
             variables=reference.with_fitted(state.variables, fitted),
             ema=reference.with_fitted(state.ema, fitted),
         )
     return state
+
+
+def _training_data(source: Source) -> np.ndarray:
+    """Returns a table's training rows, or training images, at most 5,000 of them."""
+    if source.table is not None:
+        return source.table.train
+    train = source.image_set.train
+    chosen = np.random.default_rng(0).permutation(len(train))[: reference_fit.MAX_ROWS]
+    found = images.stack(Subset(train, np.sort(chosen)), timeout=source.timeout)
+    return np.asarray(images.to_float(found))
 
 
 def _blank_state(experiment: Experiment) -> TrainState:

@@ -162,12 +162,16 @@ def _defensive_part(
         drawn = m + diffusion.per_example(jnp.sqrt(v), many_next) * noise.eps
         return drawn, lambda x: objective.gaussian_log_prob(x, m, jnp.log(v))
     marginal = reference.at_level(known, schedule, t + 1)
-    log_marginal = jnp.repeat(reference.log_density(marginal, x_next), num)
+    flat_next = x_next.reshape(len(x_next), -1)
+    log_marginal = jnp.repeat(reference.log_density(marginal, flat_next), num)
 
     def log_density(x: Array) -> Array:
         # By Bayes' rule: the energies need the first term, too.
-        at_t = reference.log_density(reference.at_level(known, schedule, times), x)
+        at_t = reference.at_level(known, schedule, times)
+        at_t = reference.log_density(at_t, x.reshape(len(x), -1))
         return at_t + diffusion.log_q(schedule, many_next, x, times) - log_marginal
 
-    given = reference.given_next(known, schedule, x_next, t)
-    return reference.draw(given, noise.uniform, noise.eps), log_density
+    given = reference.given_next(known, schedule, flat_next, t)
+    eps = noise.eps.reshape(len(noise.eps), -1)
+    drawn = reference.draw(given, noise.uniform, eps)
+    return drawn.reshape(noise.eps.shape), log_density

@@ -1,16 +1,19 @@
-"""A reference density of tables, known at every level and under every condition.
+"""A reference density of the data, known at every level and under every condition.
 
 With it f(x, t) = c·tanh(network(x, t)/c) + log p_ref(x_t), so that the network learns
 what the reference misses, at most c nats of it (residual energies, Deng et al. 2020,
-arXiv 2004.11714): where no data are, the energy falls off as the reference does.
+arXiv 2004.11714): where no data are, the energy falls off as the reference does. An
+image's network, −½‖x − U(x, t)‖², is not bounded: it only lowers the energy.
 
-p_ref is one half a mixture of Gaussians and one half a window estimate (Parzen 1962), a
-narrow Gaussian around each of the training rows; p_ref(·, t) is its density after
+p_ref of tables is one half a mixture of Gaussians and one half a window estimate
+(Parzen 1962), a narrow Gaussian around each of the training rows; that of images is the
+mixture alone, as windows would reward copies. p_ref(·, t) is its density after
 diffusion, that of x_t = A_t x_0 + S_t ε. Both halves stay mixtures of Gaussians, and so
 does p_ref(x_t | x_{t+1}), which is the defensive part of the proposal. The reference
 travels with the energy's variables, and is not trained; `data.reference_fit` fits it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +75,8 @@ class Reference(NamedTuple):
     """p_ref(x_0) before the noise of level 0; its arrays are among the variables.
 
     Attributes:
-      gaussians: one half of the density.
-      points: training rows, of the other half.
+      gaussians: one half of the density; of images, all of it.
+      points: training rows, of the other half; of images, one without weight.
       log_weights: of the points.
     """
 
@@ -83,30 +86,31 @@ class Reference(NamedTuple):
 
 
 def with_reference(
-    networks: Networks, schedule: Schedule, num: int, limit: float
+    networks: Networks, schedule: Schedule, num: int, limit: float | None
 ) -> Networks:
     """Returns networks whose energy has a reference of at most `num` Gaussians.
 
-    Initial variables hold one without weight; `with_fitted` fills in that of a table.
+    Initial variables hold one without weight; `with_fitted` fills in that of the data.
 
     Args:
-      networks: of points.
+      networks: of points or images.
       schedule: the diffusion.
       num: most Gaussians of the mixture.
-      limit: c, nats.
+      limit: c, nats; None: what the network adds is not bounded.
     """
-    (dim,) = networks.event_shape
+    shape = networks.event_shape
 
     def init(key: Array) -> Any:
-        return with_fitted(networks.init(key), empty(num, dim))
+        return with_fitted(networks.init(key), empty(num, shape))
 
     def residual(variables, x, t, rngs=None):
         learnt = networks.energy({"params": variables["params"]}, x, t, rngs)
-        return limit * jnp.tanh(learnt / limit)
+        return learnt if limit is None else limit * jnp.tanh(learnt / limit)
 
     def energy(variables, x, t, rngs=None):
         density = at_level(read(variables), schedule, t)
-        return residual(variables, x, t, rngs) + log_density(density, x)
+        known = log_density(density, x.reshape(len(x), -1))
+        return residual(variables, x, t, rngs) + known
 
     return networks._replace(init=init, energy=energy, residual=residual)
 
@@ -129,14 +133,15 @@ def read(energy_variables: Any) -> Reference | None:
     return Reference(gaussians, **held)
 
 
-def empty(num: int, dim: int) -> Reference:
+def empty(num: int, event_shape: tuple[int, ...]) -> Reference:
     """Returns a reference whose `num` Gaussians and points have no weight."""
+    dim, num_points = math.prod(event_shape), NUM_POINTS if len(event_shape) == 1 else 1
     zeros, absent = np.zeros((num, dim), np.float32), np.float32(_ABSENT)
     axes = np.zeros((num, dim, dim), np.float32) if dim <= MAX_ROTATED else None
     return Reference(
         Gaussians(np.full(num, absent), zeros, np.ones_like(zeros), axes),
-        np.zeros((NUM_POINTS, dim), np.float32),
-        np.full(NUM_POINTS, absent),
+        np.zeros((num_points, dim), np.float32),
+        np.full(num_points, absent),
     )
 
 

@@ -39,6 +39,7 @@ TINY = {
     "evaluation.num_runs": 2,
 }
 TINY_UNET = {
+    "model.reference": 0,
     "model.nz": 4,
     "model.unet.nf": 8,
     "model.unet.ch_mult": (1,),

@@ -33,6 +33,7 @@ def digits(**fields: Any) -> ml_collections.ConfigDict:
     """Returns the config of digits that lie on the device, in batches of 16."""
     config = load_recipe(ROOT / "configs" / "digits.py")
     tiny = TINY_UNET | _OPTIMIZER | {"data.batch_size": 16, "data.on_device": True}
+    tiny["model.reference"] = 2
     config.update_from_flattened_dict(tiny | dotted(fields))
     return config
 

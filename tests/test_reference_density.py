@@ -243,3 +243,48 @@ def test_training_leaves_the_reference_and_penalises_what_is_learnt(tmp_path):
     # The network has hardly learnt anything: its own gradients are small, while those
     # of the reference are not.
     assert 0.0 < float(metrics["energy/gradient_penalty"]) < 0.5
+
+
+def test_images_have_a_mixture_under_an_unbounded_network(tmp_path):
+    """And the defensive part of their proposal draws from it."""
+    rng = np.random.default_rng(0)
+    shape, num = (2, 2, 1), 200
+    data = (0.3 * rng.standard_normal((num, *shape)) + 0.2).astype(np.float32)
+    found = reference_fit.fit(data, SCHEDULE, NUM)
+    flat = reference_fit.fit(data.reshape(num, -1), SCHEDULE, NUM)
+    assert (found.log_weights < -1e20).all()
+    weights = np.exp(found.gaussians.log_weights), np.exp(flat.gaussians.log_weights)
+    np.testing.assert_allclose(weights[0], 2.0 * weights[1], rtol=1e-5)
+    np.testing.assert_array_equal(found.gaussians.means, flat.gaussians.means)
+
+    plain = smooth_networks(dim=4)
+    plain = plain._replace(
+        event_shape=shape,
+        energy=lambda v, x, *rest: (
+            50.0 * smooth_networks(dim=4).energy(v, x.reshape(len(x), -1), *rest)
+        ),
+        generator=lambda v, x, t, z: x,
+    )
+    networks = reference.with_reference(plain, SCHEDULE, NUM, limit=None)
+    variables = reference.with_fitted(networks.init(jax.random.key(0)), found)
+    x, t = jnp.asarray(data[:5]), jnp.zeros(5, jnp.int32)
+    learnt = plain.energy({"params": variables.energy["params"]}, x, t)
+    at_0 = reference.at_level(found, SCHEDULE, t)
+    expected = learnt + reference.log_density(at_0, x.reshape(5, -1))
+    np.testing.assert_allclose(networks.energy(variables.energy, x, t), expected, 1e-5)
+
+    many = 4_000
+    noise = ProposalNoise(
+        is_defensive=jnp.ones(many, bool),
+        z=jnp.zeros((many, plain.nz)),
+        eps=jax.random.normal(jax.random.key(1), (many, *shape)),
+        uniform=jax.random.uniform(jax.random.key(2), (many,)),
+    )
+    settings = Proposal(floor=1e-3, defensive=0.5, encoder=False)
+    x_next = jnp.full((1, *shape), 0.1)
+    drawn = draw(settings, SCHEDULE, networks, variables, x_next, t[:1] + 3, noise)
+    assert drawn.x.shape == (many, *shape)
+    given = reference.given_next(found, SCHEDULE, x_next.reshape(1, 4), t[:1] + 3)
+    shares = np.exp(given.gaussians.log_weights[0])
+    mean = shares @ np.asarray(given.gaussians.means[0])
+    np.testing.assert_allclose(drawn.x.mean(axis=0).ravel(), mean, atol=0.06)

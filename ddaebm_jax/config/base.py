@@ -77,8 +77,8 @@ def base() -> "ConfigDict":
     model.nz = 2  # Width of the latent z.
     # κ ≥ 0: f(x, t) = network − ½κ‖x‖², of `mlp`: a density that decays everywhere.
     model.confinement = 0.0
-    # Of tables: most Gaussians of the reference density, fitted to the training rows,
-    # to which the network adds at most ± `residual` nats (see reference.py); 0: none.
+    # Of tables and images: most Gaussians of the reference density, fitted to the
+    # training data; 0: none. Of tables, the network adds at most ± `residual` nats.
     model.reference = 0
     model.residual = 4.0
     # Of `ncsnpp`; `bfloat16` leaves parameters, norms, softmax, the energy's sum alone.

@@ -25,9 +25,9 @@ READ_WHEN = {
     "data.name digits mnist5k": "data.held_out_classes",
     f"data.name {' '.join(choices.IMAGES)}": "data.flip data.on_device data.channels "
     "data.image_size data.num_threads data.num_workers data.prefetch data.timeout",
-    f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction",
-    f"data.name {' '.join(choices.TABLES)}": "data.whiten model.reference "
-    "model.residual",
+    f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction "
+    "model.reference",
+    f"data.name {' '.join(choices.TABLES)}": "data.whiten model.residual",
     "diffusion.time uniform": "diffusion.time_eps",
     "model.name mlp": "model.mlp model.confinement evaluation.num_projections",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "

@@ -1,4 +1,4 @@
-"""The fit of a table's reference density, and of the noise at level 0, to its rows."""
+"""The fit of a reference density, and of a table's noise at level 0, to the data."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,26 +13,28 @@ from ddaebm_jax.diffusion import Schedule
 
 # Most rows that are looked at; least rows for each Gaussian, the share of rows by whose
 # likelihood their number is chosen, and what is added to variances.
-_MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
+MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
 # Noise of level 0, in units of Scott's bandwidth.
 _BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
 
 
 def fit(
-    rows: Float[np.ndarray, "n d"], schedule: Schedule, num: int
+    data: Float[np.ndarray, "n *shape"], schedule: Schedule, num: int
 ) -> reference_lib.Reference:
-    """Returns the reference of a table's rows, a pure function of them.
+    """Returns the reference of a table's rows, or of images, a pure function of them.
 
     How many Gaussians there are, a power of 2, and whether their covariances are full
     or diagonal, is chosen by the likelihood, with the noise of level 0, of a fifth of
-    the rows that they are not fitted to. The window is over at most 1,000 rows.
+    the data that they are not fitted to. A table's window is over at most 1,000 rows.
 
     Args:
-      rows: standardised training rows; at most 5,000, drawn at random, are used.
+      data: standardised training rows, or training images in [−1, 1]; at most 5,000,
+        drawn at random, are used.
       schedule: the diffusion, for the noise of level 0.
       num: most Gaussians.
     """
-    rows, rng = _some(rows), np.random.default_rng(0)
+    shape = data.shape[1:]
+    rows, rng = _some(data.reshape(len(data), -1)), np.random.default_rng(0)
     cut = round(len(rows) * _HELD_OUT)
     a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
     noise = rng.standard_normal((cut, rows.shape[1]))
@@ -49,7 +51,9 @@ def fit(
     choices = list(_choices(len(rows) - cut, rows.shape[1], num))
     best = max(choices, key=lambda choice: likelihood(*choice)) if cut else choices[0]
     gaussians = _fitted(rows, *best, num)
-    reference = reference_lib.empty(num, rows.shape[1])
+    reference = reference_lib.empty(num, shape)
+    if len(shape) > 1:
+        return reference._replace(gaussians=gaussians)
     kept = rows[: reference_lib.NUM_POINTS]
     reference.points[: len(kept)] = kept
     reference.log_weights[: len(kept)] = -np.log(2 * len(kept))
@@ -60,7 +64,7 @@ def fit(
 
 def _some(rows: np.ndarray) -> np.ndarray:
     """Returns rows in random order, at most 5,000, in double precision."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:_MAX_ROWS]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:MAX_ROWS]
     return np.asarray(rows[chosen], np.float64)
 
 
@@ -89,7 +93,7 @@ def _fitted(rows: np.ndarray, kind: str, k: int, num: int) -> reference_lib.Gaus
         found = GaussianMixture(
             k, covariance_type=kind, reg_covar=_LEAST_VARIANCE, random_state=0
         ).fit(rows)
-    gaussians = reference_lib.empty(num, rows.shape[1]).gaussians
+    gaussians = reference_lib.empty(num, rows.shape[1:]).gaussians
     gaussians.log_weights[:k] = np.log(found.weights_)
     gaussians.means[:k] = found.means_
     if kind == "full":
