@@ -1,13 +1,11 @@
 """Train a DDAEBM, or use a trained one. Each mode has flags of its own.
 
-python launch/main.py --config=configs/gaussians25.py
 python launch/main.py --config=configs/gaussians25.py --config.game.gamma=0.01
 python launch/main.py --mode=sample --workdir=runs/gaussians25/... --num_samples=1000
 python launch/main.py --mode=score --workdir=... --input=rows.csv
 python launch/main.py --mode=restore --workdir=... --task=impute --input=rows.csv
 python launch/main.py --mode=evaluate --workdir=... --checkpoint=best
 python launch/main.py --mode=ood --workdir=... --in=test --out=svhn_cropped,cifar100
-python launch/main.py --mode=inspect --workdir=...
 
 --help lists the modes and their flags, --mode=sample --help explains those of sampling.
 """
