@@ -1,4 +1,4 @@
-"""`--mode=restore`: repair noisy, incomplete, small or blurred images, and fill tables.
+"""`--mode=restore`: repair noisy, incomplete or small images, and fill tables.
 
   --task=denoise --sigma=0.25    images with Gaussian noise
   --task=inpaint --mask=center:4 images with a hole; or random:0.5, hole.png
@@ -49,20 +49,20 @@ def define_flags(values: flags.FlagValues) -> None:
     common.require(values, "task", "one of " + ", ".join(TASKS))
     text = "NPZ (images) or CSV (rows) to write. Default: a new one in --workdir."
     common.define_path(values, "output", text)
-    text = "Standard deviation of the noise, as a share of the range of pixels. "
-    text += f"Needed to denoise, else {_LITTLE_NOISE}."
+    text = "Noise: its standard deviation as a share of the range of pixels. "
+    text += f"Needed to denoise; otherwise {_LITTLE_NOISE}."
     flags.DEFINE_float("sigma", None, text, flag_values=values)
-    text = "Of inpaint: center:SIDE, random:SHARE, or a PNG whose black is the hole."
+    text = "Hole to inpaint: center:SIDE, random:SHARE, or a PNG, black in the hole."
     flags.DEFINE_string("mask", None, text, flag_values=values)
-    text = "Of superres: sides of the model's images are so many times larger."
+    text = "Enlargement of superres: how much larger the model's sides are."
     flags.DEFINE_integer("factor", 2, text, 2, None, values)
-    text = "Of deblur: the Gaussian's standard deviation, in pixels."
+    text = "Blur to undo: a Gaussian's standard deviation, pixels."
     flags.DEFINE_float("blur", 1.0, text, 0.1, 10.0, values)
-    text = "Of images: how draws are made; direct is to denoise only."
+    text = "How draws of images are made; direct is to denoise only."
     flags.DEFINE_enum("method", "noise_space", restoring.METHODS, text, values)
-    text = "Draws of each image (rows: of each row)."
+    text = "Draws of each image or row."
     flags.DEFINE_integer("num_draws", 16, text, 2, None, values)
-    text = "The whole images, in the same order: PSNR is measured, and they are drawn."
+    text = "The true images, in the same order: they are drawn, and PSNR measured."
     common.define_path(values, "truth", text)
     text = "A CSV's header line. Default: as in training."
     flags.DEFINE_enum("header", None, choices.HEADERS, text, values)
