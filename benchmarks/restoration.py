@@ -21,7 +21,9 @@ A line of figures is appended to --results as it is done; the same command goes 
 it was stopped.
 """
 
+import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +48,9 @@ _RECIPE = Path(__file__).resolve().parent.parent / "configs" / "table.py"
 _CONFIG = config_flags.DEFINE_config_file("config", str(_RECIPE), "Of the tables.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "A run of images.")
 _NUM = flags.DEFINE_integer("num_images", 60, "Held-out images.", lower_bound=2)
-_METHODS = flags.DEFINE_list("methods", list(restoring.METHODS), "Ours, of images.")
+_METHODS = flags.DEFINE_multi_enum(
+    "method", list(restoring.METHODS), restoring.METHODS, "Ours, of images."
+)
 _CHAINS = flags.DEFINE_integer("num_chains", 16, "Of the noise space.", lower_bound=2)
 _SETS = flags.DEFINE_list("sets", [], "Tables.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the tables.")
@@ -62,11 +66,15 @@ def main(argv: list[str]) -> None:
     del argv
     path = Path(_RESULTS.value)
     lines = path.read_text().splitlines() if path.exists() else []
+    of = f"{_WORKDIR.value} {_NUM.value} {_CHAINS.value} {_CONFIG.value.to_json()}"
+    of = hashlib.sha256(of.encode()).hexdigest()[:16]
     found = {(r["what"], r["method"]): r for r in map(json.loads, lines)}
+    if any(record["of"] != of for record in found.values()):
+        sys.exit(f"error: {path} holds figures of other flags; name another --results")
 
     def measured(what: str, method: str, measure: Callable[[], dict]) -> None:
         if (what, method) not in found:
-            record = {"what": what, "method": method} | measure()
+            record = {"what": what, "method": method, "of": of} | measure()
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             found[what, method] = record

@@ -408,7 +408,7 @@ def twisted_move(
         x0 = networks.generator(variables.generator, x_next, t, latent)
         mean = diffusion.posterior_mean(schedule, x0, x_next, t)
         log_var = schedule.posterior_log_var[t]
-        x = mean + diffusion.per_example(jnp.exp(0.5 * log_var), x0) * noise.eps
+        x = diffusion.sample_posterior(schedule, x0, x_next, t, noise.eps)
         log_weight = -objective.gaussian_log_prob(x, mean, log_var)
         x = x + shift
         log_weight = log_weight + objective.gaussian_log_prob(x, mean, log_var)

@@ -138,7 +138,7 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
     flags = f"--workdir={digits_run}", f"--input={given}", f"--truth={truth}"
     flags += ("--num_draws=4", f"--output={output}")
     result = succeed("--mode=restore", *flags, *TASKS[name])
-    assert "PSNR of the mean" in result.out
+    assert result.out.strip() == str(output) and "PSNR of the mean" in result.err
     with np.load(output) as file:
         assert file["x"].shape == file["std"].shape == (3, 8, 8, 1)
         assert file["draws"].shape == (3, 4, 8, 8, 1)
@@ -160,7 +160,9 @@ def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Pa
     for words, *flags in [
         ("--sigma=-1.0: a positive number", "--task=denoise", "--sigma=-1"),
         ("needs --sigma", "--task=denoise"),
-        ("--mask and --task=inpaint go together", "--task=inpaint"),
+        ("--task=inpaint needs --mask", "--task=inpaint"),
+        ("--factor is for --task=superres", "--task=deblur", "--factor=2"),
+        ("--truth is for --task=denoise or", "--task=impute", f"--truth={given}"),
         ("is for --task=denoise", "--task=superres", "--method=direct"),
         ("does not divide", "--task=superres", "--factor=3"),
         ("--mask=center:9", "--task=inpaint", "--mask=center:9"),

@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "What to repair: folder or NPZ of images; CSV or NPZ of rows."
     common.define_path(values, "input", text)
     common.require(values, "input", "images, or a CSV or NPZ of rows")
-    flags.DEFINE_enum("task", None, TASKS, "What is wrong.", flag_values=values)
+    flags.DEFINE_enum("task", None, TASKS, "Kind of repair.", flag_values=values)
     common.require(values, "task", "one of " + ", ".join(TASKS))
     text = "NPZ (images) or CSV (rows) to write. Default: a new one in --workdir."
     common.define_path(values, "output", text)
@@ -55,11 +55,12 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "Hole to inpaint: center:SIDE, random:SHARE, or a PNG, black in the hole."
     flags.DEFINE_string("mask", None, text, flag_values=values)
     text = "Enlargement of superres: how much larger the model's sides are."
-    flags.DEFINE_integer("factor", 2, text, 2, None, values)
+    flags.DEFINE_integer("factor", None, f"{text} Default: 2.", 2, None, values)
     text = "Blur to undo: a Gaussian's standard deviation, pixels."
-    flags.DEFINE_float("blur", 1.0, text, 0.1, 10.0, values)
-    text = "How draws of images are made; direct is to denoise only."
-    flags.DEFINE_enum("method", "noise_space", restoring.METHODS, text, values)
+    flags.DEFINE_float("blur", None, f"{text} Default: 1.", 0.1, 10.0, values)
+    text = "How draws of images are made; direct is to denoise only. "
+    text += "Default: noise_space."
+    flags.DEFINE_enum("method", None, restoring.METHODS, text, flag_values=values)
     text = "Draws of each image or row."
     flags.DEFINE_integer("num_draws", 16, text, 2, None, values)
     text = "The true images, in the same order: they are drawn, and PSNR measured."
@@ -84,9 +85,9 @@ def restore(
     task: str,
     sigma: float | None = None,
     mask: str | None = None,
-    factor: int = 2,
-    blur: float = 1.0,
-    method: str = "noise_space",
+    factor: int | None = None,
+    blur: float | None = None,
+    method: str | None = None,
     num_draws: int = 16,
     truth: str | Path | None = None,
     header: str | None = None,
@@ -106,7 +107,9 @@ def restore(
     """
     is_table = task == "impute"
     output = common.check_output(output, ".csv" if is_table else ".npz")
-    _check(task, sigma, mask, method)
+    given_flags = {"sigma": sigma, "mask": mask, "factor": factor, "blur": blur}
+    given_flags |= {"method": method, "truth": truth, "header": header}
+    _check(task, given_flags)
     loaded = load_run(workdir, checkpoint=checkpoint)
     source = loaded.experiment.source
     if source.holds_images == is_table or (is_table and source.table is None):
@@ -117,7 +120,8 @@ def restore(
         )
     if is_table:
         return _impute(loaded, input_path, num_draws, header, seed, output)
-    given, known = _measured(loaded, input_path, task, sigma, mask, factor, blur, seed)
+    how = sigma, mask, factor or 2, blur or 1.0, seed
+    given, known = _measured(loaded, input_path, task, *how)
     whole = None
     if truth is not None:
         whole, _ = images.read_images(truth, source.event_shape)
@@ -127,28 +131,51 @@ def restore(
                 "give the same images in the same order"
             )
     model = loaded.experiment, loaded.variables, known
-    if method == "noise_space":
+    if method in (None, "noise_space"):
         drawn = restoring.noise_space(*model, num_draws, seed, restoring.Search())
     elif method == "particles":
         num_particles = _PARTICLES * num_draws
-        drawn = restoring.particles(*model, num_particles, seed, weighted=False).x
+        found = restoring.particles(*model, num_particles, seed, weighted=False)
+        drawn = found.x
+        logging.info(
+            "effective sample size of %d particles: %.1f at least",
+            *(num_particles, num_particles * found.effective.min()),
+        )
     else:
         drawn = restoring.direct(*model, num_draws, seed)
     return _write_images(loaded, drawn, given, whole, num_draws, output)
 
 
-def _check(task: str, sigma: float | None, mask: str | None, method: str) -> None:
+# Flags that only some tasks read.
+_READ_BY = {
+    "sigma": TASKS[:4],
+    "mask": ("inpaint",),
+    "factor": ("superres",),
+    "blur": ("deblur",),
+    "method": TASKS[:4],
+    "truth": TASKS[:4],
+    "header": ("impute",),
+}
+
+
+def _check(task: str, given: dict[str, Any]) -> None:
     """Refuse what can be refused before a run is loaded."""
+    for name, tasks in _READ_BY.items():
+        if given[name] is not None and task not in tasks:
+            raise InputError(
+                f"--{name} is for --task={' or '.join(tasks)}, not {task}; leave it out"
+            )
+    sigma = given["sigma"]
     if sigma is not None and not sigma > 0:
         raise InputError(f"--sigma={sigma}: a positive number is needed, such as 0.1")
     if task == "denoise" and sigma is None:
         raise InputError("--task=denoise needs --sigma, for example --sigma=0.25")
-    if (task == "inpaint") != (mask is not None):
+    if task == "inpaint" and given["mask"] is None:
         raise InputError(
-            "--mask and --task=inpaint go together; masks are center:4, random:0.5, "
-            "or a PNG whose black pixels are the hole"
+            "--task=inpaint needs --mask: center:4, random:0.5, or a PNG whose black "
+            "pixels are the hole"
         )
-    if method == "direct" and task != "denoise":
+    if given["method"] == "direct" and task != "denoise":
         raise InputError(f"--method=direct is for --task=denoise, not {task}")
 
 
@@ -247,7 +274,7 @@ def _write_images(
         columns.append(whole)
         squares = ((mean - whole) ** 2).reshape(len(mean), -1).mean(axis=1)
         psnr = 10.0 * np.log10(255.0**2 / np.maximum(squares, 1e-9))
-        common.show(f"PSNR of the mean: {psnr.mean():.2f} dB ({len(psnr)} images)")
+        logging.info("PSNR of the mean: %.2f dB, of %d images", psnr.mean(), len(psnr))
     picture = common.claimed(path.with_suffix(".png"))
     grid = np.stack([column[:_SHOWN] for column in columns], axis=1)
     plots.plot_images(picture, grid.reshape(-1, *restored.shape[1:]), len(columns))

@@ -53,8 +53,7 @@ def draw_cells(
         drawn[i] = part
     flat = drawn.reshape(-1, dim)
     run = partial(_residual, experiment.networks)
-    shared = variables.energy, schedule
-    added = inference.by_rows(experiment, run, len(flat), (flat,), shared)
+    added = inference.by_rows(experiment, run, len(flat), (flat,), (variables.energy,))
     added = added.reshape(count, num).astype(np.float64)
     weights = np.exp(added - logsumexp(added, axis=1, keepdims=True))
     uniform = np.random.default_rng((seed, 1)).random(count)
@@ -122,8 +121,7 @@ def _candidates(
 
 
 @partial(jax.jit, static_argnums=0)
-def _residual(networks, places, x, energy, schedule):
+def _residual(networks, places, x, energy):
     """Returns f(x, 0) − log p_ref(x_0)."""
-    del places, schedule
-    t = jnp.zeros(len(x), jnp.int32)
-    return networks.residual(energy, x, t)
+    del places
+    return networks.residual(energy, x, jnp.zeros(len(x), jnp.int32))

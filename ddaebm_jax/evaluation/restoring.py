@@ -80,9 +80,6 @@ def noise_space(
     chains.descend(search)
     draws = []
     for number in range(search.num_moves):
-        logging.log_every_n_seconds(
-            logging.INFO, "noise space: move %d of %d", 10, number, search.num_moves
-        )
         adapt = number < search.num_moves // 2
         x0 = chains.move(number, adapt)
         if not adapt:
@@ -105,7 +102,6 @@ class _Chains:
         self._measurement, self._num, self._seed = measurement, num, seed
         self._path = self._normals(0)
         self._sizes = _FIRST_STEP * jnp.minimum(measurement.std, 1.0)
-        self.acceptance: list[float] = []
 
     def _normals(self, number: int) -> NoisePath:
         networks, schedule = self._experiment.networks, self._experiment.schedule
@@ -161,7 +157,13 @@ class _Chains:
             before, State(path, momentum, *found), uniform
         )
         self._path = end.path
-        self.acceptance.append(float(acceptance.mean()))
+        logging.log_every_n_seconds(
+            logging.INFO,
+            "noise space: move %d, acceptance %.2f",
+            10,
+            number,
+            acceptance.mean(),
+        )
         if adapt:
             rate = (acceptance - _ACCEPTANCE) / (1 + number) ** 0.5
             self._sizes = self._sizes * jnp.exp(rate)
