@@ -188,12 +188,18 @@ def read_variables(config: Any, files: Players) -> Players:
       files: path of each network's state_dict.
 
     Raises:
-      InputError: if the recipe is not one of images, or a file does not fit it.
+      InputError: if the recipe is not one of images or has a reference density, or a
+        file does not fit it.
     """
     if config.model.name != "ncsnpp":
         raise InputError(
             f"model.name is '{config.model.name}'; weights are imported for image "
             "recipes ('ncsnpp'), for example --config=configs/cifar10.py"
+        )
+    if config.model.reference:
+        raise InputError(
+            f"model.reference is {config.model.reference}; imported energies have no "
+            "reference density: set --config.model.reference=0"
         )
     side = config.data.image_size
     networks = models.build(config.model, (side, side, config.data.channels))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ddaebm_jax import diffusion, objective
@@ -96,6 +97,14 @@ class Blur:
             for i in range(rows)
             for j in range(columns)
         )
+
+
+def gaussian_kernel(std: float, side: int) -> Float[np.ndarray, "rows columns"]:
+    """Returns a Gaussian of this standard deviation, cut at 3σ or the image's side."""
+    reach = min(int(np.ceil(3 * std)), side - 1)
+    line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / std) ** 2)
+    kernel = np.outer(line, line)
+    return (kernel / kernel.sum()).astype(np.float32)
 
 
 Operator = Identity | Mask | BlockMean | Blur

@@ -40,6 +40,7 @@ SMALL_RUN = {
     "model.unet.nf": 8,
     "model.unet.ch_mult": (1,),
     "model.unet.attn_resolutions": (8,),
+    "model.reference": 0,
     "diffusion.num_steps": 2,
     "evaluation.batch_size": 4,
     "train.num_steps": 2,
@@ -293,9 +294,11 @@ def test_wrong_files_and_recipes(small: Released, files: Players, tmp_path: Path
     remedy = "each file to its own flag"
     unknown = (str(files.generator), "unknown: ", "GroupNorm_0.style.weight", remedy)
     perceptrons = ("model.name is 'mlp'", "configs/cifar10.py")
+    references = ("model.reference is 32", "--config.model.reference=0")
     for config, given, parts in (
         (small.config, swapped, unknown),
         (recipe("gaussians25"), files, perceptrons),
+        (recipe("digits"), files, references),
     ):
         workdir = tmp_path / "run"
         refused(functools.partial(interop.import_run, config, given, workdir), *parts)

@@ -163,3 +163,13 @@ def test_seeds_repeat_and_devices_agree():
         )
     for one, eight in zip(*found, strict=True):
         np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-5)
+
+
+@given(st.floats(0.1, 3.0), st.integers(2, 12))
+def test_gaussian_kernel(std: float, side: int):
+    kernel = restoration.gaussian_kernel(std, side)
+    assert kernel.sum() == pytest.approx(1.0, rel=1e-5)
+    assert kernel.shape[0] % 2 == 1 and kernel.shape[0] < 2 * side
+    centre = len(kernel) // 2
+    ratio = kernel[centre, centre - 1] / kernel[centre, centre]
+    assert ratio == pytest.approx(np.exp(-0.5 / std**2), rel=1e-4)

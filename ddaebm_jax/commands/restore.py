@@ -29,7 +29,14 @@ from ddaebm_jax.evaluation import imputation, plots, restoring
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.paths import user_path
 from ddaebm_jax.reference import read as read_reference
-from ddaebm_jax.restoration import BlockMean, Blur, Identity, Mask, Measurement
+from ddaebm_jax.restoration import (
+    BlockMean,
+    Blur,
+    Identity,
+    Mask,
+    Measurement,
+    gaussian_kernel,
+)
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
 TASKS = "denoise", "inpaint", "superres", "deblur", "impute"
@@ -213,14 +220,6 @@ def _measured(
     # Pixels have a range of 2.
     std = np.full(len(y), 2.0 * (sigma or _LITTLE_NOISE), np.float32)
     return given, Measurement(operator, y, std)
-
-
-def gaussian_kernel(std: float, side: int) -> Float[np.ndarray, "rows columns"]:
-    """Returns a Gaussian of this standard deviation, cut at 3σ or the image's side."""
-    reach = min(int(np.ceil(3 * std)), side - 1)
-    line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / std) ** 2)
-    kernel = np.outer(line, line)
-    return (kernel / kernel.sum()).astype(np.float32)
 
 
 def _mask(
