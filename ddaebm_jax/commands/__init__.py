@@ -1,1 +1,1 @@
-"""One module a mode of launch/main.py."""
+"""One module a mode of the command line, which is in `cli`."""

@@ -11,7 +11,7 @@ from absl import flags
 from ddaebm_jax.config import base, fields
 
 _WIDTH = 80
-_USAGE = "usage: python launch/main.py [--mode=MODE] --FLAG=VALUE …"
+_USAGE = "usage: ddaebm, or python launch/main.py, [--mode=MODE] --FLAG=VALUE …"
 _END = "--mode=MODE --help explains a mode's flags; --helpfull adds those of libraries."
 _INDENT = {"initial_indent": "  ", "subsequent_indent": "    "}
 

@@ -176,12 +176,13 @@ def _save(
             score: outliers_lib.roc_curve(of_inliers[score], values)
             for score, values in found.items()
         }
-        plots.plot_roc(folder / f"{slug}_roc.png", curves, f"{name}, {title}")
-        plots.plot_histograms(
-            folder / f"{slug}_energy.png",
-            {f"in: {inliers}": of_inliers["energy"], f"out: {name}": found["energy"]},
-            title,
-        )
+        energies = {f"in: {inliers}": of_inliers["energy"]}
+        energies[f"out: {name}"] = found["energy"]
+        for kind, *drawn in (
+            ("roc", plots.plot_roc, curves, f"{name}, {title}"),
+            ("energy", plots.plot_histograms, energies, title),
+        ):
+            plots.write(folder / f"{slug}_{kind}.png", *drawn)
     with files.written_atomically(folder / "scores.npz") as file:
         np.savez(file, **arrays)
 

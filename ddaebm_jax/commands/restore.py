@@ -276,7 +276,7 @@ def _write_images(
         logging.info("PSNR of the mean: %.2f dB, of %d images", psnr.mean(), len(psnr))
     picture = common.claimed(path.with_suffix(".png"))
     grid = np.stack([column[:_SHOWN] for column in columns], axis=1)
-    plots.plot_images(picture, grid.reshape(-1, *restored.shape[1:]), len(columns))
+    plots.write_grid(picture, grid.reshape(-1, *restored.shape[1:]), len(columns))
     folder = common.claimed(path.with_suffix(""), folder=True)
     plots.save_images(folder, restored)
     logging.info("wrote %s, %s and %s", path, picture, folder)

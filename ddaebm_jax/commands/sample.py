@@ -6,7 +6,7 @@ import numpy as np
 from absl import flags, logging
 
 from ddaebm_jax.commands import common
-from ddaebm_jax.data import images, tabular, test_rows
+from ddaebm_jax.data import tabular, test_rows
 from ddaebm_jax.evaluation import inference, particles, plots
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import load_run
@@ -66,12 +66,7 @@ def sample(
         drawn = particles.draw_from_energy(*model, num_samples, seed)
     else:
         drawn = inference.draw_samples(*model, num_samples, seed)
-    if source.holds_images:
-        samples = np.asarray(images.to_uint8(drawn))
-    elif source.table is not None:
-        samples = source.table.standardizer.inverse(drawn)
-    else:
-        samples = drawn
+    samples = source.to_own_units(drawn)
     path = output or common.claimed(loaded.workdir / name, *companions)
     with written_atomically(path) as file:
         np.savez(file, x=samples, seed=seed, step=loaded.step)
@@ -80,17 +75,18 @@ def sample(
     if source.holds_images:
         folder = common.claimed(path.with_suffix(""), folder=True)
         plots.save_images(folder, samples)
-        plots.plot_images(picture, samples[:_GRID_IMAGES])
+        plots.write_grid(picture, samples[:_GRID_IMAGES])
     elif source.table is not None:
         held_out = test_rows(source.table, tabular.INLIER)
         energies = {
             "held-out inliers": inference.energies(*model, held_out),
             "samples": inference.energies(*model, drawn),
         }
-        plots.plot_table(picture, source.table.train, drawn, energies, title)
+        table = source.table.train, drawn, energies, title
+        plots.write(picture, plots.plot_table, *table)
     else:
-        extent = max(1e-6, 1.1 * float(np.abs(samples).max()))
-        plots.plot_samples(picture, samples, extent, title)
+        box = plots.square(max(1e-6, 1.1 * float(np.abs(samples).max())))
+        plots.write(picture, plots.plot_samples, samples, box, title)
     written = [str(one) for one in (path, picture) if one.exists()]
     logging.info("wrote %s", " and ".join(written))
     return path

@@ -161,7 +161,7 @@ def base() -> "ConfigDict":
     train.evaluate_every = 0
     train.checkpoint_every = 5_000  # Steps between checkpoints; the last step has one.
     train.keep_checkpoints = 3  # Number of newest checkpoints kept.
-    train.tensorboard = True  # Also write TensorBoard event files (needs TensorFlow).
+    train.tensorboard = True  # Also write TensorBoard event files.
 
     # Run directory whose averaged weights a new run starts from; empty: random ones.
     train.init_from = ""

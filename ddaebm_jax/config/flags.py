@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path, tuple_parser
 
-from ddaebm_jax.config import fields
+from ddaebm_jax.config import fields, recipes
 from ddaebm_jax.config.base import base
 from ddaebm_jax.config.checks import ConfigError, problems
 from ddaebm_jax.paths import user_path
@@ -94,7 +94,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _recipe_found(argument: str) -> str:
-    """Return an argument with the path of a recipe as `user_path` has it."""
+    """Return an argument with the path of a recipe, given as a path or by its name."""
+    name = argument.partition("=")[2]
+    if _RECIPE.match(argument) and name in recipes.names() and not Path(name).exists():
+        return f"--config={recipes.folder() / name}.py"
     if not (start := _FROM_HOME.match(argument)):
         return argument
     return f"{start[1]}{user_path(start[2], '--config')}{argument[start.end() :]}"
@@ -119,7 +122,8 @@ def _recipe_problem(error: BaseException, recipe: str) -> str | None:
     """Return where and why a recipe failed; None if the error is not the recipe's."""
     chain, path = [error], recipe.partition(":")[0]
     if not Path(path).is_file():
-        return recipe and f"--config={recipe}: there is no such file; configs/ has some"
+        known = ", ".join(recipes.names())
+        return recipe and f"--config={recipe}: no such file, nor a recipe of: {known}"
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     for raised in chain:

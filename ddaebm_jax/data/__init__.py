@@ -72,6 +72,18 @@ class Source(NamedTuple):
             return images.stack(chosen, timeout=self.timeout)
         return test_rows(self.table, tabular.INLIER)
 
+    def to_own_units(self, x: Float[np.ndarray, "n *shape"]) -> np.ndarray:
+        """Returns points of the networks' units in the data's: images as uint8."""
+        if self.holds_images:
+            return np.asarray(images.to_uint8(x))
+        return x if self.table is None else self.table.standardizer.inverse(x)
+
+    def from_own_units(self, x: np.ndarray, name: str = "the rows") -> np.ndarray:
+        """Returns rows of the data's units in the networks'; images as they are."""
+        if self.table is not None:
+            return self.table.standardizer.transform(x, name)
+        return x if self.holds_images else np.asarray(x, np.float32)
+
     def metadata(self) -> dict[str, Any] | None:
         """Returns JSON values that identify the data; None for images not opened."""
         if self.holds_images:

@@ -193,14 +193,25 @@ def read_folder(
 
 
 def load_folder(data: Any, seed: int) -> ImageSet:
-    """Loads the folder that a config's `data` section names, split by the seed.
+    """Loads the folder, or NPZ file, that `data.path` names, split by the seed.
 
-    Raises what `read_folder` does.
+    Raises what `read_folder` and `read_images` do.
     """
     size, channels = data.image_size, data.channels
-    folder = read_folder(
-        data.path, size, channels, data.crop, data.skip_corrupt, data.timeout
-    )
+    path = user_path(data.path, "data.path")
+    if _is_npz(path):
+        if data.crop is not None or data.skip_corrupt:
+            raise InputError(
+                f"{path}: data.crop and data.skip_corrupt are for folders of files; "
+                "leave them out"
+            )
+        images = _read_npz(path, (size, size, channels))
+        numbers = tuple(map(str, range(len(images))))
+        folder = FolderImages(images, numbers, 0, digest(images))
+    else:
+        folder = read_folder(
+            path, size, channels, data.crop, data.skip_corrupt, data.timeout
+        )
     what = f"{data.path}: images"
     split = hold_out(len(folder.names), data.test_fraction, seed, what)
     return split_set(
@@ -229,7 +240,7 @@ def read_images(
     be used.
     """
     path = user_path(path, "--input")
-    if path.suffix.lower() == ".npz" and not path.is_dir():
+    if _is_npz(path):
         images = _read_npz(path, event_shape)
         return images, tuple(map(str, range(len(images))))
     size, _, channels = event_shape
@@ -262,6 +273,10 @@ def read_mask(path: str | Path, side: int) -> Bool[np.ndarray, "side side"]:
             f"--mask={path} has {found} pixels; the model's images have {side}×{side}"
         )
     return pixels > 127
+
+
+def _is_npz(path: Path) -> bool:
+    return path.suffix.lower() == ".npz" and not path.is_dir()
 
 
 def _read_npz(

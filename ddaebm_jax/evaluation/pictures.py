@@ -1,21 +1,26 @@
 """Pictures of a trained model, by kind of data."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 
 from ddaebm_jax import density
-from ddaebm_jax.data import images, tabular, test_rows
+from ddaebm_jax.data import Source, images, tabular, test_rows
 from ddaebm_jax.evaluation import digits, inference, plots
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
+
+if TYPE_CHECKING:  # Commands that draw nothing do without it.
+    import matplotlib.figure
 
 _PLANE_POINTS = 5_000
 _PLANE_CELLS = 400
 _GRID_IMAGES, _TRAJECTORY_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
 _PAIR_ROWS, _PAIR_COLUMNS = 5, 10
+# Around the points of a plane, in their range.
+_MARGIN = 0.125
 
 
 class Pictures(NamedTuple):
@@ -32,10 +37,10 @@ def draw_pictures(
 
     In the plane: data, samples, the true density and the model's side by side, and a
     strip of the denoising steps. Of a table: rows and samples on the data's principal
-    axes, and energies of held-out rows. Of images: a grid of samples, the denoising
-    steps, and the energies of held-out images and samples; of labelled images, which
-    are small sets, also samples above the training images nearest to them. The step,
-    of training, goes into titles and file names.
+    axes, and energies of held-out rows; of two columns also their density. Of images:
+    a grid of samples, the denoising steps, and the energies of held-out images and
+    samples; of labelled images, which are small sets, also samples above the training
+    images nearest to them. The step, of training, goes into titles and file names.
     """
     source = experiment.source
     if source.holds_images:
@@ -44,6 +49,7 @@ def draw_pictures(
             names += ("nearest",)
     elif source.distribution is None:
         draw, names = _draw_table, ("table",)
+        names += ("plane",) if source.event_shape == (2,) else ()
     else:
         draw, names = _draw_plane, ("plane", "steps")
     files = {name: directory / f"{name}_{step:08d}.png" for name in names}
@@ -51,26 +57,69 @@ def draw_pictures(
     return Pictures(files, draw(experiment, variables, title, *files.values()))
 
 
+def figure(
+    experiment: Experiment, variables: Players, title: str
+) -> "matplotlib.figure.Figure":
+    """Returns the picture that tells most of a model, in the data's own units.
+
+    Of 2-D data: data, samples, the true density if it is known, and the model's. Of
+    other tables: rows and samples on the data's principal axes, and energies of
+    held-out rows. Of images: a grid of samples.
+    """
+    source = experiment.source
+    if source.event_shape == (2,):
+        return _plane_figure(experiment, variables, title)
+    if source.table is not None:
+        return _table_figure(experiment, variables, title)
+    drawn = inference.draw_samples(experiment, variables, _GRID_IMAGES)
+    return plots.plot_images(source.to_own_units(drawn), title)
+
+
+def _plane_figure(
+    experiment: Experiment, variables: Players, title: str
+) -> "matplotlib.figure.Figure":
+    source, log_truth = experiment.source, None
+    if source.distribution is not None:
+        data = source.held_out(_PLANE_POINTS, inference.HELD_OUT_SEED)
+        box = _plane_box(source, data)
+    else:
+        data = source.to_own_units(source.table.train)
+        low, high = data.min(axis=0), data.max(axis=0)
+        margin = np.where(high > low, _MARGIN * (high - low), 1.0)
+        box = tuple(zip(low - margin, high + margin, strict=True))
+    lines = (np.linspace(*ends, 2 * _PLANE_CELLS + 1)[1::2] for ends in box)
+    grid = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 2)
+    shape = _PLANE_CELLS, _PLANE_CELLS
+    if source.distribution is not None:
+        log_density = jax.jit(source.distribution.log_density)
+        points = grid.astype(np.float32)
+        log_truth = density.evaluate_in_chunks(log_density, points)
+        log_truth = np.asarray(log_truth).reshape(shape)
+    points = source.from_own_units(grid)
+    log_model = inference.energies(experiment, variables, points).reshape(shape)
+    samples = inference.draw_samples(experiment, variables, _PLANE_POINTS)
+    samples = source.to_own_units(samples)
+    return plots.plot_plane(data, samples, log_truth, log_model, box, title)
+
+
+def _plane_box(source: Source, data: np.ndarray) -> plots.Box:
+    """Returns where the data are, not the square on which densities are compared."""
+    half = min(
+        source.distribution.extent, (1 + 2 * _MARGIN) * float(np.abs(data).max())
+    )
+    return plots.square(half)
+
+
 def _draw_plane(
     experiment: Experiment, variables: Players, title: str, plane: Path, steps: Path
 ) -> dict[str, np.ndarray]:
     source = experiment.source
+    plots.write(plane, figure, experiment, variables, title)
     data = source.held_out(_PLANE_POINTS, inference.HELD_OUT_SEED)
-    # Where the data are, not the whole square on which densities are compared.
-    shown = min(source.distribution.extent, 1.25 * float(np.abs(data).max()))
+    half = max(_plane_box(source, data)[0][1], 3.0)
     trajectories = inference.draw_trajectories(experiment, variables, _PLANE_POINTS)
     levels = np.swapaxes(trajectories, 0, 1)
-    grid = density.grid_points(shown, _PLANE_CELLS)
-    log_truth = density.evaluate_in_chunks(
-        jax.jit(source.distribution.log_density), grid
-    )
-    log_model = inference.energies(experiment, variables, grid)
-    logs = (
-        np.asarray(values).reshape(_PLANE_CELLS, _PLANE_CELLS)
-        for values in (log_truth, log_model)
-    )
-    plots.plot_plane(plane, data, levels[-1], *logs, shown, title)
-    plots.plot_levels(steps, levels, max(shown, 3.0), title)
+    plots.write(steps, plots.plot_levels, levels, plots.square(half), title)
     return {}
 
 
@@ -86,7 +135,7 @@ def _draw_images(
     source = experiment.source
     samples = inference.draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
     shown = np.asarray(images.to_uint8(samples[:_GRID_IMAGES]))
-    plots.plot_images(grid, shown)
+    plots.write_grid(grid, shown)
     if nearest is not None:
         train = images.stack(source.image_set.train, timeout=source.timeout)
         shown = shown[: _PAIR_ROWS * _PAIR_COLUMNS]
@@ -94,37 +143,45 @@ def _draw_images(
         rows = _PAIR_ROWS, _PAIR_COLUMNS, *shown.shape[1:]
         pairs = np.stack([shown.reshape(rows), train[places].reshape(rows)], axis=1)
         pairs = pairs.reshape(-1, *shown.shape[1:])
-        plots.plot_images(nearest, pairs, columns=_PAIR_COLUMNS)
+        plots.write_grid(nearest, pairs, _PAIR_COLUMNS)
     # A row for each sample, from noise to image.
     rows = inference.draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
     pixels = np.asarray(images.to_uint8(rows.reshape(-1, *rows.shape[2:])))
-    plots.plot_images(steps, pixels, columns=rows.shape[1])
+    plots.write_grid(steps, pixels, rows.shape[1])
     held_out = source.held_out(_HISTOGRAM_IMAGES, inference.HELD_OUT_SEED)
     values = {
         "held-out images": inference.energies(experiment, variables, held_out),
         "samples": inference.energies(experiment, variables, samples),
     }
-    plots.plot_histograms(histograms, values, title)
+    plots.write(histograms, plots.plot_histograms, values, title)
     return {f"energy/{name}": v for name, v in values.items()}
 
 
 def _draw_table(
-    experiment: Experiment, variables: Players, title: str, path: Path
+    experiment: Experiment,
+    variables: Players,
+    title: str,
+    table: Path,
+    plane: Path | None = None,
 ) -> dict[str, np.ndarray]:
+    plots.write(table, _table_figure, experiment, variables, title)
+    if plane is not None:
+        plots.write(plane, figure, experiment, variables, title)
+    return {}
+
+
+def _table_figure(
+    experiment: Experiment, variables: Players, title: str
+) -> "matplotlib.figure.Figure":
     table = experiment.source.table
     sets = {
         "held-out inliers": test_rows(table, tabular.INLIER),
         "outliers": test_rows(table, tabular.OUTLIER),
     }
-    plots.plot_table(
-        path,
-        table.train,
-        inference.draw_samples(experiment, variables, len(table.train)),
-        {
-            name: inference.energies(experiment, variables, rows)
-            for name, rows in sets.items()
-            if len(rows)
-        },
-        title,
-    )
-    return {}
+    energies = {
+        name: inference.energies(experiment, variables, rows)
+        for name, rows in sets.items()
+        if len(rows)
+    }
+    samples = inference.draw_samples(experiment, variables, len(table.train))
+    return plots.plot_table(table.train, samples, energies, title)

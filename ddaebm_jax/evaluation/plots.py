@@ -1,19 +1,24 @@
 """Plots by matplotlib's Agg canvas, which leave the user's backend alone."""
 
 import contextlib
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from ddaebm_jax.errors import one_line
 from ddaebm_jax.files import written_atomically
+
+if TYPE_CHECKING:  # Commands that draw nothing do without it.
+    from matplotlib.figure import Figure
+
+Box = tuple[tuple[float, float], tuple[float, float]]
+"""Low and high ends of both coordinates that a picture shows."""
 
 # Approximate longer side of a grid of images.
 _GRID_PIXELS = 640
@@ -40,24 +45,34 @@ _MOST_CURVES = 10  # In a panel: so many colours are told apart.
 _FEW_POINTS = 40  # Curves of so few points show each of them.
 
 
-def _side_output(plot: Callable[..., None]) -> Callable[..., None]:
-    """Turns the failure of a plot into a warning: it ends no command."""
+def write(path: Path, plot: Callable[..., "Figure | None"], *args: Any) -> None:
+    """Writes the figure of plot(*args), if it has one, as a PNG, atomically.
 
-    @functools.wraps(plot)
-    def drawn(path: Path, *args: Any, **kwargs: Any) -> None:
-        try:
-            plot(path, *args, **kwargs)
-        except Exception as error:
-            logging.warning("%s cannot be drawn: %s", path, one_line(error))
+    A failure is only warned of: a picture ends no command.
+    """
+    with _warned_of(path):
+        import matplotlib.style
 
-    return drawn
+        figure = plot(*args)
+        if figure is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with matplotlib.style.context("default"), written_atomically(path) as file:
+                figure.savefig(file, dpi=110, format="png")
 
 
 @contextlib.contextmanager
-def _figure(
-    path: Path, columns: int, side: float = 3.2, title: str = "", rows: int = 1
+def _warned_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        logging.warning("%s cannot be drawn: %s", path, one_line(error))
+
+
+@contextlib.contextmanager
+def _axes(
+    columns: int, side: float = 3.2, title: str = "", rows: int = 1
 ) -> Iterator[list]:
-    """Yields axes, row by row; then writes them as a PNG, atomically.
+    """Yields a new figure's axes, row by row.
 
     In matplotlib's own style: the user's may need LaTeX or fonts that are not here.
     """
@@ -73,31 +88,29 @@ def _figure(
         yield list(figure.subplots(rows, columns, squeeze=False).ravel())
         if title:
             figure.suptitle(title, fontsize=10, parse_math=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as file:
-            figure.savefig(file, dpi=110, format="png")
 
 
-def _scatter(axis: Any, points: np.ndarray, title: str, extent: float) -> None:
+def _scatter(axis: Any, points: np.ndarray, title: str, box: Box) -> None:
     axis.plot(points[:, 0], points[:, 1], ".", markersize=1.2, alpha=0.5, color="k")
-    _show_square(axis, title, extent)
+    _show_box(axis, title, box)
 
 
-def _show_square(axis: Any, title: str, extent: float) -> None:
-    limits = (-extent, extent)
-    axis.set(xlim=limits, ylim=limits, aspect="equal")
+def _show_box(axis: Any, title: str, box: Box) -> None:
+    width, height = (high - low for low, high in box)
+    axis.set(xlim=box[0], ylim=box[1], aspect=width / height)  # A square.
     axis.set_title(title, fontsize=10)
     axis.tick_params(labelsize=8)
     axis.locator_params(nbins=5)
 
 
 def _normalized(
-    log_density: Float[np.ndarray, "side side"], extent: float
+    log_density: Float[np.ndarray, "side side"], box: Box
 ) -> Float[np.ndarray, "side side"]:
     """Returns a density of integral 1 over the grid; NaN where the log is NaN or ∞."""
     logs = np.where(log_density < np.inf, log_density, np.nan).astype(np.float64)
     weights = np.exp(logs - _largest(logs))
-    mass = np.nansum(weights) * (2 * extent / logs.shape[0]) ** 2
+    area = math.prod(high - low for low, high in box)
+    mass = np.nansum(weights) * area / logs.size
     return weights / mass if mass else np.full_like(weights, np.nan)
 
 
@@ -107,38 +120,43 @@ def _largest(values: np.ndarray) -> float:
     return float(finite.max()) if finite.size else 0.0
 
 
-@_side_output
 def plot_plane(
-    path: Path,
     data: np.ndarray,
     samples: np.ndarray,
-    log_truth: Float[np.ndarray, "side side"],
+    log_truth: Float[np.ndarray, "side side"] | None,
     log_model: Float[np.ndarray, "side side"],
-    extent: float,
+    box: Box,
     title: str,
-) -> None:
+) -> "Figure":
     """Draws data, samples, the true density and the model's, exp f(·, 0), in a row.
 
-    Points are [n, 2]. The log densities lie on a square grid over [−extent, extent]²,
-    whose first axis is that of the first coordinate. Both are normalised on it and
-    share one scale, which ends at 1.5 times the largest true density, or before.
+    Points are [n, 2]. The log densities lie on a grid over the box, whose first axis is
+    that of the first coordinate. They are normalised on it and share one scale, which
+    ends at 1.5 times the largest true density, or before. Without a truth its panel is
+    left out.
     """
-    truth, model = (_normalized(logs, extent) for logs in (log_truth, log_model))
-    high = max(_largest(truth), min(_largest(model), 1.5 * _largest(truth)))
-    with _figure(path, 4, title=title) as axes:
-        _scatter(axes[0], data, "data", extent)
-        _scatter(axes[1], samples, "samples", extent)
-        names = "true density", "model's density  exp f(·, 0) / Z"
-        for axis, name, values in zip(axes[2:], names, (truth, model), strict=True):
+    model = _normalized(log_model, box)
+    panels, high = {"model's density  exp f(·, 0) / Z": model}, _largest(model)
+    if log_truth is not None:
+        truth = _normalized(log_truth, box)
+        panels, high = (
+            {"true density": truth} | panels,
+            min(high, 1.5 * _largest(truth)),
+        )
+        high = max(high, _largest(truth))
+    with _axes(2 + len(panels), title=title) as axes:
+        _scatter(axes[0], data, "data", box)
+        _scatter(axes[1], samples, "samples", box)
+        for axis, (name, values) in zip(axes[2:], panels.items(), strict=True):
             image = axis.imshow(
                 values.T,
                 origin="lower",
-                extent=(-extent, extent, -extent, extent),
+                extent=(*box[0], *box[1]),
                 cmap="magma",
                 vmin=0.0,
                 vmax=high,
             )
-            _show_square(axis, name, extent)
+            _show_box(axis, name, box)
         bar = axis.figure.colorbar(
             image,
             cax=axis.inset_axes((1.04, 0.0, 0.05, 1.0)),
@@ -146,32 +164,36 @@ def plot_plane(
         )
         bar.set_label("density (per unit area)", fontsize=9)
         bar.ax.tick_params(labelsize=8)
+    return axes[0].figure
 
 
-@_side_output
-def plot_levels(path: Path, levels: np.ndarray, extent: float, title: str) -> None:
+def square(half: float) -> Box:
+    """Returns the box [−half, half]²."""
+    return ((-half, half), (-half, half))
+
+
+def plot_levels(levels: np.ndarray, box: Box, title: str) -> "Figure":
     """Draws a strip of the denoising steps x_T … x_0, [T+1, n, 2]."""
-    with _figure(path, len(levels), side=2.6, title=title) as axes:
+    with _axes(len(levels), side=2.6, title=title) as axes:
         last = len(levels) - 1
         for place, (axis, points) in enumerate(zip(axes, levels, strict=True)):
-            _scatter(axis, points, f"$x_{{{last - place}}}$", extent)
+            _scatter(axis, points, f"$x_{{{last - place}}}$", box)
+    return axes[0].figure
 
 
-@_side_output
 def plot_table(
-    path: Path,
     data: np.ndarray,
     samples: np.ndarray,
     energies: Mapping[str, np.ndarray],
     title: str,
-) -> None:
+) -> "Figure":
     """Draws rows and samples, [n, d], on the data's principal axes, and energies.
 
     Energies are f(x, 0) of sets of rows, by the sets' names.
     """
     centre = data.mean(axis=0)
     axes_of_data = np.linalg.svd(data - centre, full_matrices=False)[2][:2].T
-    with _figure(path, 2, side=4.0, title=title) as (left, right):
+    with _axes(2, side=4.0, title=title) as (left, right):
         for points, name, colour in ((data, "data", "k"), (samples, "samples", "C1")):
             flat = (points - centre) @ axes_of_data
             second = flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
@@ -181,6 +203,7 @@ def plot_table(
         left.set(title="on the data's principal axes", xticks=[], yticks=[])
         left.legend()
         _histograms(right, energies)
+    return left.figure
 
 
 def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
@@ -202,19 +225,18 @@ def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
     axis.legend()
 
 
-@_side_output
-def plot_histograms(path: Path, energies: Mapping[str, np.ndarray], title: str) -> None:
+def plot_histograms(energies: Mapping[str, np.ndarray], title: str) -> "Figure":
     """Draws the distributions of several sets' energies over each other."""
-    with _figure(path, 1, side=4.5, title=title) as (axis,):
+    with _axes(1, side=4.5, title=title) as (axis,):
         _histograms(axis, energies)
+    return axis.figure
 
 
-@_side_output
 def plot_roc(
-    path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str
-) -> None:
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str
+) -> "Figure":
     """Draws ROC curves, by name, over each other; see `outliers.roc_curve`."""
-    with _figure(path, 1, side=4.5, title=title) as (axis,):
+    with _axes(1, side=4.5, title=title) as (axis,):
         axis.plot((0, 1), (0, 1), ":", color="0.6")
         for name, (fpr, tpr) in curves.items():
             axis.plot(fpr, tpr, label=name)
@@ -226,25 +248,24 @@ def plot_roc(
             aspect="equal",
         )
         axis.legend(loc="lower right")
+    return axis.figure
 
 
-@_side_output
-def plot_curves(path: Path, lines: Iterable[Mapping[str, Any]], title: str) -> None:
+def plot_curves(lines: Iterable[Mapping[str, Any]], title: str) -> "Figure | None":
     """Draws a run's metrics against steps; nothing where there are none.
 
     Losses, mean energies, gaps by t, gradient norms, and figures of evaluations, with
     the last value in the legend. Values that are not finite leave gaps.
 
     Args:
-      path: of the PNG.
       lines: of metrics.jsonl; of several for one step and metric the last counts.
       title: of the picture.
     """
     curves = _by_metric(lines)
     if not curves:
-        return
+        return None
     last = max(step for values in curves.values() for step in values)
-    with _figure(path, 3, side=3.6, title=f"{title}: metrics by step", rows=2) as axes:
+    with _axes(3, side=3.6, title=f"{title}: metrics by step", rows=2) as axes:
         for axis, (name, pattern, scale) in zip(axes, _PANELS, strict=True):
             matches = [re.fullmatch(pattern, metric) for metric in curves]
             found = {m[1]: curves[m[0]] for m in matches if m}
@@ -259,6 +280,7 @@ def plot_curves(path: Path, lines: Iterable[Mapping[str, Any]], title: str) -> N
             axis.locator_params("x", nbins=6, integer=True)
             axis.tick_params(labelsize=8, which="both")
             axis.grid(alpha=0.3)
+    return axes[0].figure
 
 
 def _draw_curves(axis: Any, curves: Mapping[str, Mapping[int, float]]) -> None:
@@ -297,9 +319,19 @@ def _by_metric(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]
     return curves
 
 
-@_side_output
-def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> None:
-    """Writes a grid of uint8 images [n, height, width, 1 or 3], row by row, as a PNG.
+def plot_images(images: np.ndarray, title: str) -> "Figure":
+    """Draws a grid of uint8 images [n, height, width, 1 or 3]."""
+    grid = image_grid(images)
+    with _axes(1, side=6.0, title=title) as (axis,):
+        axis.imshow(grid if grid.shape[2] == 3 else grid[:, :, 0], cmap="gray")
+        axis.set_axis_off()
+    return axis.figure
+
+
+def image_grid(
+    images: np.ndarray, columns: int | None = None
+) -> UInt8[np.ndarray, "height width channels"]:
+    """Returns uint8 images [n, height, width, channels] side by side, row by row.
 
     Small images are enlarged by repeating pixels, never smoothed. Without a number of
     columns the grid is square.
@@ -313,7 +345,13 @@ def plot_images(path: Path, images: np.ndarray, columns: int | None = None) -> N
     grid = cells.reshape(rows * (height + 1), columns * (width + 1), channels)
     grid = np.pad(grid, ((0, 1), (0, 1), (0, 0)), constant_values=255)
     times = max(1, round(_GRID_PIXELS / max(grid.shape[:2])))
-    save_image(path, grid.repeat(times, axis=0).repeat(times, axis=1))
+    return grid.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def write_grid(path: Path, images: np.ndarray, columns: int | None = None) -> None:
+    """Writes the grid of `image_grid` as a PNG; a failure is only warned of."""
+    with _warned_of(path):
+        save_image(path, image_grid(images, columns))
 
 
 def save_images(folder: Path, images: np.ndarray) -> None:
@@ -333,8 +371,8 @@ def save_image(path: Path, image: np.ndarray) -> None:
         Image.fromarray(pixels).save(file, "PNG")
 
 
-@_side_output
-def plot_samples(path: Path, samples: np.ndarray, extent: float, title: str) -> None:
-    """Draws points [n, 2] in [−extent, extent]²."""
-    with _figure(path, 1, side=4.5) as (axis,):
-        _scatter(axis, samples, title, extent)
+def plot_samples(samples: np.ndarray, box: Box, title: str) -> "Figure":
+    """Draws points [n, 2]."""
+    with _axes(1, side=4.5) as (axis,):
+        _scatter(axis, samples, title, box)
+    return axis.figure

@@ -14,7 +14,6 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from ddaebm_jax.data.tfds_images import import_tensorflow
 from ddaebm_jax.diagnostics import energy_gaps_by_t
 from ddaebm_jax.errors import one_line
 from ddaebm_jax.evaluation import plots
@@ -48,9 +47,11 @@ class Reports:
         self._sums: dict[str, np.ndarray] = {}
         self._steps = 0
         self._clock = 0, time.monotonic()
-        # A dumb terminal cannot clear a line, and without stderr there is none.
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._interactive = bool(sys.stderr) and sys.stderr.isatty() and not dumb
+        # One line that is overwritten, on a terminal or in a notebook, which shows
+        # stderr in red; `_width` is its length.
+        notebook = "ipykernel" in sys.modules
+        self._stream, self._width = sys.stdout if notebook else sys.stderr, 0
+        self._interactive = notebook or (bool(self._stream) and self._stream.isatty())
         self._tensorboard: Any | None = None
         if self._writes and config.train.tensorboard:
             self._open_tensorboard(workdir)
@@ -103,7 +104,7 @@ class Reports:
             f"generator {values['generator/loss']:+.3f}"
         )
         if self._interactive:
-            self._show(f"\r\x1b[K{line}" + "\n" * (step == self._total))
+            self._show(line, "\n" * (step == self._total))
         else:
             logging.info(line)
         self._warn_of_divergence(step, values)
@@ -117,7 +118,12 @@ class Reports:
         except OSError as error:
             self._warn(error)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        self._to_tensorboard(lambda writer: writer.write_scalars(step, numbers))
+
+        def write(writer: Any) -> None:
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+
+        self._to_tensorboard(write)
 
     def show(
         self, step: int, files: Mapping[str, Path], histograms: Mapping[str, np.ndarray]
@@ -131,9 +137,9 @@ class Reports:
             for name, path in ((n, p) for n, p in files.items() if p.exists()):
                 with Image.open(path) as image:
                     pixels = np.asarray(image.convert("RGB"))
-                writer.write_images(step, {name: pixels[None]})
-            if histograms:
-                writer.write_histograms(step, dict(histograms))
+                writer.add_image(name, pixels, step, dataformats="HWC")
+            for name, numbers in histograms.items():
+                writer.add_histogram(name, numbers, step)
 
         self._to_tensorboard(write)
 
@@ -141,19 +147,20 @@ class Reports:
         """Draw all metrics so far; a failure is only warned of."""
         if self._writes:
             path = self._path.with_name(CURVES_FILE)
-            plots.plot_curves(path, _lines_to_draw(self._path), title)
+            plots.write(path, plots.plot_curves, lines_to_draw(self._path), title)
 
     def log(self, text: str) -> None:
         """Log a line, clear of the progress line."""
         if self._writes:
             if self._interactive:
-                self._show("\r\x1b[K")
+                self._show("", "\r")
             logging.info(text)
 
-    def _show(self, text: str) -> None:
+    def _show(self, line: str, end: str = "") -> None:
         try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            self._stream.write(f"\r{line:<{self._width}}{end}")
+            self._stream.flush()
+            self._width = 0 if end else len(line)
         except OSError:  # The terminal is gone, and the run goes on.
             self._interactive = False
 
@@ -191,13 +198,10 @@ class Reports:
             )
 
     def _open_tensorboard(self, workdir: Path) -> None:
-        """Opens clu's writer."""
         try:
-            import_tensorflow()
-            from clu import metric_writers
+            from tensorboardX import SummaryWriter
 
-            writer = metric_writers.SummaryWriter(str(workdir))
-            self._tensorboard = metric_writers.AsyncMultiWriter([writer])
+            self._tensorboard = SummaryWriter(str(workdir))
         except Exception as error:
             self._without_tensorboard(error)
 
@@ -242,7 +246,7 @@ def _cut(path: Path, step: int, evaluated: int) -> None:
     os.truncate(path, size)
 
 
-def _lines_to_draw(path: Path) -> Iterator[dict[str, Any]]:
+def lines_to_draw(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the metrics of a file, if there is one, without damaged lines.
 
     Of a large one all lines with figures of evaluations, and every n-th of the others.

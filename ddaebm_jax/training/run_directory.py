@@ -17,6 +17,8 @@ from ddaebm_jax.files import read_text, write_json_atomically, write_text_atomic
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
 LOCK_FILE = "lock"
+# An array that `fit` trains on; it comes before the run.
+DATA_FILE = "data.npz"
 
 _LARGEST_CONFIG = 2**20
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # Errors of file systems without locks.
@@ -76,7 +78,7 @@ def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
         raise InputError(f"--workdir={workdir} is a file; name a directory")
     if not (workdir / CONFIG_FILE).exists():
         if any(
-            found.suffix != ".partial" and found.name != LOCK_FILE
+            found.suffix != ".partial" and found.name not in (LOCK_FILE, DATA_FILE)
             for found in workdir.iterdir()
         ):
             raise InputError(

@@ -1,0 +1,432 @@
+"""The Python interface: load, fit, sample, score; and the parts of a loop of one's own.
+
+These names, exported by `ddaebm_jax`, are the ones whose stability is promised;
+docs/api.md has an example of each. Everything takes and returns the data's own units:
+rows in a table's columns, images as uint8. Bad input raises `InputError`, a ValueError
+that says what to do.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Float
+
+from ddaebm_jax import config as config_lib
+from ddaebm_jax import density, diffusion, models, reference
+from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax import game as game_lib
+from ddaebm_jax.commands.common import claimed
+from ddaebm_jax.config import fields as fields_lib
+from ddaebm_jax.config import recipes
+from ddaebm_jax.data import reference_fit
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import inference, particles, pictures, plots
+from ddaebm_jax.files import read_npz, read_text, written_atomically
+from ddaebm_jax.game import TrainState
+from ddaebm_jax.paths import user_path
+from ddaebm_jax.step import make_step
+from ddaebm_jax.training import loop, reports, run_directory
+from ddaebm_jax.training.trained_run import TrainedRun, load_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_BYTES = 4 * 2**30  # Of an array that is trained on.
+_MAX_REPORT = 2**20
+
+
+def recipe(name: str, **fields: Any) -> ml_collections.ConfigDict:
+    """Returns the config of a recipe of `configs/`, with some fields changed.
+
+    Args:
+      name: such as "gaussians25" or "table".
+      **fields: new values by dotted names: `**{"train.num_steps": 2000}`.
+
+    Raises:
+      InputError: for an unknown recipe or field, or a value that it cannot take.
+    """
+    found = recipes.load(name)
+    known = dict(fields_lib.leaves(found))
+    for field in fields:
+        if field not in known:
+            raise InputError(fields_lib.unknown(field, known))
+    try:
+        found.update_from_flattened_dict(fields)
+    except TypeError as error:
+        raise InputError(f"recipe {name!r}: {error}") from error
+    return found
+
+
+def load(
+    workdir: str | Path = "runs",
+    checkpoint: str = "latest",
+    data_path: str | Path | None = None,
+) -> "Model":
+    """Loads a trained run.
+
+    Args:
+      workdir: a run directory, or a folder with runs in it, of which the newest is
+        taken.
+      checkpoint: `latest`, the newest intact one; `best`, of the lowest FID; or the
+        step of one that is kept.
+      data_path: where a run's images lie now, if they have moved.
+
+    Raises:
+      InputError: if there is no such run or checkpoint, or it is damaged.
+    """
+    folder = user_path(workdir, "workdir")
+    if not (folder / run_directory.CONFIG_FILE).exists():
+        found = [
+            path
+            for depth in ("*", "*/*")
+            for path in folder.glob(f"{depth}/{run_directory.CONFIG_FILE}")
+        ]
+        if not found:
+            raise InputError(
+                f"{folder} is no run directory, and there is none in it; give one that "
+                "training has made"
+            )
+        folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    return Model(load_run(folder, False, checkpoint, data_path))
+
+
+def fit(
+    data: Any,
+    config: str | ml_collections.ConfigDict,
+    workdir: str | Path | None = None,
+) -> "Model":
+    """Trains on an array, or on a recipe's own data, and returns the model.
+
+    An array is kept in the run directory, so that training can be continued: by the
+    same call with that `workdir`, or by the command line.
+
+    Args:
+      data: rows [n, d], floats, standardised on the way in; or images [n, side, side,
+        1 or 3], uint8; or None: the data that the recipe names.
+      config: a recipe, or its name: `table` for rows, `digits` or `folder` for images.
+        Its section `data` is made to fit the array.
+      workdir: the run directory. Default: a new one, runs/<data>/<time>.
+
+    Raises:
+      InputError: for an array that cannot be trained on, a bad config, or a directory
+        that holds something else.
+    """
+    values = recipes.load(config) if isinstance(config, str) else config
+    values = values.copy_and_resolve_references()
+    array = None if data is None else _checked_data(data)
+    if array is not None:
+        values.data.name = "table" if array.ndim == 2 else "folder"
+        values.data.path = run_directory.DATA_FILE
+        if array.ndim == 4:
+            values.data.image_size, values.data.channels = array.shape[2:]
+    config_lib.validate(values)
+    if workdir is None:
+        name = values.data.name if array is None else "array"
+        new = Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+        workdir = claimed(new, folder=True)
+    folder = user_path(workdir, "workdir").absolute()
+    if array is not None:
+        values.data.path = str(folder / run_directory.DATA_FILE)
+        run_directory.check(folder, config_lib.with_absolute_paths(values))
+        _keep(array, Path(values.data.path))
+    loop.train(values, folder)
+    return load(folder)
+
+
+def _keep(array: np.ndarray, path: Path) -> None:
+    """Writes an array into a run directory, or compares it with the one in there."""
+    if path.exists():
+        if np.array_equal(read_npz(path, _MAX_BYTES, ["x"])["x"], array):
+            return
+        raise InputError(
+            f"{path} holds other data than those given; continue with the same array, "
+            "or give another workdir"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as file:
+        np.savez(file, x=array)
+
+
+def _checked_data(data: Any) -> np.ndarray:
+    """Returns an array to train on, rows as float64; else raises InputError."""
+    array = np.asarray(data)
+    told = f"an array of shape {array.shape} and type {array.dtype}"
+    if array.ndim == 2 and array.dtype.kind == "f":
+        return array.astype(np.float64)
+    if array.ndim == 4 and array.dtype == np.uint8 and array.shape[1] == array.shape[2]:
+        return array
+    raise InputError(
+        f"{told} cannot be trained on; give rows [n, d] as floats, with "
+        "x.astype(np.float64), or square images [n, side, side, 1 or 3] as uint8"
+    )
+
+
+class Model:
+    """A trained model; `load` and `fit` make one.
+
+    Attributes:
+      workdir: the run directory.
+      config: the run's config.
+      step: of the checkpoint whose averaged weights are used.
+      figures: the run's final figures by name; empty before its end.
+      run: the run's parts, for code that uses the package's other modules.
+    """
+
+    def __init__(self, run: TrainedRun) -> None:
+        self.run = run
+        self.workdir, self.step = run.workdir, run.step
+        self.config = run_directory.read_config(run.workdir)
+        self.figures = _figures(run)
+
+    def __repr__(self) -> str:
+        lines = [f"Model of {self.config.data.name}, step {self.step}, {self.workdir}"]
+        lines += [f"  {name}: {value}" for name, value in self.figures.items()]
+        return "\n".join(lines)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one example: (d,), or (height, width, channels)."""
+        return self.run.experiment.source.event_shape
+
+    def sample(self, num: int, seed: int = 0, sampler: str = "generator") -> np.ndarray:
+        """Returns samples [num, *event_shape], in the data's own units.
+
+        Args:
+          num: how many.
+          seed: sample i of the generator is a function of (seed, i) only.
+          sampler: `generator`; or `energy`, of exp f(·, 0) by sequential Monte Carlo.
+
+        Raises:
+          InputError: for another sampler, or where the energy's samples are refused.
+        """
+        experiment, variables = self.run.experiment, self.run.variables
+        if sampler == "generator":
+            drawn = inference.draw_samples(experiment, variables, num, seed)
+        elif sampler == "energy":
+            drawn = particles.draw_from_energy(experiment, variables, num, seed)
+        else:
+            raise InputError(f"sampler is {sampler!r}; allowed: generator, energy")
+        return experiment.source.to_own_units(drawn)
+
+    def energy(self, x: Any) -> Any:
+        """Returns f(x, 0), log density up to a constant, nats; larger is likelier.
+
+        NumPy in and out, in chunks; inside jax.jit, vmap or grad the same as a pure
+        function.
+
+        Args:
+          x: one example, or [n, *event_shape], in the data's own units: floats, or
+            images as uint8. Images as floats are in [−1, 1].
+
+        Returns:
+          A number, or [n].
+
+        Raises:
+          InputError: for another shape or type.
+        """
+        if isinstance(x, jax.core.Tracer):
+            return self._pure(self._checked(x))
+        array = self._checked(np.asarray(x))
+        rows = array.reshape(-1, *self.event_shape)
+        if not rows.size:
+            return np.zeros(len(rows), np.float32)
+        source = self.run.experiment.source
+        rows = source.from_own_units(rows, "x")
+        found = inference.energies(self.run.experiment, self.run.variables, rows)
+        return found if array.ndim > len(self.event_shape) else found[0]
+
+    @functools.cached_property
+    def log_z(self) -> float | None:
+        """Log of the normaliser of exp f(·, 0), in the networks' units, nats.
+
+        Sequential Monte Carlo measures it at the first use. None for images, and where
+        the effective sample size is too small.
+        """
+        if self.run.experiment.source.holds_images:
+            return None
+        found = particles.measure(self.run.experiment, self.run.variables).estimate
+        if found.refusal is not None:
+            logging.warning("log_density is not normalised: %s", found.refusal)
+            return None
+        return found.log_z
+
+    @functools.cached_property
+    def log_density(self) -> Callable[[Array], Array]:
+        """The log density of one example [*event_shape], nats, as a pure function.
+
+        In the data's own units, images as floats in [−1, 1]; normalised where `log_z`
+        is known. To be used with jax.jit, vmap and grad.
+        """
+        table = self.run.experiment.source.table
+        shift = self.log_z or 0.0
+        if self.log_z is not None and table is not None:
+            shift -= table.standardizer.log_det
+
+        def log_density(x: Any) -> Float[Array, ""]:
+            x = jnp.asarray(x, jnp.float32)
+            if x.shape != self.event_shape:
+                raise InputError(
+                    f"x has shape {x.shape}; one example of {self.event_shape} is "
+                    "needed: jax.vmap(log_density) takes several"
+                )
+            return self._pure(x) - shift
+
+        return log_density
+
+    def plot(self) -> "Figure":
+        """Returns a picture: densities in the plane, a table, or a grid of images."""
+        title = f"{self.config.data.name}, step {self.step}"
+        return _shown(pictures.figure(self.run.experiment, self.run.variables, title))
+
+    def plot_history(self) -> "Figure":
+        """Returns the run's metrics against steps.
+
+        Raises:
+          InputError: if there are none yet.
+        """
+        lines = reports.lines_to_draw(self.workdir / reports.METRICS_FILE)
+        figure = plots.plot_curves(lines, self.config.data.name)
+        if figure is None:
+            raise InputError(f"{self.workdir} has no {reports.METRICS_FILE}")
+        return _shown(figure)
+
+    def _pure(self, x: Array) -> Array:
+        """Returns f of one or several examples in the data's own units."""
+        source, networks = self.run.experiment.source, self.run.experiment.networks
+        rows = inference.as_float(x).reshape(-1, *self.event_shape)
+        if source.table is not None:
+            mean, std, whitening = source.table.standardizer
+            rows = (rows - jnp.float32(mean)[None]) / jnp.float32(std)[None]
+            if whitening is not None:
+                rows = rows @ jnp.float32(whitening)
+        found = density.energy_at_data(networks, self.run.variables.energy, rows)
+        return found if x.ndim > len(self.event_shape) else found[0]
+
+    def _checked(self, x: Any) -> Any:
+        shape, holds_images = self.event_shape, self.run.experiment.source.holds_images
+        is_pixels = holds_images and x.dtype == np.uint8
+        if x.dtype.kind != "f" and not is_pixels and x.dtype != jnp.bfloat16:
+            needed = "uint8, or floats in [−1, 1]" if holds_images else "floats"
+            raise InputError(
+                f"x is of type {x.dtype}; {needed} are needed: x.astype(np.float32)"
+            )
+        if x.shape[-len(shape) :] != shape or x.ndim > len(shape) + 1:
+            raise InputError(
+                f"x has shape {x.shape}; {shape}, or n of them, are needed"
+            )
+        if holds_images and not is_pixels and not isinstance(x, jax.core.Tracer):
+            low, high = (float(f(x)) if x.size else 0.0 for f in (np.min, np.max))
+            if not -1.0 <= low <= high <= 1.0:
+                raise InputError(
+                    f"x holds values from {low:g} to {high:g}; images as floats are "
+                    "in [−1, 1]: x / 127.5 - 1"
+                )
+        return x
+
+
+def _figures(run: TrainedRun) -> dict[str, Any]:
+    path = run.workdir / run_directory.REPORT_FILE
+    if not path.exists():
+        return {}
+    report = json.loads(read_text(path, _MAX_REPORT))
+    return report["figures"] if report.get("step") == run.step else {}
+
+
+def _shown(figure: "Figure") -> "Figure":
+    """Returns a figure, after what lets a notebook show figures is loaded."""
+    import matplotlib.pyplot
+
+    matplotlib.pyplot.get_backend()
+    return figure
+
+
+class Game(NamedTuple):
+    """The parts of a training loop; see `build`.
+
+    Attributes:
+      networks: pure functions of the three networks' variables.
+      schedule: the diffusion.
+      init: key → the state before the first step.
+      step: (state, x_0 [batch, *event_shape], key) → (state, metrics), pure: jit it.
+        The noise of a step depends on (key, state.step) only.
+    """
+
+    networks: models.Networks
+    schedule: diffusion.Schedule
+    init: Callable[[Array], TrainState]
+    step: Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
+
+
+def build(
+    config: str | ml_collections.ConfigDict,
+    event_shape: tuple[int, ...],
+    data: Float[np.ndarray, "n *shape"] | None = None,
+) -> Game:
+    """Builds what a loop of one's own needs: the game without data, files or devices.
+
+    Args:
+      config: a recipe, or its name; its section `data` is not read.
+      event_shape: of one example, (d,) or (height, width, channels).
+      data: standardised rows, or images in [−1, 1], for recipes with a reference
+        density (`model.reference`) or noise that the rows choose.
+
+    Raises:
+      InputError: for a bad config, or if `data` is needed.
+    """
+    values = recipes.load(config) if isinstance(config, str) else config
+    values = values.copy_and_resolve_references()
+    num, chosen = values.model.reference, values.diffusion.time_eps is None
+    if data is None and (num or chosen):
+        raise InputError(
+            "the recipe's model.reference or diffusion.time_eps follows from the data: "
+            "give build(…, data=rows), or set them to 0 and to a number"
+        )
+    if chosen:
+        noise = reference_fit.bandwidth(np.asarray(data))
+        values.diffusion.time_eps = diffusion.time_of_noise(noise, values.diffusion)
+    schedule = diffusion.make_schedule(**values.diffusion)
+    networks = experiment_lib.build_networks(values, tuple(event_shape), schedule)
+    game = experiment_lib.build_game(values.game, values.train.num_steps)
+    optimizers = experiment_lib.build_optimizers(
+        values.optimizer, values.train.num_steps
+    )
+    whole = make_step(
+        game,
+        schedule,
+        networks,
+        optimizers,
+        values.optimizer.ema_decay,
+        accumulate=values.optimizer.accumulate,
+    )
+
+    def init(key: Array) -> TrainState:
+        state = game_lib.init_state(key, networks, optimizers, game)
+        if not num:
+            return state
+        fitted = reference_fit.fit(np.asarray(data), schedule, num)
+        return state.replace(
+            variables=reference.with_fitted(state.variables, fitted),
+            ema=reference.with_fitted(state.ema, fitted),
+        )
+
+    def step(
+        state: TrainState, x0: Array, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        noise = game_lib.draw_noise(
+            *(key, state.step, jnp.arange(len(x0)), values.diffusion.num_steps),
+            *(networks.event_shape, networks.nz),
+            game.num_negatives,
+            game.proposal.defensive,
+        )
+        return whole(state, x0, noise)
+
+    return Game(networks, schedule, init, step)
