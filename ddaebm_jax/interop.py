@@ -7,6 +7,10 @@
 from the imported weights. The files are state_dicts, or NPZ or safetensors files with
 the same names (see `weights.read_weights`). A leading `module.` of data-parallel
 training is dropped.
+
+The generators of Denoising Diffusion GANs (Xiao et al. 2022, arXiv 2112.07804) are the
+same U-Net with the same names. Without --energy or --posterior that network keeps its
+initial weights.
 """
 
 from collections.abc import Iterator
@@ -185,7 +189,7 @@ def read_variables(config: Any, files: Players) -> Players:
 
     Args:
       config: an image recipe.
-      files: path of each network's state_dict.
+      files: path of each network's state_dict; None: no file, and no variables.
 
     Raises:
       InputError: if the recipe is not one of images or has a reference density, or a
@@ -207,7 +211,9 @@ def read_variables(config: Any, files: Players) -> Players:
     shapes = Players(*(variables["params"] for variables in shapes))
     paths = parameter_paths(config.model, side, shapes)
 
-    def read(file: str | Path, *target: Any) -> dict:
+    def read(file: str | Path | None, *target: Any) -> dict | None:
+        if file is None:
+            return None
         arrays = weights.read_weights(file)
         arrays = {name.removeprefix("module."): a for name, a in arrays.items()}
         return {"params": jax.device_put(to_params(arrays, *target, str(file)))}
@@ -218,13 +224,18 @@ def read_variables(config: Any, files: Players) -> Players:
 def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     """Create a run directory at step 0 with imported weights.
 
+    Args:
+      config: an image recipe.
+      files: path of each network's state_dict; None: it keeps its initial weights.
+      workdir: the directory.
+
     Raises:
       InputError: as `read_variables`, or if the directory is not empty; nothing has
         been written then.
     """
     from ddaebm_jax import config as config_lib
     from ddaebm_jax import experiment as experiment_lib
-    from ddaebm_jax.training import run_directory
+    from ddaebm_jax.training import run_directory, trained_run
     from ddaebm_jax.training.checkpoints import Checkpoints
 
     workdir = user_path(workdir, "--workdir")
@@ -233,18 +244,26 @@ def import_run(config: Any, files: Players, workdir: str | Path) -> None:
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"--workdir={workdir} exists already; name a new directory")
     variables = read_variables(config, files)
+    untrained = [name for name, one in variables._asdict().items() if one is None]
     experiment = experiment_lib.build(config, workdir, open_images=False)
-    networks = experiment.networks._replace(init=lambda key: variables)
+
+    def init(key: jax.Array) -> Players:
+        initial = experiment.networks.init(key) if untrained else variables
+        pairs = zip(variables, initial, strict=True)
+        return Players(*(new or old for new, old in pairs))
+
+    networks = experiment.networks._replace(init=init)
     state = experiment_lib.init_state(experiment._replace(networks=networks))
     workdir.mkdir(parents=True, exist_ok=True)
     run_directory.write_config(workdir, config)
     checkpoints = Checkpoints(workdir)
     try:
         info = {"config": config.to_dict(), "data": None, "input": None}
-        checkpoints.save(state, info)
+        checkpoints.save(state, {**info, "untrained": untrained})
         checkpoints.wait()
     finally:
         checkpoints.close()
+    trained_run.warn_of_untrained(untrained)
 
 
 def main(words: list[str]) -> None:
@@ -271,13 +290,12 @@ def _parse(argv: list[str]) -> list[str]:
     config_flags.define_config_flag("An image recipe.")
     for name, text in (
         ("generator", "The generator's weights, netG_*.pth."),
-        ("energy", "The energy's weights, netD_*.pth."),
-        ("posterior", "The encoder's weights, netE_*.pth."),
+        ("energy", "The energy's weights, netD_*.pth. Default: initial ones."),
+        ("posterior", "The encoder's weights, netE_*.pth. Default: initial ones."),
         ("workdir", "The run directory to create."),
     ):
         common.define_path(flags.FLAGS, name, text)
-    names = ["config", "generator", "energy", "posterior", "workdir"]
-    flags.mark_flags_as_required(names)
+    flags.mark_flags_as_required(["config", "generator", "workdir"])
     with common.user_errors():
         return config_flags.parse(argv)
 

@@ -56,6 +56,15 @@ UNETS = {
         6>2 4>2 4>2 2>2r
         4>2 4>2 3>2 2>2r
         3>1 2>1 2>1""",
+    # DDGAN's (Xiao et al. 2022), whose CIFAR-10 generator has the modules of cifar10.
+    "celebahq256": """
+        1>1 1>1 1>1r c>1p  1>1 1>1 1>1r 1>1p
+        1>2 2>2 2>2r 1>2p  2>2 2>2 2>2r 2>2p
+        2>4 4>4a 4>4 4>4a 4>4r 2>4p  4>4 4>4
+        4>4 4>4a 4>4
+        8>4 8>4 8>4 4>4r  8>4 8>4 6>4 4>4a 4>4r
+        6>2 4>2 4>2 2>2r  4>2 4>2 3>2 2>2r
+        3>1 2>1 2>1 1>1r  2>1 2>1 2>1""",
     # Not released: one level at 8 × 8.
     "digits": "1>1 1>1a 1>1 1>1a 1>1 2>1 2>1 1>1a",
 }
@@ -122,7 +131,7 @@ def posterior_shapes(recipe: str, model: Any, channels: int) -> Shapes:
     """Return the names and shapes in netE_*.pth."""
     nz, ngf, t = model.nz, model.encoder.ngf, model.encoder.t_emb_dim
     shapes = _layer("t_embed.main.0", t, t) | _layer("t_embed.main.2", t, t)
-    if recipe == "lsun_church128":
+    if recipe in ("lsun_church128", "celebahq256"):
         shapes |= _layer("start_conv.conv", 2 * ngf, 2 * channels, 1, 1)
         widths = [ngf * multiple for multiple in (2, 4, 8, 8, 8, 8, 8)]
         for number, (i, o) in enumerate(itertools.pairwise(widths), 1):
@@ -147,7 +156,14 @@ def posterior_shapes(recipe: str, model: Any, channels: int) -> Shapes:
 
 
 def recipe(name: str) -> ml_collections.ConfigDict:
-    """Return the config of configs/{name}.py."""
+    """Return the config of configs/{name}.py, or the one docs/images.md describes."""
+    if name == "celebahq256":
+        config = recipe("celeba64")
+        config.data.image_size = 256
+        config.diffusion.update({"num_steps": 2, "max_beta": 0.9999})
+        config.model.unet.update({"ch_mult": (1, 1, 2, 2, 4, 4), "n_mlp": 3})
+        config_lib.validate(config)
+        return config
     return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
 
 

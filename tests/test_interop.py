@@ -1,6 +1,7 @@
 """The authors' checkpoints: the place of every array, and imported runs."""
 
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,18 +13,21 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from cli import ROOT, environment
+from cli import ROOT, environment, succeed
 from helpers import assert_trees_equal
 from released import posterior_shapes, recipe, unet_shapes
 from test_weights import write_npz, write_safetensors, write_zip
 from untrusted import refused
 
-from ddaebm_jax import experiment, interop, models
+from ddaebm_jax import diffusion, experiment, interop, models
 from ddaebm_jax.models import Players
 from ddaebm_jax.training.checkpoints import Checkpoints
 from ddaebm_jax.training.trained_run import load_run
 
 RECIPES = ("cifar10", "celeba64", "lsun_church128")
+# DDGAN's generators have the modules of the authors' netG, whose numbers
+# tests/test_reference.py compares.
+DDGAN = ("cifar10", "celebahq256")
 
 # The layers of an image recipe, narrower.
 NARROW = {
@@ -121,7 +125,7 @@ def test_typed_names_are_those_of_the_released_cifar10_files(player, test_data: 
     assert typed == {line for line in released if line}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted({*RECIPES, *DDGAN}))
 def test_every_released_array_has_its_place(name: str):
     """All arrays arrive, transposed at most, and set every parameter of ours."""
 
@@ -203,6 +207,21 @@ def test_places_of_released_arrays(name: str):
         np.testing.assert_array_equal(found, expected, err_msg=source)
 
 
+@pytest.mark.parametrize("name", DDGAN)
+def test_ddgan_denoises_by_the_same_posterior(name: str):
+    """Its levels are ours, but for β_0 = 1e-8, which its posterior leaves out."""
+    schedule = diffusion.make_schedule(**recipe(name).diffusion)
+    tau = np.linspace(1e-3, 1, schedule.num_steps + 1)
+    p = np.exp(-0.5 * tau**2 * (20 - 0.1) - 0.1 * tau)
+    p, before = p[1:] / p[0], p[:-1] / p[0]
+    alpha = p / before
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-4)
+    close(schedule.posterior_c1, (1 - alpha) * np.sqrt(before) / (1 - p))
+    close(schedule.posterior_c2, (1 - before) * np.sqrt(alpha) / (1 - p))
+    std = np.sqrt((1 - alpha) * (1 - before) / (1 - p))
+    close(jnp.exp(0.5 * schedule.posterior_log_var[1:]), std[1:])  # None at t = 0.
+
+
 # A run from imported weights, through the command line.
 
 
@@ -219,7 +238,7 @@ def files(small: Released, tmp_path_factory) -> Players:
 def run_import(files: Players, workdir: Path) -> subprocess.CompletedProcess:
     flags = [f"--config={ROOT / 'configs' / 'digits.py'}", f"--workdir={workdir}"]
     flags += [f"--config.{field}={value}" for field, value in SMALL_RUN.items()]
-    flags += [f"--{name}={path}" for name, path in files._asdict().items()]
+    flags += [f"--{name}={path}" for name, path in files._asdict().items() if path]
     command = [sys.executable, "-m", "ddaebm_jax.interop", *flags]
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
@@ -231,6 +250,7 @@ def test_a_run_holds_the_imported_weights(
     result = run_import(files, imported)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(imported)]
+    assert "untrained" not in result.stderr
     # Zeros in place of the weights that imported ones replace.
     zeros = jax.tree.map(jnp.zeros_like, small.variables)
     networks = small.networks._replace(init=lambda key: zeros)
@@ -248,11 +268,31 @@ def test_a_run_holds_the_imported_weights(
         assert not np.asarray(moment).any()
 
 
+def test_a_generator_alone_gives_samples(
+    files: Players, small: Released, tmp_path: Path
+):
+    warning = "untrained: energy, posterior;"
+    imported = tmp_path / "run"
+    result = run_import(Players(None, files.generator, None), imported)
+    assert result.returncode == 0 and warning in result.stderr, result.stderr
+    initial = small.networks.init(experiment.run_keys(small.config.seed).weights)
+    expected = initial._replace(generator=small.variables.generator)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(close, load_run(imported).variables, expected)
+    sampled = succeed("--mode=sample", f"--workdir={imported}", "--num_samples=4")
+    assert warning in sampled.err
+    with np.load(imported / "images.npz") as images:
+        assert images["x"].shape == (4, 8, 8, 1) and images["x"].dtype == np.uint8
+
+
 def test_the_command_line_reports_one_line(files: Players, tmp_path: Path):
     missing = tmp_path / "none.pth"
     result = run_import(files._replace(energy=missing), tmp_path / "run")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == f"error: {missing}: no such file; check the path\n"
+    result = run_import(files._replace(generator=None), tmp_path / "run")
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch("error: .*--generator.*\n", result.stderr)
     assert not (tmp_path / "run").exists()
 
 

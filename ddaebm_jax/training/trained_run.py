@@ -1,6 +1,7 @@
 """A finished run, loaded from its directory, which is only read."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,7 +117,15 @@ def _load(
             f"the data of {workdir} are not those of its checkpoint {found.step}; copy "
             "the whole run directory again, and leave its images as they were"
         )
+    warn_of_untrained(found.info.get("untrained", []))
     return TrainedRun(workdir, experiment, found.state.ema, found.step)
+
+
+def warn_of_untrained(names: Sequence[str]) -> None:
+    """Warn of networks with initial weights, as a partial import leaves them."""
+    if names:
+        text = "untrained: %s; what depends on them, such as scores, means nothing"
+        logging.warning(text, ", ".join(names))
 
 
 def _find_data(data: ml_collections.ConfigDict, path: str | Path) -> None:
