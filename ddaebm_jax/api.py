@@ -24,6 +24,7 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax import density, diffusion, models, reference
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax import game as game_lib
+from ddaebm_jax.commands import export
 from ddaebm_jax.commands.common import claimed
 from ddaebm_jax.config import fields as fields_lib
 from ddaebm_jax.config import recipes
@@ -304,10 +305,8 @@ class Model:
         source, networks = self.run.experiment.source, self.run.experiment.networks
         rows = inference.as_float(x).reshape(-1, *self.event_shape)
         if source.table is not None:
-            mean, std, whitening = source.table.standardizer
-            rows = (rows - jnp.float32(mean)[None]) / jnp.float32(std)[None]
-            if whitening is not None:
-                rows = rows @ jnp.float32(whitening)
+            arrays = export.standardizer_arrays(source.table.standardizer)
+            rows = export.standardized(jax.tree.map(jnp.float32, arrays), rows)
         found = density.energy_at_data(networks, self.run.variables.energy, rows)
         return found if x.ndim > len(self.event_shape) else found[0]
 

@@ -109,7 +109,7 @@ def with_reference(
 
     def energy(variables, x, t, rngs=None):
         density = at_level(read(variables), schedule, t)
-        known = log_density(density, x.reshape(len(x), -1))
+        known = log_density(density, x.reshape(x.shape[0], -1))
         return residual(variables, x, t, rngs) + known
 
     return networks._replace(init=init, energy=energy, residual=residual)
@@ -150,11 +150,11 @@ def at_level(
 ) -> Density:
     """Returns p_ref(x_t) for each t: means scaled by A_t, variances A_t² v + S_t²."""
     a, s = (jnp.asarray(v)[t][:, None] for v in (schedule.a_cum, schedule.sigma_cum))
-    shape = (len(t), *reference.log_weights.shape)
+    shape = (*t.shape, *reference.log_weights.shape)
     window = Window(
         log_weights=jnp.broadcast_to(reference.log_weights, shape),
         points=reference.points,
-        shift=jnp.zeros((len(t), reference.points.shape[1])),
+        shift=jnp.zeros((*t.shape, reference.points.shape[1])),
         scale=a,
         variance=s**2,
     )
@@ -167,7 +167,7 @@ def gaussians_at_level(
     """Returns the half of `at_level` that is a mixture."""
     levels = schedule.a_cum, schedule.sigma_cum
     a, s = (jnp.asarray(v)[t][:, None, None] for v in levels)
-    shape = (len(t), *gaussians.log_weights.shape)
+    shape = (*t.shape, *gaussians.log_weights.shape)
     return gaussians._replace(
         log_weights=jnp.broadcast_to(gaussians.log_weights, shape),
         means=a * gaussians.means[None],

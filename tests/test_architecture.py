@@ -163,7 +163,7 @@ def test_files_and_functions_are_short():
 
 
 @pytest.mark.parametrize(
-    ("folder", "most"), [("ddaebm_jax", 16_900), ("tests", 13_900)]
+    ("folder", "most"), [("ddaebm_jax", 18_000), ("tests", 14_500)]
 )
 def test_the_whole_is_small(folder: str, most: int):
     files = (ROOT / folder).rglob("*.py")
@@ -227,7 +227,8 @@ _CORE = [
 _CHECK = f"""
 import importlib, sys
 others = "PIL absl clu etils filelock grain lmdb matplotlib ml_collections orbax pandas"
-others += " safetensors sklearn tensorboard tensorboardX tensorflow tensorflow_datasets torch"
+others += " safetensors sklearn tensorboard tensorboardX tensorflow torch"
+others += " tensorflow_datasets"
 needed = set(sys.modules)
 import flax.linen, jax, jaxtyping, numpy, optax
 needed = set(sys.modules) - needed

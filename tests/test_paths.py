@@ -12,14 +12,23 @@ from runs import small
 
 from ddaebm_jax import commands, paths
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.commands import common, evaluate, inspect, ood, sample, score, train
+from ddaebm_jax.commands import (
+    common,
+    evaluate,
+    export,
+    inspect,
+    ood,
+    sample,
+    score,
+    train,
+)
 from ddaebm_jax.config import choices, fields
 from ddaebm_jax.config import flags as config_flags
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.training import dispatch
 
 HOME = Path.home()
-MODES = (evaluate, inspect, ood, sample, score, train)
+MODES = (evaluate, export, inspect, ood, sample, score, train)
 # Flags and fields that are texts, but of no path; --in and --out may be of either.
 WORDS = {"checkpoint", "coordinator", "config", "in", "out", "preprocessing"}
 WORDS |= {"id_column", "reference", "data.label_column", "data.tfds", "data.split"}

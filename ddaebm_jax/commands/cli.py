@@ -4,7 +4,6 @@ ddaebm --config=gaussians25 --config.game.gamma=0.01
 ddaebm --mode=sample --workdir=runs/gaussians25/... --num_samples=1000
 ddaebm --mode=score --workdir=... --input=rows.csv
 ddaebm --mode=restore --workdir=... --task=impute --input=rows.csv
-ddaebm --mode=evaluate --workdir=... --checkpoint=best
 ddaebm --mode=ood --workdir=... --in=test --out=svhn_cropped,cifar100
 
 Each mode has flags of its own: --help lists them, --mode=sample --help explains those
@@ -18,6 +17,7 @@ from absl import app, flags
 from ddaebm_jax.commands import (
     common,
     evaluate,
+    export,
     inspect,
     ood,
     restore,
@@ -31,7 +31,7 @@ from ddaebm_jax.errors import InputError
 
 COMMANDS = {
     command.__name__.rpartition(".")[2]: command
-    for command in (train, sample, score, restore, evaluate, ood, inspect)
+    for command in (train, sample, score, restore, evaluate, ood, export, inspect)
 }
 
 
