@@ -7,6 +7,7 @@ that says what to do.
 """
 
 import functools
+import io
 import json
 import time
 from collections.abc import Callable
@@ -341,10 +342,14 @@ def _figures(run: TrainedRun) -> dict[str, Any]:
 
 
 def _shown(figure: "Figure") -> "Figure":
-    """Returns a figure, after what lets a notebook show figures is loaded."""
-    import matplotlib.pyplot
+    """Returns a figure that notebooks show, whatever their backend."""
 
-    matplotlib.pyplot.get_backend()
+    def png() -> bytes:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=80)
+        return file.getvalue()
+
+    figure._repr_png_ = png
     return figure
 
 

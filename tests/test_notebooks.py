@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from cli import ROOT, TINY, TINY_UNET, environment
+from cli import ROOT, TINY_UNET, environment
 from nbclient import NotebookClient
 
 FEW = {"parallel.num_devices": 1, "evaluation.num_particles": 400}
@@ -32,13 +32,15 @@ def outputs(cells: list[dict], kind: str) -> list[str]:
 
 def test_the_tour(tmp_path: Path):
     unet = TINY_UNET | {"data.batch_size": 8}
-    fields = {k: v for k, v in TINY.items() if k.startswith("evaluation")} | FEW
     cells = run(
         "ddaebm.ipynb",
         f"""
 STEPS, TABLE_STEPS, DIGIT_STEPS = 40, 20, 4
-FIELDS = {fields!r}
+FIELDS = {FEW!r}
 import ddaebm_jax
+from ddaebm_jax.evaluation import particles, restoring
+restoring.Search.__new__.__defaults__ = 2, 0.1, 1.0, 2
+particles.LEAST_EFFECTIVE = 0  # So little training leaves few.
 recipe = ddaebm_jax.recipe
 def small(name, **fields):
     own = {unet!r} if name == "digits" else {{"model.mlp.hidden": (8, 8)}}
@@ -79,8 +81,8 @@ def test_cifar10_continues_after_a_restart(tmp_path: Path):
             "train.picture_every": 0,
             "train.evaluate_every": 0,
             "evaluation.inception": False,
-            "evaluation.num_samples": 8,
-            "evaluation.num_samples_on_the_way": 8,
+            "evaluation.num_samples": 16,
+            "evaluation.num_samples_on_the_way": 0,
         }
     )
     for steps in (2, 4):

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,9 @@ def test_the_progress_line_needs_a_terminal_or_a_notebook_and_outlives_it(
 ):
     monkeypatch.setattr(sys, "stdout" if kernel else "stderr", stream)
     if kernel:
-        monkeypatch.setitem(sys.modules, "ipykernel", None)
+        shell = SimpleNamespace(kernel=object())
+        ipython = SimpleNamespace(get_ipython=lambda: shell)
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
     found = opened(tmp_path, train__report_every=1)
     found.add(1, 1, METRICS)
     if stream is not None:

@@ -60,10 +60,10 @@ def _parse(argv: list[str]) -> list[str]:
             sys.exit()
         _define_mode(flags.FLAGS)
         COMMANDS[mode].define_flags(flags.FLAGS)
-        for name in set(flags.FLAGS) - before:
-            flags.declare_key_flag(name)  # --helpshort lists them.
+        for name in set(flags.FLAGS) - before:  # --helpshort lists the key flags.
+            flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[name])
         if help_asked:
-            common.show(f"{COMMANDS[mode].__doc__}\n{flags.FLAGS.main_module_help()}")
+            common.show(f"{COMMANDS[mode].__doc__}\n{flags.FLAGS.module_help(argv[0])}")
             sys.exit()
         try:
             return config_flags.parse(argv)

@@ -47,9 +47,8 @@ class Reports:
         self._sums: dict[str, np.ndarray] = {}
         self._steps = 0
         self._clock = 0, time.monotonic()
-        # One line that is overwritten, on a terminal or in a notebook, which shows
-        # stderr in red; `_width` is its length.
-        notebook = "ipykernel" in sys.modules
+        # One line that is overwritten, `_width` long; notebooks show stderr in red.
+        notebook = _is_in_notebook()
         self._stream, self._width = sys.stdout if notebook else sys.stderr, 0
         self._interactive = notebook or (bool(self._stream) and self._stream.isatty())
         self._tensorboard: Any | None = None
@@ -220,6 +219,12 @@ class Reports:
             "no TensorBoard files from here on (%s); %s has everything",
             *(one_line(error), METRICS_FILE),
         )
+
+
+def _is_in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
 
 
 def _append(path: Path, line: str) -> None:
