@@ -8,7 +8,9 @@ Notation: β_k is the variance added on the way from level k−1 to k, a_k = √
 σ_k = √β_k, A_k = Π_{j≤k} a_j, S_k = √(1−A_k²), P_k = A_k².
 
 Sources: Geng et al. 2024 (arXiv 2403.01666); Xiao et al. 2022 (arXiv 2112.07804);
-the cosine schedule is eq. 17 of Nichol & Dhariwal 2021 (arXiv 2102.09672).
+the cosine schedule is eq. 17 of Nichol & Dhariwal 2021 (arXiv 2102.09672); levels
+spaced by their noise follow Lu et al. 2022 (arXiv 2206.00927) and Karras et al. 2022
+(arXiv 2206.00364).
 """
 
 from typing import Any
@@ -20,9 +22,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 VARIANCES = ("vp", "geometric", "cosine")
-TIMES = ("uniform", "lsun")
+SPACINGS = ("log_snr", "karras")
+TIMES = ("uniform", "lsun", *SPACINGS)
 
 _COSINE_OFFSET = 0.008
+_KARRAS_RHO = 7.0  # Karras et al. 2022, table 1, as the next one.
+_LARGEST_NOISE = 80.0
 
 
 @flax.struct.dataclass
@@ -84,6 +89,67 @@ def diffusion_times(
         stride = 1000 // (2 * (num_steps - 1))
         return np.append(stride * np.arange(num_steps), 999) / 999.0
     raise ValueError(f"times are '{kind}'; allowed: {', '.join(TIMES)}")
+
+
+def noise_levels(num_steps: int, kind: str, first: float, last: float) -> np.ndarray:
+    """Returns noise levels σ_0 … σ_T from `first` to `last`, float64, shape [T+1].
+
+    σ_k = S_k/A_k is the noise in units of the data: of a variance-exploding process
+    x + σε, which scaled by A = 1/√(1+σ²) is ours with S = σ/√(1+σ²).
+
+    Args:
+      num_steps: T.
+      kind: `log_snr`: evenly in the log signal-to-noise ratio −2 log σ, as DPM-Solver's
+        steps (Lu et al. 2022, arXiv 2206.00927). `karras`: evenly in σ^{1/ρ}, ρ = 7
+        (Karras et al. 2022, arXiv 2206.00364, eq. 5, whose order is from σ_max down).
+      first: σ_0 > 0.
+      last: σ_T.
+
+    Raises:
+      ValueError: unless num_steps ≥ 1 and 0 < first < last.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; at least 1 is needed")
+    if not 0.0 < first < last:
+        raise ValueError(
+            f"levels '{kind}' go from noise {first:.3g} to {last:.3g}; they need noise "
+            "at level 0, and less than at level T: give a time_eps such as 1e-3"
+        )
+    share = np.arange(num_steps + 1) / num_steps
+    if kind == "log_snr":
+        return first ** (1.0 - share) * last**share
+    low, high = first ** (1.0 / _KARRAS_RHO), last ** (1.0 / _KARRAS_RHO)
+    return (low + share * (high - low)) ** _KARRAS_RHO
+
+
+def spaced_times(
+    num_steps: int,
+    kind: str,
+    time_eps: float,
+    variance: str,
+    beta_min: float,
+    beta_max: float,
+) -> np.ndarray:
+    """Returns the times of levels spaced by their noise, float64, shape [T+1].
+
+    Level 0 is that of `time_eps`, level T that of time 1 or of σ = 80, Karras et al.'s
+    σ_max, if that is less (a cosine variance ends in noise alone); between the two lie
+    `noise_levels`. The other arguments are those of `marginal_variance`.
+    """
+
+    def noise(tau: np.ndarray) -> np.ndarray:
+        v = marginal_variance(tau, variance, beta_min, beta_max)
+        with np.errstate(divide="ignore"):
+            return np.sqrt(v / (1.0 - v))
+
+    first, last = noise(np.array([time_eps, 1.0]))
+    sigma = noise_levels(num_steps, kind, first, min(last, _LARGEST_NOISE))
+    low, high = np.full_like(sigma, time_eps), np.ones_like(sigma)
+    for _ in range(60):  # Bisection: noise grows with time.
+        middle = (low + high) / 2
+        less = noise(middle) < sigma
+        low, high = np.where(less, middle, low), np.where(less, high, middle)
+    return high
 
 
 def marginal_variance(
@@ -148,8 +214,9 @@ def schedule_values(
       variance: `vp`, `geometric` or `cosine`; see `marginal_variance`.
       beta_min: lower end of the range of β.
       beta_max: upper end.
-      time: `uniform` or `lsun`; see `diffusion_times`.
-      time_eps: time of level 0 for uniform times.
+      time: `uniform` or `lsun`, see `diffusion_times`; `log_snr` or `karras`, see
+        `spaced_times`.
+      time_eps: time of level 0, except for `lsun`.
       keep_scale: x_0 is the data plus S_0 ε; else the noise of level 0 shrinks them.
       max_beta: β_k for k ≥ 1 is clipped to at most this.
       min_posterior_var: log s_t² is clipped below at its log (1e-4 on images);
@@ -158,8 +225,12 @@ def schedule_values(
     Raises:
       ValueError: for arguments out of range, or a schedule that cannot be used.
     """
-    tau = diffusion_times(num_steps, time, time_eps)
-    alpha_bar = 1.0 - marginal_variance(tau, variance, beta_min, beta_max)
+    limits = variance, beta_min, beta_max
+    if time in SPACINGS:
+        tau = spaced_times(num_steps, time, time_eps, *limits)
+    else:
+        tau = diffusion_times(num_steps, time, time_eps)
+    alpha_bar = 1.0 - marginal_variance(tau, *limits)
     beta = np.empty(num_steps + 1)
     beta[0] = 1.0 - alpha_bar[0]
     with np.errstate(divide="ignore", invalid="ignore"):

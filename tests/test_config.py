@@ -196,6 +196,10 @@ COMBINATIONS = [
     ("diffusion.time='lsun' diffusion.num_steps=1", "need at least 2 steps"),
     ("diffusion.time='lsun'", "diffusion.min_posterior_var is None"),
     ("diffusion.time_eps=0.0", "diffusion.min_posterior_var is None"),
+    (
+        "diffusion.time='karras' diffusion.time_eps=0.2",
+        "spaced by noise start near data",
+    ),
     ("game.recon_floor=None diffusion.num_steps=1", "which one step lacks"),
     ("game.gamma=0.0 game.gamma_final=1e-3", "γ decays from a positive number"),
     (f"{_DECAY}0.0", "needs a positive final rate"),

@@ -170,6 +170,39 @@ def test_lsun_times():
     np.testing.assert_allclose(tau * 999, [0, 500, 999])
 
 
+@pytest.mark.parametrize("time", diffusion.SPACINGS)
+@pytest.mark.parametrize("variance", diffusion.VARIANCES)
+def test_levels_spaced_by_noise_are_their_sources(variance: str, time: str):
+    """σ = S/A between the ends of the variance; 80, of Karras et al., at the most."""
+    limits = (1e-4, 0.9) if variance == "geometric" else (0.1, 20.0)
+    for steps in (1, 2, 4, 7):
+        plain, spaced = (
+            diffusion.schedule_values(
+                steps, variance, *limits, kind, max_beta=1.0 - 1e-9
+            )
+            for kind in ("uniform", time)
+        )
+        first, last = (plain["sigma_cum"] / plain["a_cum"])[[0, -1]]
+        ends = first, min(last, 80.0)
+        if time == "log_snr":
+            expected = np.geomspace(*ends, steps + 1)
+        else:  # Equation 5, from i = N − 1, the least noise, on; N = T + 1 levels.
+            low, high = (end ** (1 / 7) for end in ends)
+            share = np.arange(steps, -1, -1) / steps
+            expected = (high + share * (low - high)) ** 7
+        sigma = spaced["sigma_cum"] / spaced["a_cum"]
+        np.testing.assert_allclose(sigma, expected, rtol=1e-7)
+        assert (spaced["beta"] > 0).all() and (spaced["beta"] < 1).all()
+
+
+def test_levels_of_karras_are_those_of_the_paper():
+    """σ_min = 0.002, σ_max = 80: the middle of three levels, by hand."""
+    middle = ((0.002 ** (1 / 7) + 80 ** (1 / 7)) / 2) ** 7
+    found = diffusion.noise_levels(2, "karras", 0.002, 80.0)
+    np.testing.assert_allclose(found, [0.002, middle, 80.0])
+    assert middle == pytest.approx(2.515, abs=1e-3)
+
+
 def test_lsun_schedule_starts_at_the_data():
     s = diffusion.make_schedule(4, time="lsun", min_posterior_var=1e-4)
     assert float(s.a_cum[0]) == 1.0 and float(s.sigma_cum[0]) == 0.0
@@ -201,7 +234,9 @@ def test_beta_is_clipped():
         ({"num_steps": 0}, "num_steps is 0"),
         ({"num_steps": 1, "time": "lsun"}, "at least 2"),
         ({"variance": "linear"}, "linear.*vp, geometric, cosine"),
-        ({"time": "log"}, "log.*uniform, lsun"),
+        ({"time": "log"}, "log.*uniform, lsun, log_snr, karras"),
+        ({"time": "karras", "time_eps": 0.0}, "from noise 0 to 80"),
+        ({"time": "log_snr", "num_steps": 0}, "num_steps is 0"),
         ({"variance": "geometric"}, "beta_max is 20"),
         ({"beta_min": 0.0}, "beta_min is 0"),
         ({"beta_min": 3.0, "beta_max": 2.0}, "beta_min is 3"),

@@ -64,9 +64,11 @@ def base() -> "ConfigDict":
     process.variance = "vp"  # `geometric`, `cosine`; see diffusion.marginal_variance.
     process.beta_min = 0.1  # Range of β, of `vp` and `geometric`.
     process.beta_max = 20.0
-    process.time = "uniform"  # Or `lsun`; see diffusion.diffusion_times.
-    # Time of level 0, of `uniform`: the noise that data carry. None, of tables: it is
-    # chosen by the training rows (data/reference_fit.py).
+    # Times of the levels: `uniform` or `lsun`, see diffusion.diffusion_times; `log_snr`
+    # or `karras`, spaced by their noise, see diffusion.noise_levels.
+    process.time = "uniform"
+    # Time of level 0, except for `lsun`: the noise that data carry. None, of tables: it
+    # is chosen by the training rows (data/reference_fit.py).
     process.time_eps = optional(float, 1e-3)
     process.keep_scale = False  # x_0 is data + S_0 ε; else A_0 data + S_0 ε.
     process.max_beta = 0.999  # β_k is clipped to at most this.

@@ -28,7 +28,7 @@ READ_WHEN = {
     f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction "
     "model.reference",
     f"data.name {' '.join(choices.TABLES)}": "data.whiten model.residual",
-    "diffusion.time uniform": "diffusion.time_eps",
+    "diffusion.time uniform log_snr karras": "diffusion.time_eps",
     "model.name mlp": "model.mlp model.confinement evaluation.num_projections",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
     "evaluation.batch_size evaluation.inception evaluation.preprocessing "
@@ -76,9 +76,15 @@ def _check_diffusion(config: Any) -> Needs:
         if config.data.name not in choices.TABLES:
             needed = "None takes the noise from a table's rows: give a number, as 1e-3"
             yield "diffusion.time_eps data.name", needed
-        if process.time != "uniform":
+        if process.time == "lsun":
             needed = "nothing would read the first: leave it at 0.001"
             yield "diffusion.time_eps diffusion.time", needed
+    if process.time in ("log_snr", "karras"):
+        name = "beta_min" if process.variance == "geometric" else "time_eps"
+        if process[name] is not None and not 1e-6 <= process[name] <= 0.1:
+            needed = "levels spaced by noise start near data: the first must be from "
+            reads = f"diffusion.{name} diffusion.time diffusion.variance"
+            yield reads, f"{needed}1e-6 to 0.1"
     if process.min_posterior_var is None and not _has_noise_at_data(process):
         reads = "diffusion.min_posterior_var diffusion.variance diffusion.time"
         needed = "level 0 has no noise, so a number is needed, for example 1e-4"
@@ -86,7 +92,7 @@ def _check_diffusion(config: Any) -> Needs:
 
 
 def _has_noise_at_data(process: Any) -> bool:
-    chosen = process.time == "uniform"
+    chosen = process.time != "lsun"
     chosen &= process.time_eps is None or process.time_eps >= 1e-6
     return chosen or process.variance == "geometric"
 
