@@ -12,6 +12,10 @@ class TrainingError(InputError):
     """Training cannot continue; the message says at which step and why."""
 
 
+class DivergedError(TrainingError):
+    """A loss or gradient is not finite, again and again."""
+
+
 class LostProcessError(TrainingError):
     """Another process of the run has ended or hangs."""
 

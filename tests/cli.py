@@ -51,7 +51,7 @@ TINY_UNET = {
     "model.encoder.t_emb_dim": 8,
 }
 
-MODES = ("train", "sample", "score", "restore", "evaluate", "ood", "export", "inspect")
+MODES = "train sample score restore evaluate ood export inspect ablate".split()
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload([f"ddaebm_jax.commands.{mode}" for mode in MODES])
 

@@ -299,7 +299,7 @@ BAD_COMMANDS = {
     ),
     "config of another mode": (
         ["--mode=sample", f"--config={PLANE}"],
-        "--config is for --mode=train, not for --mode=sample",
+        "--config is for --mode=train or --mode=ablate, not for --mode=sample",
     ),
     "several problems": (
         [f"--config={PLANE}", "--config.game.gama=1", "--config.optimizer.beta1=5"],
@@ -339,6 +339,24 @@ BAD_COMMANDS = {
     "table not there": (
         [f"--config={TABLE}", "--config.data.path=/nowhere.csv"],
         "/nowhere.csv",
+    ),
+    "unknown variation": (
+        ["--mode=ablate", f"--config={PLANE}", "--workdir=x", "--vary=noise"],
+        "--vary=noise is not known; allowed: paper, schedule, density",
+    ),
+    "bad seed": (
+        [
+            "--mode=ablate",
+            f"--config={PLANE}",
+            "--workdir=x",
+            "--vary=paper",
+            "--seeds=a",
+        ],
+        "--seeds: 'a'; whole numbers",
+    ),
+    "nothing to vary": (
+        ["--mode=ablate", f"--config={PLANE}", "--workdir=x"],
+        "--mode=ablate needs --config and --vary",
     ),
     "alone with a coordinator": (
         [f"--config={PLANE}", "--coordinator=localhost:1"],

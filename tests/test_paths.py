@@ -13,6 +13,7 @@ from runs import small
 from ddaebm_jax import commands, paths
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.commands import (
+    ablate,
     common,
     evaluate,
     export,
@@ -28,11 +29,11 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.training import dispatch
 
 HOME = Path.home()
-MODES = (evaluate, export, inspect, ood, sample, score, train)
+MODES = (ablate, evaluate, export, inspect, ood, sample, score, train)
 # Flags and fields that are texts, but of no path; --in and --out may be of either.
 WORDS = {"checkpoint", "coordinator", "config", "in", "out", "preprocessing"}
 WORDS |= {"id_column", "reference", "data.label_column", "data.tfds", "data.split"}
-WORDS |= {"data.test_split", "score"}
+WORDS |= {"data.test_split", "score", "seeds"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import sys
 from absl import app, flags
 
 from ddaebm_jax.commands import (
+    ablate,
     common,
     evaluate,
     export,
@@ -29,10 +30,8 @@ from ddaebm_jax.commands import help as help_lib
 from ddaebm_jax.config import flags as config_flags
 from ddaebm_jax.errors import InputError
 
-COMMANDS = {
-    command.__name__.rpartition(".")[2]: command
-    for command in (train, sample, score, restore, evaluate, ood, export, inspect)
-}
+_MODES = (train, sample, score, restore, evaluate, ood, export, inspect, ablate)
+COMMANDS = {command.__name__.rpartition(".")[2]: command for command in _MODES}
 
 
 def _define_mode(values: flags.FlagValues) -> None:

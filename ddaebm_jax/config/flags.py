@@ -93,6 +93,11 @@ def parse(argv: list[str]) -> list[str]:
     return remaining
 
 
+def parse_value(field: str, text: str) -> Any:
+    """Return the value that a text gives a field; a ValueError if it gives none."""
+    return _PARSERS[config_path.get_type(field, base())].parse(text)
+
+
 def _recipe_found(argument: str) -> str:
     """Return an argument with the path of a recipe, given as a path or by its name."""
     name = argument.partition("=")[2]
@@ -112,7 +117,7 @@ def _change_problem(argument: str) -> str | None:
         return f"--config.{fields.unknown(field, default)}"
     try:
         if text is not None:
-            _PARSERS[config_path.get_type(field, base())].parse(text)
+            parse_value(field, text)
     except ValueError:
         return fields.problem(field, text, default[field])
     return None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from ddaebm_jax import density
 from ddaebm_jax.data import Source, images, tabular, test_rows
@@ -21,6 +22,7 @@ _GRID_IMAGES, _TRAJECTORY_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
 _PAIR_ROWS, _PAIR_COLUMNS = 5, 10
 # Around the points of a plane, in their range.
 _MARGIN = 0.125
+_PANEL_IMAGES, _PANEL_POINTS, _PANEL_CELLS = 10, 2_000, 200
 
 
 class Pictures(NamedTuple):
@@ -87,8 +89,7 @@ def _plane_figure(
         low, high = data.min(axis=0), data.max(axis=0)
         margin = np.where(high > low, _MARGIN * (high - low), 1.0)
         box = tuple(zip(low - margin, high + margin, strict=True))
-    lines = (np.linspace(*ends, 2 * _PLANE_CELLS + 1)[1::2] for ends in box)
-    grid = np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 2)
+    grid = _grid(box, _PLANE_CELLS)
     shape = _PLANE_CELLS, _PLANE_CELLS
     if source.distribution is not None:
         log_density = jax.jit(source.distribution.log_density)
@@ -100,6 +101,12 @@ def _plane_figure(
     samples = inference.draw_samples(experiment, variables, _PLANE_POINTS)
     samples = source.to_own_units(samples)
     return plots.plot_plane(data, samples, log_truth, log_model, box, title)
+
+
+def _grid(box: plots.Box, cells: int) -> Float[np.ndarray, "points 2"]:
+    """Returns the centres of cells×cells parts of a box, the first slowest."""
+    lines = (np.linspace(*ends, 2 * cells + 1)[1::2] for ends in box)
+    return np.stack(np.meshgrid(*lines, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 def _plane_box(source: Source, data: np.ndarray) -> plots.Box:
@@ -174,14 +181,45 @@ def _table_figure(
     experiment: Experiment, variables: Players, title: str
 ) -> "matplotlib.figure.Figure":
     table = experiment.source.table
+    samples = inference.draw_samples(experiment, variables, len(table.train))
+    energies = _held_out_energies(experiment, variables)
+    return plots.plot_table(table.train, samples, energies, title)
+
+
+def _held_out_energies(
+    experiment: Experiment, variables: Players
+) -> dict[str, np.ndarray]:
+    table = experiment.source.table
     sets = {
         "held-out inliers": test_rows(table, tabular.INLIER),
         "outliers": test_rows(table, tabular.OUTLIER),
     }
-    energies = {
+    return {
         name: inference.energies(experiment, variables, rows)
         for name, rows in sets.items()
         if len(rows)
     }
-    samples = inference.draw_samples(experiment, variables, len(table.train))
-    return plots.plot_table(table.train, samples, energies, title)
+
+
+def panel(experiment: Experiment, variables: Players) -> dict[str, np.ndarray]:
+    """Returns what a row of `plots.plot_panels` shows of a model.
+
+    Of images: `images`, uint8. In the plane: `samples`, `log_density` [side, side] and
+    its `box`. Of a table: `samples`, `data`, and energies of held-out
+    sets of rows, by their names.
+    """
+    source = experiment.source
+    if source.holds_images:
+        drawn = inference.draw_samples(experiment, variables, _PANEL_IMAGES)
+        return {"images": source.to_own_units(drawn)}
+    samples = inference.draw_samples(experiment, variables, _PANEL_POINTS)
+    if source.distribution is None:
+        train = source.table.train[:_PANEL_POINTS]
+        energies = _held_out_energies(experiment, variables)
+        return {"samples": samples, "data": train, **energies}
+    data = source.held_out(_PANEL_POINTS, inference.HELD_OUT_SEED)
+    box = _plane_box(source, data)
+    grid = source.from_own_units(_grid(box, _PANEL_CELLS))
+    logs = inference.energies(experiment, variables, grid)
+    logs = logs.reshape(_PANEL_CELLS, _PANEL_CELLS)
+    return {"samples": samples, "log_density": logs, "box": np.asarray(box)}

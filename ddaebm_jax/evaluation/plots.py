@@ -191,19 +191,21 @@ def plot_table(
 
     Energies are f(x, 0) of sets of rows, by the sets' names.
     """
-    centre = data.mean(axis=0)
-    axes_of_data = np.linalg.svd(data - centre, full_matrices=False)[2][:2].T
     with _axes(2, side=4.0, title=title) as (left, right):
-        for points, name, colour in ((data, "data", "k"), (samples, "samples", "C1")):
-            flat = (points - centre) @ axes_of_data
-            second = flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
-            left.plot(
-                flat[:, 0], second, ".", ms=2.5, alpha=0.6, color=colour, label=name
-            )
-        left.set(title="on the data's principal axes", xticks=[], yticks=[])
-        left.legend()
+        _on_principal_axes(left, data, samples)
         _histograms(right, energies)
     return left.figure
+
+
+def _on_principal_axes(axis: Any, data: np.ndarray, samples: np.ndarray) -> None:
+    centre = data.mean(axis=0)
+    axes_of_data = np.linalg.svd(data - centre, full_matrices=False)[2][:2].T
+    for points, name, colour in ((data, "data", "k"), (samples, "samples", "C1")):
+        flat = (points - centre) @ axes_of_data
+        second = flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
+        axis.plot(flat[:, 0], second, ".", ms=2.5, alpha=0.6, color=colour, label=name)
+    axis.set(title="on the data's principal axes", xticks=[], yticks=[])
+    axis.legend()
 
 
 def _histograms(axis: Any, energies: Mapping[str, np.ndarray]) -> None:
@@ -376,3 +378,29 @@ def plot_samples(samples: np.ndarray, box: Box, title: str) -> "Figure":
     with _axes(1, side=4.5) as (axis,):
         _scatter(axis, samples, title, box)
     return axis.figure
+
+
+def plot_panels(panels: Mapping[str, Mapping[str, np.ndarray]], title: str) -> "Figure":
+    """Draws a row for each of several models, by name; see `pictures.panel`."""
+    columns = 1 if any("images" in panel for panel in panels.values()) else 2
+    with _axes(columns, title=title, rows=len(panels)) as axes:
+        for row, (name, panel) in enumerate(panels.items()):
+            left, right = axes[row * columns], axes[(row + 1) * columns - 1]
+            panel = dict(panel)
+            if columns == 1:
+                strip = np.concatenate(list(panel["images"]), axis=1)
+                grey = strip.shape[2] == 1
+                left.imshow(strip[:, :, 0] if grey else strip, cmap="gray" * grey)
+                left.set(xticks=[], yticks=[])
+            elif "log_density" in panel:
+                box = tuple(map(tuple, panel["box"]))
+                _scatter(left, panel["samples"], "samples", box)
+                density = _normalized(panel["log_density"], box)
+                limits = (*box[0], *box[1])
+                right.imshow(density.T, origin="lower", extent=limits, cmap="magma")
+                _show_box(right, "density  exp f(·, 0) / Z", box)
+            else:
+                _on_principal_axes(left, panel.pop("data"), panel.pop("samples"))
+                _histograms(right, panel)
+            left.set_ylabel(name, parse_math=False)
+    return axes[0].figure

@@ -21,7 +21,13 @@ from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
-from ddaebm_jax.errors import InputError, LostProcessError, TrainingError, one_line
+from ddaebm_jax.errors import (
+    DivergedError,
+    InputError,
+    LostProcessError,
+    TrainingError,
+    one_line,
+)
 from ddaebm_jax.evaluation import image_quality, pictures
 from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
@@ -273,14 +279,14 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
     """Return to the newest good checkpoint, with fresh noise from there on.
 
     Raises:
-      TrainingError: if that has been done as often as the config allows.
+      DivergedError: if that has been done as often as the config allows.
     """
     trial, most = run.trial, run.experiment.config.recovery.max_rollbacks
     run.checkpoints.wait(raising=False)
     if trial >= most:
         last = max(run.checkpoints.steps(), default=None)
         kept = "there is no checkpoint" if last is None else f"step {last} is kept"
-        raise TrainingError(
+        raise DivergedError(
             f"{fault.describe()}; recovery.max_rollbacks is {most}, and the run has "
             f"gone back {trial} times; {kept}. Try a lower optimizer.learning_rate, a "
             "higher game.gamma, or optimizer.max_grad_norm, in a new --workdir"

@@ -1,0 +1,88 @@
+"""`--mode=ablate`: compare a recipe with variations of it, over seeds."""
+
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+
+from ddaebm_jax import config as config_lib
+from ddaebm_jax.commands import common
+from ddaebm_jax.config import flags as config_flags
+from ddaebm_jax.config import variations as variations_lib
+from ddaebm_jax.errors import InputError, listed, shown
+from ddaebm_jax.evaluation import ablation, plots
+from ddaebm_jax.files import write_json_atomically, write_text_atomically
+from ddaebm_jax.training import preemption, run_directory, study
+
+_REPORT = "ablation.json"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this mode."""
+    config_flags.define_config_flag(
+        "The recipe; --config.section.field=value changes a field.", values
+    )
+    text = "paper, schedule, density, or section.field=value,value; repeatable."
+    flags.DEFINE_multi_string("vary", [], text, values)
+    text = "Seeds, separated by commas."
+    flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], text, values)
+    text = "The study's directory, new or to go on with."
+    common.define_path(values, "workdir", text)
+    common.require(values, "workdir", "a directory for the study")
+
+
+def run(values: flags.FlagValues) -> None:
+    """Train what is not done yet, write the figures, and print them."""
+    if values.config is None or not values.vary:
+        raise InputError(
+            "--mode=ablate needs --config and --vary, for example "
+            "--config=configs/gaussians25.py --vary=paper"
+        )
+    config, seeds = values.config, _seeds(values.seeds)
+    config_lib.validate(config)
+    if config.train.init_from:
+        raise InputError(
+            "--mode=ablate trains from random weights; leave train.init_from empty"
+        )
+    found = variations_lib.variations(values.vary, config)
+    if len(seeds) == 1:
+        logging.warning("one seed gives no error: add others to --seeds")
+    workdir, name = Path(values.workdir), config_flags.recipe_name()
+    try:
+        with run_directory.lock(workdir), common.out_of_memory_advice(_ADVICE):
+            records = study.run(config, found, seeds, workdir)
+            text = _write(workdir, records, f"{name}: {', '.join(values.vary)}")
+    except preemption.Stopped as stopped:
+        logging.info("%s", stopped)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        common.leave("interrupted; finished runs are kept", 130)
+    common.show(f"{text}\n{workdir / _REPORT}")
+
+
+_ADVICE = (
+    "give fewer --seeds at a time, or lower data.batch_size or the networks' width"
+)
+
+
+def _write(workdir: Path, records: dict[str, list[study.Record]], title: str) -> str:
+    """Write tables and picture; return the table in Markdown."""
+    figures, path = ablation.summarize(records), workdir / _REPORT
+    text = ablation.to_markdown(figures, records, title)
+    write_text_atomically(path.with_suffix(".md"), text)
+    write_text_atomically(path.with_suffix(".csv"), ablation.to_csv(figures))
+    write_json_atomically(path, ablation.to_json(figures, records))
+    if panels := study.panels(workdir, records):
+        plots.write(path.with_suffix(".png"), plots.plot_panels, panels, title)
+    return text
+
+
+def _seeds(texts: list[str]) -> list[int]:
+    """Return the seeds, each once."""
+    bad = [text for text in texts if not text.isdecimal() or int(text) >= 2**31]
+    if bad or not texts:
+        raise InputError(
+            f"--seeds: {listed(map(shown, bad))}; whole numbers from 0 to {2**31 - 1}, "
+            "separated by commas, are needed"
+        )
+    return list(dict.fromkeys(map(int, texts)))
