@@ -323,11 +323,15 @@ def _by_metric(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]
 
 def plot_images(images: np.ndarray, title: str) -> "Figure":
     """Draws a grid of uint8 images [n, height, width, 1 or 3]."""
-    grid = image_grid(images)
     with _axes(1, side=6.0, title=title) as (axis,):
-        axis.imshow(grid if grid.shape[2] == 3 else grid[:, :, 0], cmap="gray")
+        _show_images(axis, images)
         axis.set_axis_off()
     return axis.figure
+
+
+def _show_images(axis: Any, images: np.ndarray) -> None:
+    grid = image_grid(images)
+    axis.imshow(grid if grid.shape[2] == 3 else grid[:, :, 0], cmap="gray")
 
 
 def image_grid(
@@ -388,9 +392,7 @@ def plot_panels(panels: Mapping[str, Mapping[str, np.ndarray]], title: str) -> "
             left, right = axes[row * columns], axes[(row + 1) * columns - 1]
             panel = dict(panel)
             if columns == 1:
-                strip = np.concatenate(list(panel["images"]), axis=1)
-                grey = strip.shape[2] == 1
-                left.imshow(strip[:, :, 0] if grey else strip, cmap="gray" * grey)
+                _show_images(left, panel["images"])
                 left.set(xticks=[], yticks=[])
             elif "log_density" in panel:
                 box = tuple(map(tuple, panel["box"]))
