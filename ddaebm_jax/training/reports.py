@@ -151,7 +151,7 @@ class Reports:
     def log(self, text: str) -> None:
         """Log a line, clear of the progress line."""
         if self._writes:
-            if self._interactive:
+            if self._width:
                 self._show("", "\r")
             logging.info(text)
 
