@@ -50,6 +50,7 @@ setup(
         "absl-py>=2.1",
         "clu>=0.0.12",
         "filelock>=4.3",
+        "flatbuffers>=25.2",  # jax.export needs it, and does not say so.
         "flax>=0.12.8",
         "grain>=0.2.18",
         "jax>=0.10.2",

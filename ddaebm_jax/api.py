@@ -1,4 +1,4 @@
-"""The Python interface: load, fit, sample, score; and the parts of a loop of one's own.
+"""The Python interface: load, fit, sample, score.
 
 These names, exported by `ddaebm_jax`, are the ones whose stability is promised;
 docs/api.md has an example of each. Everything takes and returns the data's own units:
@@ -6,13 +6,13 @@ rows in a table's columns, images as uint8. Bad input raises `InputError`, a Val
 that says what to do.
 """
 
+import contextlib
 import functools
 import io
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +22,23 @@ from absl import logging
 from jaxtyping import Array, Float
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import density, diffusion, models, reference
-from ddaebm_jax import experiment as experiment_lib
-from ddaebm_jax import game as game_lib
+from ddaebm_jax import density
 from ddaebm_jax.commands import export
 from ddaebm_jax.commands.common import claimed
 from ddaebm_jax.config import fields as fields_lib
 from ddaebm_jax.config import recipes
-from ddaebm_jax.data import reference_fit
+from ddaebm_jax.data.image_files import MAX_BYTES
+from ddaebm_jax.data.table_files import MAX_NPZ_BYTES
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inference, particles, pictures, plots
-from ddaebm_jax.files import read_npz, read_text, written_atomically
-from ddaebm_jax.game import TrainState
+from ddaebm_jax.files import read_npz, written_atomically
 from ddaebm_jax.paths import user_path
-from ddaebm_jax.step import make_step
 from ddaebm_jax.training import loop, reports, run_directory
+from ddaebm_jax.training.preemption import Stopped
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_MAX_BYTES = 4 * 2**30  # Of an array that is trained on.
-_MAX_REPORT = 2**20
 
 
 def recipe(name: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -70,7 +65,7 @@ def recipe(name: str, **fields: Any) -> ml_collections.ConfigDict:
 
 def load(
     workdir: str | Path = "runs",
-    checkpoint: str = "latest",
+    checkpoint: str | int = "latest",
     data_path: str | Path | None = None,
 ) -> "Model":
     """Loads a trained run.
@@ -94,11 +89,11 @@ def load(
         ]
         if not found:
             raise InputError(
-                f"{folder} is no run directory, and there is none in it; give one that "
+                f"{folder} is not a run directory and contains none; give one that "
                 "training has made"
             )
         folder = max(found, key=lambda path: path.stat().st_mtime).parent
-    return Model(load_run(folder, False, checkpoint, data_path))
+    return Model(load_run(folder, False, str(checkpoint), data_path))
 
 
 def fit(
@@ -121,6 +116,7 @@ def fit(
     Raises:
       InputError: for an array that cannot be trained on, a bad config, or a directory
         that holds something else.
+      KeyboardInterrupt: after SIGINT or SIGTERM, when everything is saved.
     """
     values = recipes.load(config) if isinstance(config, str) else config
     values = values.copy_and_resolve_references()
@@ -133,22 +129,35 @@ def fit(
     config_lib.validate(values)
     if workdir is None:
         name = values.data.name if array is None else "array"
-        new = Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
-        workdir = claimed(new, folder=True)
+        path = Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+        workdir = claimed(path, folder=True)
     folder = user_path(workdir, "workdir").absolute()
-    if array is not None:
-        values.data.path = str(folder / run_directory.DATA_FILE)
-        run_directory.check(folder, config_lib.with_absolute_paths(values))
-        _keep(array, Path(values.data.path))
-    loop.train(values, folder)
+    wrote = False
+    try:
+        if array is not None:
+            path = folder / run_directory.DATA_FILE
+            values.data.path = str(path)
+            run_directory.check(folder, config_lib.with_absolute_paths(values))
+            wrote = _keep(array, path)
+        loop.train(values, folder)
+    except Stopped as stopped:
+        raise KeyboardInterrupt(f"{stopped}: workdir={str(folder)!r}") from stopped
+    finally:
+        # Of a run that could not begin nothing is left.
+        if not (folder / run_directory.CONFIG_FILE).exists():
+            for name in (run_directory.DATA_FILE, run_directory.LOCK_FILE):
+                if wrote:
+                    (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return load(folder)
 
 
-def _keep(array: np.ndarray, path: Path) -> None:
-    """Writes an array into a run directory, or compares it with the one in there."""
+def _keep(array: np.ndarray, path: Path) -> bool:
+    """Writes an array, and returns True, or compares it with the one that is there."""
     if path.exists():
-        if np.array_equal(read_npz(path, _MAX_BYTES, ["x"])["x"], array):
-            return
+        if np.array_equal(read_npz(path, MAX_BYTES, ["x"])["x"], array):
+            return False
         raise InputError(
             f"{path} holds other data than those given; continue with the same array, "
             "or give another workdir"
@@ -156,20 +165,27 @@ def _keep(array: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as file:
         np.savez(file, x=array)
+    return True
 
 
 def _checked_data(data: Any) -> np.ndarray:
-    """Returns an array to train on, rows as float64; else raises InputError."""
+    """Returns an array to train on; else raises InputError."""
     array = np.asarray(data)
     told = f"an array of shape {array.shape} and type {array.dtype}"
-    if array.ndim == 2 and array.dtype.kind == "f":
-        return array.astype(np.float64)
-    if array.ndim == 4 and array.dtype == np.uint8 and array.shape[1] == array.shape[2]:
-        return array
-    raise InputError(
-        f"{told} cannot be trained on; give rows [n, d] as floats, with "
-        "x.astype(np.float64), or square images [n, side, side, 1 or 3] as uint8"
-    )
+    is_rows = array.ndim == 2 and array.dtype in (np.float32, np.float64)
+    is_images = array.ndim == 4 and array.dtype == np.uint8
+    if not is_rows and not (is_images and array.shape[1] == array.shape[2]):
+        raise InputError(
+            f"{told} cannot be trained on; give rows [n, d] as floats, with "
+            "x.astype(np.float64), or square images [n, side, side, 1 or 3] as uint8"
+        )
+    most = MAX_NPZ_BYTES if is_rows else MAX_BYTES
+    if array.nbytes > most:
+        raise InputError(f"{told} takes {array.nbytes} bytes; at most {most} can be")
+    if is_rows and not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0, 0])
+        raise InputError(f"row {row} of the data (from 0) is not finite; drop it")
+    return array
 
 
 class Model:
@@ -187,7 +203,9 @@ class Model:
         self.run = run
         self.workdir, self.step = run.workdir, run.step
         self.config = run_directory.read_config(run.workdir)
-        self.figures = _figures(run)
+        report = run.workdir / run_directory.REPORT_FILE
+        exists = report.exists()
+        self.figures = run_directory.read_figures(report, run.step) if exists else {}
 
     def __repr__(self) -> str:
         lines = [f"Model of {self.config.data.name}, step {self.step}, {self.workdir}"]
@@ -211,6 +229,8 @@ class Model:
           InputError: for another sampler, or where the energy's samples are refused.
         """
         experiment, variables = self.run.experiment, self.run.variables
+        if num < 1:
+            raise InputError(f"num is {num}; at least 1 sample can be drawn")
         if sampler == "generator":
             drawn = inference.draw_samples(experiment, variables, num, seed)
         elif sampler == "energy":
@@ -243,7 +263,8 @@ class Model:
             return np.zeros(len(rows), np.float32)
         source = self.run.experiment.source
         rows = source.from_own_units(rows, "x")
-        found = inference.energies(self.run.experiment, self.run.variables, rows)
+        with jax.ensure_compile_time_eval():  # Also of a constant inside jit.
+            found = inference.energies(self.run.experiment, self.run.variables, rows)
         return found if array.ndim > len(self.event_shape) else found[0]
 
     @functools.cached_property
@@ -255,7 +276,8 @@ class Model:
         """
         if self.run.experiment.source.holds_images:
             return None
-        found = particles.measure(self.run.experiment, self.run.variables).estimate
+        with jax.ensure_compile_time_eval():  # Also at a first use inside jit.
+            found = particles.measure(self.run.experiment, self.run.variables).estimate
         if found.refusal is not None:
             logging.warning("log_density is not normalised: %s", found.refusal)
             return None
@@ -274,7 +296,7 @@ class Model:
             shift -= table.standardizer.log_det
 
         def log_density(x: Any) -> Float[Array, ""]:
-            x = jnp.asarray(x, jnp.float32)
+            x = self._checked(jnp.asarray(x))
             if x.shape != self.event_shape:
                 raise InputError(
                     f"x has shape {x.shape}; one example of {self.event_shape} is "
@@ -333,14 +355,6 @@ class Model:
         return x
 
 
-def _figures(run: TrainedRun) -> dict[str, Any]:
-    path = run.workdir / run_directory.REPORT_FILE
-    if not path.exists():
-        return {}
-    report = json.loads(read_text(path, _MAX_REPORT))
-    return report["figures"] if report.get("step") == run.step else {}
-
-
 def _shown(figure: "Figure") -> "Figure":
     """Returns a figure that notebooks show, whatever their backend."""
 
@@ -351,86 +365,3 @@ def _shown(figure: "Figure") -> "Figure":
 
     figure._repr_png_ = png
     return figure
-
-
-class Game(NamedTuple):
-    """The parts of a training loop; see `build`.
-
-    Attributes:
-      networks: pure functions of the three networks' variables.
-      schedule: the diffusion.
-      init: key → the state before the first step.
-      step: (state, x_0 [batch, *event_shape], key) → (state, metrics), pure: jit it.
-        The noise of a step depends on (key, state.step) only.
-    """
-
-    networks: models.Networks
-    schedule: diffusion.Schedule
-    init: Callable[[Array], TrainState]
-    step: Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
-
-
-def build(
-    config: str | ml_collections.ConfigDict,
-    event_shape: tuple[int, ...],
-    data: Float[np.ndarray, "n *shape"] | None = None,
-) -> Game:
-    """Builds what a loop of one's own needs: the game without data, files or devices.
-
-    Args:
-      config: a recipe, or its name; its section `data` is not read.
-      event_shape: of one example, (d,) or (height, width, channels).
-      data: standardised rows, or images in [−1, 1], for recipes with a reference
-        density (`model.reference`) or noise that the rows choose.
-
-    Raises:
-      InputError: for a bad config, or if `data` is needed.
-    """
-    values = recipes.load(config) if isinstance(config, str) else config
-    values = values.copy_and_resolve_references()
-    num, chosen = values.model.reference, values.diffusion.time_eps is None
-    if data is None and (num or chosen):
-        raise InputError(
-            "the recipe's model.reference or diffusion.time_eps follows from the data: "
-            "give build(…, data=rows), or set them to 0 and to a number"
-        )
-    if chosen:
-        noise = reference_fit.bandwidth(np.asarray(data))
-        values.diffusion.time_eps = diffusion.time_of_noise(noise, values.diffusion)
-    schedule = diffusion.make_schedule(**values.diffusion)
-    networks = experiment_lib.build_networks(values, tuple(event_shape), schedule)
-    game = experiment_lib.build_game(values.game, values.train.num_steps)
-    optimizers = experiment_lib.build_optimizers(
-        values.optimizer, values.train.num_steps
-    )
-    whole = make_step(
-        game,
-        schedule,
-        networks,
-        optimizers,
-        values.optimizer.ema_decay,
-        accumulate=values.optimizer.accumulate,
-    )
-
-    def init(key: Array) -> TrainState:
-        state = game_lib.init_state(key, networks, optimizers, game)
-        if not num:
-            return state
-        fitted = reference_fit.fit(np.asarray(data), schedule, num)
-        return state.replace(
-            variables=reference.with_fitted(state.variables, fitted),
-            ema=reference.with_fitted(state.ema, fitted),
-        )
-
-    def step(
-        state: TrainState, x0: Array, key: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        noise = game_lib.draw_noise(
-            *(key, state.step, jnp.arange(len(x0)), values.diffusion.num_steps),
-            *(networks.event_shape, networks.nz),
-            game.num_negatives,
-            game.proposal.defensive,
-        )
-        return whole(state, x0, noise)
-
-    return Game(networks, schedule, init, step)

@@ -81,6 +81,7 @@ def test_values_of_a_field_are_read_by_its_type():
         ("game.gamma=-1", r"is -1\.0; it must be at least 0"),
         ("game.gamma=0.002", "no variation differs from the recipe"),
         ("seed=1", "--seeds gives the seeds"),
+        ("data.path=b.csv", "a path is not varied"),
     ],
 )
 def test_bad_variations_are_told(study: str, told: str):

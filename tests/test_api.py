@@ -1,6 +1,7 @@
 """The Python interface: its examples, its units, and its errors."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,43 @@ def test_fit_continues_a_run_with_the_same_array_only(table: ddaebm.Model):
         ddaebm.fit(rows() + 1.0, table.config, table.workdir)
 
 
+def test_the_first_use_may_be_inside_jit(table: ddaebm.Model):
+    fresh, x = ddaebm.load(table.workdir), rows(1)[0].astype(np.float32)
+    inside = jax.jit(lambda x: fresh.log_density(x) + fresh.energy(rows(1)[0]))(x)
+    expected = table.log_density(x) + table.energy(rows(1)[0])
+    assert inside == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_log_densities_take_pixels(images: ddaebm.Model, pixels: np.ndarray):
+    known = images.energy(pixels[:3])
+    found = jax.vmap(images.log_density)(pixels[:3])
+    np.testing.assert_allclose(found, known, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path):
+    one, folder = rows(1), tmp_path / "run"
+    with pytest.raises(ddaebm.InputError):
+        ddaebm.fit(one, small("table"), folder)
+    assert not folder.exists() or not list(folder.iterdir())
+    (tmp_path / "data.npz").write_bytes(b"mine")
+    with pytest.raises(ddaebm.InputError):
+        ddaebm.fit(rows(), small("table"), tmp_path)
+    assert (tmp_path / "data.npz").read_bytes() == b"mine"
+
+
+def test_an_interrupted_fit_continues(tmp_path: Path, monkeypatch):
+    from ddaebm_jax.training import loop
+    from ddaebm_jax.training.preemption import Stopped
+
+    def stop(*_: object) -> None:
+        raise Stopped(signal.SIGINT, 3, 20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", stop)
+        with pytest.raises(KeyboardInterrupt, match=r"step 3 of 20.*workdir="):
+            ddaebm.fit(rows(), small("table"), tmp_path / "run")
+
+
 def test_a_loop_of_ones_own_with_a_reference_density():
     x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
     config = small("table")
@@ -219,6 +257,16 @@ def test_a_loop_of_ones_own_takes_the_steps_of_training(tmp_path: Path):
         (lambda t, i: ddaebm.fit(rows().astype(int), "table"), ("int64", "astype")),
         (lambda t, i: ddaebm.fit(np.zeros((3, 8, 4, 1)), "digits"), ("square",)),
         (lambda t, i: ddaebm.fit(rows(), "digits"), ("model.name",)),
+        (lambda t, i: ddaebm.fit(rows() * np.inf, "table"), ("row 0", "finite")),
+        (lambda t, i: t.sample(0), ("num is 0",)),
+        (lambda t, i: t.log_density(rows(1)[0].astype(int)), ("int",)),
+        (lambda t, i: ddaebm.build("gaussians25", (8, 8, 1)), ("event_shape",)),
+        (
+            lambda t, i: ddaebm.build(
+                ddaebm.recipe("gaussians25", **{"optimizer.learning_rate": -1.0}), (2,)
+            ),
+            ("optimizer.learning_rate",),
+        ),
     ],
 )
 def test_bad_input(

@@ -33,7 +33,7 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("commands", "interop"),
-    ("api",),
+    ("api", "custom_loop"),
 )
 MATHEMATICS = (*LAYERS[2], *LAYERS[3])
 # What the mathematics needs no part of, though it lies below.
@@ -163,7 +163,7 @@ def test_files_and_functions_are_short():
 
 
 @pytest.mark.parametrize(
-    ("folder", "most"), [("ddaebm_jax", 18_750), ("tests", 14_750)]
+    ("folder", "most"), [("ddaebm_jax", 18_800), ("tests", 14_750)]
 )
 def test_the_whole_is_small(folder: str, most: int):
     files = (ROOT / folder).rglob("*.py")

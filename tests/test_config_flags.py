@@ -67,6 +67,14 @@ def test_fields_are_changed_in_every_way_of_writing_a_flag(parse, tmp_path: Path
     assert (rest, flags.recipe_name()) == (["left"], "celeba64")
 
 
+@pytest.mark.parametrize("words", [["--config=digits"], ["--config", "digits"]])
+def test_recipes_are_found_by_name(parse, words, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # A folder is no recipe.
+    config, _ = parse(*words, "--config.game.gamma=1")
+    assert set(config_lib.differences(recipe("digits"), config)) == {"game.gamma"}
+
+
 def test_every_problem_of_a_command_is_reported_at_once(problem):
     message = problem(
         f"--config={CONFIGS / 'gaussians25.py'}",

@@ -1,4 +1,4 @@
-"""`--mode=export`: a trained run as programs that need jax and numpy only."""
+"""`--mode=export`: a trained run as programs for jax, numpy and flatbuffers alone."""
 
 import zipfile
 from collections.abc import Callable

@@ -7,22 +7,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import files
 from ddaebm_jax.config import fields
 from ddaebm_jax.data import Source
+from ddaebm_jax.training.run_directory import read_figures
 from ddaebm_jax.training.trained_run import TrainedRun
-
-_LARGEST_REPORT = 2**20
 
 _CARD = """\
 # DDAEBM of {data}
 
 A denoising diffusion adversarial energy-based model (Geng et al. 2024, arXiv
 2403.01666): a sampler and an unnormalised log density. Averaged weights after {step}
-training steps. `python run.py`, with jax and numpy alone, draws samples.
+training steps. `python run.py`, with jax, numpy and flatbuffers, draws
+samples.
 
 ## Functions
 
@@ -116,12 +114,6 @@ def _units(source: Source) -> str:
 
 def _figures(loaded: TrainedRun) -> dict[str, Any]:
     """Return the figures of reports on this step, by the reports' names."""
-    found = {}
-    for path in sorted(loaded.workdir.glob("report*.json")):
-        try:
-            report = json.loads(files.read_text(path, _LARGEST_REPORT))
-            if report.get("step") == loaded.step:
-                found[path.name] = report["figures"]
-        except (OSError, ValueError, LookupError, AttributeError, RecursionError) as e:
-            logging.warning("%s is left out of the model card: %s", path, e)
-    return found
+    paths = sorted(loaded.workdir.glob("report*.json"))
+    found = {path.name: read_figures(path, loaded.step) for path in paths}
+    return {name: figures for name, figures in found.items() if figures}

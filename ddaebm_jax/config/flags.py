@@ -71,7 +71,8 @@ def parse(argv: list[str]) -> list[str]:
     if "config" not in flags.FLAGS:
         return flags.FLAGS(argv)
     given = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
-    given = [_recipe_found(argument) for argument in given]
+    before = ["", *given]
+    given = [_recipe_found(a, b) for a, b in zip(given, before, strict=False)]
     wrong = {a: told for a in given if (told := _change_problem(a))}
     _arguments[:] = [argv[0], *(a for a in given if a not in wrong)]
     following = zip(given, [*given[1:], ""], strict=False)
@@ -98,11 +99,15 @@ def parse_value(field: str, text: str) -> Any:
     return _PARSERS[config_path.get_type(field, base())].parse(text)
 
 
-def _recipe_found(argument: str) -> str:
+def _recipe_found(argument: str, before: str) -> str:
     """Return an argument with the path of a recipe, given as a path or by its name."""
-    name = argument.partition("=")[2]
-    if _RECIPE.match(argument) and name in recipes.names() and not Path(name).exists():
-        return f"--config={recipes.folder() / name}.py"
+    flag, _, name = argument.rpartition("=")
+    if name in recipes.names() and not Path(name).is_file():
+        path = f"{recipes.folder() / name}.py"
+        if _RECIPE.fullmatch(f"{flag}="):
+            return f"--config={path}"
+        if not flag and _RECIPE.fullmatch(before):
+            return path
     if not (start := _FROM_HOME.match(argument)):
         return argument
     return f"{start[1]}{user_path(start[2], '--config')}{argument[start.end() :]}"
@@ -128,7 +133,7 @@ def _recipe_problem(error: BaseException, recipe: str) -> str | None:
     chain, path = [error], recipe.partition(":")[0]
     if not Path(path).is_file():
         known = ", ".join(recipes.names())
-        return recipe and f"--config={recipe}: no such file, nor a recipe of: {known}"
+        return recipe and f"--config={recipe}: no such file or recipe; recipes: {known}"
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     for raised in chain:

@@ -128,6 +128,8 @@ def _of_field(study: str) -> dict[str, Fields]:
         raise InputError(f"--vary={study}: {fields.unknown(field, default)}")
     if field == "seed":
         raise InputError(f"--vary={study}: --seeds gives the seeds")
+    if field in fields.PATHS:
+        raise InputError(f"--vary={study}: a path is not varied; make several studies")
     found = {}
     for text in re.split(r",(?![^(\[]*[)\]])", values):  # Not inside a tuple.
         try:

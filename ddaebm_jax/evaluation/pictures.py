@@ -62,11 +62,11 @@ def draw_pictures(
 def figure(
     experiment: Experiment, variables: Players, title: str
 ) -> "matplotlib.figure.Figure":
-    """Returns the picture that tells most of a model, in the data's own units.
+    """Returns the picture that tells most of a model.
 
-    Of 2-D data: data, samples, the true density if it is known, and the model's. Of
-    other tables: rows and samples on the data's principal axes, and energies of
-    held-out rows. Of images: a grid of samples.
+    Of 2-D data: data, samples, the true density if it is known, and the model's, in the
+    data's own units. Of other tables: standardised rows and samples on the data's
+    principal axes, and energies of held-out rows. Of images: a grid of samples.
     """
     source = experiment.source
     if source.event_shape == (2,):

@@ -48,7 +48,7 @@ _FEW_POINTS = 40  # Curves of so few points show each of them.
 def write(path: Path, plot: Callable[..., "Figure | None"], *args: Any) -> None:
     """Writes the figure of plot(*args), if it has one, as a PNG, atomically.
 
-    A failure is only warned of: a picture ends no command.
+    A failure is only warned of: it does not end the command.
     """
     with _warned_of(path):
         import matplotlib.style

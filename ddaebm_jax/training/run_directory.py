@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import ml_collections
 from absl import logging
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.errors import InputError, TrainingError
+from ddaebm_jax.errors import InputError, TrainingError, one_line
 from ddaebm_jax.files import read_text, write_json_atomically, write_text_atomically
 
 CONFIG_FILE = "config.json"
@@ -146,6 +147,16 @@ def update_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Write the config of a resumed run if it has changed."""
     if config_lib.differences(read_config(workdir), config):
         write_config(workdir, config)
+
+
+def read_figures(path: Path, step: int) -> dict[str, Any]:
+    """Return the figures of a report on this step; a damaged report is warned of."""
+    try:
+        report = json.loads(read_text(path, _LARGEST_CONFIG))
+        return report["figures"] if report.get("step") == step else {}
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        logging.warning("%s is left out: %s", path, one_line(error))
+        return {}
 
 
 def write_report(workdir: Path, report: dict[str, Any]) -> None:

@@ -158,7 +158,8 @@ def _train_one_by_one(
 ) -> Iterator[list[Record]]:
     """Train runs in directories of their own; yield the record of each."""
     for key, config in due.items():
-        folder = workdir / name.replace(" ", "_").replace("/", "_") / str(config.seed)
+        variation = name.replace(" ", "_").replace("/", "_")
+        folder = workdir / variation / f"{config.seed}-{key}"
         record: Record = {"key": key, "seed": config.seed, "seconds": None}
         record |= {"figures": {}, "fault": None}
         try:
