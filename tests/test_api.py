@@ -1,6 +1,7 @@
 """The Python interface: its examples, its units, and its errors."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import ddaebm_jax as ddaebm
 from ddaebm_jax.config import recipes
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.training.loop import train
+from ddaebm_jax.training.trained_run import load_run
 
 SMALL = {
     "train.num_steps": 20,
@@ -153,6 +155,14 @@ def test_images_are_uint8_and_floats_in_one_range(
     one = images.log_density(floats[0])
     assert one == pytest.approx(float(known[0]), rel=1e-4, abs=1e-4)
     assert images.plot().axes and images.plot_history().axes
+
+
+def test_images_of_a_moved_run_are_found(images: ddaebm.Model, tmp_path: Path):
+    shutil.copytree(images.workdir, tmp_path / "moved")
+    moved = tmp_path / "moved" / "data.npz"
+    run = load_run(moved.parent, open_images=True, data_path=moved)
+    kept = images.run.experiment.config.data.test_fraction
+    assert len(run.experiment.source.held_out(100, 0)) == round(40 * kept)
 
 
 def test_fit_continues_a_run_with_the_same_array_only(table: ddaebm.Model):

@@ -99,8 +99,11 @@ def parse_value(field: str, text: str) -> Any:
     return _PARSERS[config_path.get_type(field, base())].parse(text)
 
 
-def _recipe_found(argument: str, before: str) -> str:
-    """Return an argument with the path of a recipe, given as a path or by its name."""
+def _recipe_found(argument: str, before: str = "") -> str:
+    """Return an argument with the path of a recipe, given as a path or by its name.
+
+    `before` is the argument before it, which may be `--config`.
+    """
     flag, _, name = argument.rpartition("=")
     if name in recipes.names() and not Path(name).is_file():
         path = f"{recipes.folder() / name}.py"

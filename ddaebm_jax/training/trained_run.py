@@ -43,8 +43,8 @@ def load_run(
       open_images: open the images too, for figures that need them.
       checkpoint: `latest`, the newest intact one; `best`, of the lowest FID; or the
         step of one that is kept.
-      data_path: where the images lie now, if they have moved: the folder, or the
-        directory of TFDS; what they are is checked by their fingerprint.
+      data_path: where the images lie now, if they have moved: the folder or NPZ
+        file, or the directory of TFDS; what they are is checked by their fingerprint.
 
     Raises:
       InputError: if the directory holds no run or no such checkpoint, if that is
@@ -136,10 +136,12 @@ def _find_data(data: ml_collections.ConfigDict, path: str | Path) -> None:
             f"--data_path is for runs of data.name 'folder' or 'tfds', and this one's "
             f"is '{data.name}', which reads no other files; leave it out"
         )
-    data[field] = str(user_path(path, "--data_path"))
-    if not Path(data[field]).is_dir():
+    found = user_path(path, "--data_path")
+    data[field] = str(found)
+    if not found.is_dir() and not (field == "path" and found.is_file()):
         raise InputError(
-            f"--data_path, {path}: no such folder; give that of the run's images"
+            f"--data_path, {path}: no such folder or NPZ file; give that of the run's "
+            "images"
         )
 
 
