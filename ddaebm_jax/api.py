@@ -71,8 +71,8 @@ def load(
     """Loads a trained run.
 
     Args:
-      workdir: a run directory, or a folder with runs in it, of which the newest is
-        taken.
+      workdir: a run directory, or a folder with runs in it, of which the newest with a
+        checkpoint is taken.
       checkpoint: `latest`, the newest intact one; `best`, of the lowest FID; or the
         step of one that is kept.
       data_path: where a run's images lie now, if they have moved.
@@ -92,7 +92,14 @@ def load(
                 f"{folder} is not a run directory and contains none; give one that "
                 "training has made"
             )
-        folder = max(found, key=lambda path: path.stat().st_mtime).parent
+        # Before its first checkpoint a run cannot be loaded.
+        found.sort(
+            key=lambda path: (
+                any((path.parent / "checkpoints").glob("[0-9]*")),
+                path.stat().st_mtime,
+            )
+        )
+        folder = found[-1].parent
     return Model(load_run(folder, False, str(checkpoint), data_path))
 
 
@@ -290,10 +297,9 @@ class Model:
         In the data's own units, images as floats in [−1, 1]; normalised where `log_z`
         is known. To be used with jax.jit, vmap and grad.
         """
-        table = self.run.experiment.source.table
         shift = self.log_z or 0.0
-        if self.log_z is not None and table is not None:
-            shift -= table.standardizer.log_det
+        if self.log_z is not None:
+            shift -= self.run.experiment.source.log_det
 
         def log_density(x: Any) -> Float[Array, ""]:
             x = self._checked(jnp.asarray(x))
@@ -326,7 +332,9 @@ class Model:
     def _pure(self, x: Array) -> Array:
         """Returns f of one or several examples in the data's own units."""
         source, networks = self.run.experiment.source, self.run.experiment.networks
-        rows = inference.as_float(x).reshape(-1, *self.event_shape)
+        rows = x.reshape(-1, *self.event_shape)
+        if source.holds_images:
+            rows = source.points(rows)
         if source.table is not None:
             arrays = export.standardizer_arrays(source.table.standardizer)
             rows = export.standardized(jax.tree.map(jnp.float32, arrays), rows)

@@ -13,7 +13,7 @@ from ddaebm_jax import diffusion, models, reference
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax import game as game_lib
 from ddaebm_jax.config import recipes
-from ddaebm_jax.data import reference_fit
+from ddaebm_jax.data import Source, reference_fit
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.step import make_step
@@ -70,10 +70,13 @@ def build(
             f"event_shape is {event_shape}; networks of model.name = "
             f"'{values.model.name}' need {axes} axes"
         )
+    if values.data.whiten:
+        wrong.append("data.whiten follows from the data: whiten them, and leave it out")
     if wrong:
         raise InputError("; ".join(wrong))
     schedule = diffusion.make_schedule(**values.diffusion)
-    networks = experiment_lib.build_networks(values, tuple(event_shape), schedule)
+    source = Source("yours", tuple(event_shape), None, None)
+    networks = experiment_lib.build_networks(values, source, schedule)
     game = experiment_lib.build_game(values.game, values.train.num_steps)
     optimizers = experiment_lib.build_optimizers(
         values.optimizer, values.train.num_steps

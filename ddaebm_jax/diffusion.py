@@ -9,10 +9,10 @@ Notation: β_k is the variance added on the way from level k−1 to k, a_k = √
 
 Sources: Geng et al. 2024 (arXiv 2403.01666); Xiao et al. 2022 (arXiv 2112.07804);
 the cosine schedule is eq. 17 of Nichol & Dhariwal 2021 (arXiv 2102.09672); levels
-spaced by their noise follow Lu et al. 2022 (arXiv 2206.00927) and Karras et al. 2022
-(arXiv 2206.00364).
+spaced by their noise are those of `levels`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from ddaebm_jax import levels
+
 VARIANCES = ("vp", "geometric", "cosine")
 SPACINGS = ("log_snr", "karras")
 TIMES = ("uniform", "lsun", *SPACINGS)
 
 _COSINE_OFFSET = 0.008
-_KARRAS_RHO = 7.0  # Karras et al. 2022, table 1, as the next one.
-_LARGEST_NOISE = 80.0
+MOST_NOISE = 80.0  # Karras et al. 2022 (arXiv 2206.00364), table 1.
 
 
 @flax.struct.dataclass
@@ -88,38 +89,12 @@ def diffusion_times(
     if kind == "lsun":
         stride = 1000 // (2 * (num_steps - 1))
         return np.append(stride * np.arange(num_steps), 999) / 999.0
-    raise ValueError(f"times are '{kind}'; allowed: {', '.join(TIMES)}")
-
-
-def noise_levels(num_steps: int, kind: str, first: float, last: float) -> np.ndarray:
-    """Returns noise levels σ_0 … σ_T from `first` to `last`, float64, shape [T+1].
-
-    σ_k = S_k/A_k is the noise in units of the data: of a variance-exploding process
-    x + σε, which scaled by A = 1/√(1+σ²) is ours with S = σ/√(1+σ²).
-
-    Args:
-      num_steps: T.
-      kind: `log_snr`: evenly in the log signal-to-noise ratio −2 log σ, as DPM-Solver's
-        steps (Lu et al. 2022, arXiv 2206.00927). `karras`: evenly in σ^{1/ρ}, ρ = 7
-        (Karras et al. 2022, arXiv 2206.00364, eq. 5, whose order is from σ_max down).
-      first: σ_0 > 0.
-      last: σ_T.
-
-    Raises:
-      ValueError: unless num_steps ≥ 1 and 0 < first < last.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; at least 1 is needed")
-    if not 0.0 < first < last:
+    if kind == "equal_cost":
         raise ValueError(
-            f"levels '{kind}' go from noise {first:.3g} to {last:.3g}; they need noise "
-            "at level 0, and less than at level T: give a time_eps such as 1e-3"
+            "the times of 'equal_cost' are not known; train, for a pilot run to find "
+            "them, or give diffusion.times"
         )
-    share = np.arange(num_steps + 1) / num_steps
-    if kind == "log_snr":
-        return first ** (1.0 - share) * last**share
-    low, high = first ** (1.0 / _KARRAS_RHO), last ** (1.0 / _KARRAS_RHO)
-    return (low + share * (high - low)) ** _KARRAS_RHO
+    raise ValueError(f"times are '{kind}'; allowed: {', '.join(TIMES)}")
 
 
 def spaced_times(
@@ -134,20 +109,31 @@ def spaced_times(
 
     Level 0 is that of `time_eps`, level T that of time 1 or of σ = 80, Karras et al.'s
     σ_max, if that is less (a cosine variance ends in noise alone); between the two lie
-    `noise_levels`. The other arguments are those of `marginal_variance`.
+    `levels.noise_levels`. The other arguments are those of `marginal_variance`.
     """
+    limits = variance, beta_min, beta_max
+    first, last = noise_of_times(np.array([time_eps, 1.0]), *limits)
+    sigma = levels.noise_levels(num_steps, kind, first, min(last, MOST_NOISE))
+    return times_of_noise(sigma, *limits)
 
-    def noise(tau: np.ndarray) -> np.ndarray:
-        v = marginal_variance(tau, variance, beta_min, beta_max)
-        with np.errstate(divide="ignore"):
-            return np.sqrt(v / (1.0 - v))
 
-    first, last = noise(np.array([time_eps, 1.0]))
-    sigma = noise_levels(num_steps, kind, first, min(last, _LARGEST_NOISE))
-    low, high = np.full_like(sigma, time_eps), np.ones_like(sigma)
-    for _ in range(60):  # Bisection: noise grows with time.
+def noise_of_times(
+    tau: np.ndarray, variance: str, beta_min: float, beta_max: float
+) -> np.ndarray:
+    """Returns σ(τ) = √(v/(1−v)), the noise in units of the data; v(1) may be 1."""
+    v = marginal_variance(tau, variance, beta_min, beta_max)
+    with np.errstate(divide="ignore"):
+        return np.sqrt(v / (1.0 - v))
+
+
+def times_of_noise(
+    sigma: np.ndarray, variance: str, beta_min: float, beta_max: float
+) -> np.ndarray:
+    """Returns the times at which the noise is σ; undoes `noise_of_times`."""
+    low, high = np.zeros_like(sigma), np.ones_like(sigma)
+    for _ in range(80):  # Bisection: noise grows with time.
         middle = (low + high) / 2
-        less = noise(middle) < sigma
+        less = noise_of_times(middle, variance, beta_min, beta_max) < sigma
         low, high = np.where(less, middle, low), np.where(less, high, middle)
     return high
 
@@ -196,6 +182,32 @@ def time_of_noise(std: float, process: Any) -> float:
     return float(np.interp(std**2, marginal_variance(times, *limits), times))
 
 
+def level_times(
+    num_steps: int,
+    variance: str,
+    beta_min: float,
+    beta_max: float,
+    time: str,
+    time_eps: float,
+    times: Sequence[float],
+    **others: Any,
+) -> np.ndarray:
+    """Returns the times of a schedule's levels; see `schedule_values`."""
+    del others
+    if time in SPACINGS and not len(times):
+        limits = variance, beta_min, beta_max
+        return spaced_times(num_steps, time, time_eps, *limits)
+    if not len(times):
+        return diffusion_times(num_steps, time, time_eps)
+    tau = np.asarray(times, np.float64)
+    if len(tau) != num_steps + 1 or (np.diff(tau) <= 0).any():
+        raise ValueError(
+            f"times are {tau.tolist()}; num_steps + 1 = {num_steps + 1} of them, each "
+            "above the one before, are needed"
+        )
+    return tau
+
+
 def schedule_values(
     num_steps: int = 4,
     variance: str = "vp",
@@ -203,6 +215,7 @@ def schedule_values(
     beta_max: float = 20.0,
     time: str = "uniform",
     time_eps: float = 1e-3,
+    times: Sequence[float] = (),
     keep_scale: bool = False,
     max_beta: float = 0.999,
     min_posterior_var: float | None = None,
@@ -215,8 +228,9 @@ def schedule_values(
       beta_min: lower end of the range of β.
       beta_max: upper end.
       time: `uniform` or `lsun`, see `diffusion_times`; `log_snr` or `karras`, see
-        `spaced_times`.
+        `spaced_times`; `equal_cost`: `times` are given.
       time_eps: time of level 0, except for `lsun`.
+      times: τ_0 < … < τ_T, whatever `time` is; empty: those of `time`.
       keep_scale: x_0 is the data plus S_0 ε; else the noise of level 0 shrinks them.
       max_beta: β_k for k ≥ 1 is clipped to at most this.
       min_posterior_var: log s_t² is clipped below at its log (1e-4 on images);
@@ -226,10 +240,7 @@ def schedule_values(
       ValueError: for arguments out of range, or a schedule that cannot be used.
     """
     limits = variance, beta_min, beta_max
-    if time in SPACINGS:
-        tau = spaced_times(num_steps, time, time_eps, *limits)
-    else:
-        tau = diffusion_times(num_steps, time, time_eps)
+    tau = level_times(num_steps, *limits, time, time_eps, times)
     alpha_bar = 1.0 - marginal_variance(tau, *limits)
     beta = np.empty(num_steps + 1)
     beta[0] = 1.0 - alpha_bar[0]

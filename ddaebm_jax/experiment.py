@@ -3,23 +3,21 @@
 Nothing here holds a device's state. All randomness is a function of (seed, step).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from jaxtyping import Array
 
-from ddaebm_jax import diffusion, models, reference, sharding
+from ddaebm_jax import colour, diffusion, models, reference, sharding
 from ddaebm_jax import game as game_lib
-from ddaebm_jax.data import Source, images, open_source, reference_fit
+from ddaebm_jax.data import Source, open_source, reference_fit
 from ddaebm_jax.data.batches import Batches
-from ddaebm_jax.data.records import Subset
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.game import Game, Optimizers, TrainState
 from ddaebm_jax.proposal import Proposal
@@ -71,8 +69,8 @@ def build_from(config: ml_collections.ConfigDict, source: Source) -> Experiment:
     Where `diffusion.time_eps` is None, the noise of level 0 is the bandwidth of the
     table's rows.
     """
+    config = config.copy_and_resolve_references()
     if config.diffusion.time_eps is None:
-        config = config.copy_and_resolve_references()
         source = source._replace(noise=reference_fit.bandwidth(source.table.train))
         time = diffusion.time_of_noise(source.noise, config.diffusion)
         config.diffusion.time_eps = time
@@ -81,22 +79,45 @@ def build_from(config: ml_collections.ConfigDict, source: Source) -> Experiment:
         config=config,
         source=source,
         schedule=schedule,
-        networks=build_networks(config, source.event_shape, schedule),
+        networks=build_networks(config, source, schedule),
         game=build_game(config.game, config.train.num_steps),
         optimizers=build_optimizers(config.optimizer, config.train.num_steps),
     )
 
 
+def with_times(experiment: Experiment, times: Sequence[float]) -> Experiment:
+    """Returns an experiment with other levels, at these times."""
+    config = experiment.config.copy_and_resolve_references()
+    config.diffusion.times = tuple(times)
+    schedule, networks = (
+        diffusion.make_schedule(**config.diffusion),
+        experiment.networks,
+    )
+    if config.model.reference:
+        networks = build_networks(config, experiment.source, schedule)
+    return experiment._replace(config=config, schedule=schedule, networks=networks)
+
+
+def with_levels_of(experiment: Experiment, saved: Mapping[str, Any]) -> Experiment:
+    """Returns an experiment with the levels that a checkpoint's config holds."""
+    process = experiment.config.diffusion
+    times = saved.get("diffusion", {}).get("times", process.times)
+    return (
+        experiment if tuple(times) == process.times else with_times(experiment, times)
+    )
+
+
 def build_networks(
     config: ml_collections.ConfigDict,
-    event_shape: tuple[int, ...],
+    source: Source,
     schedule: diffusion.Schedule,
     axis_name: str | None = None,
 ) -> models.Networks:
     """Returns the networks, the energy with its reference if it has one."""
-    networks = models.build(config.model, event_shape, axis_name)
+    networks = models.build(config.model, source.event_shape, axis_name)
+    networks = colour.with_colour(networks, source.colour)
     if num := config.model.reference:
-        limit = config.model.residual if len(event_shape) == 1 else None
+        limit = None if source.holds_images else config.model.residual
         networks = reference.with_reference(networks, schedule, num, limit)
     return networks
 
@@ -159,23 +180,14 @@ def init_state(experiment: Experiment) -> TrainState:
     """Returns the state before the first step, a function of the seed and the data."""
     state = _blank_state(experiment)
     if num := experiment.config.model.reference:
-        data = _training_data(experiment.source)
+        source = experiment.source
+        data = source.table.train if source.table else source.some_training_images()
         fitted = reference_fit.fit(data, experiment.schedule, num)
         state = state.replace(
             variables=reference.with_fitted(state.variables, fitted),
             ema=reference.with_fitted(state.ema, fitted),
         )
     return state
-
-
-def _training_data(source: Source) -> np.ndarray:
-    """Returns a table's training rows, or training images, at most 5,000 of them."""
-    if source.table is not None:
-        return source.table.train
-    train = source.image_set.train
-    chosen = np.random.default_rng(0).permutation(len(train))[: reference_fit.MAX_ROWS]
-    found = images.stack(Subset(train, np.sort(chosen)), timeout=source.timeout)
-    return np.asarray(images.to_float(found))
 
 
 def _blank_state(experiment: Experiment) -> TrainState:
@@ -202,20 +214,22 @@ def evaluation_state(experiment: Experiment) -> TrainState:
 def make_steps(
     experiment: Experiment, axis_name: str | None = None
 ) -> Callable[..., tuple[TrainState, Metrics, Fault]]:
-    """Returns (length, state, batches, index, arrays, trial) → (state, metrics, fault).
+    """Returns (length, state, batches, index, constants) → (state, metrics, fault).
 
     `length` steps on the device; see `step.scan_steps`. Noise is drawn inside, each
     example's from a key of its own, and so are the batches of sources without an input
-    stream (`batches` is None). A trial other than 0 has other noise.
+    stream (`batches` is None). The constants are the source's arrays, the schedule and
+    the trial; one other than 0 has other noise.
 
     Args:
       experiment: what the config describes.
       axis_name: as in `step.make_step` and `models.build`.
     """
-    keyed_step = make_keyed_step(experiment, axis_name)
 
-    def draw_and_step(*inputs):
-        return keyed_step(run_keys(experiment.config.seed), *inputs)
+    def draw_and_step(index, constants, *inputs):
+        arrays, schedule, trial = constants
+        step = make_keyed_step(experiment._replace(schedule=schedule), axis_name)
+        return step(run_keys(experiment.config.seed), index, arrays, trial, *inputs)
 
     return partial(scan_steps, draw_and_step)
 
@@ -228,8 +242,8 @@ def make_keyed_step(
     One step of `make_steps` for a run of any seed, by its `Keys`.
     """
     config = experiment.config
-    shape, schedule = experiment.source.event_shape, experiment.schedule
-    networks = build_networks(config, shape, schedule, axis_name)
+    schedule = experiment.schedule
+    networks = build_networks(config, experiment.source, schedule, axis_name)
     step = make_step(
         experiment.game,
         experiment.schedule,

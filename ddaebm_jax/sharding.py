@@ -155,8 +155,8 @@ class DeviceSteps(NamedTuple):
     """Steps compiled for a layout, with the placement of inputs and results.
 
     Attributes:
-      program: length → the jitted (state, batches, index, arrays, trial) → (state, …),
-        which takes that many steps and donates the state.
+      program: length → the jitted (state, batches, index, constants) → (state, …); it
+        takes that many steps and donates the state.
       place: (batches, index) of this process → the program's. `batches` are its rows of
         `length` batches, [length, rows, …], or None; `index` are its `process_rows`.
       collect: the program's results → global arrays.
@@ -190,7 +190,7 @@ def jit_steps(
             run = jax.shard_map(
                 run,
                 mesh=mesh,
-                in_specs=(whole, batch_rows, rows, whole, whole),
+                in_specs=(whole, batch_rows, rows, whole),
                 out_specs=whole,
                 check_vma=False,
             )
@@ -225,7 +225,7 @@ def pmap_steps(steps: Callable[..., Any], mesh: Mesh) -> DeviceSteps:
         return jax.pmap(
             partial(steps, length),
             axis_name=DATA_AXIS,
-            in_axes=(None, 1, 0, None, None),
+            in_axes=(None, 1, 0, None),
             out_axes=None,  # The same on all devices: leaves have no axis for them.
             donate_argnums=0,
             devices=list(mesh.devices.flat),

@@ -72,7 +72,7 @@ def _shared_dispatcher(experiment: experiment_lib.Experiment) -> dispatch.Dispat
     """Return one dispatcher for all runs whose steps are the same program."""
     config = config_lib.from_json(config_lib.to_json(experiment.config))
     num_steps = config.train.num_steps if config_lib.decays(config) else 1
-    for section in ("train", "recovery", "evaluation"):
+    for section in ("train", "recovery", "evaluation", "levels"):
         config[section] = small()[section]
     config.train.num_steps = num_steps
     return _dispatcher(config_lib.to_json(config))

@@ -75,7 +75,7 @@ def test_values_of_a_field_are_read_by_its_type():
 @pytest.mark.parametrize(
     ("study", "told"),
     [
-        ("noise", "allowed: paper, schedule, density, or section.field=value"),
+        ("colours", "allowed: paper, schedule, noise, density, or section.field"),
         ("game.gama=1", r"did you mean game\.gamma\?"),
         ("game.gamma=x", "is 'x'; a finite number is needed"),
         ("game.gamma=-1", r"is -1\.0; it must be at least 0"),

@@ -341,8 +341,8 @@ BAD_COMMANDS = {
         "/nowhere.csv",
     ),
     "unknown variation": (
-        ["--mode=ablate", f"--config={PLANE}", "--workdir=x", "--vary=noise"],
-        "--vary=noise is not known; allowed: paper, schedule, density",
+        ["--mode=ablate", f"--config={PLANE}", "--workdir=x", "--vary=colours"],
+        "--vary=colours is not known; allowed: paper, schedule, noise",
     ),
     "bad seed": (
         [

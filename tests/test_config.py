@@ -306,7 +306,7 @@ def test_a_problem_that_follows_from_another_is_not_reported():
 
 def test_the_allowed_names_are_those_of_the_code():
     assert choices.ALLOWED["diffusion.variance"] == diffusion.VARIANCES
-    assert choices.ALLOWED["diffusion.time"] == diffusion.TIMES
+    assert choices.ALLOWED["diffusion.time"] == (*diffusion.TIMES, "equal_cost")
     assert tuple(synthetic.SYNTHETIC) == choices.SYNTHETIC
     named = {name for names in checks.READ_WHEN.values() for name in names.split()}
     assert named <= set(BASE) | {"model.mlp", "model.unet", "model.encoder"}

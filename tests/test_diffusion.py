@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import diffusion
+from ddaebm_jax import diffusion, levels
 
 num_steps = st.integers(1, 8)
 beta_min = st.floats(0.01, 1.0)
@@ -198,7 +198,7 @@ def test_levels_spaced_by_noise_are_their_sources(variance: str, time: str):
 def test_levels_of_karras_are_those_of_the_paper():
     """σ_min = 0.002, σ_max = 80: the middle of three levels, by hand."""
     middle = ((0.002 ** (1 / 7) + 80 ** (1 / 7)) / 2) ** 7
-    found = diffusion.noise_levels(2, "karras", 0.002, 80.0)
+    found = levels.noise_levels(2, "karras", 0.002, 80.0)
     np.testing.assert_allclose(found, [0.002, middle, 80.0])
     assert middle == pytest.approx(2.515, abs=1e-3)
 

@@ -14,6 +14,7 @@ from helpers import filled_like
 from jax import export as jax_export
 from runs import load_recipe, small
 
+from ddaebm_jax import colour
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.training import run_directory
@@ -22,13 +23,14 @@ from ddaebm_jax.training.trained_run import load_run
 
 SIZES, SEED = (1, 7, 64), 3
 
-# Between them: batch norm, a whitened table, references, attention.
+# Between them: batch norm, a whitened table, references, attention, coloured noise.
 FIELDS = {
     "plane": {"model.mlp.norm": "batch"},
     "table": {"data.name": "table", "data.whiten": True, "model.reference": 2},
     "digits": TINY_UNET
     | {
         "model.reference": 2,
+        "data.whiten": True,
         "model.unet.attn_resolutions": (8,),
         "diffusion.num_steps": 2,
     },
@@ -65,6 +67,8 @@ def save_originals(workdir: str, path: str) -> None:
     for n in SIZES:
         x = inference.draw_samples(experiment, variables, n, SEED)
         own = x if table is None else table.standardizer.inverse(x).astype(np.float32)
+        if experiment.source.colour is not None:
+            own = np.asarray(colour.coloured(experiment.source.colour, x))
         inside = x if table is None else table.standardizer.transform(own)
         rng = np.random.default_rng(n)
         t = rng.integers(0, experiment.schedule.num_steps, n).astype(np.int32)
@@ -77,7 +81,7 @@ def save_originals(workdir: str, path: str) -> None:
             f"z/{n}": z,
             f"predict/{n}": generate(variables.generator, x, t, z),
         }
-        if table is None and n == 7:
+        if experiment.source.distribution is not None and n == 7:
             found[f"score/{n}"] = inference.gradients(experiment, variables, x)
     np.savez(path, **found)
 

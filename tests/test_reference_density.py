@@ -231,8 +231,9 @@ def test_training_leaves_the_reference_and_penalises_what_is_learnt(tmp_path):
     assert built.config.diffusion.time_eps > 0.01
     before = experiment.init_state(built)
     step = jax.jit(experiment.make_steps(built), static_argnums=0)
-    index, trial = jnp.arange(config.data.batch_size), jnp.int32(0)
-    after, metrics, _ = step(1, before, None, index, built.source.arrays, trial)
+    index = jnp.arange(config.data.batch_size)
+    constants = built.source.arrays, built.schedule, jnp.int32(0)
+    after, metrics, _ = step(1, before, None, index, constants)
     for state in (before, after):
         held = reference.read(state.variables.energy)
         fitted = reference_fit.fit(built.source.table.train, built.schedule, NUM)

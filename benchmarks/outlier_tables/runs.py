@@ -204,12 +204,14 @@ def _run_group(
     together: int,
 ) -> Iterator[dict[str, Any]]:
     experiments = [experiment for _, _, experiment in group]
-    # One program scores all runs of one noise.
-    networks = {one.config.diffusion.time_eps: one.networks for one in experiments}
+    # One program scores all runs of the same levels.
+    networks: dict[Any, Any] = {}
     trained = many.train(experiments, together)
-    for (table, seed, experiment), run in zip(group, trained, strict=True):
-        own = networks[experiment.config.diffusion.time_eps]
-        experiment = experiment._replace(networks=own)
+    for (table, seed, _), run in zip(group, trained, strict=True):
+        process = run.experiment.config.diffusion
+        own = process.time_eps, process.times
+        own = networks.setdefault(own, run.experiment.networks)
+        experiment = run.experiment._replace(networks=own)
         parts = split(table, seed)
         rows = experiment.source.table.standardizer.transform(parts.test, table.name)
         fault = None if run.fault is None else run.fault.describe()

@@ -187,4 +187,9 @@ def reporting(folder: Path) -> list[str]:
                 counts = Counter(classes)
                 rarest = min(sorted(counts), key=counts.__getitem__)
                 found.append(path.stem + f":{rarest}" * (kind == "balanced"))
+    if not found:
+        raise InputError(
+            f"{folder} holds neither imbalanced/raw/*.dat nor balanced/raw/*.dat; name "
+            "the folder that holds KEEL's files by --data"
+        )
     return found

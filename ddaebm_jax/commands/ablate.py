@@ -22,7 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
     config_flags.define_config_flag(
         "The recipe; --config.section.field=value changes a field.", values
     )
-    text = "paper, schedule, density, or section.field=value,value; repeatable."
+    text = "paper, schedule, noise, density, or section.field=a,b; repeatable."
     flags.DEFINE_multi_string("vary", [], text, values)
     text = "Seeds, separated by commas."
     flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], text, values)

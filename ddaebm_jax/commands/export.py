@@ -13,7 +13,7 @@ from flax import traverse_util
 from jax import export as jax_export
 from jaxtyping import Array
 
-from ddaebm_jax import density, files, sampling
+from ddaebm_jax import colour, density, files, sampling
 from ddaebm_jax.commands import common, model_card, run_exported
 from ddaebm_jax.data.tabular import Standardizer
 from ddaebm_jax.experiment import Experiment
@@ -82,6 +82,8 @@ def flat_variables(loaded: TrainedRun) -> dict[str, np.ndarray]:
     table = loaded.experiment.source.table
     if table is not None:
         tree["standardizer"] = standardizer_arrays(table.standardizer)
+    if (std := loaded.experiment.source.colour) is not None:
+        tree["standardizer"] = {"colour": std}
     flat = traverse_util.flatten_dict(jax.device_get(tree), sep="/")
     return {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
 
@@ -100,6 +102,8 @@ def standardized(own: Tree | None, x: Array) -> Array:
     """Return rows of a table in the networks' units; images and points as they are."""
     if own is None:
         return x
+    if "colour" in own:
+        return colour.whitened(own["colour"], x)
     # Near the mean the first difference is exact, so that no digit is lost to it.
     x = (x - own["mean"][None] - own["mean_low"][None]) / own["std"][None]
     if "whitening" in own:
@@ -111,6 +115,8 @@ def unstandardized(own: Tree | None, x: Array) -> Array:
     """Undo `standardized`."""
     if own is None:
         return x
+    if "colour" in own:
+        return colour.coloured(own["colour"], x)
     if "unwhitening" in own:
         x = jnp.matmul(x, own["unwhitening"], precision=_EXACT)
     return x * own["std"][None] + own["mean_low"][None] + own["mean"][None]
@@ -123,7 +129,7 @@ def functions(experiment: Experiment) -> dict[str, Callable[..., Array]]:
       of row i is a function of (seed, i), as in `inference.draw_samples`.
     - energy: (variables, x [n, *shape] in the data's own units) → f(x, 0) [n], nats.
     - predict: (variables, x_{t+1} [n, *shape], t [n], z [n, nz]) → x̂_0 [n, *shape],
-      rows of a table standardised.
+      rows of a table standardised, images with white noise.
 
     Images are float32, with pixels in [−1, 1].
     """

@@ -125,6 +125,11 @@ def restore(
             f"--task={task} is for {kind}, and the run's data.name is "
             f"'{source.name}'; name another --workdir or --task"
         )
+    if source.colour is not None:
+        raise InputError(
+            f"--task={task} needs a run with white noise, and this one was trained "
+            "with data.whiten; train one without"
+        )
     if is_table:
         return _impute(loaded, input_path, num_draws, header, seed, output)
     how = sigma, mask, factor or 2, blur or 1.0, seed

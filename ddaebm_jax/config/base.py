@@ -33,7 +33,8 @@ def base() -> "ConfigDict":
     # Whether the first line of a CSV is a header: `present`, `absent` or `auto`; see
     # data/table_files.py.
     data.header = "auto"
-    # Rotate a table's standardised rows to principal axes, and scale those too.
+    # Noise of the data's own colour. Tables: standardised rows are rotated to principal
+    # axes, and those scaled too. Images: see colour.py.
     data.whiten = False
     data.test_fraction = 0.3  # Fraction of a table's rows, or of images, held out.
     data.batch_size = 200  # Global, over all devices.
@@ -65,14 +66,23 @@ def base() -> "ConfigDict":
     process.beta_min = 0.1  # Range of β, of `vp` and `geometric`.
     process.beta_max = 20.0
     # Times of the levels: `uniform` or `lsun`, see diffusion.diffusion_times; `log_snr`
-    # or `karras`, spaced by their noise, see diffusion.noise_levels.
+    # or `karras`, spaced by their noise, and `equal_cost`, between which steps cost the
+    # same in a pilot run, see levels.py.
     process.time = "uniform"
+    process.times = ()  # τ_0 … τ_T of `equal_cost`; empty: a pilot run finds them.
     # Time of level 0, except for `lsun`: the noise that data carry. None, of tables: it
     # is chosen by the training rows (data/reference_fit.py).
     process.time_eps = optional(float, 1e-3)
     process.keep_scale = False  # x_0 is data + S_0 ε; else A_0 data + S_0 ε.
     process.max_beta = 0.999  # β_k is clipped to at most this.
     process.min_posterior_var = optional(float)  # Clips s_t² (images: 1e-4); None: not.
+
+    config.levels = levels = ConfigDict()
+    levels.pilot_steps = 2_000  # Training steps of the pilot run of `equal_cost`.
+    # Steps after which levels move towards equal cost (none: they stay), and how far
+    # each may move at a time, in log σ.
+    levels.move_at = ()
+    levels.move_limit = 0.5
 
     config.model = model = ConfigDict()
     model.name = "mlp"  # `mlp` (points, tables) or `ncsnpp` (images).

@@ -26,9 +26,10 @@ READ_WHEN = {
     f"data.name {' '.join(choices.IMAGES)}": "data.flip data.on_device data.channels "
     "data.image_size data.num_threads data.num_workers data.prefetch data.timeout",
     f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction "
-    "model.reference",
-    f"data.name {' '.join(choices.TABLES)}": "data.whiten model.residual",
-    "diffusion.time uniform log_snr karras": "diffusion.time_eps",
+    "model.reference data.whiten",
+    f"data.name {' '.join(choices.TABLES)}": "model.residual",
+    "diffusion.time uniform log_snr karras equal_cost": "diffusion.time_eps",
+    "diffusion.time equal_cost": "diffusion.times levels.pilot_steps",
     "model.name mlp": "model.mlp model.confinement evaluation.num_projections",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
     "evaluation.batch_size evaluation.inception evaluation.preprocessing "
@@ -79,7 +80,20 @@ def _check_diffusion(config: Any) -> Needs:
         if process.time == "lsun":
             needed = "nothing would read the first: leave it at 0.001"
             yield "diffusion.time_eps diffusion.time", needed
-    if process.time in ("log_snr", "karras"):
+    if process.times and (
+        len(process.times) != process.num_steps + 1
+        or not all(a < b for a, b in itertools.pairwise(process.times))
+    ):
+        reads = "diffusion.times diffusion.num_steps"
+        needed = "times rise from level 0 to level T: T + 1 numbers, or () for a pilot"
+        yield reads, needed
+    moves, total = config.levels.move_at, config.train.num_steps
+    if moves and not (all(a < b for a, b in itertools.pairwise((0, *moves, total)))):
+        yield "levels.move_at train.num_steps", "moves come in order, before the end"
+    if moves and process.time == "lsun":
+        needed = "costs are measured between levels with noise: leave the first at ()"
+        yield "levels.move_at diffusion.time", needed
+    if process.time in ("log_snr", "karras", "equal_cost") and not process.times:
         name = "beta_min" if process.variance == "geometric" else "time_eps"
         if process[name] is not None and not 1e-6 <= process[name] <= 0.1:
             needed = "levels spaced by noise start near data: the first must be from "

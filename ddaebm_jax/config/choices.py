@@ -16,7 +16,7 @@ ALLOWED = {
     "data.channels": (1, 3),
     "data.header": HEADERS,
     "diffusion.variance": ("vp", "geometric", "cosine"),
-    "diffusion.time": ("uniform", "lsun", "log_snr", "karras"),
+    "diffusion.time": ("uniform", "lsun", "log_snr", "karras", "equal_cost"),
     "model.name": NETWORKS,
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "blocks"),

@@ -31,7 +31,8 @@ _RANGES = {
     "train.picture_every train.evaluate_every recovery.max_rollbacks "
     "recovery.save_patience parallel.num_devices",
     (1, INT32_MAX): "data.batch_size game.lazy_reg optimizer.accumulate "
-    "train.num_steps train.report_every train.checkpoint_every train.keep_checkpoints",
+    "train.num_steps train.report_every train.checkpoint_every train.keep_checkpoints "
+    "levels.pilot_steps",
     (1, 10**6): "data.num_patches evaluation.batch_size evaluation.num_projections",
     (0, 10**6): "evaluation.num_samples_on_the_way",
     (2, 10**6): "evaluation.num_samples",
@@ -44,6 +45,7 @@ _RANGES = {
     "game.num_negatives",
     (0, 256): "data.num_workers model.unet.n_mlp",
     (1, 128): "diffusion.num_steps",
+    (1e-3, 100): "levels.move_limit",
     (1, WIDEST): "model.nz model.unet.z_emb_dim model.encoder.ngf "
     "model.mlp.posterior_features",
     (4, WIDEST): "model.unet.nf model.encoder.t_emb_dim model.mlp.t_embed_dim",
@@ -72,6 +74,7 @@ _TUPLES = {
     "data.crop": ("four (left, top, right, bottom)", (4,), 0, INT32_MAX),
     "data.held_out_classes": ("any number of", range(INT32_MAX), 0, INT32_MAX),
     "model.unet.attn_resolutions": ("any number of", range(INT32_MAX), 1, INT32_MAX),
+    "levels.move_at": ("any number of", range(INT32_MAX), 1, INT32_MAX),
 }
 _WIDTHS = ("one or more", range(1, INT32_MAX), 1, WIDEST)
 
@@ -111,6 +114,9 @@ def _type_problem(field: str, value: Any, default: Any) -> str | None:
     if field == "data.drop_columns":
         needed, fits = "a tuple of names", isinstance(value, tuple | list)
         fits = fits and all(isinstance(name, str) for name in value)
+    elif field == "diffusion.times":
+        needed, fits = "a tuple of numbers from 0 to 1", isinstance(value, tuple | list)
+        fits = fits and all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
     elif field in _TUPLES or kind is tuple:
         words, lengths, least, greatest = _TUPLES.get(field, _WIDTHS)
         needed = f"a tuple of {words} whole numbers from {least} to {greatest}"

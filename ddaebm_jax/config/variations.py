@@ -26,7 +26,7 @@ def variations(studies: Sequence[str], config: Any) -> dict[str, Fields]:
     recipe, with a log line.
 
     Args:
-      studies: `paper`, `schedule` or `density` (see docs/ablations.md), or
+      studies: `paper`, `schedule`, `noise` or `density` (see docs/ablations.md), or
         `section.field=value,value,…`.
       config: the recipe.
 
@@ -93,6 +93,9 @@ def _schedule(current: Fields) -> dict[str, Fields]:
     if current["diffusion.variance"] != "geometric":
         found["variance = geometric"] |= _beta(1e-4, 0.999)
     found["time = lsun"]["diffusion.time_eps"] = 1e-3  # It has no noise at level 0.
+    eighth = current["train.num_steps"] // 8
+    if eighth:
+        found["levels move"] = {"levels.move_at": (eighth, 2 * eighth, 4 * eighth)}
     if current["diffusion.min_posterior_var"] is None:
         found["time = lsun"]["diffusion.min_posterior_var"] = 1e-4
     return found
@@ -112,7 +115,18 @@ def _density(current: Fields) -> dict[str, Fields]:
     }
 
 
-_STUDIES = {"paper": _paper, "schedule": _schedule, "density": _density}
+def _noise(current: Fields) -> dict[str, Fields]:
+    """Return the recipe with the other noise, white or of the data's colour."""
+    whiten = not current["data.whiten"]
+    return {"coloured noise" if whiten else "white noise": {"data.whiten": whiten}}
+
+
+_STUDIES = {
+    "paper": _paper,
+    "schedule": _schedule,
+    "noise": _noise,
+    "density": _density,
+}
 
 
 def _of_field(study: str) -> dict[str, Fields]:

@@ -10,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from ddaebm_jax import colour as colour_lib
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
 from ddaebm_jax.data.records import Subset
 from ddaebm_jax.data.threads import TIMEOUT
+from ddaebm_jax.errors import InputError, one_line
+from ddaebm_jax.files import read_npz, written_atomically
 
-TABLE_FILE = "table.npz"
+TABLE_FILE, COLOUR_FILE = "table.npz", "colour.npz"
+# Most training images that a reference or the colour of noise is fitted to.
+MOST_FITTED = 5_000
 
 
 class Rows(NamedTuple):
@@ -36,6 +41,7 @@ class Source(NamedTuple):
         is what the input stream gave: images, or indices of them; None where there
         is no stream, and examples are drawn from the keys.
       distribution, table, image_set: the data of each kind, images once opened.
+      colour: of the noise of images, see `colour`; None: it is white.
       noise: standard deviation of level 0's, where a table's rows chose it.
       timeout: seconds without progress in reading images before giving up; 0: never.
     """
@@ -47,6 +53,7 @@ class Source(NamedTuple):
     distribution: synthetic.Synthetic | None = None
     table: tabular.Table | None = None
     image_set: images.ImageSet | None = None
+    colour: colour_lib.Std | None = None
     noise: float | None = None
     timeout: int | float = TIMEOUT
 
@@ -75,14 +82,46 @@ class Source(NamedTuple):
     def to_own_units(self, x: Float[np.ndarray, "n *shape"]) -> np.ndarray:
         """Returns points of the networks' units in the data's: images as uint8."""
         if self.holds_images:
+            x = x if self.colour is None else colour_lib.coloured(self.colour, x)
             return np.asarray(images.to_uint8(x))
         return x if self.table is None else self.table.standardizer.inverse(x)
 
     def from_own_units(self, x: np.ndarray, name: str = "the rows") -> np.ndarray:
-        """Returns rows of the data's units in the networks'; images as they are."""
+        """Returns points of the data's units in the networks'.
+
+        Images are uint8, or floats in [−1, 1].
+        """
         if self.table is not None:
             return self.table.standardizer.transform(x, name)
-        return x if self.holds_images else np.asarray(x, np.float32)
+        if not self.holds_images:
+            return np.asarray(x, np.float32)
+        # A chunk at a time: a device may not hold all.
+        parts = [
+            np.asarray(self.points(x[i : i + MOST_FITTED]))
+            for i in range(0, len(x), MOST_FITTED)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(x.shape, np.float32)
+
+    def points(self, pixels: Array | np.ndarray) -> Array:
+        """Returns images, uint8 or in [−1, 1], in the networks' units; traceable."""
+        x = images.to_float(pixels) if pixels.dtype == np.uint8 else jnp.asarray(pixels)
+        return x if self.colour is None else colour_lib.whitened(self.colour, x)
+
+    def some_training_images(self) -> Float[np.ndarray, "n height width channels"]:
+        """Returns at most 5,000 training images, in the networks' units."""
+        train = self.image_set.train
+        chosen = np.random.default_rng(0).permutation(len(train))[:MOST_FITTED]
+        found = images.stack(Subset(train, np.sort(chosen)), timeout=self.timeout)
+        return self.from_own_units(found)
+
+    @property
+    def log_det(self) -> float:
+        """Log of how much `from_own_units` enlarges volumes, nats."""
+        if self.table is not None:
+            return self.table.standardizer.log_det
+        if self.colour is not None:
+            return colour_lib.log_det(self.colour, self.event_shape[-1])
+        return 0.0
 
     def metadata(self) -> dict[str, Any] | None:
         """Returns JSON values that identify the data; None for images not opened."""
@@ -102,6 +141,9 @@ class Source(NamedTuple):
         """Keeps in a new run directory what its modes need of the data."""
         if self.table is not None and not (workdir / TABLE_FILE).exists():
             tabular.save_table(self.table, workdir / TABLE_FILE)
+        if self.colour is not None and not (workdir / COLOUR_FILE).exists():
+            with written_atomically(workdir / COLOUR_FILE) as file:
+                np.savez(file, std=self.colour)
 
 
 def test_rows(table: tabular.Table, label: int) -> Float[np.ndarray, "n dim"]:
@@ -137,7 +179,7 @@ def open_source(
         if open_images and data.on_device:
             name = "the training images"
             arrays = images.stack(image_set.train, None, name, data.timeout)
-        return Source(
+        source = Source(
             name=data.name,
             event_shape=(data.image_size, data.image_size, data.channels),
             arrays=arrays,
@@ -145,6 +187,7 @@ def open_source(
             image_set=image_set,
             timeout=data.timeout,
         )
+        return _with_colour(source, workdir) if data.whiten else source
     if workdir is not None:
         table = tabular.load_saved_table(workdir / TABLE_FILE)
     elif data.name == "breast_cancer":
@@ -154,6 +197,26 @@ def open_source(
         how = {field: data[field] for field in fields}
         table = tabular.load_table(data.path, seed, data.test_fraction, **how)
     return table_source(data.name, table)
+
+
+def _with_colour(source: Source, workdir: Path | None) -> Source:
+    """Returns images with noise of their colour: that of the run, or fitted."""
+    if workdir is None:
+        std = colour_lib.fit(source.some_training_images())
+    else:
+        try:
+            std = read_npz(workdir / COLOUR_FILE, 2**24)["std"]
+        except (OSError, KeyError, InputError) as error:
+            raise InputError(
+                f"{workdir / COLOUR_FILE} does not hold the colour of the run's noise "
+                f"({one_line(error)}); copy the whole run directory, or train again"
+            ) from error
+    plain = source.draw
+
+    def draw(*inputs: Any) -> Array:
+        return colour_lib.whitened(std, plain(*inputs))
+
+    return source._replace(draw=draw, colour=std)
 
 
 def table_source(name: str, table: tabular.Table) -> Source:

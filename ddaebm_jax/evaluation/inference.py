@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from ddaebm_jax import density, sampling, sharding
-from ddaebm_jax.data import images
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
@@ -53,7 +52,7 @@ def draw_images(
 ) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:
     """Yields the samples of `draw_samples` as images, a chunk at a time."""
     for chunk in _draw(experiment, variables, num, seed, sampling.sample):
-        yield np.asarray(images.to_uint8(chunk))
+        yield experiment.source.to_own_units(chunk)
 
 
 def energies(
@@ -150,7 +149,7 @@ def _of_energy(
     function: Callable[..., Array],
 ) -> np.ndarray:
     """Returns function(networks, params, points) of all points."""
-    networks, rows = experiment.networks, (np.asarray(x),)
+    networks, rows = experiment.networks, (in_units(experiment, x),)
 
     def of_rows(places: Array, part: Array, params: Any) -> Array:
         del places
@@ -171,14 +170,17 @@ def _draw_chunk(sampler, networks, latent, schedule, params, key, places):
 
 @partial(jax.jit, static_argnums=0)
 def _energy(networks, params, x):
-    return density.energy_at_data(networks, params, as_float(x))
+    return density.energy_at_data(networks, params, x)
 
 
 @partial(jax.jit, static_argnums=0)
 def _gradient(networks, params, x):
-    return density.score_at_data(networks, params, as_float(x))
+    return density.score_at_data(networks, params, x)
 
 
-def as_float(x: Array) -> Array:
-    """Returns uint8 images in [−1, 1]; other points as they are."""
-    return images.to_float(x) if x.dtype == jnp.uint8 else x
+def in_units(
+    experiment: Experiment, x: Shaped[Array | np.ndarray, "n *shape"]
+) -> Float[np.ndarray, "n *shape"]:
+    """Returns uint8 images in the networks' units; other points as they are."""
+    x = np.asarray(x)
+    return experiment.source.from_own_units(x) if x.dtype == np.uint8 else x

@@ -39,9 +39,9 @@ def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
     is left out, and `refused` says why.
     """
     source = experiment.source
-    shift = 0.0 if source.table is None else source.table.standardizer.log_det
+    shift = source.log_det
     held_out = source.held_out(_MOST_ROWS, inference.HELD_OUT_SEED)
-    held_out = _as_float(_some(held_out))
+    held_out = inference.in_units(experiment, _some(held_out))
     train = training_rows(source)
     flat_train, flat_held_out = (
         rows.reshape(len(rows), -1) for rows in (train, held_out)
@@ -121,17 +121,13 @@ def training_rows(source: Source, num: int = _MOST_ROWS) -> np.ndarray:
         return _some(source.table.train, num)
     chosen = _some(np.arange(len(source.image_set.train)), num)
     chosen = Subset(source.image_set.train, chosen)
-    return _as_float(images.stack(chosen, timeout=source.timeout))
+    return source.from_own_units(images.stack(chosen, timeout=source.timeout))
 
 
 def _some(rows: np.ndarray, num: int = _MOST_ROWS) -> np.ndarray:
     """Returns at most `num` of the rows, chosen at random."""
     order = np.random.default_rng(_TRAIN_SEED).permutation(len(rows))
     return rows[np.sort(order[:num])]
-
-
-def _as_float(rows: np.ndarray) -> np.ndarray:
-    return np.asarray(inference.as_float(jnp.asarray(rows)))
 
 
 def consistency(

@@ -141,7 +141,7 @@ def _draw_images(
 ) -> dict[str, np.ndarray]:
     source = experiment.source
     samples = inference.draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
-    shown = np.asarray(images.to_uint8(samples[:_GRID_IMAGES]))
+    shown = source.to_own_units(samples[:_GRID_IMAGES])
     plots.write_grid(grid, shown)
     if nearest is not None:
         train = images.stack(source.image_set.train, timeout=source.timeout)
@@ -153,7 +153,7 @@ def _draw_images(
         plots.write_grid(nearest, pairs, _PAIR_COLUMNS)
     # A row for each sample, from noise to image.
     rows = inference.draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
-    pixels = np.asarray(images.to_uint8(rows.reshape(-1, *rows.shape[2:])))
+    pixels = source.to_own_units(rows.reshape(-1, *rows.shape[2:]))
     plots.write_grid(steps, pixels, rows.shape[1])
     held_out = source.held_out(_HISTOGRAM_IMAGES, inference.HELD_OUT_SEED)
     values = {

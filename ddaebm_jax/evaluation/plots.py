@@ -40,6 +40,7 @@ _PANELS = (
         r"evaluation/(?!num_)(.+)",
         {"value": "symlog", "linthresh": 0.01},
     ),
+    ("noise of the levels", r"levels/noise_(\d+)", {"value": "log"}),
 )
 _MOST_CURVES = 10  # In a panel: so many colours are told apart.
 _FEW_POINTS = 40  # Curves of so few points show each of them.
@@ -267,10 +268,17 @@ def plot_curves(lines: Iterable[Mapping[str, Any]], title: str) -> "Figure | Non
     if not curves:
         return None
     last = max(step for values in curves.values() for step in values)
-    with _axes(3, side=3.6, title=f"{title}: metrics by step", rows=2) as axes:
-        for axis, (name, pattern, scale) in zip(axes, _PANELS, strict=True):
-            matches = [re.fullmatch(pattern, metric) for metric in curves]
-            found = {m[1]: curves[m[0]] for m in matches if m}
+    groups = []
+    for name, pattern, scale in _PANELS:
+        matches = [re.fullmatch(pattern, metric) for metric in curves]
+        groups.append((name, {m[1]: curves[m[0]] for m in matches if m}, scale))
+    *groups, levels = groups
+    groups += [levels] * bool(levels[1])  # Only where they move.
+    columns, title = -(-len(groups) // 2), f"{title}: metrics by step"
+    with _axes(columns, side=3.6, title=title, rows=2) as axes:
+        axes[-1].set_axis_off()
+        for axis, (name, found, scale) in zip(axes, groups, strict=False):
+            axis.set_axis_on()
             if not found:
                 axis.set_axis_off()
                 continue

@@ -85,7 +85,7 @@ def fit_scores(
         return -np.linalg.norm(gradients, axis=1)
 
     def generator_bound(*rows: np.ndarray) -> np.ndarray:
-        rows = [np.asarray(inference.as_float(jnp.asarray(part))) for part in rows]
+        rows = [inference.in_units(experiment, part) for part in rows]
         return likelihood.generator_bound(*model, *rows, num_draws)
 
     def score(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -131,7 +131,7 @@ def level_statistics(
         ]
         return jnp.stack(means, axis=2).reshape(len(part), -1)
 
-    rows, shared = (np.asarray(x),), (variables.energy,)
+    rows, shared = (inference.in_units(experiment, x),), (variables.energy,)
     return inference.by_rows(experiment, of_rows, len(x), rows, shared)
 
 
@@ -139,10 +139,9 @@ def level_statistics(
 @partial(jax.jit, static_argnums=(0, 1))
 def _of_level(networks, with_norms, schedule, params, x, key, draw, t):
     """Returns f(x_t, t) and, if asked for, ‖∇f(x_t, t)‖ of one draw: [n, 1 or 2]."""
-    x0 = inference.as_float(x)
-    times = jnp.full((len(x0),), t, jnp.int32)
-    eps = jax.random.normal(reduce(jax.random.fold_in, (draw, t), key), x0.shape[1:])
-    x_t = diffusion.diffuse(schedule, x0, times, jnp.broadcast_to(eps, x0.shape))
+    times = jnp.full((len(x),), t, jnp.int32)
+    eps = jax.random.normal(reduce(jax.random.fold_in, (draw, t), key), x.shape[1:])
+    x_t = diffusion.diffuse(schedule, x, times, jnp.broadcast_to(eps, x.shape))
     if not with_norms:
         return networks.energy(params, x_t, times)[:, None]
     f, gradient = objective.energy_and_score(

@@ -19,6 +19,7 @@ from clu import parameter_overview
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax.data import open_source
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.errors import (
@@ -28,12 +29,12 @@ from ddaebm_jax.errors import (
     TrainingError,
     one_line,
 )
-from ddaebm_jax.evaluation import image_quality, pictures
+from ddaebm_jax.evaluation import image_quality, pictures, placement
 from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import user_path
-from ddaebm_jax.training import dispatch, processes, run_directory
+from ddaebm_jax.training import dispatch, pilot, processes, run_directory
 from ddaebm_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -48,6 +49,7 @@ from ddaebm_jax.training.trained_run import initial_variables
 class Run:
     """A run that trains: what it works with, and its state on the host."""
 
+    config: ml_collections.ConfigDict  # With the times of a pilot run.
     experiment: experiment_lib.Experiment
     workdir: Path
     dispatcher: dispatch.Dispatcher
@@ -82,11 +84,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     started, workdir = time.monotonic(), user_path(workdir, "--workdir")
     config_lib.validate(config)
     config = config_lib.with_absolute_paths(config)
+    config = run_directory.with_saved_times(workdir, config)
     try:
         processes.check_devices()
         processes.check_same_config(config)
         with contextlib.ExitStack() as stack:
             run = _open(config, workdir, stack)
+            config = run.config
             state, first_step = _restore(run)
             # The evaluation of this step is done again: its end is not known.
             again = _is_due(config.train.evaluate_every, first_step, config)
@@ -95,6 +99,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
                 run_directory.update_config(workdir, config)
                 run.experiment.source.save(workdir)
             preemption = stack.enter_context(Preemption())
+            if first_step == 0 and config.levels.move_at:
+                run.reports.write(0, placement.levels_to_report(run.experiment))
             state = _loop(run, state, first_step, preemption)
             return _finish(run, state, first_step, started, preemption)
     except Exception as error:
@@ -112,7 +118,9 @@ def _open(
         stack.enter_context(run_directory.lock(workdir))
     processes.wait_for_all("the run directory is locked")
     dispatch.use_compilation_cache(config.compilation_cache)
-    experiment = experiment_lib.build(config)
+    source = open_source(config.data, config.seed)
+    (config,) = pilot.with_times([config], [source])
+    experiment = experiment_lib.build_from(config, source)
     first = None
     if config.train.init_from and not Checkpoints(workdir, read_only=True).steps():
         first = initial_variables(config.train.init_from, experiment)
@@ -145,7 +153,7 @@ def _open(
             reports.log(f"{name}\n{table}")
     saver = Saver(checkpoints, config.recovery.save_patience)
     tools = dispatcher, batches, meter, checkpoints, saver, reports, first
-    return Run(experiment, workdir, *tools)
+    return Run(config, experiment, workdir, *tools)
 
 
 def _restore(run: Run) -> tuple[TrainState, int]:
@@ -172,6 +180,9 @@ def _restore(run: Run) -> tuple[TrainState, int]:
             f"the data '{source.name}' are not those that {run.workdir} was trained "
             "on; bring the old files back, or name a new --workdir"
         )
+    saved = info.get("config", run.config.to_dict())
+    run.experiment = experiment_lib.with_levels_of(run.experiment, saved)
+    run.dispatcher.set_levels(run.experiment.schedule)
     run.trial = info.get("trial", 0)
     run.dispatcher.reseed(run.trial)
     if run.batches is not None:
@@ -197,10 +208,13 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         evaluate = _is_due(train.evaluate_every, step, config)
         draw = _is_due(train.picture_every, step, config)
         save = step % train.checkpoint_every == 0 or step == total
+        move = step in config.levels.move_at
         bad = None
         # The rate before leaves out compilation, and ends before that of a used state.
-        if run.dispatcher.compiles(step - start) or evaluate or draw or save:
+        if run.dispatcher.compiles(step - start) or evaluate or draw or save or move:
             bad, previous = _report(run, previous), None
+        if notice := run.dispatcher.compilation_notice(step - start):
+            run.reports.log(notice)
         batches = None if run.batches is None else run.batches.next(step - start)
         compiled = run.dispatcher.compile_seconds
         state, metrics, fault = run.dispatcher(state, step - start, batches)
@@ -218,7 +232,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         if compiled:
             run.reports.log(f"compiled {step - start} steps in {compiled:.1f} s")
             run.reports.restart_clock(start)
-        if bad is None and (evaluate or draw or save):
+        if bad is None and (evaluate or draw or save or move):
             bad, current = _report(run, current), None
         previous = current
         if bad is not None:
@@ -227,6 +241,8 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
             state, step = _roll_back(run, bad)
             continue
 
+        if move:
+            _move_levels(run, state, step)
         if stop is not None or step == total:
             run.saver.finish(state, _info(run))
         elif save:
@@ -273,6 +289,24 @@ def _info(run: Run) -> dict[str, Any]:
         "input": None if run.batches is None else run.batches.state(),
         "trial": run.trial,
     }
+
+
+def _move_levels(run: Run, state: TrainState, step: int) -> None:
+    """Move the levels towards equal cost; the next checkpoint keeps them.
+
+    Raises:
+      DivergedError: if the costs are not finite.
+    """
+    try:
+        moved = placement.with_moved_levels(run.experiment, state.ema)
+    except ValueError as error:
+        raise DivergedError(
+            f"the levels cannot be moved at step {step}: {error}; lower "
+            "optimizer.learning_rate, or empty levels.move_at, in a new --workdir"
+        ) from error
+    run.experiment = moved
+    run.dispatcher.set_levels(moved.schedule)
+    run.reports.write(step, placement.levels_to_report(moved))
 
 
 def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
@@ -348,7 +382,7 @@ def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> Non
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(preemption.interruptible())
-            _draw_curves(run, step)
+            run.reports.draw_curves(f"{run.experiment.source.name}, step {step}")
             directory = run.workdir / "samples"
             if not processes.is_first_process():
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -361,10 +395,6 @@ def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> Non
             raise
         text = "the pictures of step %d cannot be drawn: %s"
         logging.warning(text, step, one_line(error))
-
-
-def _draw_curves(run: Run, step: int) -> None:
-    run.reports.draw_curves(f"{run.experiment.source.name}, step {step}")
 
 
 def _finish(
@@ -413,5 +443,5 @@ def _finish(
     if processes.is_first_process():
         run_directory.write_report(run.workdir, report)
     run.reports.write(step, {f"final/{name}": value for name, value in found.items()})
-    _draw_curves(run, step)
+    run.reports.draw_curves(f"{run.experiment.source.name}, step {step}")
     return report

@@ -16,6 +16,7 @@ import numpy as np
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.diagnostics import Fault
 from ddaebm_jax.errors import InputError, listed
+from ddaebm_jax.evaluation import placement
 from ddaebm_jax.experiment import Experiment, init_state, make_keyed_step, run_keys
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.step import scan_steps
@@ -29,11 +30,13 @@ class Trained(NamedTuple):
     """What became of a run.
 
     Attributes:
+      experiment: the run's, with its last levels.
       state: the last state, on the host.
       fault: the first step with a metric that is not finite; None: there was none.
       seconds: the run's share of the time, compilation included.
     """
 
+    experiment: Experiment
     state: TrainState
     fault: Fault | None
     seconds: float
@@ -45,8 +48,8 @@ def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]
     Nothing is kept on disk. A run with a fault goes on to the end beside the others.
 
     Args:
-      experiments: of one event shape and, but for seed, data, and the noise that a
-        table's rows choose, of one config.
+      experiments: of one event shape and, but for seed, data, and the levels that
+        follow from the data, of one config.
       together: most runs that train at once; one program serves all of them.
 
     Raises:
@@ -55,20 +58,18 @@ def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]
     _check_alike(experiments)
     num_chunks = -(-len(experiments) // together)
     size = -(-len(experiments) // num_chunks)
-    runs = _stack(
-        *((run_keys(e.config.seed), e.source.arrays, e.schedule) for e in experiments)
-    )
+    runs = _stack(*((run_keys(e.config.seed), e.source.arrays) for e in experiments))
     take_steps = _program(experiments[0])
     for start in range(0, len(experiments), size):
         # The last chunk repeats its last run, so that its shapes are the others'.
         chunk = np.minimum(np.arange(start, start + size), len(experiments) - 1)
         inputs, started = _at(runs, chunk), time.monotonic()
-        state = _init([experiments[i] for i in chunk])
-        state, faults = _train_chunk(experiments[0], take_steps, state, *inputs)
+        group = [experiments[i] for i in chunk]
+        group, state, faults = _train_chunk(group, take_steps, _init(group), *inputs)
         seconds = (time.monotonic() - started) / len(set(chunk))
         for place in range(len(set(chunk))):
             one = _at(state.replace(step=None), place).replace(step=state.step)
-            yield Trained(one, faults.get(place), seconds)
+            yield Trained(group[place], one, faults.get(place), seconds)
 
 
 def _check_alike(experiments: Sequence[Experiment]) -> None:
@@ -83,7 +84,7 @@ def _check_alike(experiments: Sequence[Experiment]) -> None:
         differing = [
             name
             for name in found
-            if name not in ("seed", "diffusion.time_eps")
+            if name not in ("seed", "diffusion.time_eps", "diffusion.times")
             and (name[:5] != "data." or name == "data.batch_size")
         ]
         if differing or first.source.event_shape != one.source.event_shape:
@@ -138,18 +139,23 @@ def _program(experiment: Experiment) -> Callable:
 
 
 def _train_chunk(
-    experiment: Experiment, take_steps: Callable, state: TrainState, *inputs: Any
-) -> tuple[TrainState, dict[int, Fault]]:
-    """Returns the stacked states after the last step, and the faults by run."""
-    train = experiment.config.train
-    per_dispatch = train.steps_per_dispatch
-    per_dispatch = per_dispatch or steps_per_dispatch(experiment.config.model.name)
-    step = 0
+    group: list[Experiment], take_steps: Callable, state: TrainState, *inputs: Any
+) -> tuple[list[Experiment], TrainState, dict[int, Fault]]:
+    """Returns the runs, their stacked states after the last step, and their faults."""
+    config = group[0].config
+    train, moves = config.train, config.levels.move_at
+    per_dispatch = train.steps_per_dispatch or steps_per_dispatch(config.model.name)
+    step, schedules = 0, _stack(*(one.schedule for one in group))
     faults: dict[int, Fault] = {}
     while step < train.num_steps:
-        stop = next_stop(step, per_dispatch, train.num_steps, [])
-        state, found = take_steps(stop - step, *inputs, state)
+        stop = next_stop(step, per_dispatch, train.num_steps, moves=moves)
+        state, found = take_steps(stop - step, *inputs, schedules, state)
         found, step = jax.device_get(found), stop
         for place in map(int, np.flatnonzero(found.step)):
             faults.setdefault(place, _at(found, place))
-    return jax.device_get(state), faults
+        if step in moves:
+            for place in set(range(len(group))) - {*faults}:
+                variables = jax.device_get(_at(state.ema, place))
+                group[place] = placement.with_moved_levels(group[place], variables)
+            schedules = _stack(*(one.schedule for one in group))
+    return group, jax.device_get(state), faults

@@ -120,6 +120,17 @@ def check(workdir: Path, config: ml_collections.ConfigDict) -> None:
         logging.info("resuming with %s = %r (was %r)", name, new, old)
 
 
+def with_saved_times(
+    workdir: Path, config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+    """Return a config with the times that the pilot of the run there has found."""
+    process = config.diffusion
+    if process.time == "equal_cost" and not process.times:
+        if (workdir / CONFIG_FILE).exists():
+            process.times = read_config(workdir).diffusion.times
+    return config
+
+
 def read_config(workdir: Path) -> ml_collections.ConfigDict:
     """Return the config of a run directory.
 

@@ -30,7 +30,7 @@ from ddaebm_jax.files import (
     written_atomically,
 )
 from ddaebm_jax.models import Players
-from ddaebm_jax.training import dispatch, loop, many, processes
+from ddaebm_jax.training import dispatch, loop, many, pilot, processes
 from ddaebm_jax.training.trained_run import load_run
 
 RECORDS_FILE = "ablation.jsonl"
@@ -134,14 +134,17 @@ def _train_together(
 ) -> Iterator[list[Record]]:
     """Train runs at once by `vmap`; yield all their records."""
     del name
-    experiments = [experiment_lib.build(config) for config in due.values()]
-    # One program measures all runs of one noise.
-    networks = {one.config.diffusion.time_eps: one.networks for one in experiments}
+    sources = [open_source(config.data, config.seed) for config in due.values()]
+    configs = pilot.with_times(list(due.values()), sources)
+    experiments = list(map(experiment_lib.build_from, configs, sources))
+    networks: dict[Any, Any] = {}  # One program measures all runs of the same levels.
     trained = many.train(experiments, together=len(experiments))
     records = []
-    for key, experiment, run in zip(due, experiments, trained, strict=True):
-        own = networks[experiment.config.diffusion.time_eps]
-        experiment = experiment._replace(networks=own)
+    for key, run in zip(due, trained, strict=True):
+        process = run.experiment.config.diffusion
+        own = process.time_eps, process.times
+        own = networks.setdefault(own, run.experiment.networks)
+        experiment = run.experiment._replace(networks=own)
         record = {"key": key, "seed": experiment.config.seed, "seconds": run.seconds}
         record |= {"figures": {}, "fault": run.fault and run.fault.describe()}
         if run.fault is None:

@@ -118,6 +118,7 @@ def _load(
             "the whole run directory again, and leave its images as they were"
         )
     warn_of_untrained(found.info.get("untrained", []))
+    experiment = experiment_lib.with_levels_of(experiment, found.info["config"])
     return TrainedRun(workdir, experiment, found.state.ema, found.step)
 
 
