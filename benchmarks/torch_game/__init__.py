@@ -1,0 +1,1 @@
+"""The game in PyTorch, for `against_torch.py`: its networks and one training step."""
