@@ -18,6 +18,7 @@ from absl import logging
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax import reference
+from ddaebm_jax.config.fields import leaves
 from ddaebm_jax.data import table_source
 from ddaebm_jax.data.tabular import Standardizer, Table
 from ddaebm_jax.errors import InputError, listed, one_line
@@ -103,7 +104,9 @@ def read_results(path: Path, config: ml_collections.ConfigDict) -> dict[Job, Any
 
 def _check_config(path: Path, saved: Any, config: ml_collections.ConfigDict) -> None:
     current = json.loads(json.dumps(config.to_dict()))
-    differing = config_lib.differences(saved, current)
+    # Fields that the file's version did not have yet have the base's values.
+    default = json.loads(json.dumps(dict(leaves(config_lib.base()))))
+    differing = config_lib.differences(default | dict(leaves(saved)), current)
     differing.pop("seed", None)
     if differing:
         pairs = [f"{k} {old!r} → {new!r}" for k, (old, new) in differing.items()]
