@@ -28,7 +28,7 @@ SPACINGS = ("log_snr", "karras")
 TIMES = ("uniform", "lsun", *SPACINGS)
 
 _COSINE_OFFSET = 0.008
-MOST_NOISE = 80.0  # Karras et al. 2022 (arXiv 2206.00364), table 1.
+LARGEST_NOISE = 80.0  # Karras et al. 2022 (arXiv 2206.00364), table 1.
 
 
 @flax.struct.dataclass
@@ -113,7 +113,7 @@ def spaced_times(
     """
     limits = variance, beta_min, beta_max
     first, last = noise_of_times(np.array([time_eps, 1.0]), *limits)
-    sigma = levels.noise_levels(num_steps, kind, first, min(last, MOST_NOISE))
+    sigma = levels.noise_levels(num_steps, kind, first, min(last, LARGEST_NOISE))
     return times_of_noise(sigma, *limits)
 
 

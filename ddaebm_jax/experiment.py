@@ -69,8 +69,8 @@ def build_from(config: ml_collections.ConfigDict, source: Source) -> Experiment:
     Where `diffusion.time_eps` is None, the noise of level 0 is the bandwidth of the
     table's rows.
     """
-    config = config.copy_and_resolve_references()
     if config.diffusion.time_eps is None:
+        config = config.copy_and_resolve_references()
         source = source._replace(noise=reference_fit.bandwidth(source.table.train))
         time = diffusion.time_of_noise(source.noise, config.diffusion)
         config.diffusion.time_eps = time
@@ -89,10 +89,8 @@ def with_times(experiment: Experiment, times: Sequence[float]) -> Experiment:
     """Returns an experiment with other levels, at these times."""
     config = experiment.config.copy_and_resolve_references()
     config.diffusion.times = tuple(times)
-    schedule, networks = (
-        diffusion.make_schedule(**config.diffusion),
-        experiment.networks,
-    )
+    schedule = diffusion.make_schedule(**config.diffusion)
+    networks = experiment.networks
     if config.model.reference:
         networks = build_networks(config, experiment.source, schedule)
     return experiment._replace(config=config, schedule=schedule, networks=networks)
@@ -102,9 +100,8 @@ def with_levels_of(experiment: Experiment, saved: Mapping[str, Any]) -> Experime
     """Returns an experiment with the levels that a checkpoint's config holds."""
     process = experiment.config.diffusion
     times = saved.get("diffusion", {}).get("times", process.times)
-    return (
-        experiment if tuple(times) == process.times else with_times(experiment, times)
-    )
+    moved = tuple(times) != process.times
+    return with_times(experiment, times) if moved else experiment
 
 
 def build_networks(
@@ -181,7 +178,8 @@ def init_state(experiment: Experiment) -> TrainState:
     state = _blank_state(experiment)
     if num := experiment.config.model.reference:
         source = experiment.source
-        data = source.table.train if source.table else source.some_training_images()
+        table = source.table
+        data = source.some_training_images() if table is None else table.train
         fitted = reference_fit.fit(data, experiment.schedule, num)
         state = state.replace(
             variables=reference.with_fitted(state.variables, fitted),

@@ -84,6 +84,7 @@ def test_sets_for_reporting_are_all_others_that_are_large_enough(tmp_path: Path)
         write_set(tmp_path, "balanced", name, rows)
     write_set(tmp_path, "balanced", "narrow", ["1,2,3,x,a", "1,2,3,4,b"] * 200)
     assert sets.names(["reporting"], tmp_path) == ["large", "other:b"]
+    assert sets.unrelated(["vehicle1", "yeast-2_vs_4", "other:b"]) == ["other:b"]
     assert sets.names(["pima", "development"], tmp_path)[:2] == ["pima", "wisconsin"]
 
 

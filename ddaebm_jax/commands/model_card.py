@@ -69,6 +69,9 @@ Programs and code: Apache-2.0. The variables may be subject to the data's terms,
 _IMAGE_UNITS = """\
 [height, width, channels] with pixels in [−1, 1]: x = pixel/127.5 − 1, and
 pixel = clip(round(127.5 (x + 1)), 0, 255)."""
+_COLOURED = """
+But x_(t+1) and x̂_0 have white noise: their discrete cosine transform (DCT-II,
+orthonormal) is that of the pixels, divided by `standardizer/colour`."""
 _TABLE_UNITS = """\
 those of the table, rounded to float32, with its columns in this order: {columns}.
 But x_(t+1) and x̂_0 are standardised: (x − mean − mean_low)/std, times `whitening` if
@@ -105,6 +108,8 @@ def _listed(values: jax.Array) -> str:
 
 
 def _units(source: Source) -> str:
+    if source.colour is not None:
+        return _IMAGE_UNITS + _COLOURED
     if source.holds_images:
         return _IMAGE_UNITS
     if source.table is not None:

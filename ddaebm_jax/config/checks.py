@@ -88,7 +88,7 @@ def _check_diffusion(config: Any) -> Needs:
         needed = "times rise from level 0 to level T: T + 1 numbers, or () for a pilot"
         yield reads, needed
     moves, total = config.levels.move_at, config.train.num_steps
-    if moves and not (all(a < b for a, b in itertools.pairwise((0, *moves, total)))):
+    if not all(a < b for a, b in itertools.pairwise((0, *moves, total))):
         yield "levels.move_at train.num_steps", "moves come in order, before the end"
     if moves and process.time == "lsun":
         needed = "costs are measured between levels with noise: leave the first at ()"

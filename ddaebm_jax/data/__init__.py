@@ -20,7 +20,8 @@ from ddaebm_jax.files import read_npz, written_atomically
 
 TABLE_FILE, COLOUR_FILE = "table.npz", "colour.npz"
 # Most training images that a reference or the colour of noise is fitted to.
-MOST_FITTED = 5_000
+_MOST_FITTED = 5_000
+_CHUNK = 5_000  # Images that are converted at once.
 
 
 class Rows(NamedTuple):
@@ -96,10 +97,8 @@ class Source(NamedTuple):
         if not self.holds_images:
             return np.asarray(x, np.float32)
         # A chunk at a time: a device may not hold all.
-        parts = [
-            np.asarray(self.points(x[i : i + MOST_FITTED]))
-            for i in range(0, len(x), MOST_FITTED)
-        ]
+        starts = range(0, len(x), _CHUNK)
+        parts = [np.asarray(self.points(x[i : i + _CHUNK])) for i in starts]
         return np.concatenate(parts) if parts else np.zeros(x.shape, np.float32)
 
     def points(self, pixels: Array | np.ndarray) -> Array:
@@ -110,7 +109,7 @@ class Source(NamedTuple):
     def some_training_images(self) -> Float[np.ndarray, "n height width channels"]:
         """Returns at most 5,000 training images, in the networks' units."""
         train = self.image_set.train
-        chosen = np.random.default_rng(0).permutation(len(train))[:MOST_FITTED]
+        chosen = np.random.default_rng(0).permutation(len(train))[:_MOST_FITTED]
         found = images.stack(Subset(train, np.sort(chosen)), timeout=self.timeout)
         return self.from_own_units(found)
 

@@ -13,7 +13,7 @@ from ddaebm_jax.diffusion import Schedule
 
 # Most rows that are looked at; least rows for each Gaussian, the share of rows by whose
 # likelihood their number is chosen, and what is added to variances.
-MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
+_MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
 # Noise of level 0, in units of Scott's bandwidth.
 _BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
 
@@ -64,7 +64,7 @@ def fit(
 
 def _some(rows: np.ndarray) -> np.ndarray:
     """Returns rows in random order, at most 5,000, in double precision."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:MAX_ROWS]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:_MAX_ROWS]
     return np.asarray(rows[chosen], np.float64)
 
 

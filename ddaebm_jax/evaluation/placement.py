@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ddaebm_jax import density, diffusion, levels, objective
+from ddaebm_jax.errors import DivergedError
 from ddaebm_jax.evaluation import inference, likelihood
 from ddaebm_jax.evaluation.particles import row_normals
 from ddaebm_jax.experiment import Experiment, with_times
@@ -67,11 +68,19 @@ def equal_cost_times(
         many; None: any way.
 
     Raises:
-      ValueError: if the costs are not finite.
+      DivergedError: if the costs are not finite.
     """
     process = experiment.config.diffusion
     sigma, times = noise_levels(experiment), diffusion.level_times(**process)
-    found = levels.equal_cost(sigma, step_costs(experiment, variables), num_steps)
+    costs = step_costs(experiment, variables)
+    try:
+        found = levels.equal_cost(sigma, costs, num_steps)
+    except ValueError as error:
+        raise DivergedError(
+            f"levels of equal cost cannot be found: {error}; lower "
+            "optimizer.learning_rate, or leave the levels where they are "
+            "(diffusion.time, levels.move_at)"
+        ) from error
     if limit is not None:
         found = levels.moved(sigma, found, limit)
     limits = process.variance, process.beta_min, process.beta_max
@@ -85,7 +94,7 @@ def noise_levels(experiment: Experiment) -> Float[np.ndarray, " levels"]:
     process = experiment.config.diffusion
     limits = process.variance, process.beta_min, process.beta_max
     sigma = diffusion.noise_of_times(diffusion.level_times(**process), *limits)
-    return np.minimum(sigma, diffusion.MOST_NOISE)
+    return np.minimum(sigma, diffusion.LARGEST_NOISE)
 
 
 def levels_to_report(experiment: Experiment) -> dict[str, float]:
@@ -100,7 +109,7 @@ def with_moved_levels(experiment: Experiment, variables: Players) -> Experiment:
     Each by at most `levels.move_limit` in log σ.
 
     Raises:
-      ValueError: if the costs are not finite.
+      DivergedError: if the costs are not finite.
     """
     config = experiment.config
     found = equal_cost_times(

@@ -292,21 +292,10 @@ def _info(run: Run) -> dict[str, Any]:
 
 
 def _move_levels(run: Run, state: TrainState, step: int) -> None:
-    """Move the levels towards equal cost; the next checkpoint keeps them.
-
-    Raises:
-      DivergedError: if the costs are not finite.
-    """
-    try:
-        moved = placement.with_moved_levels(run.experiment, state.ema)
-    except ValueError as error:
-        raise DivergedError(
-            f"the levels cannot be moved at step {step}: {error}; lower "
-            "optimizer.learning_rate, or empty levels.move_at, in a new --workdir"
-        ) from error
-    run.experiment = moved
-    run.dispatcher.set_levels(moved.schedule)
-    run.reports.write(step, placement.levels_to_report(moved))
+    """Move the levels towards equal cost; the next checkpoint keeps them."""
+    run.experiment = placement.with_moved_levels(run.experiment, state.ema)
+    run.dispatcher.set_levels(run.experiment.schedule)
+    run.reports.write(step, placement.levels_to_report(run.experiment))
 
 
 def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:

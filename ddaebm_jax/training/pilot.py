@@ -7,7 +7,6 @@ from absl import logging
 
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.data import Source
-from ddaebm_jax.errors import DivergedError
 from ddaebm_jax.evaluation import placement
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
@@ -37,13 +36,7 @@ def with_times(
     found = list(configs)
     for i, (pilot, variables) in zip(due, _train(pilots), strict=True):
         steps = configs[i].diffusion.num_steps
-        try:
-            times = placement.equal_cost_times(pilot, variables, steps)
-        except ValueError as error:
-            raise DivergedError(
-                f"the pilot run of diffusion.time=equal_cost gives no levels: {error}; "
-                "lower optimizer.learning_rate, or give diffusion.times"
-            ) from error
+        times = placement.equal_cost_times(pilot, variables, steps)
         found[i] = configs[i].copy_and_resolve_references()
         found[i].diffusion.times = times
         logging.info("levels of equal cost: diffusion.times=%s", times)

@@ -135,17 +135,23 @@ def _train_together(
     """Train runs at once by `vmap`; yield all their records."""
     del name
     sources = [open_source(config.data, config.seed) for config in due.values()]
-    configs = pilot.with_times(list(due.values()), sources)
-    experiments = list(map(experiment_lib.build_from, configs, sources))
     networks: dict[Any, Any] = {}  # One program measures all runs of the same levels.
-    trained = many.train(experiments, together=len(experiments))
-    records = []
+    records: list[Record] = []
+    try:
+        configs = pilot.with_times(list(due.values()), sources)
+        experiments = list(map(experiment_lib.build_from, configs, sources))
+        trained = list(many.train(experiments, together=len(experiments)))
+    except DivergedError as error:  # Of the levels: none of the runs has a model.
+        none = {"seconds": None, "figures": {}, "fault": str(error)}
+        yield [{"key": k, "seed": c.seed} | none for k, c in due.items()]
+        return
     for key, run in zip(due, trained, strict=True):
         process = run.experiment.config.diffusion
         own = process.time_eps, process.times
         own = networks.setdefault(own, run.experiment.networks)
         experiment = run.experiment._replace(networks=own)
         record = {"key": key, "seed": experiment.config.seed, "seconds": run.seconds}
+        record["times"] = list(process.times)
         record |= {"figures": {}, "fault": run.fault and run.fault.describe()}
         if run.fault is None:
             found = metrics.evaluate(experiment, run.state.ema)
@@ -174,6 +180,7 @@ def _train_one_by_one(
             if report["resumed_from_step"] == 0:  # Else the time of a part only.
                 record["seconds"] = report["seconds"]
             trained = load_run(folder)
+            record["times"] = list(trained.experiment.config.diffusion.times)
             _save_panel(workdir, key, trained.experiment, trained.variables)
         yield [record]
 
