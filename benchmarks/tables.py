@@ -14,7 +14,8 @@ by the training rows. --sets names
 - CSV files with their label column (`rows.csv:label`);
 - `development`: twelve sets, on which settings may be chosen;
 - `reporting`: all other sets of at least 200 rows and four columns of numbers. The
-  outliers of balanced ones are their rarest class, the first of several.
+  outliers of balanced ones are their rarest class, the first of several;
+- `unrelated`: those of them that are not made of the same rows as one for development.
 
 A line of figures for each set, seed and detector is appended to --results as it is
 done; the same command goes on where it was stopped. Then a table of every set, means,

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -160,13 +161,25 @@ def _path(folder: Path, kind: str, stem: str) -> Path:
 
 
 def names(chosen: Iterable[str], folder: Path) -> list[str]:
-    """Returns the sets that `--sets` names: `development`, `reporting`, or names."""
+    """Returns the sets that `--sets` names: a group, or sets by name."""
     groups = {
         "development": lambda: DEVELOPMENT,
         "reporting": lambda: reporting(folder),
+        "unrelated": lambda: unrelated(reporting(folder)),
     }
     found = [n for c in chosen for n in groups.get(c, lambda c=c: (c,))()]
     return list(dict.fromkeys(found))
+
+
+def unrelated(names: Iterable[str]) -> list[str]:
+    """Returns the sets that are not made of the rows of one for development.
+
+    KEEL makes several sets of the same rows and tells them apart by a number at the
+    end: `vehicle0` and `vehicle1`.
+    """
+    stems = (name.partition(":")[0] for name in DEVELOPMENT)
+    related = tuple(re.sub(r"[-\d]+$", "", stem) for stem in stems)
+    return [name for name in names if not name.startswith(related)]
 
 
 def reporting(folder: Path) -> list[str]:
