@@ -57,8 +57,8 @@ def equal_cost_times(
 ) -> tuple[float, ...]:
     """Returns the times τ_0 … τ_T between which all steps cost the same.
 
-    Those of levels 0 and T stay. Six digits are kept, so that they are alike on any
-    device and can be read in the config.
+    Those of levels 0 and T stay. Of the others six digits are kept, so that they are
+    alike on any device and can be read in the config.
 
     Args:
       experiment: with the levels that costs are measured between.
@@ -86,7 +86,8 @@ def equal_cost_times(
     limits = process.variance, process.beta_min, process.beta_max
     inner = diffusion.times_of_noise(found[1:-1], *limits)
     rounded = (float(f"{time:.6g}") for time in inner)
-    return float(times[0]), *rounded, float(times[-1])
+    first, last = (float(f"{time:.12g}") for time in times[[0, -1]])
+    return first, *rounded, last
 
 
 def noise_levels(experiment: Experiment) -> Float[np.ndarray, " levels"]:
