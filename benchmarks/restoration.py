@@ -259,7 +259,11 @@ def _denoisers(train: np.ndarray, std: float) -> dict[str, Callable]:
     from skimage import restoration
 
     def each(function: Callable, setting: float) -> Callable:
-        return lambda y: np.stack([function(one, setting) for one in y])
+        def denoised(y: np.ndarray) -> np.ndarray:
+            # Some drop the axis of a single channel.
+            return np.stack([function(one, setting) for one in y]).reshape(y.shape)
+
+        return denoised
 
     def wavelet(one: np.ndarray, factor: float) -> np.ndarray:
         with warnings.catch_warnings():
@@ -290,12 +294,11 @@ def _denoisers(train: np.ndarray, std: float) -> dict[str, Callable]:
 def _biharmonic(y: np.ndarray, known: np.ndarray) -> np.ndarray:
     from skimage.restoration import inpaint_biharmonic
 
-    return np.stack(
-        [
-            inpaint_biharmonic(one, ~seen[..., 0], channel_axis=-1)
-            for one, seen in zip(y, known, strict=True)
-        ]
-    )
+    means = [
+        inpaint_biharmonic(one, ~seen[..., 0], channel_axis=-1)
+        for one, seen in zip(y, known, strict=True)
+    ]
+    return np.stack(means).reshape(y.shape)
 
 
 def _bicubic(y: np.ndarray) -> np.ndarray:

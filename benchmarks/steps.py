@@ -44,12 +44,13 @@ def virtual_devices(count: int) -> None:
 def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
     """Builds a recipe's training step as training does, and traces it.
 
-    Image recipes get random images, as from an input stream; others their own data.
+    Image recipes get random images, as from an input stream; others their own data. A
+    reference density is fitted to the recipe's own images all the same.
     """
-    described = experiment.build(config, open_images=False)
+    described = experiment.build(config, open_images=bool(config.model.reference))
     dispatcher = Dispatcher(described)
     images = None
-    if described.source.holds_images:
+    if described.source.holds_images and described.source.arrays is None:
         shape = (steps, config.data.batch_size, *described.source.event_shape)
         images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     inputs = (dispatcher.init(), *dispatcher.inputs(images))

@@ -13,7 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from ddaebm_jax.config.choices import STDDEV_GROUP
 from ddaebm_jax.models import resample
-from ddaebm_jax.models.layers import conv, dense, sinusoidal_embedding, uniform_fan_in
+from ddaebm_jax.models.layers import (
+    conv,
+    dense,
+    sinusoidal_embedding,
+    uniform,
+    uniform_fan_in,
+)
 
 _SQRT_HALF = 0.5**0.5
 
@@ -88,7 +94,7 @@ class ConvEncoder(nn.Module):
         bound = (h.shape[1] * h.shape[2] * h.shape[3]) ** -0.5
 
         def bias_init(key: Array, shape: Sequence[int], dtype) -> Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
+            return uniform(key, shape, bound).astype(dtype)
 
         def head(name: str) -> Array:
             out = nn.Conv(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +16,7 @@ from ddaebm_jax.models.layers import (
     BatchNorm,
     PReLU,
     sinusoidal_embedding,
+    uniform,
     uniform_fan_in,
 )
 
@@ -35,7 +35,7 @@ class UniformDense(nn.Module):
         bound = x.shape[-1] ** -0.5
 
         def bias_init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
+            return uniform(key, shape, bound).astype(dtype)
 
         return nn.Dense(
             self.features,
