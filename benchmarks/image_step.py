@@ -71,6 +71,7 @@ def _rows(config) -> list[tuple[str, str]]:
     # The only reference left to the state, which every dispatch uses up.
     held = [state]
     mesh, work = prepared.mesh, counted_work(prepared.traced.jaxpr) / steps
+    init_seconds, trace_seconds = prepared.seconds
     del state, prepared
     metrics = {}
 
@@ -91,7 +92,9 @@ def _rows(config) -> list[tuple[str, str]]:
     rows = [
         ("device", f"{device_name()}, jax {jax.__version__}"),
         ("step", f"batch {batch} on {devices}, {dtype}, {steps} a dispatch"),
-        ("compile time", f"{compile_seconds:.1f} s"),
+        ("initial state", f"{init_seconds:.1f} s, its programs' compilation included"),
+        ("tracing", f"{trace_seconds:.1f} s"),
+        ("compilation", f"{compile_seconds:.1f} s"),
         ("time of a step", f"{seconds:.3f} s"),
         ("steps/s", f"{1 / seconds:.3f}"),
         ("images/s", f"{batch / seconds:.2f}"),

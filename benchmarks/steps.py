@@ -1,6 +1,7 @@
 """What the benchmarks share: the training step of a recipe, on random images."""
 
 import os
+import time
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +23,14 @@ class Prepared(NamedTuple):
       mesh: the devices that share the batch.
       traced: of the jitted steps; `.jaxpr`, `.lower().compile()`.
       inputs: the compiled program's arguments; the first, the state, is donated.
+      seconds: what the initial state and tracing took.
     """
 
     experiment: experiment.Experiment
     mesh: Mesh
     traced: Any
     inputs: tuple[Any, ...]
+    seconds: tuple[float, float]
 
 
 def virtual_devices(count: int) -> None:
@@ -53,9 +56,13 @@ def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
     if described.source.holds_images and described.source.arrays is None:
         shape = (steps, config.data.batch_size, *described.source.event_shape)
         images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    inputs = (dispatcher.init(), *dispatcher.inputs(images))
+    start = time.perf_counter()
+    state = jax.block_until_ready(dispatcher.init())
+    inputs = (state, *dispatcher.inputs(images))
+    initialised = time.perf_counter()
     traced = dispatcher.steps.program(steps).trace(*inputs)
-    return Prepared(described, dispatcher.mesh, traced, inputs)
+    seconds = initialised - start, time.perf_counter() - initialised
+    return Prepared(described, dispatcher.mesh, traced, inputs, seconds)
 
 
 def abstract(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
