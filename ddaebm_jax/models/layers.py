@@ -18,7 +18,7 @@ def _unit_uniform(key: Array, length: int) -> Float[Array, " length"]:
 
 
 @partial(jax.jit, static_argnums=1)
-def _shaped(flat: Array, shape: tuple[int, ...], bound: float) -> Array:
+def _shaped(flat: Array, shape: tuple[int, ...], bound: Array) -> Array:
     return bound * flat[: math.prod(shape)].reshape(shape)
 
 
