@@ -52,10 +52,14 @@ def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
     """
     described = experiment.build(config, open_images=bool(config.model.reference))
     dispatcher = Dispatcher(described)
-    images = None
-    if described.source.holds_images and described.source.arrays is None:
-        shape = (steps, config.data.batch_size, *described.source.event_shape)
-        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    source, images = described.source, None
+    if source.holds_images:
+        rng, shape = np.random.default_rng(0), (steps, config.data.batch_size)
+        if source.arrays is None:
+            images = rng.integers(0, 256, (*shape, *source.event_shape), np.uint8)
+        else:
+            # The recipe's images are on the device; the stream is of their places.
+            images = rng.integers(0, len(source.arrays), shape, np.int32)
     start = time.perf_counter()
     state = jax.block_until_ready(dispatcher.init())
     inputs = (state, *dispatcher.inputs(images))
