@@ -7,6 +7,7 @@ appendix H); heads: Geng et al. 2024.
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -46,9 +47,11 @@ def group_norm(
     same_group = group[:, None] == group[None, :]
     over_group = same_group / np.float32(height * width * same_group[0].sum())
 
+    # On GPUs and TPUs the default product of float32 has TF32's or bfloat16's digits.
+    mean_over = partial(jnp.dot, b=over_group, precision=jax.lax.Precision.HIGHEST)
+
     h = x.astype(jnp.float32)
-    mean = h.sum(axis=(1, 2)) @ over_group
-    square = (h * h).sum(axis=(1, 2)) @ over_group
+    mean, square = mean_over(h.sum(axis=(1, 2))), mean_over((h * h).sum(axis=(1, 2)))
     # Not below 0 by rounding.
     variance = nn.relu(square - mean * mean)
     scale = scale * jax.lax.rsqrt(variance + 1e-6)
