@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +93,17 @@ def test_released_initial_ranges():
 
 
 # The layers.
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (5, 13), (3, 3, 7, 12)])
+def test_initial_kernels_are_jax_s_own(shape: tuple[int, ...]):
+    key = jax.random.key(3)
+    expected = jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
+    np.testing.assert_array_equal(layers.uniform(key, shape, 0.5), expected)
+    for scale in (1e-10, 0.1, 1.0):
+        init = nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
+        found = layers.variance_scaling(scale)(key, shape)
+        np.testing.assert_allclose(found, init(key, shape), rtol=1e-6)
 
 
 def test_networks_by_hand():

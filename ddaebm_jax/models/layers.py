@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-# Lengths that share one program, so that a network's many shapes compile a few.
 @partial(jax.jit, static_argnums=1)
 def _unit_uniform(key: Array, length: int) -> Float[Array, " length"]:
     return jax.random.uniform(key, (length,), minval=-1.0)
@@ -23,12 +22,12 @@ def _shaped(flat: Array, shape: tuple[int, ...], bound: Array) -> Array:
 
 
 def uniform(key: Array, shape: Sequence[int], bound: float) -> Array:
-    """Draw uniformly from ±bound.
+    """Draw uniformly from ±bound; the numbers are those of `jax.random.uniform`.
 
-    The same numbers as `jax.random.uniform` gives for the shape: a draw of JAX depends
-    on its place in the array only. So the next power of four is drawn, and cut.
+    In JAX a number depends on its place in the flat array only. So a vector is drawn
+    whose length is the next power of four, and cut: many shapes share a few programs.
     """
-    length = 4 ** math.ceil(math.log(max(math.prod(shape), 1), 4))
+    length = 4 ** (((math.prod(shape) - 1).bit_length() + 1) // 2)
     return _shaped(_unit_uniform(key, length), tuple(shape), bound)
 
 
