@@ -47,18 +47,17 @@ def virtual_devices(count: int) -> None:
 def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
     """Builds a recipe's training step as training does, and traces it.
 
-    Image recipes get random images, as from an input stream; others their own data. A
-    reference density is fitted to the recipe's own images all the same.
+    Image recipes get random images, as from an input stream; others, and those with a
+    reference density, which is fitted to images, their own data.
     """
     described = experiment.build(config, open_images=bool(config.model.reference))
     dispatcher = Dispatcher(described)
     source, images = described.source, None
     if source.holds_images:
         rng, shape = np.random.default_rng(0), (steps, config.data.batch_size)
-        if source.arrays is None:
+        if source.arrays is None:  # Not on the device.
             images = rng.integers(0, 256, (*shape, *source.event_shape), np.uint8)
         else:
-            # The recipe's images are on the device; the stream is of their places.
             images = rng.integers(0, len(source.arrays), shape, np.int32)
     start = time.perf_counter()
     state = jax.block_until_ready(dispatcher.init())
