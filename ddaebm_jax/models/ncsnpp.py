@@ -43,9 +43,10 @@ def group_norm(
     differentiate twice.
     """
     _, height, width, channels = x.shape
-    group = np.arange(channels) // (channels // num_groups(channels))
-    same_group = group[:, None] == group[None, :]
-    over_group = same_group / np.float32(height * width * same_group[0].sum())
+    groups = num_groups(channels)
+    size = channels // groups
+    block = np.full((size, size), 1 / (height * width * size), np.float32)
+    over_group = np.kron(np.eye(groups, dtype=np.float32), block)
 
     # On GPUs and TPUs the default product of float32 has TF32's or bfloat16's digits.
     mean_over = partial(jnp.dot, b=over_group, precision=jax.lax.Precision.HIGHEST)
