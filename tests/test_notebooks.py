@@ -8,7 +8,11 @@ import pytest
 from cli import ROOT, TINY_UNET, environment
 from nbclient import NotebookClient
 
-FEW = {"parallel.num_devices": 1, "evaluation.num_particles": 400}
+FEW = {
+    "parallel.num_devices": 1,
+    "evaluation.num_particles": 400,
+    "evaluation.num_samples": 400,
+}
 
 
 def run(name: str, parameters: str, folder: Path) -> list[dict]:
@@ -87,7 +91,11 @@ def test_cifar10_continues_after_a_restart(tmp_path: Path):
     )
     for steps in (2, 4):
         given = fields | {"train.num_steps": steps, "optimizer.schedule": "constant"}
-        parameters = f"WORKDIR, DRIVE, FIELDS = 'run', False, {given!r}"
+        parameters = f"""
+WORKDIR, DRIVE, FIELDS = 'run', False, {given!r}
+from ddaebm_jax.evaluation import pictures
+pictures._HISTOGRAM_IMAGES = 16
+"""
         cells = run("cifar10.ipynb", parameters, tmp_path)
     assert any("step 4" in text for text in outputs(cells, "text/plain"))
     assert len(outputs(cells, "image/png")) == 2
