@@ -139,10 +139,7 @@ def log_likelihood(
 ) -> Float[Array, " batch"]:
     """Returns log N(y; A x_0, (σ² + variance) I) up to a constant of the example, nats.
 
-    Args:
-      measurement: y, A and σ.
-      x0: points, or predictions of them.
-      variance: of the predictions' errors, in the units of y.
+    `variance` is that of the errors of x_0, in the units of y.
     """
     residual = measurement.y - measurement.operator.apply(x0)
     return -0.5 * objective.sum_over_dims(residual**2) / (measurement.std**2 + variance)
@@ -162,6 +159,31 @@ def guided(
     gain = variance / (measurement.std**2 + variance * operator.gain)
     step = adjoint(operator, residual, x0_pred.shape[1:])
     return x0_pred + diffusion.per_example(gain, x0_pred) * step
+
+
+def with_error(
+    measurement: Measurement,
+    x0_pred: Float[Array, "batch *shape"],
+    error: Float[Array, "*shape"],
+    eps: Float[Array, "batch *shape"],
+    noise: Float[Array, "batch *seen"],
+) -> Float[Array, "batch *shape"]:
+    """Returns a draw of x_0 ~ N(x̂_0, diag τ²) given y, by Matheron's rule.
+
+    That is x + K (y − A x − σ ε'), where x = x̂_0 + τ ε and K = τ²Aᵀ(A τ²Aᵀ + σ² I)⁻¹,
+    by conjugate gradients; ε (`eps`) and ε' (`noise`) are standard normal.
+    """
+    operator, std = measurement.operator, diffusion.per_example(measurement.std, eps)
+
+    def spread(y: Array) -> Array:
+        return error[None] ** 2 * adjoint(operator, y, eps.shape[1:])
+
+    x = x0_pred + error[None] * eps
+    residual = measurement.y - operator.apply(x) - std * noise
+    solved, _ = jax.scipy.sparse.linalg.cg(
+        lambda y: operator.apply(spread(y)) + std**2 * y, residual
+    )
+    return x + spread(solved)
 
 
 # Noise space.

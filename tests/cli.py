@@ -80,7 +80,7 @@ def environment(devices: int = 1) -> dict[str, str]:
         if "host_platform_device_count" not in flag
     ]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
-    flags.append(quick.FLAGS)
+    flags.append(quick.flags())
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,

@@ -17,18 +17,25 @@ _OPTIONS = {
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
 }
-# The same for a child's XLA_FLAGS.
-FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in _OPTIONS.items())
 
 
 @functools.cache
 def options() -> dict[str, Any]:
-    """Return the options, or none where another version of XLA lacks them."""
+    """Return the options that this version of XLA has."""
+    return {name: value for name, value in _OPTIONS.items() if _is_known(name, value)}
+
+
+def _is_known(name: str, value: Any) -> bool:
     try:
-        jax.jit(lambda x: x + 1.0, compiler_options=_OPTIONS)(1.0)
+        jax.jit(lambda x: x + 1.0, compiler_options={name: value})(1.0)
     except Exception:  # Which kind depends on the version.
-        return {}
-    return _OPTIONS
+        return False
+    return True
+
+
+def flags() -> str:
+    """Return the same for a child's XLA_FLAGS."""
+    return " ".join(f"--{name}={str(v).lower()}" for name, v in options().items())
 
 
 @contextlib.contextmanager

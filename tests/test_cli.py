@@ -383,7 +383,7 @@ def test_flags_may_come_from_a_file(tmp_path: Path):
 def test_help_shows_all_modes():
     result = succeed("--help")
     lines, mode, listed = result.out.splitlines(), "", {}
-    assert len(lines) <= 80 and max(map(len, lines)) <= 80
+    assert len(lines) <= 82 and max(map(len, lines)) <= 80
     for line in lines:
         if title := re.match("--mode=(\\w+)", line):
             mode = title[1]

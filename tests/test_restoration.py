@@ -103,9 +103,49 @@ def test_noise_space_draws_from_the_posterior():
     exact = experiment(gaussian_networks())
     measurement, mean, variance = known_gaussians()
     search = restoring.Search(num_steps=10, num_moves=60)
-    draws = restoring.noise_space(exact, NO_VARIABLES, measurement, 50, 0, search)
+    model = exact, NO_VARIABLES, measurement
+    draws = restoring.noise_space(*model, 50, 0, search)
     assert draws.shape == (3, 1_500, 2)
     close(draws, mean, variance, count=400)
+
+
+@pytest.mark.parametrize("name", ["identity", "mask", "mean", "blur"])
+def test_the_generators_error_given_a_measurement(name: str):
+    """Of x_0 ~ N(x̂_0, diag τ²) given y, by the normal equations; τ of each pixel."""
+    operator, _ = operators()[name]
+    prediction, num = np.asarray(normals(3, 1, *SHAPE)), 4_000
+    tau = np.asarray(jnp.exp(0.5 * normals(6, *SHAPE)))
+    if name == "mask":
+        operator = Mask(operator.known[:1])
+    y = np.asarray(operator.apply(normals(4, 1, *SHAPE)))
+    basis = jnp.eye(prediction.size).reshape(-1, *SHAPE)
+    matrix = np.asarray(operator.apply(basis)).reshape(prediction.size, -1).T
+    covariance = np.diag(tau.reshape(-1) ** 2)
+    gain = covariance @ matrix.T
+    gain = gain @ np.linalg.inv(matrix @ gain + 0.3**2 * np.eye(len(matrix)))
+    residual = y.reshape(-1) - matrix @ prediction.reshape(-1)
+    mean = prediction.reshape(-1) + gain @ residual
+    variance = np.diag(covariance - gain @ matrix @ covariance)
+    seen = np.repeat(y, num, axis=0)
+    measurement = Measurement(operator, jnp.asarray(seen), jnp.full(num, 0.3))
+    draws = restoration.with_error(
+        measurement,
+        jnp.repeat(prediction, num, axis=0),
+        jnp.asarray(tau),
+        normals(7, num, *SHAPE),
+        normals(8, *seen.shape),
+    )
+    draws = np.asarray(draws).reshape(1, num, -1)
+    close(draws, mean, variance, count=num)
+
+
+def test_the_generators_error_is_fitted_towards_the_truth():
+    """Of x ~ N(0, 1 + 0.8²) under a generator of N(0, I); the fit starts at 0.3."""
+    x = np.sqrt(1.0 + 0.8**2) * np.asarray(normals(5, 500, 2))
+    search = restoring.Search(num_steps=10, num_moves=30)
+    model = experiment(gaussian_networks()), NO_VARIABLES, x
+    found = restoring.generator_error(*model, 0, search)
+    assert (found > 0.4).all() and (found < 0.85).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -153,12 +193,14 @@ def test_seeds_repeat_and_devices_agree():
     for num_devices in (1, 8):
         exact = experiment(gaussian_networks())
         exact.config.parallel.num_devices = num_devices
+        model = exact, NO_VARIABLES, measurement
         search = restoring.Search(3, num_moves=2)
+        tau = np.full(2, 0.1, np.float32)
         found.append(
             (
-                restoring.particles(exact, NO_VARIABLES, measurement, 8, 0, True).x,
-                restoring.noise_space(exact, NO_VARIABLES, measurement, 8, 0, search),
-                restoring.direct(exact, NO_VARIABLES, measurement, 8, 0),
+                restoring.particles(*model, 8, 0, True).x,
+                restoring.noise_space(*model, 8, 0, search, tau),
+                restoring.direct(*model, 8, 0),
             )
         )
     for one, eight in zip(*found, strict=True):

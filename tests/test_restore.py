@@ -124,7 +124,7 @@ def pixels(path: Path, side: int = 8, num: int = 3) -> Path:
 
 TASKS = {
     "noise": ("--task=denoise", "--sigma=0.1", "--method=direct"),
-    "hole": ("--task=inpaint", "--mask=center:4"),
+    "hole": ("--task=inpaint", "--mask=center:4", "--error=0.05"),
     "small": ("--task=superres", "--method=particles"),
     "blur": ("--task=deblur", "--blur=0.5", "--method=particles"),
 }
@@ -165,6 +165,10 @@ def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Pa
         ("--truth is for --task=denoise or", "--task=impute", f"--truth={given}"),
         ("is for --task=denoise", "--task=superres", "--method=direct"),
         ("does not divide", "--task=superres", "--factor=3"),
+        (
+            "--error is for --method=noise_space, not particles",
+            *("--task=deblur", "--method=particles", "--error=0.1"),
+        ),
         ("--mask=center:9", "--task=inpaint", "--mask=center:9"),
         ("has 8×9 pixels", "--task=inpaint", f"--mask={tmp_path / 'hole.png'}"),
         ("is for rows of a table", "--task=impute"),

@@ -44,6 +44,8 @@ TASKS = "denoise", "inpaint", "superres", "deblur", "impute"
 _LITTLE_NOISE = 0.02
 # Rows of the picture, the interval of a cell, and particles of each draw.
 _SHOWN, _INTERVAL, _PARTICLES = 8, (5.0, 95.0), 8
+# Held-out images on which the generator's error is measured.
+_ERROR_IMAGES = 48
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -68,6 +70,9 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "How draws of images are made; direct is to denoise only. "
     text += "Default: noise_space."
     flags.DEFINE_enum("method", None, restoring.METHODS, text, flag_values=values)
+    text = "Error of the generator's images: its standard deviation as a share of the "
+    text += "range of pixels. Default: measured on held-out images."
+    flags.DEFINE_float("error", None, text, 0.0, 1.0, values)
     text = "Draws of each image or row."
     flags.DEFINE_integer("num_draws", 16, text, 2, None, values)
     text = "The true images, in the same order: they are drawn, and PSNR measured."
@@ -79,7 +84,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Restore, and print the path of what is written."""
-    names = "task sigma mask factor blur method num_draws truth header seed output"
+    names = "task sigma mask factor blur method error num_draws truth header seed"
+    names += " output"
     settings = {name: values[name].value for name in names.split()}
     settings["checkpoint"] = values.checkpoint
     with common.out_of_memory_advice():
@@ -95,6 +101,7 @@ def restore(
     factor: int | None = None,
     blur: float | None = None,
     method: str | None = None,
+    error: float | None = None,
     num_draws: int = 16,
     truth: str | Path | None = None,
     header: str | None = None,
@@ -115,9 +122,11 @@ def restore(
     is_table = task == "impute"
     output = common.check_output(output, ".csv" if is_table else ".npz")
     given_flags = {"sigma": sigma, "mask": mask, "factor": factor, "blur": blur}
-    given_flags |= {"method": method, "truth": truth, "header": header}
+    given_flags |= {"method": method, "error": error, "truth": truth, "header": header}
     _check(task, given_flags)
-    loaded = load_run(workdir, checkpoint=checkpoint)
+    in_noise_space = not is_table and method in (None, "noise_space")
+    measure = in_noise_space and error is None
+    loaded = load_run(workdir, checkpoint=checkpoint, open_images=measure)
     source = loaded.experiment.source
     if source.holds_images == is_table or (is_table and source.table is None):
         kind = "rows of a table" if is_table else "images"
@@ -143,8 +152,10 @@ def restore(
                 "give the same images in the same order"
             )
     model = loaded.experiment, loaded.variables, known
-    if method in (None, "noise_space"):
-        drawn = restoring.noise_space(*model, num_draws, seed, restoring.Search())
+    if in_noise_space:
+        errors = _error(loaded, error, seed)
+        how = num_draws, seed, restoring.Search(), errors
+        drawn = restoring.noise_space(*model, *how)
     elif method == "particles":
         num_particles = _PARTICLES * num_draws
         found = restoring.particles(*model, num_particles, seed, weighted=False)
@@ -158,6 +169,25 @@ def restore(
     return _write_images(loaded, drawn, given, whole, num_draws, output)
 
 
+def _error(loaded: TrainedRun, given: float | None, seed: int) -> np.ndarray:
+    """Return the standard deviation of the generator's error, of each pixel."""
+    source = loaded.experiment.source
+    if given is not None:
+        return np.full(source.event_shape, 2.0 * given, np.float32)
+    held_out = source.held_out(_ERROR_IMAGES, seed)
+    if not len(held_out):
+        raise InputError(
+            "no image is held out to measure the generator's error on; give --error"
+        )
+    logging.info("measuring the generator's error on %d images", len(held_out))
+    x = np.asarray(images.to_float(held_out))
+    how = x, seed, restoring.Search()
+    found = restoring.generator_error(loaded.experiment, loaded.variables, *how)
+    mean = float(np.sqrt((found**2).mean())) / 2.0
+    logging.info("the generator's error is %.3f of the range: --error=%.3f", mean, mean)
+    return found
+
+
 # Flags that only some tasks read.
 _READ_BY = {
     "sigma": TASKS[:4],
@@ -165,6 +195,7 @@ _READ_BY = {
     "factor": ("superres",),
     "blur": ("deblur",),
     "method": TASKS[:4],
+    "error": TASKS[:4],
     "truth": TASKS[:4],
     "header": ("impute",),
 }
@@ -186,6 +217,10 @@ def _check(task: str, given: dict[str, Any]) -> None:
         raise InputError(
             "--task=inpaint needs --mask: center:4, random:0.5, or a PNG whose black "
             "pixels are the hole"
+        )
+    if given["error"] is not None and given["method"] not in (None, "noise_space"):
+        raise InputError(
+            f"--error is for --method=noise_space, not {given['method']}; leave it out"
         )
     if given["method"] == "direct" and task != "denoise":
         raise InputError(f"--method=direct is for --task=denoise, not {task}")

@@ -33,8 +33,10 @@ _RESAMPLE_BELOW = 0.5
 # 2013), leapfrog steps of a trajectory, and the first step size, in units of σ.
 _ACCEPTANCE, _LEAPFROG_STEPS, _FIRST_STEP = 0.65, 8, 0.2
 _ERRORS_SEED, _ERROR_SAMPLES = 1_010, 512
-# Added to a move's number, for the key of its test.
-_TESTS = 100_000
+# τ at the start of its fit, in units of [−1, 1].
+_FIRST_ERROR = 0.3
+# Added to a move's number, for the keys of its test and of the generator's error.
+_TESTS, _ERRORS = 100_000, 200_000
 
 
 class Search(NamedTuple):
@@ -61,8 +63,12 @@ def noise_space(
     num_chains: int,
     seed: int,
     search: Search,
+    error: Float[np.ndarray, "*shape"] | None = None,
 ) -> Float[np.ndarray, "n draws *shape"]:
-    """Returns draws of p(x_0 | y) under the generator's law.
+    """Returns draws of p(x_0 | y) under the generator's law, plus its error given y.
+
+    The chains take the generator to be exact; the error is drawn given what they found,
+    which restores more than a likelihood that allows for it (docs/restoration.md).
 
     Every chain of an example gives a draw for each of the last half of its moves.
 
@@ -73,6 +79,8 @@ def noise_space(
       num_chains: of each example.
       seed: of everything that is drawn.
       search: settings.
+      error: τ of each pixel; see `generator_error`. None: the generator's images are
+        taken to be exact.
     """
     num = len(measurement.y)
     known = jax.tree.map(lambda leaf: np.repeat(leaf, num_chains, axis=0), measurement)
@@ -83,8 +91,42 @@ def noise_space(
         adapt = number < search.num_moves // 2
         x0 = chains.move(number, adapt)
         if not adapt:
+            x0 = x0 if error is None else chains.with_error(number, x0, error)
             draws.append(x0.reshape(num, num_chains, *experiment.networks.event_shape))
     return np.concatenate(draws, axis=1)
+
+
+def generator_error(
+    experiment: Experiment,
+    variables: Players,
+    x: Float[np.ndarray, "n *shape"],
+    seed: int,
+    search: Search,
+) -> Float[np.ndarray, "*shape"]:
+    """Returns τ, how far the generator's images are from data, of each pixel.
+
+    x_0 = x_0(ξ) + τ ε is fitted by stochastic expectation maximization: chains draw ξ
+    given x, and τ² is the mean squared error of what they generate, one τ for all
+    pixels while they move. The fit is slow and stopped after `search.num_moves`.
+
+    Args:
+      experiment: the trained experiment.
+      variables: the generator's are used.
+      x: data that training did not see, in the networks' units.
+      seed: of everything that is drawn.
+      search: settings.
+    """
+    std = np.full(len(x), _FIRST_ERROR, np.float32)
+    known = Measurement(restoration.Identity(), x, std)
+    chains = _Chains(experiment, variables, known, len(x), seed)
+    chains.descend(search)
+    squares = []
+    for number in range(search.num_moves):
+        found = ((chains.move(number, True) - x) ** 2).mean(axis=0)
+        chains.assume(np.full_like(std, np.sqrt(found.mean())))
+        if number >= search.num_moves // 2:
+            squares.append(found)
+    return np.sqrt(np.mean(squares, axis=0))
 
 
 class _Chains:
@@ -120,6 +162,10 @@ class _Chains:
         shared = self._generator, experiment.schedule
         found = inference.by_rows(experiment, run, self._num, rows, shared)
         return jax.tree.map(jnp.asarray, found)
+
+    def assume(self, std: np.ndarray) -> None:
+        """Goes on with another σ."""
+        self._measurement = self._measurement._replace(std=std)
 
     def descend(self, search: Search) -> None:
         """Follows Adam, while σ falls geometrically to the measurement's."""
@@ -168,6 +214,13 @@ class _Chains:
             rate = (acceptance - _ACCEPTANCE) / (1 + number) ** 0.5
             self._sizes = self._sizes * jnp.exp(rate)
         return np.asarray(end.x0)
+
+    def with_error(self, number: int, x0: np.ndarray, error: np.ndarray) -> np.ndarray:
+        """Adds the generator's error to the points of a move."""
+        rows, tree = jax.tree.flatten(self._measurement)
+        key = jax.random.fold_in(jax.random.key(self._seed), _ERRORS + number)
+        how = self._experiment, partial(_with_error, tree), self._num
+        return inference.by_rows(*how, (x0, *map(np.asarray, rows)), (key, error))
 
 
 class Restored(NamedTuple):
@@ -295,6 +348,14 @@ def _potential(networks, latent, tree, places, *rest):
 
     slope, found = jax.grad(total, has_aux=True)(path)
     return *found, slope
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_error(tree, places, x0, *rest):
+    *rows, key, error = rest
+    measurement = jax.tree.unflatten(tree, rows)
+    eps, noise = row_normals(key, places, x0.shape[1:], measurement.y.shape[1:])
+    return restoration.with_error(measurement, x0, error, eps, noise)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
