@@ -61,8 +61,6 @@ _RESULTS = flags.DEFINE_string("results", "restoration.jsonl", "File of the figu
 
 _SEED, _TUNING, _MOST_ROWS = 0, 100, 500
 _NOISE, _MISSING = (0.1, 0.25, 0.5), (0.1, 0.3)
-# Other held-out images, on which the generator's error is measured.
-_ERROR_IMAGES = 48
 
 
 def main(argv: list[str]) -> None:
@@ -114,7 +112,7 @@ def _print(found: dict[tuple[str, str], dict]) -> None:
 def _images(run: TrainedRun, measured: Callable) -> None:
     source = run.experiment.source
     chosen = source.held_out(_NUM.value, _SEED)
-    more = source.held_out(_NUM.value + _ERROR_IMAGES, _SEED)
+    more = source.held_out(_NUM.value + restoring.ERROR_IMAGES, _SEED)
     taken = {one.tobytes() for one in chosen}
     others = np.stack([one for one in more if one.tobytes() not in taken])
     model = _Model(run, np.asarray(images.to_float(others)))
@@ -197,7 +195,7 @@ def _cell(
     y = y.astype(np.float32)
     known_std = np.full(len(y), std, np.float32)
     measurement = Measurement(operator, y, known_std)
-    known_model = *model.parts, measurement
+    inputs = *model.parts, measurement
 
     def figures(mean: np.ndarray, draws: np.ndarray | None = None) -> dict[str, float]:
         mean = np.where(known, truth, mean) if exact else mean
@@ -211,11 +209,11 @@ def _cell(
     def ours(method: str) -> dict[str, float]:
         if method == "noise_space":
             how = _CHAINS.value, _SEED, restoring.Search(), model.error
-            draws = restoring.noise_space(*known_model, *how)
+            draws = restoring.noise_space(*inputs, *how)
         elif method == "particles":
-            draws = restoring.particles(*known_model, 128, _SEED, weighted=False).x
+            draws = restoring.particles(*inputs, 128, _SEED, weighted=False).x
         else:
-            draws = restoring.direct(*known_model, 64, _SEED)
+            draws = restoring.direct(*inputs, 64, _SEED)
         return figures(draws.mean(axis=1), draws)
 
     for method in _METHODS.value:

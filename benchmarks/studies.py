@@ -24,7 +24,6 @@ from ddaebm_jax.data.synthetic import SYNTHETIC
 from ddaebm_jax.errors import InputError
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TABLES = sets_lib.DEVELOPMENT
 # Fewer leave the density of 25 Gaussians unlearnt.
 _SHORT = {"train.num_steps": 12_000}
 _SHORT_DIGITS = {"train.num_steps": 1_500, "optimizer.ema_decay": 0.99}
@@ -57,7 +56,7 @@ STUDIES = {
         "paper", "gaussians25", ("gaussians25",), _SHORT, (*_PLANE, "high_quality")
     ),
     "schedule": Study("schedule", "plane", tuple(SYNTHETIC), {}, _PLANE),
-    "noise": Study("noise", "table", _TABLES, {}, ("auroc",), "0,1,2"),
+    "noise": Study("noise", "table", sets_lib.DEVELOPMENT, {}, ("auroc",), "0,1,2"),
     "paper_digits": Study(
         "paper", "digits", ("digits",), _SHORT_DIGITS, _IMAGES, "0,1,2"
     ),

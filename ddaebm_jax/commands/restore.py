@@ -44,8 +44,6 @@ TASKS = "denoise", "inpaint", "superres", "deblur", "impute"
 _LITTLE_NOISE = 0.02
 # Rows of the picture, the interval of a cell, and particles of each draw.
 _SHOWN, _INTERVAL, _PARTICLES = 8, (5.0, 95.0), 8
-# Held-out images on which the generator's error is measured.
-_ERROR_IMAGES = 48
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -174,7 +172,7 @@ def _error(loaded: TrainedRun, given: float | None, seed: int) -> np.ndarray:
     source = loaded.experiment.source
     if given is not None:
         return np.full(source.event_shape, 2.0 * given, np.float32)
-    held_out = source.held_out(_ERROR_IMAGES, seed)
+    held_out = source.held_out(restoring.ERROR_IMAGES, seed)
     if not len(held_out):
         raise InputError(
             "no image is held out to measure the generator's error on; give --error"

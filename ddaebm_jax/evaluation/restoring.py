@@ -33,10 +33,11 @@ _RESAMPLE_BELOW = 0.5
 # 2013), leapfrog steps of a trajectory, and the first step size, in units of σ.
 _ACCEPTANCE, _LEAPFROG_STEPS, _FIRST_STEP = 0.65, 8, 0.2
 _ERRORS_SEED, _ERROR_SAMPLES = 1_010, 512
-# τ at the start of its fit, in units of [−1, 1].
-_FIRST_ERROR = 0.3
+# Held-out images on which the generator's error is measured, and τ at the start of its
+# fit, in units of [−1, 1].
+ERROR_IMAGES, _FIRST_ERROR = 48, 0.3
 # Added to a move's number, for the keys of its test and of the generator's error.
-_TESTS, _ERRORS = 100_000, 200_000
+_TEST_KEYS, _ERROR_KEYS = 100_000, 200_000
 
 
 class Search(NamedTuple):
@@ -197,7 +198,7 @@ class _Chains:
             path, momentum, slope = restoration.leapfrog(
                 gradient, path, momentum, self._sizes, slope
             )
-        key = jax.random.fold_in(jax.random.key(self._seed), _TESTS + number)
+        key = jax.random.fold_in(jax.random.key(self._seed), _TEST_KEYS + number)
         uniform = jax.random.uniform(key, (self._num,))
         end, acceptance = restoration.accept(
             before, State(path, momentum, *found), uniform
@@ -218,7 +219,7 @@ class _Chains:
     def with_error(self, number: int, x0: np.ndarray, error: np.ndarray) -> np.ndarray:
         """Adds the generator's error to the points of a move."""
         rows, tree = jax.tree.flatten(self._measurement)
-        key = jax.random.fold_in(jax.random.key(self._seed), _ERRORS + number)
+        key = jax.random.fold_in(jax.random.key(self._seed), _ERROR_KEYS + number)
         how = self._experiment, partial(_with_error, tree), self._num
         return inference.by_rows(*how, (x0, *map(np.asarray, rows)), (key, error))
 
