@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8 × 8: real images on a CPU in half an hour."""
+"""scikit-learn's handwritten digits, 8 × 8: real images on a CPU in an hour."""
 
 import ml_collections
 
