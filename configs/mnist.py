@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "mnist5k"
     config.data.channels = 1
     config.data.test_fraction = 0.2
-    config.data.batch_size = 32
+    config.data.batch_size = 16
     config.data.on_device = True
     config.diffusion.min_posterior_var = 1e-4
     config.model.name = "ncsnpp"
@@ -32,13 +32,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.game.recon = "mse"
     config.game.recon_latent = "prior"
     config.game.recon_floor = None
-    config.game.noise_at_data = True
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.energy_learning_rate = 5e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.beta1 = 0.5
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 6_000
+    config.train.num_steps = 4_000
     config.train.report_every = 100
     config.train.picture_every = 1_000
-    config.train.checkpoint_every = 1_000
+    config.train.checkpoint_every = 500
     return config

@@ -145,7 +145,8 @@ def fit(
             path = folder / run_directory.DATA_FILE
             values.data.path = str(path)
             run_directory.check(folder, config_lib.with_absolute_paths(values))
-            wrote = _keep(array, path)
+            with run_directory.lock(folder):
+                wrote = _keep(array, path)
         loop.train(values, folder)
     except Stopped as stopped:
         raise KeyboardInterrupt(f"{stopped}: workdir={str(folder)!r}") from stopped
@@ -169,7 +170,6 @@ def _keep(array: np.ndarray, path: Path) -> bool:
             f"{path} holds other data than those given; continue with the same array, "
             "or give another workdir"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as file:
         np.savez(file, x=array)
     return True
@@ -353,7 +353,13 @@ class Model:
             raise InputError(
                 f"x has shape {x.shape}; {shape}, or n of them, are needed"
             )
-        if holds_images and not is_pixels and not isinstance(x, jax.core.Tracer):
+        if isinstance(x, jax.core.Tracer) or is_pixels:
+            return x
+        finite = np.isfinite(x).reshape(-1, *shape)
+        if not finite.all():
+            example = int(np.argwhere(~finite)[0, 0])
+            raise InputError(f"x: example {example} (from 0) is not finite; drop it")
+        if holds_images:
             low, high = (float(f(x)) if x.size else 0.0 for f in (np.min, np.max))
             if not -1.0 <= low <= high <= 1.0:
                 raise InputError(

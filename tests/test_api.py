@@ -120,6 +120,9 @@ def test_the_energy_inside_jit_vmap_and_grad(table: ddaebm.Model):
     step = np.array([0.0, 1e-2, 0.0], np.float32)
     change = (table.energy(x + step) - table.energy(x - step)) / 2e-2
     np.testing.assert_allclose(gradient[:, 1], change, rtol=0.1, atol=0.05)
+    hessian = jax.jit(jax.hessian(table.energy))(x[0])  # The activation is smooth.
+    np.testing.assert_allclose(hessian, hessian.T, rtol=1e-3, atol=1e-3)
+    assert np.abs(hessian).max() > 0.0
 
 
 def test_log_densities_are_normalised_in_the_datas_own_units(table: ddaebm.Model):
@@ -245,6 +248,18 @@ def test_a_loop_of_ones_own_takes_the_steps_of_training(tmp_path: Path):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_on_images_of_ones_own():
+    config = small("digits", **{"model.reference": 0, "diffusion.num_steps": 1})
+    game = ddaebm.build(config, event_shape=(8, 8, 1))
+    batch = jax.random.uniform(jax.random.key(4), (4, 8, 8, 1), minval=-1.0)
+
+    def first(key):
+        return game.step(game.init(key), batch, key)
+
+    state, metrics = jax.eval_shape(first, jax.random.key(0))
+    assert metrics and jax.tree.leaves(state)
+
+
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
@@ -258,7 +273,9 @@ def test_a_loop_of_ones_own_takes_the_steps_of_training(tmp_path: Path):
         (lambda t, i: t.energy(rows().astype(int)), ("int64", "astype")),
         (lambda t, i: t.energy(rows() * 1j), ("complex128", "floats")),
         (lambda t, i: t.energy([["a", "b", "c"]]), ("<U1", "floats")),
-        (lambda t, i: t.energy(rows() * np.nan), ("x: row 0, column 0", "nan")),
+        (lambda t, i: t.energy(rows() * np.nan), ("x: example 0", "not finite")),
+        (lambda t, i: i.energy(np.full((2, 8, 8, 1), np.inf)), ("x: example 0",)),
+        (lambda t, i: ddaebm.fit(rows(), "table", "taken/run"), ("taken/run",)),
         (lambda t, i: i.energy(np.full((8, 8, 1), 255.0)), ("255", "127.5")),
         (lambda t, i: i.energy(np.zeros((8, 8, 1), int)), ("int64", "uint8")),
         (lambda t, i: jax.jit(t.energy)(jnp.zeros((2, 4))), ("(2, 4)",)),
@@ -283,6 +300,7 @@ def test_bad_input(
     call, parts, table: ddaebm.Model, images: ddaebm.Model, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
     with pytest.raises(ddaebm.InputError) as raised:
         call(table, images)
     assert all(part in str(raised.value) for part in parts), raised.value

@@ -39,7 +39,7 @@ def test_the_tour(tmp_path: Path):
     cells = run(
         "ddaebm.ipynb",
         f"""
-STEPS, TABLE_STEPS, DIGIT_STEPS = 40, 20, 4
+STEPS, TABLE_STEPS, DIGIT_STEPS, WORKDIR = 40, 20, 4, "runs"
 FIELDS = {FEW!r}
 import ddaebm_jax
 from ddaebm_jax.evaluation import particles, restoring
@@ -97,5 +97,7 @@ from ddaebm_jax.evaluation import pictures
 pictures._HISTOGRAM_IMAGES = 16
 """
         cells = run("cifar10.ipynb", parameters, tmp_path)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["resumed_from_step"] == 2
     assert any("step 4" in text for text in outputs(cells, "text/plain"))
     assert len(outputs(cells, "image/png")) == 2

@@ -1,10 +1,12 @@
-"""Shell scripts pass shellcheck, and a short soak finds nothing."""
+"""Shell scripts, the package as it is installed, and a short soak."""
 
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
+from pathlib import Path
 
 import pytest
 from cli import ROOT, python
@@ -35,6 +37,32 @@ def test_ci_tests_the_oldest_versions_that_are_allowed():
     lines = (ROOT / ".ci" / "oldest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines)
     assert pins.pop("jaxlib") == bounds["jax"] and pins == bounds
+
+
+def test_a_wheel_holds_the_recipes_and_the_command(tmp_path: Path):
+    """Built beside the checkout, and imported from where it was unpacked."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "setup.py", "README.md", "ddaebm_jax", "configs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    for name in tracked:
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "copy" / name)
+    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=tmp_path / "copy", check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (points,) = tmp_path.glob("site/*.dist-info/entry_points.txt")
+    assert "ddaebm = ddaebm_jax.commands.cli:main" in points.read_text()
+    code = (
+        "import ddaebm_jax as d; assert 'site' in d.__file__; "
+        "assert d.recipe('table').data.name == 'table'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", check=True)
 
 
 def test_a_short_soak():
