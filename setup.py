@@ -62,7 +62,7 @@ setup(
         "ml-collections>=1.0.0",
         "numpy>=2.0.2",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.12.8",
+        "orbax-checkpoint>=0.11.33",
         "pandas>=2.2.2",
         "pillow>=11.0.0",
         "safetensors>=0.5.0",

@@ -432,7 +432,7 @@ def test_two_processes_save_restore_and_fail_together(tmp_path: Path):
     other, failed = both(fails=True)
     assert failed.code == 2, failed.err
     assert "4 could not be written" in failed.out
-    assert other.code not in (0, 1, -9), other.err
+    assert other.code not in (0, -9), other.err  # It fails by itself, too.
     assert time.monotonic() - start < 90
     for result in both(fails=False):
         assert result.code == 0, result.err
