@@ -2,7 +2,8 @@
 
   pip install -e '.[mnist]'
   python benchmarks/mnist_outliers.py --workdir=/tmp/mnist_outliers \
-      --config.data.image_size=16 --config.train.num_steps=2500
+      --config.data.image_size=16 --config.model.reference=32 \
+      --config.train.num_steps=2000 --config.evaluation.num_samples=500
 
 Ten runs of the recipe, each without one digit, which every score of the run and five
 detectors of pixels then tell from held-out images of the nine others. Runs and figures
