@@ -9,14 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax import diffusion, models, reference
+from ddaebm_jax import diffusion, models
 from ddaebm_jax import experiment as experiment_lib
-from ddaebm_jax import game as game_lib
 from ddaebm_jax.config import recipes
 from ddaebm_jax.data import Source, reference_fit
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.game import TrainState
-from ddaebm_jax.step import make_step
 
 
 class Game(NamedTuple):
@@ -74,41 +72,21 @@ def build(
         wrong.append("data.whiten follows from the data: whiten them, and leave it out")
     if wrong:
         raise InputError("; ".join(wrong))
-    schedule = diffusion.make_schedule(**values.diffusion)
-    source = Source("yours", tuple(event_shape), None, None)
-    networks = experiment_lib.build_networks(values, source, schedule)
-    game = experiment_lib.build_game(values.game, values.train.num_steps)
-    optimizers = experiment_lib.build_optimizers(
-        values.optimizer, values.train.num_steps
-    )
-    whole = make_step(
-        game,
-        schedule,
-        networks,
-        optimizers,
-        values.optimizer.ema_decay,
-        accumulate=values.optimizer.accumulate,
-    )
+    shape = tuple(event_shape)
+    source = Source("yours", shape, None, lambda arrays, batch, keys: batch)
+    experiment = experiment_lib.build_from(values, source)
+    keyed_step = experiment_lib.make_keyed_step(experiment)
 
     def init(key: Array) -> TrainState:
-        state = game_lib.init_state(key, networks, optimizers, game)
+        state = experiment_lib.blank_state(experiment, key)
         if not num:
             return state
-        fitted = reference_fit.fit(np.asarray(data), schedule, num)
-        return state.replace(
-            variables=reference.with_fitted(state.variables, fitted),
-            ema=reference.with_fitted(state.ema, fitted),
-        )
+        return experiment_lib.with_reference_of(experiment, state, np.asarray(data))
 
     def step(
         state: TrainState, x0: Array, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        noise = game_lib.draw_noise(
-            *(key, state.step, jnp.arange(len(x0)), values.diffusion.num_steps),
-            *(networks.event_shape, networks.nz),
-            game.num_negatives,
-            game.proposal.defensive,
-        )
-        return whole(state, x0, noise)
+        keys = experiment_lib.Keys(key, key, key)
+        return keyed_step(keys, jnp.arange(len(x0)), None, 0, state, x0)
 
-    return Game(networks, schedule, init, step)
+    return Game(experiment.networks, experiment.schedule, init, step)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ddaebm_jax import colour, diffusion, models, reference, sharding
 from ddaebm_jax import game as game_lib
@@ -175,31 +176,37 @@ def run_keys(seed: int) -> Keys:
 
 def init_state(experiment: Experiment) -> TrainState:
     """Returns the state before the first step, a function of the seed and the data."""
-    state = _blank_state(experiment)
-    if num := experiment.config.model.reference:
-        source = experiment.source
-        table = source.table
-        data = source.some_training_images() if table is None else table.train
-        fitted = reference_fit.fit(data, experiment.schedule, num)
-        state = state.replace(
-            variables=reference.with_fitted(state.variables, fitted),
-            ema=reference.with_fitted(state.ema, fitted),
-        )
-    return state
+    state = blank_state(experiment, run_keys(experiment.config.seed).weights)
+    if not experiment.config.model.reference:
+        return state
+    source = experiment.source
+    table = source.table
+    data = source.some_training_images() if table is None else table.train
+    return with_reference_of(experiment, state, data)
 
 
-def _blank_state(experiment: Experiment) -> TrainState:
+def blank_state(experiment: Experiment, key: Array) -> TrainState:
+    """Returns the state before the first step, its reference not fitted yet."""
     return game_lib.init_state(
-        run_keys(experiment.config.seed).weights,
-        experiment.networks,
-        experiment.optimizers,
-        experiment.game,
+        key, experiment.networks, experiment.optimizers, experiment.game
+    )
+
+
+def with_reference_of(
+    experiment: Experiment, state: TrainState, data: Float[np.ndarray, "n *shape"]
+) -> TrainState:
+    """Returns a state whose reference density is fitted to data."""
+    num = experiment.config.model.reference
+    fitted = reference_fit.fit(data, experiment.schedule, num)
+    return state.replace(
+        variables=reference.with_fitted(state.variables, fitted),
+        ema=reference.with_fitted(state.ema, fitted),
     )
 
 
 def state_shapes(experiment: Experiment) -> TrainState:
     """Returns the shapes of the state."""
-    return jax.eval_shape(lambda: _blank_state(experiment))
+    return jax.eval_shape(lambda: blank_state(experiment, jax.random.key(0)))
 
 
 def evaluation_state(experiment: Experiment) -> TrainState:
