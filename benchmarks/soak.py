@@ -71,7 +71,6 @@ def _config(checkpoint_every: int, keep: int):
             "train.keep_checkpoints": keep,
             "train.tensorboard": False,
             "evaluation.num_samples": 100,
-            "evaluation.num_projections": 4,
         }
     )
     return config

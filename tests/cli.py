@@ -34,7 +34,6 @@ TINY = {
     "train.checkpoint_every": 20,
     "train.tensorboard": False,
     "evaluation.num_samples": 64,
-    "evaluation.num_projections": 4,
     "evaluation.num_particles": 200,
     "evaluation.num_runs": 2,
 }

@@ -76,13 +76,12 @@ def save_and_restore(number: int, port: int, workdir: str, fails: bool) -> None:
     checkpoints = checkpoints_lib.Checkpoints(workdir)
     found = checkpoints.restore_newest(_placed(0))
     if found is None:
-        saver = checkpoints_lib.Saver(checkpoints, patience=600)
-        saver.finish(_placed(2), {"number": 1})
-        saver.save(_placed(3), {})
+        checkpoints.save_whole(_placed(2), {"number": 1})
+        checkpoints.save(_placed(3), {})
         checkpoints.wait()
         try:
             with full_disk() if fails else contextlib.nullcontext():
-                saver.finish(_placed(4), {})
+                checkpoints.save_whole(_placed(4), {})
         except checkpoints_lib.SaveError as error:
             print(json.dumps({"error": str(error)}), flush=True)
             os._exit(2)

@@ -56,8 +56,6 @@ def mlp_config(nz: int = NZ, **changes: Any) -> SimpleNamespace:
         "t_widths": (4, 4),
         "hidden": (8, 8),
         "activation": "prelu",
-        "fourier_octaves": 0,
-        "energy_fourier_octaves": 0,
         "norm": "none",
         "posterior_features": 4,
     }

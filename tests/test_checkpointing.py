@@ -1,7 +1,6 @@
 """A checkpoint gives back exactly what was saved, or an error gives the reason."""
 
 import contextlib
-import errno
 import gc
 import json
 import os
@@ -30,14 +29,12 @@ from helpers import assert_trees_equal
 from processes import free_port
 
 from ddaebm_jax import sharding
-from ddaebm_jax.errors import TrainingError
 from ddaebm_jax.training import checkpoints as checkpoints_lib
 from ddaebm_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
     DamagedCheckpointError,
     SaveError,
-    Saver,
 )
 
 # Orbax drops what it has begun when a part of it fails, and Python remarks on it.
@@ -301,65 +298,27 @@ def test_a_killed_save_leaves_the_one_before(tmp_path: Path):
     assert unfinished
 
 
-def test_saves_on_a_full_disk_are_retried(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_save_on_a_full_disk_fails(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
-    saver = Saver(checkpoints, patience=100)
-    saver.save(_state(1), {})
+    checkpoints.save(_state(1), {})
     checkpoints.wait()
-    tries, start = 0, time.monotonic()
-    with full_disk():
-        saver.save(_state(2), {})
-        while tries < 2:
-            assert time.monotonic() < start + 60
-            saver.poll()
-            if saver.retry_due():
-                tries += 1
-                saver.save(_state(2 + tries), {})
+    start = time.monotonic()
+    with full_disk(), pytest.raises(SaveError, match=r"too large.*are intact \(1\)"):
+        checkpoints.save(_state(2), {})
+        while checkpoints.pending and time.monotonic() < start + 60:
+            checkpoints.poll()
     checkpoints.verify(1)
-    assert "a checkpoint cannot be written" in caplog.text
-    assert "File too large" in caplog.text
-    assert "the checkpoints before it are intact (1)" in caplog.text
-    saver.finish(_state(5), {})
-    assert "of failures" in caplog.text and not saver.retry_due()
+    checkpoints.save_whole(_state(5), {})
     checkpoints.close()
     assert_trees_equal(_restore_newest(tmp_path).state, _state(5))
     names = os.listdir(tmp_path / "checkpoints")
     assert {"1", "5"} <= set(names) and "".join(names).isdecimal()
 
 
-@pytest.mark.parametrize(
-    ("error", "passes"),
-    [
-        (OSError(errno.ENOSPC, "full"), True),
-        (OSError(errno.ESTALE, "stale"), True),
-        (ValueError("[OS error 122: EDQUOT Disk quota exceeded]"), True),
-        (ValueError("[OS error 30: EROFS Read-only file system]"), False),
-        (OSError(errno.ENAMETOOLONG, "long"), False),
-        (KeyError("something else"), False),
-    ],
-)
-def test_only_what_may_pass_is_tried_again(
-    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, passes: bool
-):
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    with contextlib.closing(Checkpoints(run)) as checkpoints:
-        monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
-        saver = Saver(checkpoints, patience=100)
-        if passes:
-            saver.save(_state(5), {})
-            return
-        with pytest.raises(TrainingError, match=r"not help.*intact \(1, 2\)"):
-            saver.save(_state(5), {})
-
-
 def test_a_damaged_last_checkpoint_is_written_again(run: Path):
     _spoil(run, 2)
     with contextlib.closing(Checkpoints(run)) as checkpoints:
-        Saver(checkpoints, patience=30).finish(_state(2), {})
+        checkpoints.save_whole(_state(2), {})
         checkpoints.verify(2)
     assert len(list((run / "damaged").glob("checkpoints-2-*"))) == 1
 

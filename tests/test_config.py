@@ -269,7 +269,7 @@ UNREAD = [
     ("released_gaussians25", "game.recon='mse'", "game.recon_floor=0.5"),
     ("gaussians25", "", _IN_IMAGES),
     ("breast_cancer", "", "data.image_size=64 data.num_patches=5"),
-    ("digits", "", "model.mlp.hidden=(8,) evaluation.num_projections=10"),
+    ("digits", "", "model.mlp.hidden=(8,) model.mlp.norm='batch'"),
     ("digits", "", "evaluation.inception_weights='weights.pth' data.limit=9"),
     ("folder", "", "data.tfds='cifar10' data.held_out_classes=(1,)"),
     ("cifar10", "", "data.test_fraction=0.5 data.path='images'"),
@@ -375,6 +375,19 @@ def test_configs_of_versions_with_fewer_fields_are_read():
     read = dict(fields.leaves(config_lib.from_json(json.dumps(values))))
     assert read["game.energy_l2"] == 0.0 and read["data.flip"] is False
     assert read["game.gamma"] == 0.002
+
+
+def test_configs_of_versions_with_more_fields_are_read():
+    values = recipe("gaussians25").to_dict()
+    values["recovery"]["save_patience"] = 600
+    values["model"]["mlp"]["fourier_octaves"] = 0
+    text = json.dumps(values)
+    assert (
+        config_lib.differences(config_lib.from_json(text), recipe("gaussians25")) == {}
+    )
+    values["model"]["mlp"]["fourier_octaves"] = 3
+    with pytest.raises(config_lib.ConfigError, match="fourier_octaves is not a field"):
+        config_lib.from_json(json.dumps(values))
 
 
 def test_differences_and_the_fields_that_a_resumed_run_may_change():

@@ -45,7 +45,7 @@ def test_fields_are_changed_in_every_way_of_writing_a_flag(parse, tmp_path: Path
         *("--config.game.gamma", "1", "-config.data.name=moons", "--seed=3"),
         *("--noconfig.train.tensorboard", "--config.data.on_device"),
         *("--config.game.recon_floor=1e-3", "--config.game.gamma_final=1e-3"),
-        *("--config.recovery.max_gap=none", "--config.data.crop=None"),
+        *("--config.optimizer.max_grad_norm=none", "--config.data.crop=None"),
         *("--config.model.unet.ch_mult=(3,4)", "--config.model.mlp.hidden=16"),
         *("--config.data.path=none", f"--flagfile={tmp_path / 'flags'}", "left"),
     )
@@ -57,7 +57,6 @@ def test_fields_are_changed_in_every_way_of_writing_a_flag(parse, tmp_path: Path
         "data.on_device": True,
         "game.recon_floor": 1e-3,
         "game.gamma_final": 1e-3,
-        "recovery.max_gap": None,
         "data.crop": None,
         "model.unet.ch_mult": (3, 4),
         "model.mlp.hidden": (16,),

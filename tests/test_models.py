@@ -12,7 +12,7 @@ from helpers import NZ, filled_variables, mlp_config, normals
 
 from ddaebm_jax import models
 from ddaebm_jax.config import choices
-from ddaebm_jax.models import layers, mlp
+from ddaebm_jax.models import layers
 
 BATCH = 5
 TIMES = jnp.array([0, 1, 2, 3, 1])
@@ -144,30 +144,6 @@ def test_networks_by_hand():
     h = trunk(params["Trunk_0"], np.concatenate([x, x_next], axis=1))
     np.testing.assert_allclose(mu, dense(params["mu"], h), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logvar, dense(params["logvar"], h), rtol=1e-4, atol=1e-5)
-
-
-def test_the_energy_has_its_own_number_of_fourier_features():
-    config = mlp_config(fourier_octaves=3, energy_fourier_octaves=2)
-    networks = models.build(config, (2,))
-    variables = jax.eval_shape(networks.init, jax.random.key(0))
-    first = [
-        player["params"]["Trunk_0"]["UniformDense_0"]["dense"]["kernel"].shape[0]
-        for player in variables
-    ]
-    assert first == [2 * 5, (2 + NZ) * 7, 4 * 7]
-
-
-def test_fourier_features():
-    x = normals(0, BATCH, 2)
-    module = mlp.FourierFeatures(2)
-    features = np.asarray(module.apply({}, x))
-    assert features.shape == (BATCH, 10)
-    phase = np.stack(
-        [x[:, i] * w for i in range(2) for w in (np.pi / 4, np.pi / 2)], axis=1
-    )
-    expected = np.concatenate([x, np.sin(phase), np.cos(phase)], axis=1)
-    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(mlp.FourierFeatures(0).apply({}, x), x)
 
 
 def test_every_activation_builds():

@@ -79,19 +79,6 @@ def test_a_report_holds_means_gaps_by_t_and_rates(tmp_path: Path):
     assert line["images_per_second"] == pytest.approx(8 * line["steps_per_second"])
 
 
-def test_a_limit_of_energies_that_is_exceeded_again_is_warned_of_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    fields = {"recovery__max_energy": 10.0, "recovery__max_gap": None}
-    found = opened(tmp_path, train__report_every=1, **fields)
-    counts = []
-    for step, energy in enumerate((9.0, -11.0, 12.0, 3.0, 11.0), 1):
-        found.add(step, 1, METRICS | {"energy/real": np.array(energy)})
-        counts.append(len([m for m in caplog.messages if "may be diverging" in m]))
-    assert counts == [0, 1, 1, 1, 2]
-    assert "step 2: energy/real is -11, beyond recovery.max_energy 10" in caplog.text
-
-
 def test_tensorboard_shows_numbers_pictures_and_histograms(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -106,7 +106,8 @@ def _check_config(path: Path, saved: Any, config: ml_collections.ConfigDict) -> 
     current = json.loads(json.dumps(config.to_dict()))
     # Fields that the file's version did not have yet have the base's values.
     default = json.loads(json.dumps(dict(leaves(config_lib.base()))))
-    differing = config_lib.differences(default | dict(leaves(saved)), current)
+    old = default | dict(leaves(config_lib.without_removed(saved)))
+    differing = config_lib.differences(old, current)
     differing.pop("seed", None)
     if differing:
         pairs = [f"{k} {old!r} → {new!r}" for k, (old, new) in differing.items()]

@@ -38,8 +38,6 @@ _COVERED = {
 _COVERED_POINTS = {
     "model.dtype": ("float32",),
     "model.mlp.activation": ("prelu",),
-    "model.mlp.fourier_octaves": (0,),
-    "model.mlp.energy_fourier_octaves": (0,),
 }
 _COVERED_IMAGES = {
     "data.image_size": (8, 16, 32, 64),

@@ -9,6 +9,7 @@ from ddaebm_jax.config.io import (
     from_json,
     to_json,
     with_absolute_paths,
+    without_removed,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "to_json",
     "validate",
     "with_absolute_paths",
+    "without_removed",
 ]

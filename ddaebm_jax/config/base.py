@@ -118,8 +118,6 @@ def base() -> "ConfigDict":
     model.mlp.posterior_features = 16  # Width before the posterior's two heads.
     model.mlp.activation = "prelu"  # `prelu`, `relu`, `silu`, `gelu` or `softplus`.
     model.mlp.norm = "none"  # Of generator and posterior: `batch` or `none`.
-    model.mlp.fourier_octaves = 0  # Fourier features of the point, of G and q; 0: none.
-    model.mlp.energy_fourier_octaves = 0  # The same of the energy.
 
     config.game = game = ConfigDict()
     game.gamma = 0.02  # γ, weight of the gradient penalty; 0: no penalty.
@@ -182,11 +180,6 @@ def base() -> "ConfigDict":
     # How often a run may go back to its last checkpoint, with fresh noise, after a loss
     # or gradient that is not finite; 0: it ends at the first.
     recovery.max_rollbacks = 3
-    recovery.save_patience = 600  # Seconds for which a failed save is tried again.
-    # Warn of a mean energy beyond this, in absolute value, and of mean energies of real
-    # and generated points that differ by more; None: never.
-    recovery.max_energy = optional(float, 1e6)
-    recovery.max_gap = optional(float, 1e4)
 
     config.parallel = parallel = ConfigDict()
     parallel.num_devices = 0  # Devices that share the batch; 0: all, of all processes.
@@ -212,7 +205,6 @@ def base() -> "ConfigDict":
     evaluation.num_runs = 10
     evaluation.defensive = 0.2
     evaluation.langevin_moves = 0
-    evaluation.num_projections = 500  # Directions of the sliced Wasserstein distance.
 
     config.compilation_cache = cache = ConfigDict()
     cache.enabled = True  # Keep compiled programs between runs.

@@ -30,7 +30,7 @@ READ_WHEN = {
     f"data.name {' '.join(choices.TABLES)}": "model.residual",
     "diffusion.time uniform log_snr karras equal_cost": "diffusion.time_eps",
     "diffusion.time equal_cost": "diffusion.times levels.pilot_steps",
-    "model.name mlp": "model.mlp model.confinement evaluation.num_projections",
+    "model.name mlp": "model.mlp model.confinement",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
     "evaluation.batch_size evaluation.inception evaluation.preprocessing "
     "evaluation.reference evaluation.reference_path evaluation.num_kept_features",

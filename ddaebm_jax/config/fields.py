@@ -15,8 +15,7 @@ WIDEST = 2**16  # Of a layer: its square times a batch can still be counted.
 OPTIONAL = (
     "data.crop diffusion.time_eps diffusion.min_posterior_var game.gamma_final "
     "game.recon_floor game.negatives_gamma game.negatives_floor "
-    "optimizer.energy_learning_rate optimizer.max_grad_norm recovery.max_energy "
-    "recovery.max_gap"
+    "optimizer.energy_learning_rate optimizer.max_grad_norm"
 ).split()
 
 # Paths of files and directories; the last one may also be a URL, for JAX.
@@ -29,11 +28,11 @@ PATHS = (
 _RANGES = {
     (0, INT32_MAX): "seed data.limit data.timeout train.steps_per_dispatch "
     "train.picture_every train.evaluate_every recovery.max_rollbacks "
-    "recovery.save_patience parallel.num_devices",
+    "parallel.num_devices",
     (1, INT32_MAX): "data.batch_size game.lazy_reg optimizer.accumulate "
     "train.num_steps train.report_every train.checkpoint_every train.keep_checkpoints "
     "levels.pilot_steps",
-    (1, 10**6): "data.num_patches evaluation.batch_size evaluation.num_projections",
+    (1, 10**6): "data.num_patches evaluation.batch_size",
     (0, 10**6): "evaluation.num_samples_on_the_way",
     (2, 10**6): "evaluation.num_samples",
     (100, 10**7): "evaluation.num_particles",
@@ -49,7 +48,6 @@ _RANGES = {
     (1, WIDEST): "model.nz model.unet.z_emb_dim model.encoder.ngf "
     "model.mlp.posterior_features",
     (4, WIDEST): "model.unet.nf model.encoder.t_emb_dim model.mlp.t_embed_dim",
-    (0, 16): "model.mlp.fourier_octaves model.mlp.energy_fourier_octaves",
     (0, 1024): "model.reference",
     (0, 0.5): "diffusion.time_eps",
     (1e-6, 0.9): "data.test_fraction",
@@ -63,8 +61,7 @@ _RANGES = {
     (1e-3, math.inf): "model.residual",
     (1e-30, math.inf): "diffusion.min_posterior_var game.gamma_final game.recon_floor "
     "game.negatives_gamma game.negatives_floor game.defensive_std "
-    "optimizer.learning_rate optimizer.energy_learning_rate optimizer.max_grad_norm "
-    "recovery.max_energy recovery.max_gap",
+    "optimizer.learning_rate optimizer.energy_learning_rate optimizer.max_grad_norm",
 }
 RANGES = {name: limits for limits, names in _RANGES.items() for name in names.split()}
 

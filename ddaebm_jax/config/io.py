@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ddaebm_jax.config.base import base
@@ -19,14 +20,24 @@ FREE_ON_RESUME = frozenset(
     "model.remat optimizer.accumulate "
     "train.num_steps train.steps_per_dispatch train.report_every train.picture_every "
     "train.evaluate_every train.checkpoint_every train.keep_checkpoints "
-    "train.tensorboard recovery.max_rollbacks recovery.save_patience "
-    "recovery.max_energy recovery.max_gap parallel.num_devices parallel.mode "
+    "train.tensorboard recovery.max_rollbacks "
+    "parallel.num_devices parallel.mode "
     "parallel.fsdp evaluation.batch_size "
-    "evaluation.reference_path evaluation.num_kept_features evaluation.num_projections "
+    "evaluation.reference_path evaluation.num_kept_features "
     "evaluation.num_particles evaluation.num_runs evaluation.defensive "
     "evaluation.langevin_moves "
     "compilation_cache.enabled compilation_cache.directory".split()
 )
+
+# Fields that this version has removed: the value that changes nothing; None: each.
+_REMOVED: dict[str, Any] = {
+    "recovery.save_patience": None,
+    "recovery.max_energy": None,
+    "recovery.max_gap": None,
+    "evaluation.num_projections": None,
+    "model.mlp.fourier_octaves": 0,
+    "model.mlp.energy_fourier_octaves": 0,
+}
 
 
 def decays(config: Any) -> bool:
@@ -70,7 +81,20 @@ def from_json(text: str) -> Any:
         raise ConfigError(f"the config is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the config is not a JSON object")
+    values = without_removed(values)
     validate(values, saved=True)
     config = base()
     config.update_from_flattened_dict(dict(leaves(values)))
     return config
+
+
+def without_removed(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a saved config's nested values without fields removed since."""
+    kept = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            kept[key] = without_removed(value, f"{name}.")
+        elif name not in _REMOVED or _REMOVED[name] not in (None, value):
+            kept[key] = value
+    return kept

@@ -104,7 +104,6 @@ def _of_plane(
             samples[order[:num]],
             held_out[:num],
             jax.random.key(plane.PROJECTION_SEED),
-            experiment.config.evaluation.num_projections,
         ),
     }
     if truth.modes is not None:

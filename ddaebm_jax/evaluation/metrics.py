@@ -65,8 +65,7 @@ def _evaluate_plane(
 
     def distance(points: np.ndarray) -> float:
         key = jax.random.key(plane.PROJECTION_SEED)
-        num_projections = experiment.config.evaluation.num_projections
-        return plane.sliced_wasserstein(points, held_out, key, num_projections)
+        return plane.sliced_wasserstein(points, held_out, key)
 
     points = density.grid_points(truth.extent, truth.cells)
     log_truth = density.evaluate_in_chunks(jax.jit(truth.log_density), points)

@@ -57,27 +57,6 @@ def activation(name: str) -> Callable[[Array], Array]:
     }[name]
 
 
-class FourierFeatures(nn.Module):
-    """Append sin and cos of the coordinates at frequencies π/4·2^j to the point.
-
-    They let a small network resolve modes much narrower than the data's range (Tancik
-    et al. 2020, arXiv 2006.10739).
-
-    Attributes:
-      octaves: number of frequencies per coordinate; 0: x is returned.
-    """
-
-    octaves: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch dim"]) -> Float[Array, "batch out"]:
-        if self.octaves == 0:
-            return x
-        frequencies = jnp.pi / 4 * 2.0 ** jnp.arange(self.octaves)
-        phase = (x[:, :, None] * frequencies[None, None, :]).reshape(x.shape[0], -1)
-        return jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=1)
-
-
 class Trunk(nn.Module):
     """Map a point and its time to `out` numbers.
 
@@ -90,7 +69,6 @@ class Trunk(nn.Module):
       act: name of the activation.
       norm: `batch`: batch norm after every hidden Dense of the point's encoder and
         of the hidden layers, before the activation; `none`.
-      fourier_octaves: see `FourierFeatures`.
       axis_name: see `layers.BatchNorm`.
     """
 
@@ -101,7 +79,6 @@ class Trunk(nn.Module):
     hidden: Sequence[int]
     act: str
     norm: str
-    fourier_octaves: int
     axis_name: str | None = None
 
     def _hidden_layer(
@@ -120,7 +97,7 @@ class Trunk(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch out"]:
         batch_norm = self.norm == "batch"
-        h = FourierFeatures(self.fourier_octaves)(x)
+        h = x
         for width in self.x_widths[:-1]:
             h = self._hidden_layer(h, width, batch_norm, train)
         h = UniformDense(self.x_widths[-1])(h)

@@ -94,13 +94,8 @@ def _mlp_networks(
         "hidden": tuple(model.mlp.hidden),
         "act": model.mlp.activation,
     }
-    normed_trunk = dict(
-        trunk,
-        norm=model.mlp.norm,
-        fourier_octaves=model.mlp.fourier_octaves,
-        axis_name=axis_name,
-    )
-    energy = mlp.Energy(dict(trunk, fourier_octaves=model.mlp.energy_fourier_octaves))
+    normed_trunk = dict(trunk, norm=model.mlp.norm, axis_name=axis_name)
+    energy = mlp.Energy(trunk)
     generator = mlp.Generator(dim, normed_trunk)
     posterior = mlp.Posterior(nz, model.mlp.posterior_features, normed_trunk)
 

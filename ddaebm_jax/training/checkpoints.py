@@ -6,7 +6,6 @@ processes make the same calls; an error ends the process that meets it.
 """
 
 import contextlib
-import errno
 import functools
 import glob
 import hashlib
@@ -18,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,11 +35,6 @@ from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import checksums
 
 NEWEST, BEST, DAMAGED = "checkpoints", "best", "damaged"  # Folders of a run directory.
-# System errors that do not pass by waiting.
-_PERMANENT = (
-    *(errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS),
-    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOSYS, errno.EOPNOTSUPP),
-)
 # Arrays may declare so many times the bytes of their files, since zeros are compressed.
 _ALLOWANCE, _MOST_COMPRESSION = 256 * 2**20, 200
 
@@ -53,7 +47,7 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint that does not hold what was saved."""
 
 
-class SaveError(CheckpointError):
+class SaveError(TrainingError):
     """A checkpoint that could not be written; those before it are intact."""
 
 
@@ -115,7 +109,7 @@ class Checkpoints:
                     end()
 
     def save_best(self, state: Any, info: dict[str, Any], fid: float) -> None:
-        """Starts saving if the FID is the lowest so far; raises CheckpointError."""
+        """Starts saving if the FID is the lowest so far; raises as `save`."""
         self.wait()
         kept = []
         for step in self.steps(best=True):
@@ -156,47 +150,52 @@ class Checkpoints:
             self.info(step, best)
 
     def save_whole(self, state: Any, info: dict[str, Any]) -> None:
-        """Saves, waits, and reads it back; one that is damaged is set aside."""
-        self.save(state, info)
-        self.wait()
-        if jax.process_index() == 0:
+        """Saves, waits, and reads it back; a damaged one is written once more."""
+        step = int(state.step)
+        for attempt in range(2):
+            self.save(state, info)
+            self.wait()
+            if jax.process_index():
+                return
             try:
-                self.verify(int(state.step))
-            except DamagedCheckpointError:
-                self._set_aside([int(state.step)])
-                raise
+                return self.verify(step)
+            except DamagedCheckpointError as error:
+                self._set_aside([step])
+                if attempt or jax.process_count() > 1:
+                    raise self._failed(step, False, error) from error
 
     def poll(self) -> None:
         """Checks on a save that has ended; never blocks, raises as `wait`."""
         if self.pending is not None and self.pending[2].done():
             self.wait()
 
-    def wait(self, raising: bool = True) -> None:
-        """Waits until a save is whole on disk; raises or logs a SaveError if not."""
+    def wait(self) -> None:
+        """Waits until a save is whole on disk; raises a SaveError if it is not."""
         if self.pending is not None:
             step, best, settled = self.pending
             futures.wait([settled])  # A signal may end this; then it stays pending.
             self.pending = None
             if error := settled.exception():
-                failure = self._failed(step, best, error)
-                if raising or jax.process_count() > 1:
-                    raise failure from error
-                logging.warning("%s", failure)
+                raise self._failed(step, best, error) from error
 
     def _failed(self, step: int, best: bool, error: BaseException) -> SaveError:
-        """Returns the error to raise, and prepares for the next save."""
+        """Returns the error to raise, and closes the manager that has failed."""
         # Orbax's manager counts the step as saved, and raises again at the next one.
         self._close_manager(best)
         kept = ", ".join(str(one) for one in self.steps(best) if one != step)
         return SaveError(
             f"{self.path(step, best)} could not be written ({one_line(error)}); the "
             f"checkpoints before it are intact ({kept or 'there are none yet'}): make "
-            "room, or check the permissions of the directory"
+            "room, or check the permissions of the directory, and repeat the same "
+            "command, which continues from the newest"
         )
 
     def close(self) -> None:
         """Waits for the save and releases the directory; a failure is only logged."""
-        self.wait(raising=False)
+        try:
+            self.wait()
+        except SaveError as error:
+            logging.warning("%s", error)
         for best in list(self._managers):
             self._close_manager(best)
         self._thread.shutdown()
@@ -207,7 +206,7 @@ class Checkpoints:
         `like` is a state, or its shapes with the shardings of the result. Raises a
         CheckpointError; a DamagedCheckpointError if it is not what was saved.
         """
-        self.wait(raising=False)
+        self.wait()
         steps = self.steps(best) if step is None else [step]
         if not steps:
             which = (
@@ -218,7 +217,7 @@ class Checkpoints:
 
     def restore_newest(self, like: Any) -> Restored | None:
         """Restores the newest intact one, or None; damaged ones are moved away."""
-        self.wait(raising=False)
+        self.wait()
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
@@ -257,81 +256,6 @@ class Checkpoints:
     def info(self, step: int, best: bool = False) -> dict[str, Any]:
         """Returns a checkpoint's JSON values; raises as `restore`."""
         return _load(self.path(step, best), read_arrays=False).info
-
-
-class Saver:
-    """Saves that a run of one process retries for a while; with several they raise."""
-
-    def __init__(self, checkpoints: Checkpoints, patience: int | float):
-        """Wraps a run's checkpoints; patience: seconds from the first failure."""
-        self._checkpoints, self._patience = checkpoints, patience
-        self._since: float | None = None  # The first failure.
-        self._next = 0.0
-
-    def save(self, state: Any, info: dict[str, Any]) -> None:
-        """Starts saving; raises TrainingError when patience is over."""
-        self.wait()
-        self._attempt(lambda: self._checkpoints.save(state, info))
-
-    def wait(self) -> None:
-        """Waits for a save under way, whose success ends a series of failures."""
-        if self._checkpoints.pending:
-            self._attempt(self._checkpoints.wait)
-
-    def poll(self) -> None:
-        """Checks on a save that has ended; never blocks, raises as `save`."""
-        if self._checkpoints.pending:
-            self._attempt(self._checkpoints.poll)
-
-    def retry_due(self) -> bool:
-        """Whether it is time to save again, after a failure."""
-        waiting = self._since is not None and not self._checkpoints.pending
-        return waiting and time.monotonic() >= self._next
-
-    def finish(self, state: Any, info: dict[str, Any]) -> None:
-        """Saves, waits, and reads it back, until that succeeds; raises as `save`."""
-        while not self._attempt(lambda: self._checkpoints.save_whole(state, info)):
-            time.sleep(max(0.0, self._next - time.monotonic()))
-
-    def _attempt(self, action: Callable[[], None]) -> bool:
-        now = time.monotonic()
-        waited = 0.0 if self._since is None else now - self._since
-        try:
-            action()
-        except CheckpointError as error:
-            if jax.process_count() > 1:
-                raise
-            if waited >= self._patience or not _can_pass(error):
-                tried = f" for recovery.save_patience {self._patience} s"
-                if not _can_pass(error):
-                    tried = ", and waiting would not help"
-                raise TrainingError(
-                    f"no checkpoint could be written{tried}: {error}; then repeat "
-                    "the same command"
-                ) from error
-            logging.warning("a checkpoint cannot be written: %s; going on", error)
-            # The longer it lasts the later, but at the latest when patience is over.
-            self._since = now - waited
-            self._next = now + min(1.0 + waited, 60.0, self._patience - waited)
-            return False
-        if self._since is not None and not self._checkpoints.pending:
-            logging.warning("checkpoint saved after %.0f s of failures", waited)
-            self._since = None
-        return True
-
-
-def _can_pass(error: BaseException | None) -> bool:
-    """Returns whether a failure to save may end by waiting, as a full disk does."""
-    while error is not None:
-        if isinstance(error, MemoryError | DamagedCheckpointError):
-            return True
-        # TensorStore's errors are of no such type, but name the system's number.
-        named = re.search(r"OS error (\d+)", str(error))
-        number = int(named[1]) if named else getattr(error, "errno", None)
-        if number is not None:
-            return number not in _PERMANENT
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class _LiteralPath(type(epath.Path())):

@@ -6,7 +6,6 @@ function of it, so that a resumed run is bit-identical to an unbroken one.
 
 import contextlib
 import dataclasses
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -35,12 +34,8 @@ from ddaebm_jax.game import TrainState
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import dispatch, pilot, processes, run_directory
-from ddaebm_jax.training.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    Saver,
-)
-from ddaebm_jax.training.preemption import Preemption, Stopped, StopRequested
+from ddaebm_jax.training.checkpoints import Checkpoints
+from ddaebm_jax.training.preemption import Preemption, Stopped
 from ddaebm_jax.training.reports import Reports
 from ddaebm_jax.training.trained_run import initial_variables
 
@@ -56,7 +51,6 @@ class Run:
     batches: Batches | None  # The input stream, where there is one.
     meter: image_quality.Meter | None  # Inception features, where they are wanted.
     checkpoints: Checkpoints
-    saver: Saver
     reports: Reports
     first: Players | None  # Weights to start from, of train.init_from.
     trial: int = 0  # Number of rollbacks, which seeds the noise.
@@ -76,8 +70,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
     Raises:
       InputError: for a bad config, bad data, or a directory that is not this run's or
         is in use; nothing has been written then.
-      TrainingError: if a loss or gradient is not finite, again and again, no
-        checkpoint can be written, or the last one, which is saved, not be measured.
+      TrainingError: if a loss or gradient is not finite, again and again, a
+        checkpoint cannot be written, or the last one, which is saved, not be measured.
       LostProcessError: if another process cannot be reached.
       Stopped: after SIGTERM or SIGINT, when everything is saved.
     """
@@ -98,11 +92,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             if processes.is_first_process():
                 run_directory.update_config(workdir, config)
                 run.experiment.source.save(workdir)
-            preemption = stack.enter_context(Preemption())
             if first_step == 0 and config.levels.move_at:
                 run.reports.write(0, placement.levels_to_report(run.experiment))
-            state = _loop(run, state, first_step, preemption)
-            return _finish(run, state, first_step, started, preemption)
+            with Preemption() as preemption:
+                state = _loop(run, state, first_step, preemption)
+            return _finish(run, state, first_step, started)
     except Exception as error:
         if processes.is_lost_process(error):
             raise LostProcessError(error) from error
@@ -151,8 +145,7 @@ def _open(
                 params, include_stats=False
             )
             reports.log(f"{name}\n{table}")
-    saver = Saver(checkpoints, config.recovery.save_patience)
-    tools = dispatcher, batches, meter, checkpoints, saver, reports, first
+    tools = dispatcher, batches, meter, checkpoints, reports, first
     return Run(config, experiment, workdir, *tools)
 
 
@@ -194,7 +187,7 @@ def _restore(run: Run) -> tuple[TrainState, int]:
 def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> TrainState:
     """Take all steps that are left, with reports, checkpoints, pictures, evaluations.
 
-    In this order: nothing that may fail comes before a step's checkpoint.
+    In this order: a step that is evaluated or drawn is saved first.
 
     Raises:
       Stopped: for a signal, when everything is saved.
@@ -202,12 +195,12 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
     config, train = run.experiment.config, run.experiment.config.train
     total, previous, stop = train.num_steps, None, None
     if _is_due(train.evaluate_every, step, config):
-        stop = _evaluate(run, state, step, preemption)
+        _evaluate(run, state, step)
     while step < total and stop is None:
         start, step = step, dispatch.dispatch_end(config, step)
         evaluate = _is_due(train.evaluate_every, step, config)
         draw = _is_due(train.picture_every, step, config)
-        save = step % train.checkpoint_every == 0 or step == total
+        save = step % train.checkpoint_every == 0 or evaluate or draw
         move = step in config.levels.move_at
         bad = None
         # The rate before leaves out compilation, and ends before that of a used state.
@@ -222,9 +215,8 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         current = step, step - start, metrics, fault
 
         stop = preemption.poll(start, step)
-        run.saver.poll()
+        run.checkpoints.poll()
         evaluate, draw = evaluate and stop is None, draw and stop is None
-        save = save or stop is not None or run.saver.retry_due()
 
         # Metrics are fetched while the next steps are under way, those of a state that
         # is used at once.
@@ -244,17 +236,15 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         if move:
             _move_levels(run, state, step)
         if stop is not None or step == total:
-            run.saver.finish(state, _info(run))
+            run.checkpoints.save_whole(state, _info(run))
         elif save:
-            run.saver.save(state, _info(run))
+            run.checkpoints.save(state, _info(run))
         if evaluate or draw:
-            run.saver.wait()
+            run.checkpoints.wait()
         if draw:
-            _draw(run, state, step, preemption)
+            _draw(run, state, step)
         if evaluate:
-            stop = _evaluate(run, state, step, preemption)
-            if stop is not None:
-                run.saver.finish(state, _info(run))
+            _evaluate(run, state, step)
         if evaluate or draw:
             run.reports.restart_clock(step)
     if stop is not None:
@@ -305,7 +295,7 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
       DivergedError: if that has been done as often as the config allows.
     """
     trial, most = run.trial, run.experiment.config.recovery.max_rollbacks
-    run.checkpoints.wait(raising=False)
+    run.checkpoints.wait()
     if trial >= most:
         last = max(run.checkpoints.steps(), default=None)
         kept = "there is no checkpoint" if last is None else f"step {last} is kept"
@@ -325,60 +315,44 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
     return state, step
 
 
-def _evaluate(
-    run: Run, state: TrainState, step: int, preemption: Preemption
-) -> signal.Signals | None:
-    """Evaluate on the way; return the signal that interrupted it, if any.
+def _evaluate(run: Run, state: TrainState, step: int) -> None:
+    """Evaluate on the way.
 
     A failure is only warned of, unless other processes wait in the midst of it.
     """
     fewer = run.experiment.config.evaluation.num_samples_on_the_way or None
     try:
-        with preemption.interruptible():
-            found = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
-    except StopRequested:
-        return preemption.signal
+        found = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
     except Exception as error:
         if jax.process_count() > 1:
             raise
         logging.warning("the evaluation of step %d failed: %s", step, one_line(error))
-        return None
+        return
     run.reports.write(step, {f"evaluation/{k}": v for k, v in found.items()})
     _save_best(run, state, found)
-    return None
 
 
 def _save_best(run: Run, state: TrainState, found: dict[str, Any]) -> None:
-    """Keep the state if its FID is the lowest so far; a failure is only warned of."""
-    if run.meter is None:
-        return
-    try:
+    """Keep the state if its FID is the lowest so far."""
+    if run.meter is not None:
         info = _info(run) | {"input": None}
         run.checkpoints.save_best(state, info, found["fid"])
-    except CheckpointError as error:
-        if jax.process_count() > 1:
-            raise
-        logging.warning("the best checkpoint cannot be kept: %s", error)
 
 
-def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> None:
+def _draw(run: Run, state: TrainState, step: int) -> None:
     """Draw the averaged model's pictures and the curves so far.
 
-    A signal or, as above, a failure skips them.
-
-    All processes sample together; the first one keeps the pictures.
+    A failure skips them, as above. All processes sample together; the first one keeps
+    the pictures.
     """
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(preemption.interruptible())
             run.reports.draw_curves(f"{run.experiment.source.name}, step {step}")
             directory = run.workdir / "samples"
             if not processes.is_first_process():
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             drawn = pictures.draw_pictures(run.experiment, state.ema, directory, step)
             run.reports.show(step, drawn.files, drawn.histograms)
-    except StopRequested:
-        logging.info("the pictures of step %d are skipped", step)
     except Exception as error:
         if jax.process_count() > 1:
             raise
@@ -387,25 +361,21 @@ def _draw(run: Run, state: TrainState, step: int, preemption: Preemption) -> Non
 
 
 def _finish(
-    run: Run, state: TrainState, first_step: int, started: float, preemption: Preemption
+    run: Run, state: TrainState, first_step: int, started: float
 ) -> dict[str, Any]:
     """Draw and evaluate the last state, and write the report; return it.
 
     Raises:
-      Stopped: for a signal before the report is written.
       TrainingError: if it cannot be evaluated.
     """
     config, step = run.experiment.config, run.experiment.config.train.num_steps
     num, fewer = config.evaluation.num_samples, config.evaluation.num_samples_on_the_way
     inputs = run.experiment, state.ema, run.meter
-    _draw(run, state, step, preemption)
+    _draw(run, state, step)
     try:
-        with preemption.interruptible():
-            found = compared = metrics_lib.evaluate(*inputs)
-            if run.meter is not None and fewer not in (0, num):
-                compared = metrics_lib.evaluate(*inputs, fewer)
-    except StopRequested:
-        raise Stopped(preemption.signal, step, step) from None
+        found = compared = metrics_lib.evaluate(*inputs)
+        if run.meter is not None and fewer not in (0, num):
+            compared = metrics_lib.evaluate(*inputs, fewer)
     except Exception as error:
         reason = error if isinstance(error, InputError) else one_line(error)
         raise TrainingError(

@@ -1,10 +1,8 @@
 """Preemption and Ctrl-C: a signal ends a run after its dispatch, with a checkpoint."""
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -29,16 +27,12 @@ class Stopped(BaseException):
         self.exit_code = 0 if by == signal.SIGTERM else 128 + by
 
 
-class StopRequested(BaseException):
-    """A signal that came within `Preemption.interruptible`."""
-
-
 class Preemption:
     """Handlers of SIGTERM and SIGINT while it is entered, for a loop that polls.
 
     A second SIGINT raises KeyboardInterrupt at once. With several processes JAX's
     preemption service handles SIGTERM, so that all of them stop after the same step
-    whichever was signalled; SIGINT is passed on to it, and nothing is interruptible.
+    whichever was signalled; SIGINT is passed on to it.
     Outside the main thread, where Python allows no handlers, signals are left alone.
 
     Attributes:
@@ -49,7 +43,6 @@ class Preemption:
         self.signal: signal.Signals | None = None
         self._several = jax.process_count() > 1
         self._previous: dict[signal.Signals, Any] = {}
-        self._interruptible = False
 
     def __enter__(self) -> "Preemption":
         numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
@@ -73,32 +66,6 @@ class Preemption:
         )
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif self._interruptible:
-            raise StopRequested
-
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Leave the block as soon as a signal comes, or has come before it.
-
-        Raises:
-          StopRequested: then; never with several processes, which would not leave it
-            together.
-        """
-        if self._several:
-            yield
-            return
-        try:
-            self._interruptible = True
-            if self.signal is not None:
-                raise StopRequested
-            yield
-        except Exception as error:
-            # JAX turns what is raised within some of its callbacks into its own errors.
-            if self.signal is None:
-                raise
-            raise StopRequested from error
-        finally:
-            self._interruptible = False
 
     def poll(self, before: int, step: int) -> signal.Signals | None:
         """Return the signal for which to stop at `step`, if any; after `before`.

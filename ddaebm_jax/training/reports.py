@@ -41,8 +41,6 @@ class Reports:
         self._path = workdir / METRICS_FILE
         self._every, self._total = config.train.report_every, config.train.num_steps
         self._images_per_step = config.data.batch_size if holds_images else None
-        self._limits = config.recovery.max_energy, config.recovery.max_gap
-        self._diverging: set[str] = set()
         self._warned = False
         self._sums: dict[str, np.ndarray] = {}
         self._steps = 0
@@ -106,7 +104,6 @@ class Reports:
             self._show(line, "\n" * (step == self._total))
         else:
             logging.info(line)
-        self._warn_of_divergence(step, values)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line of metrics, and its numbers to TensorBoard."""
@@ -166,26 +163,6 @@ class Reports:
     def close(self) -> None:
         """Write out the event files."""
         self._to_tensorboard(lambda writer: writer.close())
-
-    def _warn_of_divergence(self, step: int, values: Mapping[str, float]) -> None:
-        """Warn once each time that mean energies or their gap exceed their limits."""
-        max_energy, max_gap = self._limits
-        real, fake = values["energy/real"], values["energy/fake"]
-        for name, value, field, limit in (
-            ("energy/real", real, "max_energy", max_energy),
-            ("energy/fake", fake, "max_energy", max_energy),
-            ("energy/real - energy/fake", real - fake, "max_gap", max_gap),
-        ):
-            if limit is None or abs(value) <= limit:
-                self._diverging.discard(name)
-            elif name not in self._diverging:
-                self._diverging.add(name)
-                logging.warning(
-                    "step %d: %s is %.4g, beyond recovery.%s %g: the game may be "
-                    "diverging. Try a higher game.gamma, a lower "
-                    "optimizer.energy_learning_rate, or game.energy_l2",
-                    *(step, name, value, field, limit),
-                )
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
