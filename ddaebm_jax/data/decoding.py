@@ -3,17 +3,13 @@
 Alpha, colour and 16 bits are refused where the model has no place for them.
 """
 
-import contextlib
 import io
-import struct
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from ddaebm_jax.data.records import reading
 from ddaebm_jax.errors import InputError
@@ -31,22 +27,6 @@ Crop = tuple[int, int, int, int]
 # Pillow's modes that convert without loss, by the number of channels; the first is
 # the mode that they are converted to.
 _LOSSLESS = {1: ("L", "1"), 3: ("RGB", "L", "1", "P")}
-# What undoes the EXIF orientations 2, 3, ….
-_TURNS = (
-    Image.Transpose.FLIP_LEFT_RIGHT,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-# Takes what a user should know about an image that is read.
-Remark = Callable[[str], Any]
-
-
-def silent(_: str) -> None:
-    """Takes remarks that nobody reads."""
 
 
 def prepare(
@@ -55,7 +35,6 @@ def prepare(
     channels: int,
     crop: Crop | None = None,
     name: str = "the image",
-    remark: Remark = silent,
 ) -> UInt8[np.ndarray, "size size channels"]:
     """Returns a Pillow image as size × size pixels.
 
@@ -68,7 +47,7 @@ def prepare(
     than the box, or has what the result cannot hold: alpha, colour, more than 8 bits.
     """
     modes = _LOSSLESS[channels]
-    image = _opaque(_upright(image, remark))
+    image = _opaque(ImageOps.exif_transpose(image))
     transparent = "transparency" in image.info
     if transparent or image.mode not in modes:
         raise InputError(
@@ -103,20 +82,6 @@ def prepare(
     return np.array(image, np.uint8).reshape(size, size, channels)
 
 
-def _upright(image: Image.Image, remark: Remark) -> Image.Image:
-    """Returns an image turned as its EXIF data say, which may be damaged."""
-    image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        turn = _TURNS[orientation - 2] if orientation in range(2, 9) else None
-    except MemoryError:
-        raise
-    except Exception:  # Damaged bytes show themselves in many kinds.
-        remark("have unreadable EXIF data and are taken as upright")
-        return image
-    return image if turn is None else image.transpose(turn)
-
-
 def _opaque(image: Image.Image) -> Image.Image:
     """Returns an image without its alpha where that says nothing."""
     if image.mode not in ("RGBA", "PA", "LA") and "transparency" not in image.info:
@@ -134,38 +99,24 @@ def decode_file(
     size: int,
     channels: int,
     crop: Crop | None,
-    remark: Remark = silent,
 ) -> UInt8[np.ndarray, "size size channels"]:
     """Decodes a file of one of the `FORMATS`, and prepares its image.
 
-    Pillow's limits on pixels and text hold. Of a file with several pictures the first
-    is taken. Damaged text of a PNG is left out. The file is called `name` in messages.
+    Pillow's limits on pixels and text hold. The file is called `name` in messages.
 
     Raises UnusableRecord if the file is damaged, too large or not usable by `prepare`,
     another InputError if the file system fails.
     """
-    how = size, channels, crop, name, remark
     kinds = f"a whole file of {', '.join(FORMATS)} is needed"
     with (
         reading(name, f"{kinds}; fetch it again or remove it"),
         open_regular(path, MAX_FILE_BYTES, name) as file,
     ):
-        try:
-            return _decode(file, *how)
-        except (InputError, MemoryError):
-            raise
-        except Exception:
-            file.seek(0)
-            pixels_only = _pixels_of_png(file.read())
-            if pixels_only is None:
-                raise
-        image = _decode(io.BytesIO(pixels_only), *how)
-        remark("have damaged text or EXIF data, which is ignored")
-        return image
+        return _decode(file, size, channels, crop, name)
 
 
 def _decode(file: io.BufferedIOBase, *how: Any) -> np.ndarray:
-    *_, name, remark = how
+    *_, name = how
     with Image.open(file, formats=FORMATS) as image:
         if max(image.size) > _MAX_SIDE:
             width, height = image.size
@@ -178,13 +129,11 @@ def _decode(file: io.BufferedIOBase, *how: Any) -> np.ndarray:
             raise InputError(
                 f"{name}: 16 bits a channel; 8 are allowed; convert it first"
             )
+        # MPO: a camera's JPEG, with previews of its picture.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise InputError(f"{name}: it holds several pictures; save each by itself")
         image.load()
-        pixels = prepare(image, *how)
-        if remark is not silent:  # To count pictures takes time, and may fail.
-            with contextlib.suppress(Exception):
-                if getattr(image, "n_frames", 1) > 1:
-                    remark("hold several pictures, of which the first is taken")
-        return pixels
+        return prepare(image, *how)
 
 
 def _is_deep(kind: str, arguments: Any) -> bool:
@@ -192,24 +141,3 @@ def _is_deep(kind: str, arguments: Any) -> bool:
     if kind == "PPM" and isinstance(arguments, tuple):
         return arguments[1] > 255
     return ";16" in str(arguments) and kind != "BMP"  # There it is of all channels.
-
-
-def _pixels_of_png(data: bytes) -> bytes | None:
-    """Returns a PNG file of the pixels, their transparency and whole EXIF data alone.
-
-    None if it is no PNG file, or no end of it is found.
-    """
-    kept, start, kind = [data[:8]], 8, b""
-    if kept != [b"\x89PNG\r\n\x1a\n"]:
-        return None
-    while kind != b"IEND":
-        if len(data) < start + 12:
-            return None
-        length, kind = struct.unpack_from(">I4s", data, start)
-        chunk = data[start : start + 12 + length]
-        start += 12 + length
-        needed = kind[:1].isupper() or kind == b"tRNS"
-        checksum = zlib.crc32(chunk[4:-4]).to_bytes(4, "big")
-        if needed or (kind == b"eXIf" and checksum == chunk[-4:]):
-            kept.append(chunk)
-    return b"".join(kept)

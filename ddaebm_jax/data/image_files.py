@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, UInt8
 
-from ddaebm_jax.data.decoding import Crop, Remark, decode_file, silent
+from ddaebm_jax.data.decoding import Crop, decode_file
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
@@ -62,12 +62,8 @@ class _Files:
         return len(self.names)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.read(index, silent)
-
-    def read(self, index: int, remark: Remark) -> np.ndarray:
-        """Decodes one image, with remarks on what its pixels do not tell."""
         name = self.names[index]
-        return decode_file(self.folder / name, printable(name), *self.how, remark)
+        return decode_file(self.folder / name, printable(name), *self.how)
 
 
 def find_images(folder: Path) -> tuple[tuple[str, ...], Mapping[str, int]]:
@@ -135,7 +131,7 @@ def read_folder(
     Those are the files of `find_images`, all of which are decoded, so that unusable
     ones are found at once; with `skip_corrupt` they are skipped with a warning. Images
     are kept in memory if they take at most `MAX_BYTES`, else read again on demand. One
-    line of the log says how many there are, what is left out, and what pixels lost.
+    line of the log says how many there are and what is left out.
 
     Raises FileNotFoundError, or InputError if there is no image or an unusable file,
     or no progress for `timeout` seconds.
@@ -156,11 +152,10 @@ def read_folder(
     files = _Files(folder, names, (size, channels, crop))
     keep = len(names) * size * size * channels <= MAX_BYTES
     kept = np.empty((len(names) if keep else 0, size, size, channels), np.uint8)
-    remarks: list[str] = []
 
     def decode(index: int) -> bytes | InputError:
         try:
-            image = files.read(index, remarks.append)
+            image = files[index]
         except InputError as error:
             return error
         if keep:
@@ -185,7 +180,6 @@ def read_folder(
         names = tuple(names[i] for i in good)
     logging.info(
         f"{folder}: {len(names)} images are read; left out: {_counts(left_out)}"
-        + f"; of the images {_counts(collections.Counter(remarks))}" * bool(remarks)
     )
     hashes = b"".join(result for result in results if isinstance(result, bytes))
     content = digest("\n".join(names).encode(errors="surrogateescape"), hashes)
