@@ -24,10 +24,20 @@ from ddaebm_jax.data.synthetic import SYNTHETIC
 from ddaebm_jax.errors import InputError
 
 _ROOT = Path(__file__).resolve().parent.parent
-# Fewer leave the density of 25 Gaussians unlearnt.
-_SHORT = {"train.num_steps": 12_000}
+_NARROW = {"data.batch_size": 100, "model.mlp.hidden": (128, 128, 128)}
+# The paper's game: no weighted negatives.
+_SHORT_PAPER = _NARROW | {
+    "train.num_steps": 12_000,
+    "optimizer.ema_decay": 0.999,
+    "game.num_negatives": 1,
+    "game.defensive": 0.0,
+    "game.negatives_from": 0.0,
+    "game.negatives_gamma": None,
+}
+_SHORT_PLANE = _NARROW | {"train.num_steps": 3_000, "optimizer.ema_decay": 0.998}
 _SHORT_DIGITS = {"train.num_steps": 1_500, "optimizer.ema_decay": 0.99}
 _PLANE = "jensen_shannon", "sliced_wasserstein"
+_SAMPLES = "high_quality", "modes_found", *_PLANE
 _IMAGES = "frechet_samples", "confident_share"
 
 
@@ -53,9 +63,11 @@ class Study(NamedTuple):
 
 STUDIES = {
     "paper": Study(
-        "paper", "gaussians25", ("gaussians25",), _SHORT, (*_PLANE, "high_quality")
+        "paper", "gaussians25", ("gaussians25",), _SHORT_PAPER, _SAMPLES
     ),
-    "schedule": Study("schedule", "plane", tuple(SYNTHETIC), {}, _PLANE),
+    "schedule": Study(
+        "schedule", "plane", tuple(SYNTHETIC), _SHORT_PLANE, _PLANE, "0,1,2"
+    ),
     "noise": Study("noise", "table", sets_lib.DEVELOPMENT, {}, ("auroc",), "0,1,2"),
     "paper_digits": Study(
         "paper", "digits", ("digits",), _SHORT_DIGITS, _IMAGES, "0,1,2"

@@ -4,7 +4,7 @@ Nothing here holds a device's state. All randomness is a function of (seed, step
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +206,12 @@ def with_reference_of(
 
 def state_shapes(experiment: Experiment) -> TrainState:
     """Returns the shapes of the state."""
-    return jax.eval_shape(lambda: blank_state(experiment, jax.random.key(0)))
+    return _shapes(experiment.networks, experiment.optimizers, experiment.game)
+
+
+@lru_cache(maxsize=8)  # Tracing U-Nets takes seconds.
+def _shapes(*parts: Any) -> TrainState:
+    return jax.eval_shape(lambda: game_lib.init_state(jax.random.key(0), *parts))
 
 
 def evaluation_state(experiment: Experiment) -> TrainState:

@@ -27,7 +27,7 @@ _OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if _OWNS_CACHE:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ddaebm-jax-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/jax"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 jaxtyping.install_import_hook("ddaebm_jax", "typechecking.check_functions")
 

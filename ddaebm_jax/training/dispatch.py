@@ -159,6 +159,9 @@ def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
             return
         directory = folder
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Hundreds of small programs draw the first weights.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def steps_per_dispatch(model_name: str) -> int:
