@@ -62,9 +62,7 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "paper": Study(
-        "paper", "gaussians25", ("gaussians25",), _SHORT_PAPER, _SAMPLES
-    ),
+    "paper": Study("paper", "gaussians25", ("gaussians25",), _SHORT_PAPER, _SAMPLES),
     "schedule": Study(
         "schedule", "plane", tuple(SYNTHETIC), _SHORT_PLANE, _PLANE, "0,1,2"
     ),

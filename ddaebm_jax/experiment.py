@@ -298,5 +298,4 @@ def open_batches(experiment: Experiment) -> Batches | None:
         num_threads=data.num_threads,
         prefetch=data.prefetch,
         num_workers=data.num_workers,
-        timeout=data.timeout,
     )

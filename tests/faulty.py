@@ -1,7 +1,5 @@
 """Records with faults; small, since reading processes import this too."""
 
-import time
-
 import numpy as np
 
 from ddaebm_jax.data.records import UnusableRecord
@@ -13,21 +11,17 @@ class Faulty:
     Attributes:
       unusable: records that are unusable.
       errors: what is raised instead of others.
-      stalled: a record that takes for ever.
     """
 
-    def __init__(self, number, unusable=(), errors=None, stalled=None):
+    def __init__(self, number, unusable=(), errors=None):
         self.number = number
         self.unusable = frozenset(unusable)
         self.errors = errors or {}
-        self.stalled = stalled
 
     def __len__(self):
         return self.number
 
     def __getitem__(self, index):
-        if index == self.stalled:
-            time.sleep(10_000)
         if index in self.errors:
             raise self.errors[index]
         if index in self.unusable:

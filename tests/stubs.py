@@ -18,7 +18,6 @@ def experiment(
 ) -> Experiment:
     """Returns an experiment without a game to train by."""
     config = SimpleNamespace(
-        data=SimpleNamespace(timeout=60),
         evaluation=SimpleNamespace(**evaluation),
         parallel=SimpleNamespace(num_devices=num_devices),
     )

@@ -1,4 +1,4 @@
-"""Batches: their order, their position, and readers that stall, fail or skip."""
+"""Batches: their order, their position, and readers that fail or skip."""
 
 import errno
 import json
@@ -124,32 +124,13 @@ def test_a_batch_that_processes_cannot_share_is_refused():
     assert "data.batch_size is 6" in message and "4 processes" in message
 
 
-# --- Stalls and errors ----------------------------------------------------------
+# --- Errors ----------------------------------------------------------
 
 
-def test_stall_ends_after_the_time_out_and_the_stream_stays(closing):
-    data = Faulty(NUMBER, stalled=7)
-    stream = closing(Batches(NUMBER, 5, 0, data, prefetch=3, timeout=0.2))
-    place = int(np.flatnonzero(order(NUMBER, 0, 0, NUMBER) == 7)[0])
-    message = fault(lambda: stream.next(4))
-    assert "not come within 0.2 s" in message and "data.timeout" in message
-    assert f"batch {place // 5} (" in message and "records " in message
-    assert stream.state()["batches"] == 0
-    data.stalled = None
-    assert sorted(read(stream, 4).ravel()) == list(range(NUMBER))
-
-
-_STALLED = """
-import faulty
-from ddaebm_jax.data.batches import Batches
-Batches(20, 5, 0, faulty.Faulty(20, stalled=3), timeout=0.2).next(4)
-"""
-
-
-def test_worker_processes_deliver_the_same_stream_and_may_die_or_stall(closing):
+def test_worker_processes_deliver_the_same_stream_and_may_die(closing):
     expected = Batches(NUMBER, 5, 0, Faulty(NUMBER)).next(60)
     before = set(multiprocessing.active_children())
-    stream = closing(Batches(NUMBER, 5, 0, Faulty(NUMBER), timeout=60, **WORKERS))
+    stream = closing(Batches(NUMBER, 5, 0, Faulty(NUMBER), **WORKERS))
     np.testing.assert_array_equal(stream.next(2), expected[:2])
     (worker,) = set(multiprocessing.active_children()) - before
     os.kill(worker.pid, signal.SIGKILL)
@@ -158,11 +139,6 @@ def test_worker_processes_deliver_the_same_stream_and_may_die_or_stall(closing):
     # The same stream goes on with new workers.
     place = stream.state()["batches"]
     np.testing.assert_array_equal(stream.next(2), expected[place : place + 2])
-    stalled = Faulty(NUMBER, stalled=7)
-    stream = closing(Batches(NUMBER, 5, 0, stalled, timeout=2, **WORKERS))
-    assert "has not come within 2 s" in fault(lambda: stream.next(10))
-    closing(stream).close()
-    assert len(set(multiprocessing.active_children()) - before) <= 1
 
 
 @pytest.mark.parametrize("how", [{}, WORKERS], ids=["threads", "worker"])

@@ -258,7 +258,7 @@ _IN_IMAGES = """
 data.path='a' data.label_column='y' data.tfds='b' data.tfds_dir='c' data.limit=5
 data.drop_columns=('a',) data.header='absent'
 data.split='d' data.test_split='e' data.crop=(0,0,8,8) data.image_size=64
-data.channels=1 data.num_threads=4 data.prefetch=2 data.num_workers=1 data.timeout=5
+data.channels=1 data.num_threads=4 data.prefetch=2 data.num_workers=1
 data.test_fraction=0.5 data.flip=True data.on_device=True data.skip_corrupt=True
 evaluation.batch_size=10 evaluation.inception=True evaluation.num_kept_features=100
 evaluation.preprocessing='pytorch_fid' evaluation.reference='test'

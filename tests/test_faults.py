@@ -73,6 +73,13 @@ def test_a_signal_ends_the_run_with_everything_saved(
     ]
 
 
+def test_a_signal_saves_no_state_that_is_not_finite(tmp_path: Path):
+    stopped = pytest.raises(Stopped, match="after step 8 of 24")
+    with poisoned(8), signal_at(12, signal.SIGTERM), stopped:
+        train(small(), tmp_path)
+    assert int(final_state(tmp_path).step) == 8
+
+
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path):
     with signal_at(12, signal.SIGINT, times=2), pytest.raises(KeyboardInterrupt):
         train(small(), tmp_path)

@@ -35,7 +35,6 @@ def opened(name, seed=0, **changes):
         "channels": 3,
         "crop": None,
         "skip_corrupt": False,
-        "timeout": 600,
         "test_fraction": 0.25,
         "num_patches": 40,
     }
@@ -250,7 +249,7 @@ def test_files_that_go_bad_or_away_in_training(tmp_path, monkeypatch, skip):
     (tmp_path / f"{train[5]:02d}.png").unlink()
     (tmp_path / f"{train[2]:02d}.png").unlink()
     with pytest.raises(InputError, match="FileNotFoundError"):
-        stream.next(1)
+        stream.next(4)  # More than has been read ahead.
 
 
 # --- What is read of a folder, and what is said of it -----------------------------

@@ -12,7 +12,7 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import outlier_sets
 
 COLOUR, GREY = (16, 16, 3), (8, 8, 1)
-DATA = SimpleNamespace(crop=None, skip_corrupt=False, tfds="", tfds_dir="", timeout=60)
+DATA = SimpleNamespace(crop=None, skip_corrupt=False, tfds="", tfds_dir="")
 
 
 def drawn(event_shape, num=6, seed=0):

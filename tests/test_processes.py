@@ -48,10 +48,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path):
     assert_same_run(final_state(together), final_state(alone))
 
 
-@pytest.mark.parametrize("fault", ["killed", "full disk"])
-def test_a_process_that_fails_ends_the_other_and_the_run_resumes(
-    fault: str, tmp_path: Path
-):
+def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes(tmp_path: Path):
     flags = [
         *tiny(RELEASED, **{**RUN, "train__num_steps": 10_000}),
         f"--workdir={tmp_path / 'run'}",
@@ -59,13 +56,8 @@ def test_a_process_that_fails_ends_the_other_and_the_run_resumes(
     with started([*flags, "--heartbeat_timeout=10"], [], []) as both:
         for process in both:
             process.until(lambda: newest_step(tmp_path / "run") >= 4)
-        if fault == "killed":
-            both[1].send_signal(signal.SIGKILL)
-        else:
-            both[1].limit_files(10)
-        other, failed = ended(both)
-    if fault == "full disk":
-        assert_error(failed, "could not be written")
+        both[1].send_signal(signal.SIGKILL)
+        other, _ = ended(both)
     assert other.code != 0
     # JAX's own error where it notices first, ours where a computation does.
     noticed = ("another task died", "error: the other processes cannot be reached")

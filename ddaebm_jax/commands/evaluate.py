@@ -137,11 +137,7 @@ def _measure_images(
 ) -> dict[str, Any]:
     source, config = loaded.experiment.source, loaded.experiment.config
     pixels, _ = images.read_images(
-        input_path,
-        source.event_shape,
-        skip_corrupt,
-        config.data.crop,
-        timeout=config.data.timeout,
+        input_path, source.event_shape, skip_corrupt, config.data.crop
     )
     # Files are often sorted by kind; splits and subsets should be alike.
     pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]

@@ -226,7 +226,7 @@ def _read(
                 "--header and --id_column are for runs of tables; leave them out"
             )
         pixels, names = images.read_images(
-            path, source.event_shape, skip_corrupt, data.crop, timeout=data.timeout
+            path, source.event_shape, skip_corrupt, data.crop
         )
         return pixels, {"image": np.asarray(names)}
     if skip_corrupt:

@@ -58,7 +58,6 @@ def base() -> "ConfigDict":
     data.num_threads = 8  # Reading threads.
     data.prefetch = 8  # Batches read ahead.
     data.num_workers = 0  # Reading processes beside this one; 0: threads only.
-    data.timeout = 600  # Seconds to wait for a batch; 0: no limit.
 
     config.diffusion = process = ConfigDict()
     process.num_steps = 4  # T, the number of denoising steps.

@@ -24,7 +24,7 @@ READ_WHEN = {
     "data.name photos": "data.num_patches",
     "data.name digits mnist5k": "data.held_out_classes",
     f"data.name {' '.join(choices.IMAGES)}": "data.flip data.on_device data.channels "
-    "data.image_size data.num_threads data.num_workers data.prefetch data.timeout",
+    "data.image_size data.num_threads data.num_workers data.prefetch",
     f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction "
     "model.reference data.whiten",
     f"data.name {' '.join(choices.TABLES)}": "model.residual",

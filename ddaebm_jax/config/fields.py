@@ -26,7 +26,7 @@ PATHS = (
 
 # The least and the greatest value, and the fields.
 _RANGES = {
-    (0, INT32_MAX): "seed data.limit data.timeout train.steps_per_dispatch "
+    (0, INT32_MAX): "seed data.limit train.steps_per_dispatch "
     "train.picture_every train.evaluate_every recovery.max_rollbacks "
     "parallel.num_devices",
     (1, INT32_MAX): "data.batch_size game.lazy_reg optimizer.accumulate "

@@ -16,7 +16,7 @@ from ddaebm_jax.paths import user_path
 FREE_ON_RESUME = frozenset(
     # Where the data lie may change; what they are is told by their fingerprint.
     "data.path data.header data.tfds_dir data.on_device data.num_threads "
-    "data.num_workers data.prefetch data.timeout data.skip_corrupt "
+    "data.num_workers data.prefetch data.skip_corrupt "
     "model.remat optimizer.accumulate "
     "train.num_steps train.steps_per_dispatch train.report_every train.picture_every "
     "train.evaluate_every train.checkpoint_every train.keep_checkpoints "
@@ -31,6 +31,7 @@ FREE_ON_RESUME = frozenset(
 
 # Fields that this version has removed: the value that changes nothing; None: each.
 _REMOVED: dict[str, Any] = {
+    "data.timeout": None,
     "recovery.save_patience": None,
     "recovery.max_energy": None,
     "recovery.max_gap": None,

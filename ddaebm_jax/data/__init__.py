@@ -14,7 +14,6 @@ from ddaebm_jax import colour as colour_lib
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, synthetic, tabular
 from ddaebm_jax.data.records import Subset
-from ddaebm_jax.data.threads import TIMEOUT
 from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.files import read_npz, written_atomically
 
@@ -44,7 +43,6 @@ class Source(NamedTuple):
       distribution, table, image_set: the data of each kind, images once opened.
       colour: of the noise of images, see `colour`; None: it is white.
       noise: standard deviation of level 0's, where a table's rows chose it.
-      timeout: seconds without progress in reading images before giving up; 0: never.
     """
 
     name: str
@@ -56,7 +54,6 @@ class Source(NamedTuple):
     image_set: images.ImageSet | None = None
     colour: colour_lib.Std | None = None
     noise: float | None = None
-    timeout: int | float = TIMEOUT
 
     @property
     def holds_images(self) -> bool:
@@ -77,7 +74,7 @@ class Source(NamedTuple):
             # Not the first ones: files in order of names may be of one kind.
             order = np.random.default_rng(seed).permutation(len(test))
             chosen = Subset(test, np.sort(order[:num]))
-            return images.stack(chosen, timeout=self.timeout)
+            return images.stack(chosen)
         return test_rows(self.table, tabular.INLIER)
 
     def to_own_units(self, x: Float[np.ndarray, "n *shape"]) -> np.ndarray:
@@ -110,7 +107,7 @@ class Source(NamedTuple):
         """Returns at most 5,000 training images, in the networks' units."""
         train = self.image_set.train
         chosen = np.random.default_rng(0).permutation(len(train))[:_MOST_FITTED]
-        found = images.stack(Subset(train, np.sort(chosen)), timeout=self.timeout)
+        found = images.stack(Subset(train, np.sort(chosen)))
         return self.from_own_units(found)
 
     @property
@@ -176,15 +173,13 @@ def open_source(
         image_set = images.open_images(data, seed) if open_images else None
         arrays = None
         if open_images and data.on_device:
-            name = "the training images"
-            arrays = images.stack(image_set.train, None, name, data.timeout)
+            arrays = images.stack(image_set.train, None, "the training images")
         source = Source(
             name=data.name,
             event_shape=(data.image_size, data.image_size, data.channels),
             arrays=arrays,
             draw=partial(images.draw, flip=data.flip),
             image_set=image_set,
-            timeout=data.timeout,
         )
         return _with_colour(source, workdir) if data.whiten else source
     if workdir is not None:

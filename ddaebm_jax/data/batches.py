@@ -5,19 +5,17 @@ without a gap, and batch s takes the places s·B … s·B + B − 1. So a batch 
 depend on who reads it, nor on what was read ahead when a run was cut off.
 """
 
-import collections
 import dataclasses
 import functools
-import multiprocessing
+import itertools
 import sys
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
 from jaxtyping import Int32, Shaped
 
 from ddaebm_jax.data.records import Records
-from ddaebm_jax.data.threads import DaemonPool
 from ddaebm_jax.errors import InputError, listed, one_line
 
 
@@ -83,7 +81,6 @@ class Batches:
         num_threads: int = 8,
         prefetch: int = 8,
         num_workers: int = 0,
-        timeout: int | float = 0,
     ) -> None:
         """Opens the stream at its first batch.
 
@@ -96,8 +93,7 @@ class Batches:
           process_count: n.
           num_threads: that read, in each worker; each reads a whole local batch.
           prefetch: local batches that are read ahead, in each worker; at least 1.
-          num_workers: processes that read, by grain; 0: threads of this one.
-          timeout: seconds to wait for a batch before giving up; 0: no limit.
+          num_workers: processes that read; 0: threads of this one.
         """
         if batch_size % process_count:
             raise InputError(
@@ -113,17 +109,14 @@ class Batches:
         self._num_threads = min(num_threads, prefetch)
         self._prefetch = prefetch
         self._num_workers = num_workers
-        self._timeout = timeout
         self._delivered = 0
-        self._pool: DaemonPool | None = None
-        self._workers: Any = None
-        self._pending: collections.deque = collections.deque()  # Of futures.
+        self._iterator: Iterator[np.ndarray] | None = None
 
     def next(self, length: int) -> Shaped[np.ndarray, "length batch ..."]:
         """Returns the next `length` local batches: records, or int32 [length, B/n].
 
-        After an InputError, if a record cannot be read, no batch comes in time, or a
-        worker process dies, the stream is where it was, and can be read again.
+        After an InputError, if a record cannot be read or a worker process dies, the
+        stream is where it was, and can be read again.
         """
         try:
             steps = range(self._delivered, self._delivered + length)
@@ -151,65 +144,37 @@ class Batches:
 
     def close(self) -> None:
         """Ends threads and workers; the next call of `next` starts them again."""
-        if self._pool is not None:
-            self._pool.close()
-        if self._workers is not None:
-            if self._pending and not self._pending[0].done():
-                _kill_workers()
-            self._workers.close()
-        self._pool = self._workers = None
-        self._pending.clear()
+        if self._iterator is not None and self._reader.records is not None:
+            self._iterator.close()
+        self._iterator = None
 
     def _next(self, step: int) -> np.ndarray:
-        """Waits for one batch, and has those after it read ahead."""
-        if self._pool is None:
-            self._open(step)
-        ahead = 1 if self._num_workers else self._prefetch
-        while len(self._pending) < ahead:
-            self._pending.append(
-                self._pool.submit(self._read, step + len(self._pending))
-            )
         try:
-            batch = self._pending[0].result(self._timeout or None)
+            self._iterator = self._iterator or self._open(step)
+            return next(self._iterator)
         except InputError:
             raise
         except Exception as error:
             indices = listed(self._reader.indices(step), 5)
-            fault = f"cannot be read ({one_line(error)})"
-            remedy = "if a worker process was killed (exit code -9), lower "
-            remedy += f"data.num_workers={self._num_workers} or data.prefetch"
-            if isinstance(error, TimeoutError):
-                fault = f"has not come within {self._timeout} s"
-                remedy = "a file system may stall: fix that, or raise data.timeout"
             raise InputError(
-                f"batch {step} (counted from 0; records {indices}) {fault}; {remedy}; "
-                "the same command continues the run from its last checkpoint"
+                f"batch {step} (counted from 0; records {indices}) cannot be read "
+                f"({one_line(error)}); if a worker process was killed (exit code -9), "
+                f"lower data.num_workers={self._num_workers} or data.prefetch; the "
+                "same command continues the run from its last checkpoint"
             ) from error
-        self._pending.popleft()
-        return batch
 
-    def _read(self, step: int) -> np.ndarray:
-        return self._reader(step) if self._workers is None else next(self._workers)
-
-    def _open(self, step: int) -> None:
-        """Starts threads, or one thread that waits for worker processes."""
-        if not self._num_workers:
-            self._pool = DaemonPool(self._num_threads)
-            return
+    def _open(self, step: int) -> Iterator[np.ndarray]:
+        if self._reader.records is None:
+            return map(self._reader, itertools.count(step))
         import grain
 
         # grain reads flags of its own, which a notebook does not parse.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         batches = grain.MapDataset.range(step, sys.maxsize).map(self._reader)
-        threads = grain.ReadOptions(self._num_threads, self._prefetch)
-        workers = grain.MultiprocessingOptions(self._num_workers, self._prefetch)
-        self._workers = iter(batches.to_iter_dataset(threads).mp_prefetch(workers))
-        self._pool = DaemonPool(1)
-
-
-def _kill_workers() -> None:
-    """Kills grain's worker processes: `close` would wait for one that is stalled."""
-    for child in multiprocessing.active_children():
-        if child.name.startswith("grain-process-prefetch"):
-            child.kill()
+        read_ahead = grain.ReadOptions(self._num_threads, self._prefetch)
+        batches = batches.to_iter_dataset(read_ahead)
+        if self._num_workers:
+            workers = grain.MultiprocessingOptions(self._num_workers, self._prefetch)
+            batches = batches.mp_prefetch(workers)
+        return iter(batches)

@@ -20,10 +20,10 @@ from ddaebm_jax.data.records import (
     Subset,
     digest,
     hold_out,
+    in_parallel,
     split_set,
     stack,
 )
-from ddaebm_jax.data.threads import TIMEOUT, in_parallel
 from ddaebm_jax.errors import InputError, listed, one_line
 from ddaebm_jax.files import choose_array, npz_headers, printable, read_npz
 from ddaebm_jax.paths import user_path
@@ -124,7 +124,6 @@ def read_folder(
     channels: int,
     crop: Crop | None = None,
     skip_corrupt: bool = False,
-    timeout: int | float = TIMEOUT,
 ) -> FolderImages:
     """Reads and prepares every image of a folder and its subfolders.
 
@@ -133,8 +132,7 @@ def read_folder(
     are kept in memory if they take at most `MAX_BYTES`, else read again on demand. One
     line of the log says how many there are and what is left out.
 
-    Raises FileNotFoundError, or InputError if there is no image or an unusable file,
-    or no progress for `timeout` seconds.
+    Raises FileNotFoundError, or InputError if there is no image or an unusable file.
     """
     folder = user_path(path, "data.path")
     if not folder.exists():
@@ -162,7 +160,7 @@ def read_folder(
             kept[index] = image
         return hashlib.sha256(image).digest()
 
-    results = in_parallel(decode, len(names), f"{folder}: decoding images", timeout)
+    results = in_parallel(decode, len(names), f"{folder}: decoding images")
     errors = {names[i]: r for i, r in enumerate(results) if isinstance(r, InputError)}
     records: Records = kept if keep else files
     if errors:
@@ -203,9 +201,7 @@ def load_folder(data: Any, seed: int) -> ImageSet:
         numbers = tuple(map(str, range(len(images))))
         folder = FolderImages(images, numbers, 0, digest(images))
     else:
-        folder = read_folder(
-            path, size, channels, data.crop, data.skip_corrupt, data.timeout
-        )
+        folder = read_folder(path, size, channels, data.crop, data.skip_corrupt)
     what = f"{data.path}: images"
     split = hold_out(len(folder.names), data.test_fraction, seed, what)
     return split_set(
@@ -223,7 +219,6 @@ def read_images(
     event_shape: tuple[int, int, int],
     skip_corrupt: bool = False,
     crop: Crop | None = None,
-    timeout: int | float = TIMEOUT,
 ) -> tuple[UInt8[np.ndarray, "n height width channels"], tuple[str, ...]]:
     """Returns images from outside, to be scored, and their names.
 
@@ -238,14 +233,14 @@ def read_images(
         images = _read_npz(path, event_shape)
         return images, tuple(map(str, range(len(images))))
     size, _, channels = event_shape
-    folder = read_folder(path, size, channels, crop, skip_corrupt, timeout)
+    folder = read_folder(path, size, channels, crop, skip_corrupt)
     num_bytes = len(folder.names) * math.prod(event_shape)
     if num_bytes > MAX_BYTES:
         raise InputError(
             f"{path}: {len(folder.names)} images take {num_bytes} bytes; at most "
             f"{MAX_BYTES} are allowed; score the folder in parts"
         )
-    found = stack(folder.records, None, f"{path}: reading images", timeout)
+    found = stack(folder.records, None, f"{path}: reading images")
     return found, folder.names
 
 

@@ -7,18 +7,24 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from absl import logging
 from jaxtyping import Integer, UInt8
 
-from ddaebm_jax.data.threads import TIMEOUT, in_parallel
 from ddaebm_jax.errors import InputError, one_line
 
 # Share of the records that may be skipped while reading, and the least such limit.
 _MAX_UNUSABLE, _MIN_LIMIT = 0.01, 10
+# Threads of `in_parallel`, the indices that a thread takes at once, and seconds between
+# two lines of the log.
+_NUM_THREADS, _CHUNK, _REPORT_SECONDS = 8, 64, 10.0
+
+_Result = TypeVar("_Result")
 
 
 class UnusableRecord(InputError):
@@ -190,15 +196,37 @@ def digest(*parts: bytes | np.ndarray) -> str:
     return result.hexdigest()
 
 
+def in_parallel(
+    function: Callable[[int], _Result], num: int, progress_name: str = ""
+) -> list[_Result]:
+    """Returns function(0), …, function(num − 1), computed by several threads.
+
+    The first exception stops it. Long work is reported in the log, unless
+    `progress_name` is empty.
+    """
+
+    def work(start: int) -> list[_Result]:
+        return [function(i) for i in range(start, min(start + _CHUNK, num))]
+
+    results: list[_Result] = []
+    reported, pool = time.monotonic(), ThreadPoolExecutor(_NUM_THREADS)
+    try:
+        for found in pool.map(work, range(0, num, _CHUNK)):
+            results += found
+            if progress_name and time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                logging.info("%s: %d of %d images", progress_name, len(results), num)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
+
+
 def stack(
-    records: Records,
-    limit: int | None = None,
-    progress_name: str = "",
-    timeout: int | float = TIMEOUT,
+    records: Records, limit: int | None = None, progress_name: str = ""
 ) -> UInt8[np.ndarray, "n height width channels"]:
     """Loads records of one shape, or the first `limit`, into one array.
 
-    There must be a record; the other arguments are those of `in_parallel`.
+    There must be a record; for `progress_name` see `in_parallel`.
     """
     num = len(records) if limit is None else min(limit, len(records))
     images = np.empty((num, *records[0].shape), np.uint8)
@@ -206,5 +234,5 @@ def stack(
     def load(index: int) -> None:
         images[index] = records[index]
 
-    in_parallel(load, num, progress_name, timeout)
+    in_parallel(load, num, progress_name)
     return images

@@ -249,9 +249,7 @@ def open_meter(experiment: Experiment) -> Meter | None:
         "preprocessing": settings.preprocessing,
         "num_features_kept": min(settings.num_kept_features, len(records)),
     }
-    reference = _open_reference(
-        settings, records, extract, fingerprint, experiment.config.data.timeout
-    )
+    reference = _open_reference(settings, records, extract, fingerprint)
     about = {
         "preprocessing": settings.preprocessing,
         "reference": settings.reference,
@@ -269,7 +267,6 @@ def _open_reference(
     records: Records,
     extract: Extract,
     fingerprint: dict[str, Any],
-    timeout: int | float,
 ) -> Statistics:
     """Loads the reference statistics, or computes and saves them.
 
@@ -307,9 +304,7 @@ def _open_reference(
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
     chunks = (
-        stack(
-            Subset(records, np.arange(start, min(start + size, num))), timeout=timeout
-        )
+        stack(Subset(records, np.arange(start, min(start + size, num))))
         for start in range(0, num, size)
     )
     found = collect(extract, chunks, keep, keep_logits=False)

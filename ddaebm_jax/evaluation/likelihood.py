@@ -120,7 +120,7 @@ def training_rows(source: Source, num: int = _MOST_ROWS) -> np.ndarray:
         return _some(source.table.train, num)
     chosen = _some(np.arange(len(source.image_set.train)), num)
     chosen = Subset(source.image_set.train, chosen)
-    return source.from_own_units(images.stack(chosen, timeout=source.timeout))
+    return source.from_own_units(images.stack(chosen))
 
 
 def _some(rows: np.ndarray, num: int = _MOST_ROWS) -> np.ndarray:

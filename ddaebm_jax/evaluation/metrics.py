@@ -150,12 +150,11 @@ def _evaluate_images(
         "num_samples_energies": len(fake),
     }
     if labelled:
-        timeout = experiment.config.data.timeout
         metrics |= digits.evaluate_digits(
             samples,
-            images.stack(image_set.train, timeout=timeout),
+            images.stack(image_set.train),
             image_set.train_labels,
-            images.stack(image_set.test, timeout=timeout),
+            images.stack(image_set.test),
             image_set.test_labels,
             experiment.config.seed,
         )

@@ -254,7 +254,7 @@ def measure(
     fitted = {}
     if baselines:
         logging.info("fitting the baselines to the training images")
-        train = images.stack(source.image_set.train, timeout=data.timeout)
+        train = images.stack(source.image_set.train)
         fitted = detectors.fit_pixel_detectors(train, seed)
 
     def scores(of: str, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -144,7 +144,7 @@ def _draw_images(
     shown = source.to_own_units(samples[:_GRID_IMAGES])
     plots.write_grid(grid, shown)
     if nearest is not None:
-        train = images.stack(source.image_set.train, timeout=source.timeout)
+        train = images.stack(source.image_set.train)
         shown = shown[: _PAIR_ROWS * _PAIR_COLUMNS]
         places, _ = digits.nearest(shown, train)
         rows = _PAIR_ROWS, _PAIR_COLUMNS, *shown.shape[1:]

@@ -241,7 +241,7 @@ def _num_held_out(source: Source) -> int:
 def _take(source: Source, places: np.ndarray) -> np.ndarray:
     if source.image_set is not None:
         chosen = Subset(source.image_set.test, places)
-        return images.stack(chosen, timeout=source.timeout)
+        return images.stack(chosen)
     return test_rows(source.table, tabular.INLIER)[places]
 
 

@@ -200,7 +200,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         start, step = step, dispatch.dispatch_end(config, step)
         evaluate = _is_due(train.evaluate_every, step, config)
         draw = _is_due(train.picture_every, step, config)
-        save = step % train.checkpoint_every == 0 or evaluate or draw
+        save = step % train.checkpoint_every == 0 or step == total or evaluate or draw
         move = step in config.levels.move_at
         bad = None
         # The rate before leaves out compilation, and ends before that of a used state.
@@ -217,6 +217,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         stop = preemption.poll(start, step)
         run.checkpoints.poll()
         evaluate, draw = evaluate and stop is None, draw and stop is None
+        save = save or stop is not None
 
         # Metrics are fetched while the next steps are under way, those of a state that
         # is used at once.
