@@ -207,9 +207,9 @@ def _cell(
         return found
 
     def ours(method: str) -> dict[str, float]:
-        if method == "noise_space":
+        if method in ("averaged", "noise_space"):
             how = _CHAINS.value, _SEED, restoring.Search(), model.error
-            draws = restoring.noise_space(*inputs, *how)
+            draws = getattr(restoring, method)(*inputs, *how)
         elif method == "particles":
             draws = restoring.particles(*inputs, 128, _SEED, weighted=False).x
         else:

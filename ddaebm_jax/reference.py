@@ -145,6 +145,51 @@ def empty(num: int, event_shape: tuple[int, ...]) -> Reference:
     )
 
 
+def given_measurement(
+    gaussians: Gaussians,
+    matrix: Float[np.ndarray, "m d"],
+    y: Float[np.ndarray, " m"],
+    std: float,
+) -> tuple[
+    Float[np.ndarray, " k"], Float[np.ndarray, "k d"], Float[np.ndarray, "k d d"]
+]:
+    """Returns the mixture's p(x_0 | y) of y = A x_0 + σ ε, one point.
+
+    That is the log evidence of each Gaussian, with its weight, and means and
+    covariances of x_0; all in double precision on the host.
+
+    Args:
+      gaussians: one mixture, all of whose Gaussians are in use, with axes.
+      matrix: A.
+      y: the measurement.
+      std: σ > 0.
+    """
+    log_weights, means, variances, axes = gaussians
+    covariances = axes * variances[:, None] @ axes.swapaxes(1, 2)
+    cross = matrix @ covariances
+    inner = cross @ matrix.T + std**2 * np.eye(len(y))
+    residual = y - means @ matrix.T
+    gain = np.linalg.solve(inner, cross).swapaxes(1, 2)
+    solved = np.linalg.solve(inner, residual[..., None])[..., 0]
+    logs = log_weights - 0.5 * (residual * solved).sum(axis=1)
+    logs = logs - 0.5 * np.linalg.slogdet(2 * np.pi * inner)[1]
+    moved = np.einsum("kdm,km->kd", gain, residual)
+    return logs, means + moved, covariances - gain @ cross
+
+
+def in_use(gaussians: Gaussians) -> Gaussians:
+    """Returns the Gaussians of a fitted mixture, in double precision on the host."""
+    found = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gaussians)
+    used = found.log_weights > _ABSENT / 2
+    return jax.tree.map(lambda leaf: leaf[used], found)
+
+
+def roots(covariances: Float[np.ndarray, "k d d"]) -> Float[np.ndarray, "k d d"]:
+    """Returns square roots R of covariances, R Rᵀ."""
+    values, vectors = np.linalg.eigh(covariances)
+    return vectors * np.sqrt(np.maximum(values, 0.0))[:, None]
+
+
 def at_level(
     reference: Reference, schedule: Schedule, t: Int[Array, " batch"]
 ) -> Density:

@@ -27,7 +27,7 @@ from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks, Players
 from ddaebm_jax.proposal import Proposal, ProposalNoise
 
-# Operators A, linear and example by example; `gain` is the largest eigenvalue of A Aᵀ.
+# Operators A, linear; `gain` is the largest eigenvalue of A Aᵀ. Arrays have a batch axis.
 
 
 @flax.struct.dataclass
@@ -78,33 +78,33 @@ class BlockMean:
 class Blur:
     """Pixels are averaged by a kernel of odd sides, mirrored at the edges: deblurring.
 
-    A kernel of nonnegative numbers with sum 1 has gain 1 up to the mirrored edges.
+    A kernel (rows) of nonnegative numbers with sum 1 has gain 1 up to mirrored edges.
     """
 
-    kernel: Float[Array, "rows columns"]
+    kernel: tuple[tuple[float, ...], ...] = flax.struct.field(pytree_node=False)
     gain = 1.0
 
     def apply(
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:
         """Returns the averages."""
-        rows, columns = self.kernel.shape
+        rows, columns = len(self.kernel), len(self.kernel[0])
         pads = [(0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)]
         padded = jnp.pad(x, pads, mode="symmetric")
         height, width = x.shape[1:3]
         return sum(
-            self.kernel[i, j] * padded[:, i : i + height, j : j + width]
+            self.kernel[i][j] * padded[:, i : i + height, j : j + width]
             for i in range(rows)
             for j in range(columns)
         )
 
 
-def gaussian_kernel(std: float, side: int) -> Float[np.ndarray, "rows columns"]:
+def gaussian_kernel(std: float, side: int) -> tuple[tuple[float, ...], ...]:
     """Returns a Gaussian of this standard deviation, cut at 3σ or the image's side."""
     reach = min(int(np.ceil(3 * std)), side - 1)
     line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / std) ** 2)
     kernel = np.outer(line, line)
-    return (kernel / kernel.sum()).astype(np.float32)
+    return tuple(map(tuple, (kernel / kernel.sum()).tolist()))
 
 
 Operator = Identity | Mask | BlockMean | Blur

@@ -1,5 +1,6 @@
 """Restoration against NumPy, closed forms, and the posterior of Gaussians."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_likelihood import NO_VARIABLES, experiment, gaussian_networks
 
-from ddaebm_jax import restoration
-from ddaebm_jax.evaluation import restoring
+from ddaebm_jax import reference, restoration
+from ddaebm_jax.evaluation import reference_draws, restoring
+from ddaebm_jax.models import Players
 from ddaebm_jax.restoration import BlockMean, Blur, Identity, Mask, Measurement
 
 SHAPE = (4, 6, 2)
@@ -22,7 +24,7 @@ def operators():
         "identity": (Identity(), lambda x: x),
         "mask": (Mask(jnp.asarray(known)), lambda x: np.where(known, x, 0.0)),
         "mean": (BlockMean(2), block_means),
-        "blur": (Blur(jnp.asarray(KERNEL)), blurred),
+        "blur": (Blur(tuple(map(tuple, KERNEL.tolist()))), blurred),
     }
 
 
@@ -57,6 +59,8 @@ def test_operators_and_their_adjoints(name: str):
     again = operator.apply(restoration.adjoint(operator, y, SHAPE))
     gains = (again * y).sum(axis=(1, 2, 3)) / (y * y).sum(axis=(1, 2, 3))
     assert (gains <= operator.gain * (1 + 1e-5)).all()
+    # So that examples can be repeated and taken.
+    assert all(len(leaf) == 3 for leaf in jax.tree.leaves(operator))
 
 
 @given(st.floats(0.1, 2.0), st.floats(0.1, 2.0), st.sampled_from(["mask", "mean"]))
@@ -109,6 +113,42 @@ def test_noise_space_draws_from_the_posterior():
     close(draws, mean, variance, count=400)
 
 
+def posterior(operator, y, mean, covariance):
+    """Mean and variances of x ~ N(mean, covariance) given y with noise of 0.3."""
+    basis = jnp.eye(mean.size).reshape(-1, *SHAPE)
+    matrix = np.asarray(operator.apply(basis)).reshape(mean.size, -1).T
+    gain = covariance @ matrix.T
+    gain = gain @ np.linalg.inv(matrix @ gain + 0.3**2 * np.eye(len(matrix)))
+    residual = y.reshape(-1) - matrix @ mean.reshape(-1)
+    found = mean.reshape(-1) + gain @ residual
+    return found, np.diag(covariance - gain @ matrix @ covariance)
+
+
+@pytest.mark.parametrize("name", ["identity", "mask", "mean", "blur"])
+def test_draws_of_the_reference_given_a_measurement(name: str):
+    """One Gaussian of full covariance, by the normal equations."""
+    operator, _ = operators()[name]
+    rng, size, num = np.random.default_rng(0), int(np.prod(SHAPE)), 4_000
+    found = reference.empty(2, SHAPE)
+    found.gaussians.log_weights[1] = 0.0
+    found.gaussians.means[1] = rng.normal(size=size)
+    found.gaussians.variances[1] = rng.uniform(0.1, 1.0, size)
+    found.gaussians.axes[1] = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    variables = Players({"params": {}}, {"params": {}}, {"params": {}})
+    variables = reference.with_fitted(variables, found)
+    assert reference_draws.are_possible(variables)
+    y = np.asarray(operator.apply(normals(4, 3, *SHAPE)))
+    measurement = Measurement(operator, y, np.full(3, 0.3, np.float32))
+    model = experiment(gaussian_networks()._replace(event_shape=SHAPE)), variables
+    drawn = reference_draws.draws(*model, measurement, num, seed=0)
+    axes, variances = found.gaussians.axes[1], found.gaussians.variances[1]
+    covariance = axes * variances @ axes.T
+    for i in range(3):
+        own = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], operator)
+        expected = posterior(own, y[i], found.gaussians.means[1], covariance)
+        close(drawn[i].reshape(1, num, -1), *expected, count=num)
+
+
 @pytest.mark.parametrize("name", ["identity", "mask", "mean", "blur"])
 def test_the_generators_error_given_a_measurement(name: str):
     """Of x_0 ~ N(x̂_0, diag τ²) given y, by the normal equations; τ of each pixel."""
@@ -118,14 +158,8 @@ def test_the_generators_error_given_a_measurement(name: str):
     if name == "mask":
         operator = Mask(operator.known[:1])
     y = np.asarray(operator.apply(normals(4, 1, *SHAPE)))
-    basis = jnp.eye(prediction.size).reshape(-1, *SHAPE)
-    matrix = np.asarray(operator.apply(basis)).reshape(prediction.size, -1).T
     covariance = np.diag(tau.reshape(-1) ** 2)
-    gain = covariance @ matrix.T
-    gain = gain @ np.linalg.inv(matrix @ gain + 0.3**2 * np.eye(len(matrix)))
-    residual = y.reshape(-1) - matrix @ prediction.reshape(-1)
-    mean = prediction.reshape(-1) + gain @ residual
-    variance = np.diag(covariance - gain @ matrix @ covariance)
+    mean, variance = posterior(operator, y, prediction, covariance)
     seen = np.repeat(y, num, axis=0)
     measurement = Measurement(operator, jnp.asarray(seen), jnp.full(num, 0.3))
     draws = restoration.with_error(
@@ -209,7 +243,7 @@ def test_seeds_repeat_and_devices_agree():
 
 @given(st.floats(0.1, 3.0), st.integers(2, 12))
 def test_gaussian_kernel(std: float, side: int):
-    kernel = restoration.gaussian_kernel(std, side)
+    kernel = np.array(restoration.gaussian_kernel(std, side))
     assert kernel.sum() == pytest.approx(1.0, rel=1e-5)
     assert kernel.shape[0] % 2 == 1 and kernel.shape[0] < 2 * side
     centre = len(kernel) // 2

@@ -166,7 +166,7 @@ def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Pa
         ("is for --task=denoise", "--task=superres", "--method=direct"),
         ("does not divide", "--task=superres", "--factor=3"),
         (
-            "--error is for --method=noise_space, not particles",
+            "--error is for --method=averaged or noise_space, not particles",
             *("--task=deblur", "--method=particles", "--error=0.1"),
         ),
         ("--mask=center:9", "--task=inpaint", "--mask=center:9"),

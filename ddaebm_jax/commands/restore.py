@@ -25,7 +25,7 @@ from ddaebm_jax.data import images
 from ddaebm_jax.data.image_files import read_mask
 from ddaebm_jax.data.table_files import TableOptions, read_table_file
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import imputation, plots, restoring
+from ddaebm_jax.evaluation import imputation, plots, reference_draws, restoring
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.paths import user_path
 from ddaebm_jax.reference import read as read_reference
@@ -66,7 +66,8 @@ def define_flags(values: flags.FlagValues) -> None:
     text = "Blur to undo: a Gaussian's standard deviation, pixels."
     flags.DEFINE_float("blur", None, f"{text} Default: 1.", 0.1, 10.0, values)
     text = "How draws of images are made; direct is to denoise only. "
-    text += "Default: noise_space."
+    text += "Default: averaged, or noise_space for runs without a reference density "
+    text += "of full covariances."
     flags.DEFINE_enum("method", None, restoring.METHODS, text, flag_values=values)
     text = "Error of the generator's images: its standard deviation as a share of the "
     text += "range of pixels. Default: measured on held-out images."
@@ -122,7 +123,7 @@ def restore(
     given_flags = {"sigma": sigma, "mask": mask, "factor": factor, "blur": blur}
     given_flags |= {"method": method, "error": error, "truth": truth, "header": header}
     _check(task, given_flags)
-    in_noise_space = not is_table and method in (None, "noise_space")
+    in_noise_space = not is_table and method in (None, "averaged", "noise_space")
     measure = in_noise_space and error is None
     loaded = load_run(workdir, checkpoint=checkpoint, open_images=measure)
     source = loaded.experiment.source
@@ -132,6 +133,14 @@ def restore(
             f"--task={task} is for {kind}, and the run's data.name is "
             f"'{source.name}'; name another --workdir or --task"
         )
+    average = reference_draws.are_possible(loaded.variables)
+    if method == "averaged" and not average:
+        raise InputError(
+            "--method=averaged needs a run whose energy has a reference density of "
+            "full covariances (model.reference, at most 64 numbers an example); leave "
+            "--method out"
+        )
+    average = average and method in (None, "averaged")
     if source.colour is not None:
         raise InputError(
             f"--task={task} needs a run with white noise, and this one was trained "
@@ -153,7 +162,7 @@ def restore(
     if in_noise_space:
         errors = _error(loaded, error, seed)
         how = num_draws, seed, restoring.Search(), errors
-        drawn = restoring.noise_space(*model, *how)
+        drawn = (restoring.averaged if average else restoring.noise_space)(*model, *how)
     elif method == "particles":
         num_particles = _PARTICLES * num_draws
         found = restoring.particles(*model, num_particles, seed, weighted=False)
@@ -216,9 +225,10 @@ def _check(task: str, given: dict[str, Any]) -> None:
             "--task=inpaint needs --mask: center:4, random:0.5, or a PNG whose black "
             "pixels are the hole"
         )
-    if given["error"] is not None and given["method"] not in (None, "noise_space"):
+    if given["error"] is not None and given["method"] in ("particles", "direct"):
         raise InputError(
-            f"--error is for --method=noise_space, not {given['method']}; leave it out"
+            "--error is for --method=averaged or noise_space, not "
+            f"{given['method']}; leave it out"
         )
     if given["method"] == "direct" and task != "denoise":
         raise InputError(f"--method=direct is for --task=denoise, not {task}")

@@ -73,39 +73,30 @@ def _candidates(
     seed: int,
 ) -> Iterator[Float[np.ndarray, "num d"]]:
     """Yields draws from p_ref of each row given its known cells."""
-    gaussians = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), reference)
-    points, log_points = gaussians.points, gaussians.log_weights
+    points = np.asarray(reference.points, np.float64)
+    log_points = np.asarray(reference.log_weights, np.float64)
     points, log_points = (leaf[log_points > -1e20] for leaf in (points, log_points))
-    gaussians = gaussians.gaussians
-    used = gaussians.log_weights > -1e20
-    log_weights, means, variances = (leaf[used] for leaf in gaussians[:3])
-    covariances = None
-    if gaussians.axes is not None:
-        axes = gaussians.axes[used]
-        covariances = axes * variances[:, None] @ axes.swapaxes(1, 2)
+    gaussians = reference_lib.in_use(reference.gaussians)
+    log_weights, means, variances, axes = gaussians
+    every = np.eye(rows.shape[1])
     for i, (row, seen) in enumerate(zip(rows.astype(np.float64), known, strict=True)):
         rng = np.random.default_rng((seed, 0, i))
         hidden = ~seen
-        residual = row[seen] - means[:, seen]
-        if covariances is None:
+        if axes is None:
+            residual = row[seen] - means[:, seen]
             inner = variances[:, seen] + noise**2
-            logs = -0.5 * (residual**2 / inner + np.log(2 * np.pi * inner)).sum(axis=1)
+            terms = residual**2 / inner + np.log(2 * np.pi * inner)
+            logs = log_weights - 0.5 * terms.sum(axis=1)
             centres = means[:, hidden]
             spread = np.sqrt(variances[:, hidden])[:, :, None] * np.eye(hidden.sum())
         else:
-            inner = covariances[:, seen][:, :, seen] + noise**2 * np.eye(seen.sum())
-            cross = covariances[:, hidden][:, :, seen]
-            gain = np.linalg.solve(inner, cross.swapaxes(1, 2)).swapaxes(1, 2)
-            solved = np.linalg.solve(inner, residual[..., None])[..., 0]
-            logs = -0.5 * (residual * solved).sum(axis=1)
-            logs -= 0.5 * np.linalg.slogdet(2 * np.pi * inner)[1]
-            centres = means[:, hidden] + np.einsum("kho,ko->kh", gain, residual)
-            rest = covariances[:, hidden][:, :, hidden] - gain @ cross.swapaxes(1, 2)
-            values, vectors = np.linalg.eigh(rest)
-            spread = vectors * np.sqrt(np.maximum(values, 0.0))[:, None]
+            given = every[seen], row[seen], noise
+            logs, centres, rest = reference_lib.given_measurement(gaussians, *given)
+            centres = centres[:, hidden]
+            spread = reference_lib.roots(rest[:, hidden][:, :, hidden])
         squares = ((row[seen] - points[:, seen]) ** 2).sum(axis=1) / noise**2
         log_near = -0.5 * (squares + seen.sum() * np.log(2 * np.pi * noise**2))
-        total = np.concatenate([log_weights + logs, log_points + log_near])
+        total = np.concatenate([logs, log_points + log_near])
         shares = np.exp(total - logsumexp(total))
         chosen = rng.choice(len(total), num, p=shares / shares.sum())
         drawn = np.tile(row, (num, 1))

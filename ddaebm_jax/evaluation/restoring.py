@@ -16,7 +16,7 @@ from absl import logging
 from jaxtyping import Float
 
 from ddaebm_jax import diffusion, restoration
-from ddaebm_jax.evaluation import inference
+from ddaebm_jax.evaluation import inference, reference_draws
 from ddaebm_jax.evaluation.particles import (
     proposal_noise,
     row_normals,
@@ -26,7 +26,7 @@ from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 from ddaebm_jax.restoration import Measurement, NoisePath, State, Twisted
 
-METHODS = "noise_space", "particles", "direct"
+METHODS = "averaged", "noise_space", "particles", "direct"
 # Particles of an image are resampled where fewer than this share of them count.
 _RESAMPLE_BELOW = 0.5
 # Of Hamiltonian Monte Carlo: acceptance that step sizes are adapted to (Beskos et al.
@@ -222,6 +222,27 @@ class _Chains:
         key = jax.random.fold_in(jax.random.key(self._seed), _ERROR_KEYS + number)
         how = self._experiment, partial(_with_error, tree), self._num
         return inference.by_rows(*how, (x0, *map(np.asarray, rows)), (key, error))
+
+
+def averaged(
+    experiment: Experiment,
+    variables: Players,
+    measurement: Measurement,
+    num_chains: int,
+    seed: int,
+    search: Search,
+    error: Float[np.ndarray, "*shape"] | None = None,
+) -> Float[np.ndarray, "n draws *shape"]:
+    """Returns draws of two models' posteriors in turn: `noise_space`, and p_ref's.
+
+    The mean of two models' means is often nearer to the truth than either. For the
+    arguments see `noise_space`; `reference_draws` has the other one.
+    """
+    model = experiment, variables, measurement
+    first = noise_space(*model, num_chains, seed, search, error)
+    second = reference_draws.draws(*model, first.shape[1], seed)
+    both = np.stack([first, second], axis=2)
+    return both.reshape(len(first), -1, *first.shape[2:])
 
 
 class Restored(NamedTuple):
