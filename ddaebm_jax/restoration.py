@@ -27,7 +27,7 @@ from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks, Players
 from ddaebm_jax.proposal import Proposal, ProposalNoise
 
-# Operators A, linear; `gain` is the largest eigenvalue of A Aᵀ. Arrays have a batch axis.
+# Linear operators A; `gain`: the largest eigenvalue of A Aᵀ. Arrays have a batch axis.
 
 
 @flax.struct.dataclass
