@@ -55,7 +55,7 @@ setup(
         "filelock>=3.13.0",
         "flatbuffers>=24.3.25",  # jax.export needs it, and does not say so.
         "flax>=0.12.0",
-        "grain>=0.2.12",
+        "grain>=0.2.15",
         "jax>=0.7.2",
         "jaxtyping>=0.3.7",
         "matplotlib>=3.8.4",
