@@ -18,6 +18,7 @@ def experiment(
 ) -> Experiment:
     """Returns an experiment without a game to train by."""
     config = SimpleNamespace(
+        data=SimpleNamespace(),
         evaluation=SimpleNamespace(**evaluation),
         parallel=SimpleNamespace(num_devices=num_devices),
     )
