@@ -133,14 +133,6 @@ def restore(
             f"--task={task} is for {kind}, and the run's data.name is "
             f"'{source.name}'; name another --workdir or --task"
         )
-    average = reference_draws.are_possible(loaded.variables)
-    if method == "averaged" and not average:
-        raise InputError(
-            "--method=averaged needs a run whose energy has a reference density of "
-            "full covariances (model.reference, at most 64 numbers an example); leave "
-            "--method out"
-        )
-    average = average and method in (None, "averaged")
     if source.colour is not None:
         raise InputError(
             f"--task={task} needs a run with white noise, and this one was trained "
@@ -148,6 +140,7 @@ def restore(
         )
     if is_table:
         return _impute(loaded, input_path, num_draws, header, seed, output)
+    method = _method(loaded, method)
     how = sigma, mask, factor or 2, blur or 1.0, seed
     given, known = _measured(loaded, input_path, task, *how)
     whole = None
@@ -161,8 +154,8 @@ def restore(
     model = loaded.experiment, loaded.variables, known
     if in_noise_space:
         errors = _error(loaded, error, seed)
-        how = num_draws, seed, restoring.Search(), errors
-        drawn = (restoring.averaged if average else restoring.noise_space)(*model, *how)
+        draw = restoring.averaged if method == "averaged" else restoring.noise_space
+        drawn = draw(*model, num_draws, seed, restoring.Search(), errors)
     elif method == "particles":
         num_particles = _PARTICLES * num_draws
         found = restoring.particles(*model, num_particles, seed, weighted=False)
@@ -174,6 +167,18 @@ def restore(
     else:
         drawn = restoring.direct(*model, num_draws, seed)
     return _write_images(loaded, drawn, given, whole, num_draws, output)
+
+
+def _method(loaded: TrainedRun, given: str | None) -> str:
+    """Return the given way to draw images, or the run's default."""
+    possible = reference_draws.are_possible(loaded.variables)
+    if given == "averaged" and not possible:
+        raise InputError(
+            "--method=averaged needs a run whose energy has a reference density of "
+            "full covariances (model.reference, at most 64 numbers an image); leave "
+            "--method out"
+        )
+    return given or ("averaged" if possible else "noise_space")
 
 
 def _error(loaded: TrainedRun, given: float | None, seed: int) -> np.ndarray:

@@ -26,9 +26,8 @@ PATHS = (
 
 # The least and the greatest value, and the fields.
 _RANGES = {
-    (0, INT32_MAX): "seed data.limit train.steps_per_dispatch "
-    "train.picture_every train.evaluate_every recovery.max_rollbacks "
-    "parallel.num_devices",
+    (0, INT32_MAX): "seed data.limit train.steps_per_dispatch train.picture_every "
+    "train.evaluate_every recovery.max_rollbacks parallel.num_devices",
     (1, INT32_MAX): "data.batch_size game.lazy_reg optimizer.accumulate "
     "train.num_steps train.report_every train.checkpoint_every train.keep_checkpoints "
     "levels.pilot_steps",

@@ -20,16 +20,14 @@ FREE_ON_RESUME = frozenset(
     "model.remat optimizer.accumulate "
     "train.num_steps train.steps_per_dispatch train.report_every train.picture_every "
     "train.evaluate_every train.checkpoint_every train.keep_checkpoints "
-    "train.tensorboard recovery.max_rollbacks "
-    "parallel.num_devices parallel.mode "
-    "parallel.fsdp evaluation.batch_size "
-    "evaluation.reference_path evaluation.num_kept_features "
-    "evaluation.num_particles evaluation.num_runs evaluation.defensive "
-    "evaluation.langevin_moves "
+    "train.tensorboard recovery.max_rollbacks parallel.num_devices parallel.mode "
+    "parallel.fsdp evaluation.batch_size evaluation.reference_path "
+    "evaluation.num_kept_features evaluation.num_particles evaluation.num_runs "
+    "evaluation.defensive evaluation.langevin_moves "
     "compilation_cache.enabled compilation_cache.directory".split()
 )
 
-# Fields that this version has removed: the value that changes nothing; None: each.
+# Removed fields, and the value at which they changed nothing; None: any value.
 _REMOVED: dict[str, Any] = {
     "data.timeout": None,
     "recovery.save_patience": None,

@@ -1,5 +1,7 @@
 """Draws from the reference density given a measurement, in closed form."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,8 @@ def draws(
     basis, drawn = jnp.eye(dim).reshape(dim, *shape), []
     for i, (y, std) in enumerate(zip(*measurement[1:], strict=True)):
         rng = np.random.default_rng((seed, i))
-        own = jax.tree.map(lambda leaf: leaf[i : i + 1], measurement.operator)  # noqa: B023
+        row = operator.itemgetter(slice(i, i + 1))
+        own = jax.tree.map(row, measurement.operator)
         matrix = np.asarray(own.apply(basis), np.float64).reshape(dim, -1).T
         given = matrix, y.reshape(-1).astype(np.float64), float(std)
         logs, means, covariances = reference.given_measurement(gaussians, *given)
