@@ -8,6 +8,11 @@ import pytest
 from cli import TINY_UNET, assert_error, flags_of, run, succeed, tiny
 from PIL import Image
 
+from ddaebm_jax import reference
+from ddaebm_jax.commands import restore
+from ddaebm_jax.errors import InputError
+from ddaebm_jax.models import Players
+
 # --- Tables -----------------------------------------------------------------------
 
 COLUMNS = "height", "weight", "age"
@@ -120,6 +125,18 @@ def pixels(path: Path, side: int = 8, num: int = 3) -> Path:
     drawn = np.random.default_rng(0).integers(0, 256, (num, side, side, 1), np.uint8)
     np.savez(path, x=drawn)
     return path
+
+
+def test_the_default_method_follows_from_the_reference():
+    empty = {"params": {}}
+    without = Players(empty, empty, empty)
+    assert restore._method(without, None) == "noise_space"
+    with pytest.raises(InputError, match="needs a run whose energy has a reference"):
+        restore._method(without, "averaged")
+    found = reference.with_fitted(without, reference.empty(1, (8, 8, 1)))
+    assert restore._method(found, None) == "averaged"
+    wide = reference.with_fitted(without, reference.empty(1, (9, 9, 1)))
+    assert restore._method(wide, None) == "noise_space"
 
 
 TASKS = {

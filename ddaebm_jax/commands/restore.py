@@ -27,6 +27,7 @@ from ddaebm_jax.data.table_files import TableOptions, read_table_file
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import imputation, plots, reference_draws, restoring
 from ddaebm_jax.files import written_atomically
+from ddaebm_jax.models import Players
 from ddaebm_jax.paths import user_path
 from ddaebm_jax.reference import read as read_reference
 from ddaebm_jax.restoration import (
@@ -140,7 +141,7 @@ def restore(
         )
     if is_table:
         return _impute(loaded, input_path, num_draws, header, seed, output)
-    method = _method(loaded, method)
+    method = _method(loaded.variables, method)
     how = sigma, mask, factor or 2, blur or 1.0, seed
     given, known = _measured(loaded, input_path, task, *how)
     whole = None
@@ -169,9 +170,9 @@ def restore(
     return _write_images(loaded, drawn, given, whole, num_draws, output)
 
 
-def _method(loaded: TrainedRun, given: str | None) -> str:
+def _method(variables: Players, given: str | None) -> str:
     """Return the given way to draw images, or the run's default."""
-    possible = reference_draws.are_possible(loaded.variables)
+    possible = reference_draws.are_possible(variables)
     if given == "averaged" and not possible:
         raise InputError(
             "--method=averaged needs a run whose energy has a reference density of "

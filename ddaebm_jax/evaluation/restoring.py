@@ -235,8 +235,8 @@ def averaged(
 ) -> Float[np.ndarray, "n draws *shape"]:
     """Returns draws of two models' posteriors in turn: `noise_space`, and p_ref's.
 
-    The mean of two models' means is often nearer to the truth than either. For the
-    arguments see `noise_space`; `reference_draws` has the other one.
+    On digits the mean of both is nearer to the truth than either (docs/restoration.md).
+    For the arguments see `noise_space`.
     """
     model = experiment, variables, measurement
     first = noise_space(*model, num_chains, seed, search, error)

@@ -187,7 +187,7 @@ def _restore(run: Run) -> tuple[TrainState, int]:
 def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> TrainState:
     """Take all steps that are left, with reports, checkpoints, pictures, evaluations.
 
-    In this order: a step that is evaluated or drawn is saved first.
+    In this order: a step that is evaluated is saved first.
 
     Raises:
       Stopped: for a signal, when everything is saved.
@@ -200,7 +200,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         start, step = step, dispatch.dispatch_end(config, step)
         evaluate = _is_due(train.evaluate_every, step, config)
         draw = _is_due(train.picture_every, step, config)
-        save = step % train.checkpoint_every == 0 or step == total or evaluate or draw
+        save = step % train.checkpoint_every == 0 or step == total or evaluate
         move = step in config.levels.move_at
         bad = None
         # The rate before leaves out compilation, and ends before that of a used state.
