@@ -70,6 +70,7 @@ setup(
         "scipy>=1.13.1",
         "tensorboardX>=2.6.2.2",
         "tensorflow-datasets>=4.9.7",
+        "tqdm>=4.66.5",
     ],
     extras_require={
         "tf": _TF,

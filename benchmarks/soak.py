@@ -43,8 +43,8 @@ _LONGEST = flags.DEFINE_float(
 _PER_DISPATCH = 5
 # Share of the signals whose moment counts from the start of the process.
 _WHILE_STARTING = 0.2
-# What a run prints when it has started its first steps.
-_TRAINS = b"] compiled "
+# What a run prints before it compiles, or loads, its first steps.
+_TRAINS = b"] compiling "
 _SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.2, signal.SIGINT: 0.1}
 # What each may end a run with. Before the first step SIGTERM is not caught: there is
 # nothing to save. Where the run was through at that very moment it ends with 0.

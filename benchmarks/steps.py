@@ -75,6 +75,6 @@ def abstract(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     state = experiment.state_shapes(described)
     images = jax.ShapeDtypeStruct((1, batch, *described.source.event_shape), jnp.uint8)
     index = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    constants = None, described.schedule, jnp.int32(0)
+    constants = None, described.schedule, jnp.uint32(0), jnp.int32(0)
     step = partial(experiment.make_steps(described), 1)
     return jax.make_jaxpr(step)(state, images, index, constants), state

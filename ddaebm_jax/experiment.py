@@ -169,7 +169,12 @@ class Keys(NamedTuple):
     noise: Array
 
 
-def run_keys(seed: int) -> Keys:
+def seed_argument(seed: int) -> np.uint32:
+    """Returns the uint32 with the same `run_keys` as a seed of any size."""
+    return np.uint32(seed % 2**32)
+
+
+def run_keys(seed: int | np.uint32 | Array) -> Keys:
     """Returns the keys of a run with this seed."""
     return Keys(*(jax.random.fold_in(jax.random.key(seed), i) for i in range(3)))
 
@@ -228,8 +233,9 @@ def make_steps(
 
     `length` steps on the device; see `step.scan_steps`. Noise is drawn inside, each
     example's from a key of its own, and so are the batches of sources without an input
-    stream (`batches` is None). The constants are the source's arrays, the schedule and
-    the trial; one other than 0 has other noise.
+    stream (`batches` is None). The constants are the source's arrays, the schedule,
+    the seed (`seed_argument`), so that one program serves all seeds, and the trial; one
+    other than 0 has other noise.
 
     Args:
       experiment: what the config describes.
@@ -237,9 +243,9 @@ def make_steps(
     """
 
     def draw_and_step(index, constants, *inputs):
-        arrays, schedule, trial = constants
+        arrays, schedule, seed, trial = constants
         step = make_keyed_step(experiment._replace(schedule=schedule), axis_name)
-        return step(run_keys(experiment.config.seed), index, arrays, trial, *inputs)
+        return step(run_keys(seed), index, arrays, trial, *inputs)
 
     return partial(scan_steps, draw_and_step)
 

@@ -11,7 +11,7 @@ from cli import ROOT, python
 # From the bottom up. A module may import only from layers below its own and, where
 # that makes no circle, from its own.
 LAYERS = (
-    ("errors", "paths", "files"),
+    ("errors", "paths", "files", "progress"),
     ("config",),
     ("levels", "diffusion", "models"),
     (
@@ -38,7 +38,7 @@ LAYERS = (
 )
 MATHEMATICS = (*LAYERS[2], *LAYERS[3])
 # What the mathematics needs no part of, though it lies below.
-NO_MATHEMATICS = ("config", "paths", "files")
+NO_MATHEMATICS = ("config", "paths", "files", "progress")
 
 STEP_PATH = (
     "launch/main.py",

@@ -1,13 +1,16 @@
 """What a config describes: decaying rates and weights, and where dispatches end."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import small
+from stepping import plane
 
+from ddaebm_jax import experiment
 from ddaebm_jax.experiment import build_game, learning_rate
-from ddaebm_jax.training.dispatch import next_stop
+from ddaebm_jax.training.dispatch import Dispatcher, next_stop
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,25 @@ def test_gamma_decays_geometrically_over_the_run():
     game = build_game(config.game, 100)
     found = [game.gamma(step) for step in (0, 50, 100)]
     np.testing.assert_allclose(found, [0.1, 0.01, 0.001], rtol=1e-6)
+
+
+def test_one_program_serves_all_seeds():
+    """So that a second seed finds it in the compilation cache."""
+
+    def text(seed: int) -> str:
+        dispatcher = Dispatcher(experiment.build(plane(seed=seed)))
+        inputs = dispatcher.inputs()
+        return dispatcher.steps.program(1).lower(dispatcher.init(), *inputs).as_text()
+
+    assert text(0) == text(7)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**31 + 5, 2**40 + 7, -1])
+def test_the_seed_as_an_argument_has_the_same_keys(seed: int):
+    whole = experiment.run_keys(seed)
+    passed = jax.jit(experiment.run_keys)(experiment.seed_argument(seed))
+    for one, other in zip(whole, passed, strict=True):
+        np.testing.assert_array_equal(*map(jax.random.key_data, (one, other)))
 
 
 @given(

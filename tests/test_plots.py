@@ -193,3 +193,35 @@ def test_a_picture_that_cannot_be_drawn_is_only_warned_of(
     assert [m.split(" cannot be drawn: ")[0] for m in caplog.messages] == [
         str(tmp_path / name) for name in ("file/a.png", "a.png", "curves.png")
     ]
+
+
+def test_a_study_is_drawn_with_the_gaps_that_are_known(
+    tmp_path: Path, drawn: list[Figure], caplog: Any
+):
+    """A row for each model; those of earlier versions have no gaps."""
+    image = {"images": np.zeros((4, 8, 8, 1), np.uint8)}
+    curves = {"steps": np.array([5, 10]), "gaps": np.array([[1.0, np.nan], [2.0, 3.0]])}
+    empty = {"steps": np.empty(0), "gaps": np.empty(0)}
+    rows = {"new": image | curves, "old": image, "empty": image | empty}
+    plots.write(tmp_path / "a.png", plots.plot_panels, rows, "title")
+    assert not caplog.messages
+    new, old, unknown = drawn[0].axes[1::2]
+    found = [line.get_ydata() for line in new.lines]
+    np.testing.assert_array_equal(found, [[1.0, 2.0], [np.nan, 3.0]])
+    assert not old.axison and not unknown.axison
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"), [([1.0, 2.0, 8.0], "linear"), ([1e-4, 1e-3, 1e-2], "log")]
+)
+def test_figures_against_values(
+    values: list[float], scale: str, tmp_path: Path, drawn: list[Figure], caplog: Any
+):
+    found = {"a": np.array([[1.0, 0.1], [2.0, np.nan], [3.0, 0.2]])}
+    plots.write(
+        tmp_path / "a.png", plots.plot_against, "game.gamma", values, found, "title"
+    )
+    assert not caplog.messages
+    (axis,) = drawn[0].axes
+    assert axis.get_xscale() == scale
+    np.testing.assert_array_equal(axis.lines[0].get_xydata().T, [values, [1, 2, 3]])

@@ -232,7 +232,7 @@ def test_training_leaves_the_reference_and_penalises_what_is_learnt(tmp_path):
     before = experiment.init_state(built)
     step = jax.jit(experiment.make_steps(built), static_argnums=0)
     index = jnp.arange(config.data.batch_size)
-    constants = built.source.arrays, built.schedule, jnp.int32(0)
+    constants = built.source.arrays, built.schedule, jnp.uint32(0), jnp.int32(0)
     after, metrics, _ = step(1, before, None, index, constants)
     for state in (before, after):
         held = reference.read(state.variables.energy)

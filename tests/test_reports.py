@@ -13,6 +13,7 @@ from failing import full_disk
 from PIL import Image
 from runs import small, steps
 
+from ddaebm_jax import progress
 from ddaebm_jax.training.reports import Reports, format_report
 
 METRICS = {
@@ -122,7 +123,7 @@ class Terminal(io.StringIO):
     ("stream", "kernel"),
     [(Terminal(), False), (io.StringIO(), False), (None, False), (io.StringIO(), True)],
 )
-def test_the_progress_line_needs_a_terminal_or_a_notebook_and_outlives_it(
+def test_the_bar_needs_a_terminal_or_a_notebook_and_a_run_outlives_it(
     stream: Any, kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sys, "stdout" if kernel else "stderr", stream)
@@ -134,10 +135,56 @@ def test_the_progress_line_needs_a_terminal_or_a_notebook_and_outlives_it(
     found.add(1, 1, METRICS)
     if stream is not None:
         shown = kernel or isinstance(stream, Terminal)
-        assert ("\rstep 1/24" in stream.getvalue()) is shown
+        assert ("| 1/24 [" in stream.getvalue()) is shown
+        assert ("energy +1.000" in stream.getvalue()) is shown
         stream.gone = True
     found.add(2, 1, METRICS)
+    found.close()
     assert steps(tmp_path) == [1, 2]
+
+
+def test_the_bar_goes_back_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    found = opened(tmp_path, train__report_every=1)
+    for _ in range(2):
+        found.rewind(8)
+        found.add(9, 1, METRICS)
+        assert "| 9/24 [" in terminal.getvalue().rpartition("\r")[2]
+    found.close()
+
+
+def test_rates_leave_out_steps_of_earlier_runs_and_compilation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    terminal, now = Terminal(), [1_000.0]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    found = opened(tmp_path, train__report_every=1, train__num_steps=100)
+    found.rewind(80)
+    now[0] += 90.0  # Compilation.
+    found.restart_clock(80)
+    for step in (81, 82, 83):
+        now[0] += 0.5
+        found.add(step, 1, METRICS)
+    last = terminal.getvalue().rpartition("\r")[2]
+    assert "2.00step/s" in last and "00:08<" not in last and "<00:08" in last
+    found.close()
+
+
+def test_a_phase_says_what_begins_and_how_long_it_took(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    caplog.set_level("INFO")
+    times = iter([0.0, 12.34, 20.0, 20.5])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    for text in ("long", "short"):
+        with progress.phase(text, hint="1 to 9 s" if text == "long" else ""):
+            pass
+    expected = ["long (1 to 9 s) ...", "long: done in 12.3 s", "short ..."]
+    assert caplog.messages == expected
 
 
 def test_a_report_is_a_table():

@@ -8,6 +8,7 @@ import numpy as np
 from absl import flags, logging
 
 from ddaebm_jax import config as config_lib
+from ddaebm_jax import progress
 from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images
@@ -88,9 +89,11 @@ def evaluate(
     if input_path is None:
         meter = image_quality.open_meter(loaded.experiment)
         model = loaded.experiment, loaded.variables
-        found = metrics.evaluate(*model, meter)
+        with progress.phase(f"evaluating step {loaded.step}"):
+            found = metrics.evaluate(*model, meter)
         if with_likelihood or not loaded.experiment.source.holds_images:
-            found |= likelihood.metrics(*model)
+            with progress.phase("measuring log Z and likelihoods"):
+                found |= likelihood.metrics(*model)
         report |= {"step": loaded.step, "checkpoint": checkpoint}
     else:
         found = _measure_images(loaded, input_path, skip_corrupt)

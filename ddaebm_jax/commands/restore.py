@@ -19,13 +19,15 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import Bool, Float, UInt8
 
+from ddaebm_jax import progress
 from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images
-from ddaebm_jax.data.image_files import read_mask
+from ddaebm_jax.data.image_files import read_mask, write_images
 from ddaebm_jax.data.table_files import TableOptions, read_table_file
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import imputation, plots, reference_draws, restoring
+from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import user_path
@@ -153,21 +155,32 @@ def restore(
                 "give the same images in the same order"
             )
     model = loaded.experiment, loaded.variables, known
-    if in_noise_space:
-        errors = _error(loaded, error, seed)
+    errors = _error(loaded, error, seed) if in_noise_space else None
+    with progress.phase(f"restoring {len(given)} images, --method={method}"):
+        drawn = _draw_images(model, method, num_draws, seed, errors)
+    return _write_images(loaded, drawn, given, whole, num_draws, output)
+
+
+def _draw_images(
+    model: tuple[Experiment, Players, Measurement],
+    method: str,
+    num_draws: int,
+    seed: int,
+    errors: np.ndarray | None,
+) -> np.ndarray:
+    """Return draws of every image given its measurement, [n, num_draws, …]."""
+    if method in ("averaged", "noise_space"):
         draw = restoring.averaged if method == "averaged" else restoring.noise_space
-        drawn = draw(*model, num_draws, seed, restoring.Search(), errors)
-    elif method == "particles":
+        return draw(*model, num_draws, seed, restoring.Search(), errors)
+    if method == "particles":
         num_particles = _PARTICLES * num_draws
         found = restoring.particles(*model, num_particles, seed, weighted=False)
-        drawn = found.x
-        logging.info(
-            "effective sample size of %d particles: %.1f at least",
-            *(num_particles, num_particles * found.effective.min()),
+        progress.log(
+            f"effective sample size of {num_particles} particles: "
+            f"{num_particles * found.effective.min():.1f} at least"
         )
-    else:
-        drawn = restoring.direct(*model, num_draws, seed)
-    return _write_images(loaded, drawn, given, whole, num_draws, output)
+        return found.x
+    return restoring.direct(*model, num_draws, seed)
 
 
 def _method(variables: Players, given: str | None) -> str:
@@ -192,10 +205,10 @@ def _error(loaded: TrainedRun, given: float | None, seed: int) -> np.ndarray:
         raise InputError(
             "no image is held out to measure the generator's error on; give --error"
         )
-    logging.info("measuring the generator's error on %d images", len(held_out))
     x = np.asarray(images.to_float(held_out))
     how = x, seed, restoring.Search()
-    found = restoring.generator_error(loaded.experiment, loaded.variables, *how)
+    with progress.phase(f"measuring the generator's error on {len(x)} images"):
+        found = restoring.generator_error(loaded.experiment, loaded.variables, *how)
     mean = float(np.sqrt((found**2).mean())) / 2.0
     logging.info("the generator's error is %.3f of the range: --error=%.3f", mean, mean)
     return found
@@ -332,7 +345,7 @@ def _write_images(
     grid = np.stack([column[:_SHOWN] for column in columns], axis=1)
     plots.write_grid(picture, grid.reshape(-1, *restored.shape[1:]), len(columns))
     folder = common.claimed(path.with_suffix(""), folder=True)
-    plots.save_images(folder, restored)
+    write_images(folder, restored)
     logging.info("wrote %s, %s and %s", path, picture, folder)
     return path
 
@@ -374,7 +387,9 @@ def _impute(
         raise InputError(f"--input={input_path}: {found}; there is nothing to go by")
     whole = standardizer.transform(np.where(known, rows, standardizer.mean), "--input")
     model = loaded.experiment, loaded.variables
-    drawn = imputation.draw_cells(*model, whole, known, num_draws, seed)
+    num_cells = int((~known).sum())
+    with progress.phase(f"filling {num_cells} cells of {len(rows)} rows"):
+        drawn = imputation.draw_cells(*model, whole, known, num_draws, seed)
     drawn = standardizer.inverse(drawn.reshape(-1, rows.shape[1])).reshape(drawn.shape)
     filled = np.where(known, rows, drawn.mean(axis=1))
     path = output or common.claimed(loaded.workdir / "filled.csv", ".npz")
@@ -392,7 +407,7 @@ def _impute(
     _write_csv(intervals, ("row", "column", "mean", "std", "5%", "95%"), lines)
     with written_atomically(common.claimed(path.with_suffix(".npz"))) as file:
         np.savez(file, draws=drawn, known=known, columns=np.array(table.columns))
-    logging.info("filled %d cells of %d rows", int((~known).sum()), len(rows))
+    logging.info("filled %d cells of %d rows", num_cells, len(rows))
     return path
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags, logging
 
+from ddaebm_jax import progress
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import tabular, test_rows
+from ddaebm_jax.data.image_files import write_images
 from ddaebm_jax.evaluation import inference, particles, plots
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import load_run
@@ -62,10 +64,11 @@ def sample(
         default_num, name, companions = 10_000, "samples.npz", (".png",)
     num_samples = num_samples or default_num
     model = loaded.experiment, loaded.variables
-    if sampler == "energy":
-        drawn = particles.draw_from_energy(*model, num_samples, seed)
-    else:
-        drawn = inference.draw_samples(*model, num_samples, seed)
+    with progress.phase(f"drawing {num_samples} samples"):
+        if sampler == "energy":
+            drawn = particles.draw_from_energy(*model, num_samples, seed)
+        else:
+            drawn = inference.draw_samples(*model, num_samples, seed)
     samples = source.to_own_units(drawn)
     path = output or common.claimed(loaded.workdir / name, *companions)
     with written_atomically(path) as file:
@@ -74,7 +77,7 @@ def sample(
     title = f"{num_samples} samples, step {loaded.step}"
     if source.holds_images:
         folder = common.claimed(path.with_suffix(""), folder=True)
-        plots.save_images(folder, samples)
+        write_images(folder, samples)
         plots.write_grid(picture, samples[:_GRID_IMAGES])
     elif source.table is not None:
         held_out = test_rows(source.table, tabular.INLIER)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags, logging
 
+from ddaebm_jax import progress
 from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, tabular
@@ -112,7 +113,8 @@ def score(
     rows, found = _read(loaded, input_path, skip_corrupt, header, id_column)
     most = _MOST_IMAGES if source.holds_images else _MOST_ROWS
     known = _calibration_rows(loaded, by, most if calibration is None else calibration)
-    values, of_known = _scores(loaded, by, rows, known)
+    with progress.phase(f"scoring {len(rows)} rows and {len(known)} held-out inliers"):
+        values, of_known = _scores(loaded, by, rows, known)
     found |= {"energy": values["energy"]}
     if by != "energy":
         found["score"] = values[by]

@@ -173,7 +173,7 @@ def open_source(
         image_set = images.open_images(data, seed) if open_images else None
         arrays = None
         if open_images and data.on_device:
-            arrays = images.stack(image_set.train, None, "the training images")
+            arrays = images.stack(image_set.train)
         source = Source(
             name=data.name,
             event_shape=(data.image_size, data.image_size, data.channels),

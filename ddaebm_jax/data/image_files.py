@@ -1,4 +1,4 @@
-"""Images from folders and NPZ files."""
+"""Images from folders and NPZ files, and images as PNG files."""
 
 import collections
 import dataclasses
@@ -25,7 +25,13 @@ from ddaebm_jax.data.records import (
     stack,
 )
 from ddaebm_jax.errors import InputError, listed, one_line
-from ddaebm_jax.files import choose_array, npz_headers, printable, read_npz
+from ddaebm_jax.files import (
+    choose_array,
+    npz_headers,
+    printable,
+    read_npz,
+    written_atomically,
+)
 from ddaebm_jax.paths import user_path
 
 SUFFIXES = tuple(
@@ -160,7 +166,7 @@ def read_folder(
             kept[index] = image
         return hashlib.sha256(image).digest()
 
-    results = in_parallel(decode, len(names), f"{folder}: decoding images")
+    results = in_parallel(decode, len(names))
     errors = {names[i]: r for i, r in enumerate(results) if isinstance(r, InputError)}
     records: Records = kept if keep else files
     if errors:
@@ -240,7 +246,7 @@ def read_images(
             f"{path}: {len(folder.names)} images take {num_bytes} bytes; at most "
             f"{MAX_BYTES} are allowed; score the folder in parts"
         )
-    found = stack(folder.records, None, f"{path}: reading images")
+    found = stack(folder.records)
     return found, folder.names
 
 
@@ -302,3 +308,23 @@ def _as_pixels(low: float, high: float) -> str:
     else:  # NaN, too.
         return "bring them to that range"
     return f"save numpy.round({levels}).astype('uint8')"
+
+
+def write_images(folder: Path, images: np.ndarray) -> None:
+    """Writes uint8 images [n, height, width, channels] as PNG files, by number."""
+    digits = len(str(len(images) - 1))
+
+    def save(i: int) -> None:
+        write_image(folder / f"{i:0{digits}}.png", images[i])
+
+    in_parallel(save, len(images))
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = image[:, :, 0] if image.shape[2] == 1 else image
+    with written_atomically(path) as file:
+        Image.fromarray(pixels).save(file, "PNG")

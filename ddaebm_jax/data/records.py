@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -16,13 +15,13 @@ import numpy as np
 from absl import logging
 from jaxtyping import Integer, UInt8
 
+from ddaebm_jax import progress
 from ddaebm_jax.errors import InputError, one_line
 
 # Share of the records that may be skipped while reading, and the least such limit.
 _MAX_UNUSABLE, _MIN_LIMIT = 0.01, 10
-# Threads of `in_parallel`, the indices that a thread takes at once, and seconds between
-# two lines of the log.
-_NUM_THREADS, _CHUNK, _REPORT_SECONDS = 8, 64, 10.0
+# Threads of `in_parallel`, and the most indices that a thread takes at once.
+_NUM_THREADS, _CHUNK = 8, 64
 
 _Result = TypeVar("_Result")
 
@@ -196,37 +195,34 @@ def digest(*parts: bytes | np.ndarray) -> str:
     return result.hexdigest()
 
 
-def in_parallel(
-    function: Callable[[int], _Result], num: int, progress_name: str = ""
-) -> list[_Result]:
-    """Returns function(0), …, function(num − 1), computed by several threads.
+def in_parallel(function: Callable[[int], _Result], num: int) -> list[_Result]:
+    """Returns function(0), …, function(num − 1), each of an image, by several threads.
 
-    The first exception stops it. Long work is reported in the log, unless
-    `progress_name` is empty.
+    The first exception stops it.
     """
+    size = max(1, min(_CHUNK, num // _NUM_THREADS))
 
     def work(start: int) -> list[_Result]:
-        return [function(i) for i in range(start, min(start + _CHUNK, num))]
+        return [function(i) for i in range(start, min(start + size, num))]
 
     results: list[_Result] = []
-    reported, pool = time.monotonic(), ThreadPoolExecutor(_NUM_THREADS)
+    pool = ThreadPoolExecutor(_NUM_THREADS)
     try:
-        for found in pool.map(work, range(0, num, _CHUNK)):
-            results += found
-            if progress_name and time.monotonic() - reported > _REPORT_SECONDS:
-                reported = time.monotonic()
-                logging.info("%s: %d of %d images", progress_name, len(results), num)
+        with progress.loop_bar(num, "image") as bar:
+            for found in pool.map(work, range(0, num, size)):
+                results += found
+                bar.update(len(found))
     finally:
         pool.shutdown(cancel_futures=True)
     return results
 
 
 def stack(
-    records: Records, limit: int | None = None, progress_name: str = ""
+    records: Records, limit: int | None = None
 ) -> UInt8[np.ndarray, "n height width channels"]:
     """Loads records of one shape, or the first `limit`, into one array.
 
-    There must be a record; for `progress_name` see `in_parallel`.
+    There must be a record.
     """
     num = len(records) if limit is None else min(limit, len(records))
     images = np.empty((num, *records[0].shape), np.uint8)
@@ -234,5 +230,5 @@ def stack(
     def load(index: int) -> None:
         images[index] = records[index]
 
-    in_parallel(load, num, progress_name)
+    in_parallel(load, num)
     return images

@@ -18,6 +18,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Float, UInt8
 
+from ddaebm_jax import progress
 from ddaebm_jax.data.records import Records, Subset, stack
 from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation import fid, inception, inception_weights
@@ -300,14 +301,14 @@ def _open_reference(
             "another, or leave it empty"
         )
     num, size = len(records), settings.batch_size
-    logging.info("computing the reference statistics of %d images once", num)
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
     chunks = (
         stack(Subset(records, np.arange(start, min(start + size, num))))
         for start in range(0, num, size)
     )
-    found = collect(extract, chunks, keep, keep_logits=False)
+    with progress.phase(f"computing the reference statistics of {num} images once"):
+        found = collect(extract, chunks, keep, keep_logits=False)
     try:
         save_reference(path, found, fingerprint)
         logging.info("saved the reference statistics in %s", path)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from ddaebm_jax import density, sampling, sharding
+from ddaebm_jax import density, progress, sampling, sharding
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
@@ -79,17 +79,29 @@ def _in_chunks(
     """Yields compute(mesh, row numbers) of 0 … num − 1 in chunks, on the host.
 
     All chunks have one size, so that one program serves them: the last one's numbers
-    go beyond `num`, and what is computed of those is dropped.
+    go beyond `num`, and what is computed of those is dropped. While the caller works on
+    a chunk, the devices compute the next one.
     """
     mesh = evaluation_mesh(experiment)
     batch_size = experiment.config.evaluation.batch_size
-    limit = batch_size if experiment.source.holds_images else _ROWS
+    limit, unit = _ROWS, "row"
+    if experiment.source.holds_images:
+        limit, unit = batch_size, "image"
     size = sharding.whole_rows(mesh, min(num, limit))
-    for start in range(0, num, size):
+
+    def started(start: int) -> Any:
         chunk = compute(mesh, np.arange(start, start + size, dtype=np.int32))
         # Whole on every device, so that every process can read it.
-        whole = jax.tree.map(np.asarray, _replicate(mesh, chunk))
-        yield jax.tree.map(operator.itemgetter(slice(num - start)), whole)
+        return _replicate(mesh, chunk)
+
+    with progress.loop_bar(num, unit) as bar:
+        following = started(0)
+        for start in range(0, num, size):
+            chunk = following
+            following = started(start + size) if start + size < num else None
+            whole = jax.tree.map(np.asarray, chunk)
+            bar.update(min(size, num - start))
+            yield jax.tree.map(operator.itemgetter(slice(num - start)), whole)
 
 
 def by_rows(

@@ -81,7 +81,7 @@ def open_set(
         if name == HELD_OUT:
             places = scores.unseen_places(len(records))
         chosen = Subset(records, places[choose(len(places), limit, seed)])
-        return stack(chosen, None, name)
+        return stack(chosen)
     if name in BUILT_IN:
         num = (limit or _DEFAULT_NUM) if inliers is None else len(inliers)
         makers = {
@@ -183,4 +183,4 @@ def _read_tfds(
             f"{image_files.MAX_BYTES} are allowed; take a part, for example "
             f"{found}:{split.partition('[')[0]}[:10000]"
         )
-    return stack(Subset(records, chosen), None, name)
+    return stack(Subset(records, chosen))

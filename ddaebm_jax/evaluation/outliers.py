@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from ddaebm_jax import progress
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import detectors, outlier_sets
@@ -253,13 +254,14 @@ def measure(
     )
     fitted = {}
     if baselines:
-        logging.info("fitting the baselines to the training images")
-        train = images.stack(source.image_set.train)
-        fitted = detectors.fit_pixel_detectors(train, seed)
+        with progress.phase("fitting the baselines to the training images"):
+            train = images.stack(source.image_set.train)
+            fitted = detectors.fit_pixel_detectors(train, seed)
 
     def scores(of: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        found = score(pixels)
-        found |= {name: detector(pixels) for name, detector in fitted.items()}
+        with progress.phase(f"scoring {len(pixels)} images of '{of}'"):
+            found = score(pixels)
+            found |= {name: detector(pixels) for name, detector in fitted.items()}
         for name, values in found.items():
             _check_scores(f"'{of}' '{name}'", values)  # Before other sets are scored.
         return found

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float, Shaped
 from scipy.special import logsumexp
 
-from ddaebm_jax import density, objective
+from ddaebm_jax import density, objective, progress
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
@@ -139,9 +138,10 @@ def run_particles(
         key = jax.random.fold_in(jax.random.key(seed), number)
         run = _Run(experiment, variables, num_particles, key)
         runs.append(run.take(sizes, num_moves))
-        logging.info(
-            "sequential Monte Carlo, run %d of %d: log Z %.4f, shares that count %s",
-            *(number + 1, num_runs, run.log_z, np.round(run.effective, 3).tolist()),
+        shares = np.round(run.effective, 3).tolist()
+        progress.log(
+            f"sequential Monte Carlo, run {number + 1} of {num_runs}: log Z "
+            f"{run.log_z:.4f}, shares that count {shares}"
         )
     log_z = np.array([run.log_z for run in runs])
     mean = float(logsumexp(log_z) - math.log(num_runs))

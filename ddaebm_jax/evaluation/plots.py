@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
 
+from ddaebm_jax.data import image_files
 from ddaebm_jax.errors import one_line
 from ddaebm_jax.files import written_atomically
 
@@ -25,15 +26,16 @@ _GRID_PIXELS = 640
 
 # Panels of a run's curves: title, pattern of the metrics whose group is the label of
 # a curve, and scale.
+_GAPS = (
+    "gap f(real, t) − f(generated, t)",
+    r"energy/gap_(t\d+)",
+    {"value": "symlog", "linthresh": 0.1},
+)
 _PANELS = (
     ("energy: loss", r"energy/(loss)", {"value": "linear"}),
     ("generator: loss", r"generator/(loss)", {"value": "linear"}),
     ("mean energy f(x, t)", r"energy/(real|fake)", {"value": "linear"}),
-    (
-        "gap f(real, t) − f(generated, t)",
-        r"energy/gap_(t\d+)",
-        {"value": "symlog", "linthresh": 0.1},
-    ),
+    _GAPS,
     ("gradient norm", r"(\w+)/grad_norm", {"value": "log"}),
     (
         "evaluation",
@@ -42,6 +44,7 @@ _PANELS = (
     ),
     ("noise of the levels", r"levels/noise_(\d+)", {"value": "log"}),
 )
+_WIDE = 20  # Values of so wide a range are on a logarithmic axis.
 _MOST_CURVES = 10  # In a panel: so many colours are told apart.
 _FEW_POINTS = 40  # Curves of so few points show each of them.
 
@@ -282,18 +285,23 @@ def plot_curves(lines: Iterable[Mapping[str, Any]], title: str) -> "Figure | Non
             if not found:
                 axis.set_axis_off()
                 continue
-            axis.set_yscale(**scale)  # First: margins are of the scale.
-            _draw_curves(axis, found)
-            of = f" ({_MOST_CURVES} of {len(found)})" * (len(found) > _MOST_CURVES)
-            axis.set_title(name + of, fontsize=10)
+            _draw_curves(axis, name, found, scale)
             axis.set_xlim(0, 1.02 * max(1, last))
-            axis.locator_params("x", nbins=6, integer=True)
-            axis.tick_params(labelsize=8, which="both")
-            axis.grid(alpha=0.3)
     return axes[0].figure
 
 
-def _draw_curves(axis: Any, curves: Mapping[str, Mapping[int, float]]) -> None:
+def _draw_curves(
+    axis: Any,
+    title: str,
+    curves: Mapping[str, Mapping[int, float]],
+    scale: Mapping[str, Any],
+) -> None:
+    axis.set_yscale(**scale)  # First: margins are of the scale.
+    of = f" ({_MOST_CURVES} of {len(curves)})" * (len(curves) > _MOST_CURVES)
+    axis.set_title(title + of, fontsize=10)
+    axis.locator_params("x", nbins=6, integer=True)
+    axis.tick_params(labelsize=8, which="both")
+    axis.grid(alpha=0.3)
     labels = []
     for name, values in list(curves.items())[:_MOST_CURVES]:
         steps = sorted(values)
@@ -365,24 +373,7 @@ def image_grid(
 def write_grid(path: Path, images: np.ndarray, columns: int | None = None) -> None:
     """Writes the grid of `image_grid` as a PNG; a failure is only warned of."""
     with _warned_of(path):
-        save_image(path, image_grid(images, columns))
-
-
-def save_images(folder: Path, images: np.ndarray) -> None:
-    """Writes uint8 images [n, height, width, channels] as PNG files, by number."""
-    digits = len(str(len(images) - 1))
-    for i, image in enumerate(images):
-        save_image(folder / f"{i:0{digits}}.png", image)
-
-
-def save_image(path: Path, image: np.ndarray) -> None:
-    """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = image[:, :, 0] if image.shape[2] == 1 else image
-    with written_atomically(path) as file:
-        Image.fromarray(pixels).save(file, "PNG")
+        image_files.write_image(path, image_grid(images, columns))
 
 
 def plot_samples(samples: np.ndarray, box: Box, title: str) -> "Figure":
@@ -393,13 +384,27 @@ def plot_samples(samples: np.ndarray, box: Box, title: str) -> "Figure":
 
 
 def plot_panels(panels: Mapping[str, Mapping[str, np.ndarray]], title: str) -> "Figure":
-    """Draws a row for each of several models, by name; see `pictures.panel`."""
-    columns = 1 if any("images" in panel for panel in panels.values()) else 2
+    """Draws a row for each of several models, by name; see `pictures.panel`.
+
+    With the gaps of the energy, `gaps` [n, T], after `steps` of training, [n].
+    """
+    columns = 2 if any("images" in panel for panel in panels.values()) else 3
     with _axes(columns, title=title, rows=len(panels)) as axes:
         for row, (name, panel) in enumerate(panels.items()):
-            left, right = axes[row * columns], axes[(row + 1) * columns - 1]
+            left, *middle, curves = axes[row * columns : (row + 1) * columns]
             panel = dict(panel)
-            if columns == 1:
+            # Studies of earlier versions have none.
+            steps, gaps = panel.pop("steps", ()), panel.pop("gaps", ())
+            steps, gaps = np.asarray(steps).tolist(), np.asarray(gaps).T.tolist()
+            by_t = {
+                f"t{t}": dict(zip(steps, one, strict=True))
+                for t, one in enumerate(gaps)
+            }
+            if by_t:
+                _draw_curves(curves, _GAPS[0], by_t, _GAPS[2])
+            else:
+                curves.set_axis_off()
+            if not middle:
                 _show_images(left, panel["images"])
                 left.set(xticks=[], yticks=[])
             elif "log_density" in panel:
@@ -407,10 +412,31 @@ def plot_panels(panels: Mapping[str, Mapping[str, np.ndarray]], title: str) -> "
                 _scatter(left, panel["samples"], "samples", box)
                 density = _normalized(panel["log_density"], box)
                 limits = (*box[0], *box[1])
-                right.imshow(density.T, origin="lower", extent=limits, cmap="magma")
-                _show_box(right, "density  exp f(·, 0) / Z", box)
+                middle[0].imshow(density.T, origin="lower", extent=limits, cmap="magma")
+                _show_box(middle[0], "density  exp f(·, 0) / Z", box)
             else:
                 _on_principal_axes(left, panel.pop("data"), panel.pop("samples"))
-                _histograms(right, panel)
+                _histograms(middle[0], panel)
             left.set_ylabel(name, parse_math=False)
+    return axes[0].figure
+
+
+def plot_against(
+    field: str, values: Sequence[float], figures: Mapping[str, np.ndarray], title: str
+) -> "Figure":
+    """Draws figures [n, 2], means and their errors, against n values of a field."""
+    columns = min(4, len(figures))
+    rows = -(-len(figures) // columns)
+    with _axes(columns, title=title, rows=rows) as axes:
+        for axis in axes[len(figures) :]:
+            axis.set_axis_off()
+        for axis, (name, found) in zip(axes, figures.items(), strict=False):
+            mean, error = found.T
+            axis.errorbar(values, mean, np.nan_to_num(error), marker=".", capsize=3)
+            if 0 < _WIDE * values[0] < values[-1]:
+                axis.set_xscale("log")
+            axis.set_title(name, fontsize=10, parse_math=False)
+            axis.set_xlabel(field, fontsize=8, parse_math=False)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.3)
     return axes[0].figure

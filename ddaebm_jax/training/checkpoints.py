@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from ddaebm_jax import files
+from ddaebm_jax import files, progress
 from ddaebm_jax.errors import InputError, TrainingError, one_line
 from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import checksums
@@ -223,7 +223,7 @@ class Checkpoints:
             except DamagedCheckpointError as error:
                 if jax.process_count() > 1:  # Another may have found it intact.
                     raise
-                logging.warning("skipping a checkpoint: %s", error)
+                progress.log(f"skipping a checkpoint: {error}", logging.WARNING)
                 damaged[step] = str(error)
                 continue
             if damaged and not self._read_only:
@@ -244,7 +244,7 @@ class Checkpoints:
             path = self.path(step, best)
             moved = target / f"{path.parent.name}-{step}-{time.time_ns()}"
             shutil.move(path, moved)
-            logging.warning("moved a damaged checkpoint to %s", moved)
+            progress.log(f"moved a damaged checkpoint to {moved}", logging.WARNING)
         self._close_manager(best)  # The next one, for which all wait, looks again.
 
     def verify(self, step: int, best: bool = False) -> None:

@@ -11,10 +11,16 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from ddaebm_jax import reference, sharding
+from ddaebm_jax import progress, reference, sharding
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.diffusion import Schedule
-from ddaebm_jax.experiment import Experiment, init_state, make_steps, state_shapes
+from ddaebm_jax.experiment import (
+    Experiment,
+    init_state,
+    make_steps,
+    seed_argument,
+    state_shapes,
+)
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import cache_directory, user_path
@@ -22,8 +28,9 @@ from ddaebm_jax.paths import cache_directory, user_path
 # Steps per dispatch where the config leaves the choice: small networks are bound by the
 # time of a dispatch, and matrix products lose nothing inside a scan.
 _STEPS_PER_DISPATCH = {"mlp": 100, "ncsnpp": 10}
-# Measured: 6 s of gaussians25, with 67 arrays of weights, to 87 s of cifar10, with 778.
-_SECONDS_PER_ARRAY = 0.11
+# Measured on CPUs: 6 s of gaussians25, with 67 arrays of weights, to 87 s of cifar10,
+# with 778; on a slow core 112 s of digits, with 340.
+_SECONDS_PER_ARRAY = 0.11, 0.33
 
 
 class Dispatcher:
@@ -56,11 +63,12 @@ class Dispatcher:
             self.steps = sharding.pmap_steps(steps, self.mesh)
         else:
             self.steps = sharding.jit_steps(steps, self.mesh, shapes, layout.fsdp)
-        arrays = len(jax.tree.leaves(shapes.variables))
-        self._expected_seconds = _SECONDS_PER_ARRAY * arrays
+        self._num_arrays = len(jax.tree.leaves(shapes.variables))
         self._experiment = experiment
         self._index = sharding.process_rows(self.mesh, config.data.batch_size)
         self._arrays = sharding.replicate(self.mesh, experiment.source.arrays)
+        seed = seed_argument(experiment.config.seed)
+        self._seed = sharding.replicate(self.mesh, seed)
         self.set_levels(experiment.schedule)
         self._compiled: set[int] = set()
         self.compile_seconds = 0.0
@@ -99,15 +107,6 @@ class Dispatcher:
         """Returns whether a call of so many steps would compile them first."""
         return length not in self._compiled
 
-    def compilation_notice(self, length: int) -> str:
-        """Returns what to say before a call of so many steps; empty: nothing."""
-        if not self.compiles(length):
-            return ""
-        return (
-            f"compiling {length} steps: about {self._expected_seconds:.0f} s on two "
-            "CPU cores, or seconds if an earlier run has compiled them"
-        )
-
     def __call__(
         self, state: TrainState, length: int, batches: np.ndarray | None = None
     ) -> tuple[TrainState, Metrics, Fault]:
@@ -119,17 +118,22 @@ class Dispatcher:
           batches: this process's rows from the input stream, [K, rows, …]; None where
             there is no stream.
         """
+        inputs = self.inputs(batches)
+        if not self.compiles(length):
+            return self.steps.collect(self.steps.program(length)(state, *inputs))
+        low, high = (per_array * self._num_arrays for per_array in _SECONDS_PER_ARRAY)
+        hint = f"{low:.0f} to {high:.0f} s on CPUs, less if an earlier run has done it"
         start = time.monotonic()
-        result = self.steps.program(length)(state, *self.inputs(batches))
-        if self.compiles(length):
+        with progress.phase(f"compiling {length} steps", hint):
             # The call compiles, and then only starts the steps.
-            self._compiled.add(length)
-            self.compile_seconds += time.monotonic() - start
+            result = self.steps.program(length)(state, *inputs)
+        self._compiled.add(length)
+        self.compile_seconds += time.monotonic() - start
         return self.steps.collect(result)
 
     def inputs(self, batches: np.ndarray | None = None) -> tuple[Any, ...]:
         """Returns the program's arguments after the state; see `__call__`."""
-        constants = self._arrays, self._schedule, self._trial
+        constants = self._arrays, self._schedule, self._seed, self._trial
         return (*self.steps.place(batches, self._index), constants)
 
     def _shardings(self) -> TrainState:

@@ -18,6 +18,7 @@ from clu import parameter_overview
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax import progress
 from ddaebm_jax.data import open_source
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
@@ -112,7 +113,8 @@ def _open(
         stack.enter_context(run_directory.lock(workdir))
     processes.wait_for_all("the run directory is locked")
     dispatch.use_compilation_cache(config.compilation_cache)
-    source = open_source(config.data, config.seed)
+    with progress.phase(f"opening the data '{config.data.name}'"):
+        source = open_source(config.data, config.seed)
     (config,) = pilot.with_times([config], [source])
     experiment = experiment_lib.build_from(config, source)
     first = None
@@ -144,7 +146,7 @@ def _open(
             table = parameter_overview.get_parameter_overview(
                 params, include_stats=False
             )
-            reports.log(f"{name}\n{table}")
+            progress.log(f"{name}\n{table}")
     tools = dispatcher, batches, meter, checkpoints, reports, first
     return Run(config, experiment, workdir, *tools)
 
@@ -157,7 +159,8 @@ def _restore(run: Run) -> tuple[TrainState, int]:
     """
     found = run.checkpoints.restore_newest(run.dispatcher.like())
     if found is None:
-        state, step, info = run.dispatcher.init(run.first), 0, {}
+        with progress.phase("making the initial state"):
+            state, step, info = run.dispatcher.init(run.first), 0, {}
     else:
         step, state, info = found
     total = run.experiment.config.train.num_steps
@@ -204,14 +207,11 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         move = step in config.levels.move_at
         bad = None
         # The rate before leaves out compilation, and ends before that of a used state.
-        if run.dispatcher.compiles(step - start) or evaluate or draw or save or move:
+        compiles = run.dispatcher.compiles(step - start)
+        if compiles or evaluate or draw or save or move:
             bad, previous = _report(run, previous), None
-        if notice := run.dispatcher.compilation_notice(step - start):
-            run.reports.log(notice)
         batches = None if run.batches is None else run.batches.next(step - start)
-        compiled = run.dispatcher.compile_seconds
         state, metrics, fault = run.dispatcher(state, step - start, batches)
-        compiled = run.dispatcher.compile_seconds - compiled
         current = step, step - start, metrics, fault
 
         stop = preemption.poll(start, step)
@@ -222,8 +222,7 @@ def _loop(run: Run, state: TrainState, step: int, preemption: Preemption) -> Tra
         # Metrics are fetched while the next steps are under way, those of a state that
         # is used at once.
         bad = bad or _report(run, previous)
-        if compiled:
-            run.reports.log(f"compiled {step - start} steps in {compiled:.1f} s")
+        if compiles:
             run.reports.restart_clock(start)
         if bad is None and (evaluate or draw or save or move):
             bad, current = _report(run, current), None
@@ -309,9 +308,10 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
     run.reports.rewind(step)
     run.trial = trial + 1
     run.dispatcher.reseed(run.trial)
-    logging.warning(
-        "%s: back to step %d, with fresh noise (%d of at most %d times)",
-        *(fault.describe(), step, run.trial, most),
+    progress.log(
+        f"{fault.describe()}: back to step {step}, with fresh noise ({run.trial} of at "
+        f"most {most} times)",
+        logging.WARNING,
     )
     return state, step
 
@@ -323,11 +323,13 @@ def _evaluate(run: Run, state: TrainState, step: int) -> None:
     """
     fewer = run.experiment.config.evaluation.num_samples_on_the_way or None
     try:
-        found = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
+        with progress.phase(f"evaluating step {step}"):
+            found = metrics_lib.evaluate(run.experiment, state.ema, run.meter, fewer)
     except Exception as error:
         if jax.process_count() > 1:
             raise
-        logging.warning("the evaluation of step %d failed: %s", step, one_line(error))
+        text = f"the evaluation of step {step} failed: {one_line(error)}"
+        progress.log(text, logging.WARNING)
         return
     run.reports.write(step, {f"evaluation/{k}": v for k, v in found.items()})
     _save_best(run, state, found)
@@ -348,6 +350,7 @@ def _draw(run: Run, state: TrainState, step: int) -> None:
     """
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(progress.phase(f"drawing pictures of step {step}"))
             run.reports.draw_curves(f"{run.experiment.source.name}, step {step}")
             directory = run.workdir / "samples"
             if not processes.is_first_process():
@@ -357,8 +360,8 @@ def _draw(run: Run, state: TrainState, step: int) -> None:
     except Exception as error:
         if jax.process_count() > 1:
             raise
-        text = "the pictures of step %d cannot be drawn: %s"
-        logging.warning(text, step, one_line(error))
+        text = f"the pictures of step {step} cannot be drawn: {one_line(error)}"
+        progress.log(text, logging.WARNING)
 
 
 def _finish(
@@ -374,9 +377,10 @@ def _finish(
     inputs = run.experiment, state.ema, run.meter
     _draw(run, state, step)
     try:
-        found = compared = metrics_lib.evaluate(*inputs)
-        if run.meter is not None and fewer not in (0, num):
-            compared = metrics_lib.evaluate(*inputs, fewer)
+        with progress.phase(f"evaluating step {step}"):
+            found = compared = metrics_lib.evaluate(*inputs)
+            if run.meter is not None and fewer not in (0, num):
+                compared = metrics_lib.evaluate(*inputs, fewer)
     except Exception as error:
         reason = error if isinstance(error, InputError) else one_line(error)
         raise TrainingError(

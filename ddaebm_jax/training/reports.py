@@ -1,10 +1,8 @@
-"""What a run reports: metrics.jsonl, TensorBoard event files, and a progress line."""
+"""What a run reports: metrics.jsonl, TensorBoard event files, and a progress bar."""
 
 import contextlib
-import datetime
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +11,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 from absl import logging
+from tqdm import tqdm
 
+from ddaebm_jax import progress
 from ddaebm_jax.diagnostics import energy_gaps_by_t
 from ddaebm_jax.errors import one_line
 from ddaebm_jax.evaluation import plots
@@ -45,10 +45,7 @@ class Reports:
         self._sums: dict[str, np.ndarray] = {}
         self._steps = 0
         self._clock = 0, time.monotonic()
-        # One line that is overwritten, `_width` long; notebooks show stderr in red.
-        notebook = _is_in_notebook()
-        self._stream, self._width = sys.stdout if notebook else sys.stderr, 0
-        self._interactive = notebook or (bool(self._stream) and self._stream.isatty())
+        self._bar: tqdm | None = None  # From the step that `rewind` tells.
         self._tensorboard: Any | None = None
         if self._writes and config.train.tensorboard:
             self._open_tensorboard(workdir)
@@ -61,7 +58,9 @@ class Reports:
           evaluated: the last step whose evaluation is kept; None: that step.
         """
         self._sums, self._steps = {}, 0
-        self.restart_clock(step)
+        self._clock = step, time.monotonic()
+        self._close_bar()
+        self._bar = progress.run_bar(self._total, step)
         if self._writes and self._path.exists():
             try:
                 _cut(self._path, step, step if evaluated is None else evaluated)
@@ -71,6 +70,7 @@ class Reports:
     def restart_clock(self, step: int) -> None:
         """Leave the time since the last report out of the next rate."""
         self._clock = step, time.monotonic()
+        self._bar.unpause()
 
     def add(self, step: int, length: int, metrics: Mapping[str, np.ndarray]) -> None:
         """Take up the mean metrics of the last `length` steps; report if it is due."""
@@ -78,6 +78,7 @@ class Reports:
             added = np.asarray(value, np.float64) * length
             self._sums[name] = self._sums.get(name, 0.0) + added
         self._steps += length
+        self._bar.update(length)
         if step % self._every == 0 or step == self._total:
             mean = {name: value / self._steps for name, value in self._sums.items()}
             self._sums, self._steps = {}, 0
@@ -87,23 +88,22 @@ class Reports:
         if not self._writes:
             return
         last_step, last_time = self._clock
-        self.restart_clock(step)
+        self._clock = step, time.monotonic()
         rate = (step - last_step) / max(self._clock[1] - last_time, 1e-9)
         rates = {"steps_per_second": rate}
         if self._images_per_step is not None:
             rates["images_per_second"] = rate * self._images_per_step
         self.write(step, {**values, **rates})
-        left = datetime.timedelta(seconds=round((self._total - step) / rate))
-        line = (
-            f"step {step}/{self._total} ({step / self._total:.0%})  "
-            f"{rate:.1f} steps/s  {left} left  "
+        losses = (
             f"energy {values['energy/loss']:+.3f}  "
             f"generator {values['generator/loss']:+.3f}"
         )
-        if self._interactive:
-            self._show(line, "\n" * (step == self._total))
-        else:
-            logging.info(line)
+        self._bar.set_postfix_str(losses)
+        if self._bar.disable:
+            left = progress.duration((self._total - step) / rate)
+            share = f"{step}/{self._total} ({step / self._total:.0%})"
+            text = "step %s  %.1f steps/s  %s left  %s"
+            logging.info(text, share, rate, left, losses)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one line of metrics, and its numbers to TensorBoard."""
@@ -145,24 +145,14 @@ class Reports:
             path = self._path.with_name(CURVES_FILE)
             plots.write(path, plots.plot_curves, lines_to_draw(self._path), title)
 
-    def log(self, text: str) -> None:
-        """Log a line, clear of the progress line."""
-        if self._writes:
-            if self._width:
-                self._show("", "\r")
-            logging.info(text)
-
-    def _show(self, line: str, end: str = "") -> None:
-        try:
-            self._stream.write(f"\r{line:<{self._width}}{end}")
-            self._stream.flush()
-            self._width = 0 if end else len(line)
-        except OSError:  # The terminal is gone, and the run goes on.
-            self._interactive = False
-
     def close(self) -> None:
-        """Write out the event files."""
+        """Write out the event files, and leave the bar as it is."""
+        self._close_bar()
         self._to_tensorboard(lambda writer: writer.close())
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
@@ -196,12 +186,6 @@ class Reports:
             "no TensorBoard files from here on (%s); %s has everything",
             *(one_line(error), METRICS_FILE),
         )
-
-
-def _is_in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython and ipython.get_ipython()
-    return getattr(shell, "kernel", None) is not None
 
 
 def _append(path: Path, line: str) -> None:
