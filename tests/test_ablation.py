@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,8 +16,10 @@ from runs import load_recipe, small
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax.config.variations import variations, varied
-from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import ablation
+from ddaebm_jax.diagnostics import energy_gaps_by_t
+from ddaebm_jax.errors import DivergedError, InputError
+from ddaebm_jax.evaluation import ablation, pictures
+from ddaebm_jax.models import Players
 from ddaebm_jax.training import dispatch, many, study
 
 PLANE = ROOT / "configs" / "plane.py"
@@ -47,6 +50,38 @@ def test_variations_change_what_they_name_and_nothing_else(name: str):
     assert ("reverse KL" in found) == (name != "table")  # Its own divergence.
     assert ("T = 1" in found) == (name != "lsun_church128")  # Its times need two.
     assert "T = 4" not in found and "time = karras" in found
+
+
+def test_named_studies_change_these_fields():
+    assert variations(["paper", "schedule"], recipe("plane")) == {
+        "full": {},
+        "no latent": {"game.latent": False},
+        "no posterior": {"game.posterior": False},
+        "reverse KL": {"game.divergence": "reverse_kl"},
+        "T = 1": {"diffusion.num_steps": 1},
+        "T = 2": {"diffusion.num_steps": 2},
+        "T = 8": {"diffusion.num_steps": 8},
+        "variance = vp": {"diffusion.variance": "vp"},
+        "variance = geometric": {
+            "diffusion.variance": "geometric",
+            "diffusion.beta_min": 1e-4,
+            "diffusion.beta_max": 0.999,
+        },
+        "time = lsun": {
+            "diffusion.time": "lsun",
+            "diffusion.min_posterior_var": 1e-4,
+        },
+        "time = log_snr": {"diffusion.time": "log_snr"},
+        "time = karras": {"diffusion.time": "karras"},
+        "time = equal_cost": {"diffusion.time": "equal_cost"},
+        "levels move": {"levels.move_at": (1000, 2000, 3000, 4000, 5000, 6000)},
+    }
+    coloured = {"full": {}, "coloured noise": {"data.whiten": True}}
+    assert variations(["noise"], recipe("table")) == coloured
+    config = recipe("table")
+    config.data.whiten = True
+    white = {"full": {}, "white noise": {"data.whiten": False}}
+    assert variations(["noise"], config) == white
 
 
 def test_parts_of_the_density_game_are_left_out():
@@ -136,6 +171,30 @@ def test_tables_tell_what_they_leave_out():
     assert "One seed gives no error" in text
 
 
+def test_figures_against_a_number_that_varies():
+    steps = {4: 0.0, 8: 1.0, 2: 3.0}
+    records = {
+        "full" if num == 4 else f"T = {num}": [
+            record(seed, a=mean + seed) | {"fields": {"num_steps": num}}
+            for seed in (0, 1)
+        ]
+        for num, mean in steps.items()
+    }
+    records["full"][0]["fields"] = {}
+    # A single value, and one that is no number, are no curve.
+    pair = [record(0, a=5.0), record(1, a=6.0)]
+    other, kind = {"gamma": 0.1, "num_steps": 3}, {"time": "karras"}
+    records["other"] = [one | {"fields": other} for one in pair]
+    records["kind"] = [one | {"fields": kind} for one in pair]
+    recipe = {"num_steps": 4, "gamma": 0.02, "time": "lsun"}
+    figures = ablation.summarize(records)
+    ((field, (values, found)),) = ablation.against_fields(
+        figures, records, recipe
+    ).items()
+    assert field == "num_steps" and values == [2, 4, 8]
+    np.testing.assert_allclose(found["a"], [[3.5, 0.5], [0.5, 0.5], [1.5, 0.5]])
+
+
 # --- Runs -----------------------------------------------------------------------
 
 
@@ -147,11 +206,15 @@ def test_seeds_that_train_at_once_equal_runs_alone():
     experiments = [experiment_lib.build(varied(config, {}, seed)) for seed in (3, 5)]
     with quick.compilation():
         together = list(many.train(experiments, together=2))
+        assert [line["step"] for line in together[1].metrics] == [2, 4]
         for run, experiment in zip(together, experiments, strict=True):
             dispatcher = dispatch.Dispatcher(experiment)
             state = dispatcher.init()
             for _ in range(2):
-                state, _, _ = dispatcher(state, 2)
+                state, metrics, _ = dispatcher(state, 2)
+            expected = energy_gaps_by_t(jax.device_get(metrics))
+            assert run.metrics[-1].pop("step") == 4
+            assert_trees_close(run.metrics[-1], expected, rtol=1e-3, atol=1e-4)
             assert run.fault is None
             assert_trees_close(run.state, jax.device_get(state), rtol=2e-4, atol=2e-6)
 
@@ -193,13 +256,70 @@ def test_a_killed_study_goes_on(tmp_path: Path, monkeypatch):
         study.run(config, changes, [0], tmp_path / "other")
 
 
-def test_the_command_writes_tables_and_a_picture(tmp_path: Path):
+def test_runs_on_images_train_one_by_one(tmp_path: Path, monkeypatch):
+    """A killed study goes on in the run directory; a run that fails ends alone."""
+    calls: list[tuple[int, Path]] = []
+
+    def train(config, folder):
+        calls.append((config.seed, folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        if config.seed == 2:
+            raise DivergedError("step 3 is NaN")
+        metrics = {"step": 5, "energy/loss": 1.0, "energy/gap_t1": 2.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+        figures = {"a": 1.0 + config.seed, "where": "cpu", "bad": math.nan}
+        resumed = 3 if len(calls) == 3 else 0
+        return {"figures": figures, "seconds": 7.0, "resumed_from_step": resumed}
+
+    drawn = {"images": np.zeros((16, 8, 8, 1), np.uint8)}
+    of_run = experiment_lib.build(recipe("digits"))
+    loaded = SimpleNamespace(experiment=of_run, variables=Players({}, {}, {}))
+    monkeypatch.setattr(study, "loop", SimpleNamespace(train=train))
+    monkeypatch.setattr(study, "load_run", lambda _: loaded)
+    monkeypatch.setattr(pictures, "panel", lambda *_: drawn)
+    args = recipe("digits"), {"full": {}}, [0, 1, 2], tmp_path
+    with pytest.raises(KeyboardInterrupt):
+        study.run(*args)
+    found = study.run(*args)
+    assert [seed for seed, _ in calls] == [0, 1, 1, 2]
+    assert calls[1] == calls[2]
+    runs = found["full"]
+    assert [one["figures"] for one in runs] == [{"a": 1.0}, {"a": 2.0}, {}]
+    # The time of a part of a run is not told.
+    assert [one["seconds"] for one in runs] == [7.0, None, None]
+    assert [one["fault"] for one in runs] == [None, None, "step 3 is NaN"]
+    panel = study.panels(tmp_path, found)["full"]
+    assert panel["steps"].tolist() == [5] and panel["gaps"].tolist() == [[2.0]]
+
+
+def test_a_pilot_without_levels_fails_alone(tmp_path: Path, monkeypatch):
+    def with_times(configs, sources):
+        if any(config.seed == 1 for config in configs):
+            raise DivergedError("no levels")
+        return [varied(one, {"diffusion.times": times}, one.seed) for one in configs]
+
+    times = (0.001, 0.1, 0.3, 0.6, 0.99)
+    monkeypatch.setattr(study.pilot, "with_times", with_times)
+    config = small(train__num_steps=4)
+    config.evaluation.num_samples = 100
+    with quick.compilation():
+        changes = {"time = equal_cost": {"diffusion.time": "equal_cost"}}
+        good, bad = study.run(config, changes, [0, 1], tmp_path)["time = equal_cost"]
+    assert good["fault"] is None and good["figures"]["jensen_shannon"] > 0
+    assert good["times"] == list(times) and good["seconds"] > 0
+    assert bad["fault"] == "no levels" and bad["figures"] == {}
+
+
+def test_the_command_writes_tables_and_pictures(tmp_path: Path):
     folder = tmp_path / "study"
     flags = [*tiny(str(PLANE)), *flags_of({"train.num_steps": 20})]
-    flags += ["--mode=ablate", "--vary=game.gamma=0.01", f"--workdir={folder}"]
+    flags += ["--mode=ablate", "--vary=game.gamma=0.01,0.1", f"--workdir={folder}"]
     first = succeed(*flags, "--seeds=0,1")
     assert "| game.gamma = 0.01 |" in first.out and "jensen_shannon" in first.out
     kept = {path: path.read_bytes() for path in folder.glob("ablation.*")}
     assert {path.suffix[1:] for path in kept} == {"md", "csv", "json", "jsonl", "png"}
+    assert (folder / "ablation-game.gamma.png").exists()
     succeed(*flags, "--seeds=0,1")
     assert {path: path.read_bytes() for path in folder.glob("ablation.*")} == kept

@@ -1,5 +1,6 @@
 """Noise of the images' own colour, against NumPy and SciPy, and in a run."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from helpers import SCHEDULE, normals, smooth_networks
+from helpers import SCHEDULE, assert_trees_close, normals, smooth_networks
 from runs import small_images, train
 from scipy import fft, stats
 from test_train import folder
@@ -80,8 +81,38 @@ def test_forward_process_posterior_and_log_q_have_the_colour():
 
 
 def test_networks_see_images_and_white_noise_changes_nothing():
+    """What they make of u is what they make of x = L u."""
+
+    def halves(x, y):
+        return (x - y).mean(axis=(2, 3)), (x + y).mean(axis=(2, 3))
+
     networks = smooth_networks()
     assert colour.with_colour(networks, None) is networks
+    networks = networks._replace(
+        energy=lambda v, x, t, rngs=None: (v * x**2).sum(axis=(1, 2, 3)) + t,
+        generator=lambda v, x, t, z, rngs=None: v * x**2 + z,
+        train_generator=lambda v, x, t, z, rngs=None: (v * x + z, {"seen": x}),
+        posterior=lambda v, x, y, t: halves(v * x, y),
+        train_posterior=lambda v, x, y, t: (halves(x, v * y), {"seen": x}),
+    )
+    u, other, z = (normals(i, len(T), *SHAPE) for i in range(3))
+    v, size = 1.7, int(np.prod(SHAPE))
+    for std in (STD, np.ones_like(STD)):
+        lower = matrix() if std is STD else np.eye(size)
+
+        def of(x, lower=lower):
+            return jnp.asarray((x.reshape(-1, size) @ lower.T).reshape(x.shape))
+
+        found = colour.with_colour(networks, std)
+        x, x_other = of(u), of(other)
+        near = partial(assert_trees_close, rtol=1e-4, atol=1e-4)
+        near(found.energy(v, u, T), networks.energy(v, x, T))
+        near(of(found.generator(v, u, T, z)), networks.generator(v, x, T, z))
+        x0, stats = found.train_generator(v, u, T, z)
+        near((of(x0), stats), networks.train_generator(v, x, T, z))
+        inputs, seen = (v, u, other, T), (v, x, x_other, T)
+        near(found.posterior(*inputs), networks.posterior(*seen))
+        near(found.train_posterior(*inputs), networks.train_posterior(*seen))
 
 
 def test_a_run_with_coloured_noise(folder: Path, tmp_path: Path):

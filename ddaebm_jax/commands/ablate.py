@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+import ml_collections
 from absl import flags, logging
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.commands import common
+from ddaebm_jax.config import fields
 from ddaebm_jax.config import flags as config_flags
 from ddaebm_jax.config import variations as variations_lib
 from ddaebm_jax.errors import InputError, listed, shown
@@ -51,7 +53,8 @@ def run(values: flags.FlagValues) -> None:
     try:
         with run_directory.lock(workdir), common.out_of_memory_advice(_ADVICE):
             records = study.run(config, found, seeds, workdir)
-            text = _write(workdir, records, f"{name}: {', '.join(values.vary)}")
+            title = f"{name}: {', '.join(values.vary)}"
+            text = _write(workdir, records, config, title)
     except preemption.Stopped as stopped:
         logging.info("%s", stopped)
         sys.exit(stopped.exit_code)
@@ -65,8 +68,13 @@ _ADVICE = (
 )
 
 
-def _write(workdir: Path, records: dict[str, list[study.Record]], title: str) -> str:
-    """Write tables and picture; return the table in Markdown."""
+def _write(
+    workdir: Path,
+    records: dict[str, list[study.Record]],
+    config: ml_collections.ConfigDict,
+    title: str,
+) -> str:
+    """Write tables and pictures; return the tables in Markdown."""
     figures, path = ablation.summarize(records), workdir / _REPORT
     text = ablation.to_markdown(figures, records, title)
     write_text_atomically(path.with_suffix(".md"), text)
@@ -74,6 +82,11 @@ def _write(workdir: Path, records: dict[str, list[study.Record]], title: str) ->
     write_json_atomically(path, ablation.to_json(figures, records))
     if panels := study.panels(workdir, records):
         plots.write(path.with_suffix(".png"), plots.plot_panels, panels, title)
+    recipe = dict(fields.leaves(config))
+    curves = ablation.against_fields(figures, records, recipe)
+    for field, found in curves.items():
+        picture = path.with_name(f"{path.stem}-{field}.png")
+        plots.write(picture, plots.plot_against, field, *found, title)
     return text
 
 

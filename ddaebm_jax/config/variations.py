@@ -93,9 +93,11 @@ def _schedule(current: Fields) -> dict[str, Fields]:
     if current["diffusion.variance"] != "geometric":
         found["variance = geometric"] |= _beta(1e-4, 0.999)
     found["time = lsun"]["diffusion.time_eps"] = 1e-3  # It has no noise at level 0.
-    eighth = current["train.num_steps"] // 8
-    if eighth:
-        found["levels move"] = {"levels.move_at": (eighth, 2 * eighth, 4 * eighth)}
+    # Six times in the first half, at ends of dispatches in runs that are long enough.
+    every = current["train.num_steps"] // 12
+    every -= every % 100 if every > 100 else 0
+    if every:
+        found["levels move"] = {"levels.move_at": tuple(every * k for k in range(1, 7))}
     if current["diffusion.min_posterior_var"] is None:
         found["time = lsun"]["diffusion.min_posterior_var"] = 1e-4
     return found

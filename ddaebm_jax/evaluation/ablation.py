@@ -88,6 +88,41 @@ def summarize(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figures:
     return figures
 
 
+def against_fields(
+    figures: Figures, records: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> dict[str, tuple[list[float], dict[str, Float[np.ndarray, "n 2"]]]]:
+    """Returns figures against each number that two variations or more change.
+
+    Args:
+      figures: of `summarize`.
+      records: as there; the first field of a variation is the one it is named for.
+      recipe: field → its value in the full recipe.
+
+    Returns:
+      field → its values, in order, and by name the times and those figures that differ
+      between variations: mean and standard error at each value.
+    """
+    full, *others = figures
+    points: dict[str, dict[float, str]] = {}
+    for variation in others:
+        field, value = next(iter(records[variation][0]["fields"].items()))
+        own = recipe[field]
+        if type(value) in (int, float) and type(own) in (int, float):
+            points.setdefault(field, {own: full})[value] = variation
+    shown = [name for name in figures[full] if _differs(name, figures)]
+    found = {}
+    for field, of_field in points.items():
+        if len(of_field) > 2:
+            values = sorted(of_field)
+            at = [figures[of_field[value]] for value in values]
+            curves = {
+                name: np.array([(one[name].mean, one[name].error) for one in at])
+                for name in shown
+            }
+            found[field] = list(map(float, values)), curves
+    return found
+
+
 def to_csv(figures: Figures) -> str:
     """Returns a line for each variation and figure."""
     text = io.StringIO()

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from ddaebm_jax import config as config_lib
-from ddaebm_jax.diagnostics import Fault
+from ddaebm_jax import progress
+from ddaebm_jax.diagnostics import Fault, energy_gaps_by_t
 from ddaebm_jax.errors import InputError, listed
 from ddaebm_jax.evaluation import placement
 from ddaebm_jax.experiment import Experiment, init_state, make_keyed_step, run_keys
@@ -32,12 +34,15 @@ class Trained(NamedTuple):
     Attributes:
       experiment: the run's, with its last levels.
       state: the last state, on the host.
+      metrics: means of the metrics of each dispatch, with its last step; see
+        `diagnostics.energy_gaps_by_t`.
       fault: the first step with a metric that is not finite; None: there was none.
       seconds: the run's share of the time, compilation included.
     """
 
     experiment: Experiment
     state: TrainState
+    metrics: list[dict[str, float]]
     fault: Fault | None
     seconds: float
 
@@ -65,11 +70,16 @@ def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]
         chunk = np.minimum(np.arange(start, start + size), len(experiments) - 1)
         inputs, started = _at(runs, chunk), time.monotonic()
         group = [experiments[i] for i in chunk]
-        group, state, faults = _train_chunk(group, take_steps, _init(group), *inputs)
+        state = _init(group)
+        with progress.loop_bar(group[0].config.train.num_steps, "step") as bar:
+            group, state, metrics, faults = _train_chunk(
+                group, take_steps, bar, state, *inputs
+            )
         seconds = (time.monotonic() - started) / len(set(chunk))
         for place in range(len(set(chunk))):
             one = _at(state.replace(step=None), place).replace(step=state.step)
-            yield Trained(group[place], one, faults.get(place), seconds)
+            lines = [{"step": step} | of_step[place] for step, of_step in metrics]
+            yield Trained(group[place], one, lines, faults.get(place), seconds)
 
 
 def _check_alike(experiments: Sequence[Experiment]) -> None:
@@ -121,41 +131,57 @@ def _init(experiments: Sequence[Experiment]) -> TrainState:
 
 
 def _program(experiment: Experiment) -> Callable:
-    """Returns (length, keys, arrays, schedules, states) → (states, faults)."""
+    """Returns (length, keys, arrays, schedules, states) → as `step.scan_steps`."""
     index = jnp.arange(experiment.config.data.batch_size)
 
     def one_run(length, keys, arrays, schedule, state):
         step = make_keyed_step(experiment._replace(schedule=schedule))
         inputs = keys, index, arrays, jnp.int32(0)
-        state, _, fault = scan_steps(step, length, state, None, *inputs)
-        return state, fault
+        return scan_steps(step, length, state, None, *inputs)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=4)
     def take_steps(length, keys, arrays, schedules, states):
-        run = jax.vmap(partial(one_run, length), (0, 0, 0, _AXES), (_AXES, 0))
+        run = jax.vmap(partial(one_run, length), (0, 0, 0, _AXES), (_AXES, 0, 0))
         return run(keys, arrays, schedules, states)
 
     return take_steps
 
 
 def _train_chunk(
-    group: list[Experiment], take_steps: Callable, state: TrainState, *inputs: Any
-) -> tuple[list[Experiment], TrainState, dict[int, Fault]]:
-    """Returns the runs, their stacked states after the last step, and their faults."""
+    group: list[Experiment],
+    take_steps: Callable,
+    bar: tqdm,
+    state: TrainState,
+    *inputs: Any,
+) -> tuple[
+    list[Experiment],
+    TrainState,
+    list[tuple[int, list[dict[str, float]]]],
+    dict[int, Fault],
+]:
+    """Returns the runs, their stacked states after the last step, metrics and faults.
+
+    The metrics are those of each run at the end of each dispatch.
+    """
     config = group[0].config
     train, moves = config.train, config.levels.move_at
     per_dispatch = train.steps_per_dispatch or steps_per_dispatch(config.model.name)
     step, schedules = 0, _stack(*(one.schedule for one in group))
-    faults: dict[int, Fault] = {}
+    reported, faults = [], {}
     while step < train.num_steps:
         stop = next_stop(step, per_dispatch, train.num_steps, moves=moves)
-        state, found = take_steps(stop - step, *inputs, schedules, state)
-        found, step = jax.device_get(found), stop
+        state, *found = take_steps(stop - step, *inputs, schedules, state)
+        metrics, found = jax.device_get(found)
+        places = range(len(group))
+        of_runs = [energy_gaps_by_t(_at(metrics, place)) for place in places]
+        reported.append((stop, of_runs))
+        bar.update(stop - step)
+        step = stop
         for place in map(int, np.flatnonzero(found.step)):
             faults.setdefault(place, _at(found, place))
         if step in moves:
-            for place in set(range(len(group))) - {*faults}:
+            for place in {*places} - {*faults}:
                 variables = jax.device_get(_at(state.ema, place))
                 group[place] = placement.with_moved_levels(group[place], variables)
             schedules = _stack(*(one.schedule for one in group))
-    return group, jax.device_get(state), faults
+    return group, jax.device_get(state), reported, faults

@@ -7,16 +7,17 @@ is not repeated.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 import numpy as np
-from absl import logging
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax import progress
 from ddaebm_jax.config import fields as fields_lib
 from ddaebm_jax.config.variations import Fields, varied
 from ddaebm_jax.data import open_source
@@ -30,12 +31,13 @@ from ddaebm_jax.files import (
     written_atomically,
 )
 from ddaebm_jax.models import Players
-from ddaebm_jax.training import dispatch, loop, many, pilot, processes
+from ddaebm_jax.training import dispatch, loop, many, pilot, processes, reports
 from ddaebm_jax.training.trained_run import load_run
 
 RECORDS_FILE = "ablation.jsonl"
 
 _LARGEST_FILE = 2**28
+_GAP = "energy/gap_t"
 
 Record = dict[str, Any]
 
@@ -78,13 +80,13 @@ def run(
         keys = [run_key(one, source.metadata()) for one in configs]
         due = {k: c for k, c in zip(keys, configs, strict=True) if k not in done}
         if due:
-            logging.info("%s: %d runs", name, len(due))
-        for records in train(due, workdir, name) if due else ():
-            for record in records:
-                record |= {"variation": name, "fields": fields}
-                done[record["key"]] = record
-            lines = "".join(json.dumps(record) + "\n" for record in done.values())
-            write_text_atomically(workdir / RECORDS_FILE, lines)
+            with progress.phase(f"{name}: {len(due)} runs"):
+                for records in train(due, workdir, name):
+                    for record in records:
+                        record |= {"variation": name, "fields": fields}
+                        done[record["key"]] = record
+                    lines = (json.dumps(record) + "\n" for record in done.values())
+                    write_text_atomically(workdir / RECORDS_FILE, "".join(lines))
         found[name] = [done[key] | {"fields": fields} for key in keys]
     return found
 
@@ -132,32 +134,44 @@ def _open_records(path: Path) -> dict[str, Record]:
 def _train_together(
     due: Mapping[str, ml_collections.ConfigDict], workdir: Path, name: str
 ) -> Iterator[list[Record]]:
-    """Train runs at once by `vmap`; yield all their records."""
-    del name
+    """Train runs at once by `vmap`; yield all their records.
+
+    One by one where the levels of one of them cannot be found.
+    """
     sources = [open_source(config.data, config.seed) for config in due.values()]
+    started, failed = time.monotonic(), ""
     networks: dict[Any, Any] = {}  # One program measures all runs of the same levels.
     records: list[Record] = []
     try:
         configs = pilot.with_times(list(due.values()), sources)
+        of_pilot = (time.monotonic() - started) / len(due)
         experiments = list(map(experiment_lib.build_from, configs, sources))
         trained = list(many.train(experiments, together=len(experiments)))
-    except DivergedError as error:  # Of the levels: none of the runs has a model.
-        none = {"seconds": None, "figures": {}, "fault": str(error)}
-        yield [{"key": k, "seed": c.seed} | none for k, c in due.items()]
+    except DivergedError as error:
+        failed = str(error)
+    if failed and len(due) > 1:
+        for key, config in due.items():
+            yield from _train_together({key: config}, workdir, name)
+        return
+    if failed:
+        ((key, config),) = due.items()
+        none = {"seconds": None, "figures": {}, "fault": failed}
+        yield [{"key": key, "seed": config.seed} | none]
         return
     for key, run in zip(due, trained, strict=True):
         process = run.experiment.config.diffusion
         own = process.time_eps, process.times
         own = networks.setdefault(own, run.experiment.networks)
         experiment = run.experiment._replace(networks=own)
-        record = {"key": key, "seed": experiment.config.seed, "seconds": run.seconds}
+        record = {"key": key, "seed": experiment.config.seed}
+        record["seconds"] = of_pilot + run.seconds
         record["times"] = list(process.times)
         record |= {"figures": {}, "fault": run.fault and run.fault.describe()}
         if run.fault is None:
             found = metrics.evaluate(experiment, run.state.ema)
             record["figures"] = _numbers(found)
             if not any(one["figures"] for one in records):
-                _save_panel(workdir, key, experiment, run.state.ema)
+                _save_panel(workdir, key, experiment, run.state.ema, run.metrics)
         records.append(record)
     yield records
 
@@ -181,11 +195,12 @@ def _train_one_by_one(
                 record["seconds"] = report["seconds"]
             trained = load_run(folder)
             record["times"] = list(trained.experiment.config.diffusion.times)
-            _save_panel(workdir, key, trained.experiment, trained.variables)
+            lines = reports.lines_to_draw(folder / reports.METRICS_FILE)
+            _save_panel(workdir, key, trained.experiment, trained.variables, lines)
         yield [record]
 
 
-def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(figures: Mapping[str, Any]) -> dict[str, int | float]:
     """Return the figures that are finite numbers."""
     numbers = {k: v for k, v in figures.items() if type(v) in (int, float)}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -196,9 +211,27 @@ def _panel_path(workdir: Path, key: str) -> Path:
 
 
 def _save_panel(
-    workdir: Path, key: str, experiment: Experiment, variables: Players
+    workdir: Path,
+    key: str,
+    experiment: Experiment,
+    variables: Players,
+    lines: Iterable[Mapping[str, Any]],
 ) -> None:
+    panel = pictures.panel(experiment, variables) | _curves(lines)
     path = _panel_path(workdir, key)
     path.parent.mkdir(exist_ok=True)
     with written_atomically(path) as file:
-        np.savez_compressed(file, **pictures.panel(experiment, variables))
+        np.savez_compressed(file, **panel)
+
+
+def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return `steps` [n] and `gaps` of the energy by t [n, T], NaN where unknown.
+
+    Args:
+      lines: of a run's metrics.
+    """
+    found = [line for line in lines if "energy/loss" in line]
+    names = {name for line in found for name in line if name.startswith(_GAP)}
+    ordered = sorted(names, key=lambda name: int(name.removeprefix(_GAP)))
+    gaps = [[line.get(name, math.nan) for name in ordered] for line in found]
+    return {"steps": np.array([line["step"] for line in found]), "gaps": np.array(gaps)}
