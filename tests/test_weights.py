@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import strategies as st
-from untrusted import FUZZ, mutations, read_or_refused, refused
+from untrusted import FUZZ, MEGABYTE, mutations, read_or_refused, refused
 
+from ddaebm_jax import weights
 from ddaebm_jax.weights import read_weights
 
 ARRAYS = {
@@ -304,6 +305,69 @@ def test_code_is_refused_and_not_run(write, kind: str, tmp_path: Path):
     refused(lambda: read_weights(path), str(path), *parts)
     assert not sentinel.exists()
     assert_same(read_weights(write(path, ARRAYS)), ARRAYS)
+
+
+def write_program(folder: Path, program: bytes) -> tuple[Path, Path]:
+    """Write a pickle alone, and in an archive."""
+    alone, archived = folder / "alone.pth", folder / "archived.pth"
+    alone.write_bytes(program)
+    with zipfile.ZipFile(archived, "w") as archive:
+        archive.writestr("w/data.pkl", program)
+    return alone, archived
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02.",  # Nothing.
+        b"\x80\x02(.",
+        b"\x80\x02h\x05.",  # A value that was never remembered.
+        b"\x80\x02t.",  # No mark.
+        b"\x80\x02K\x01K\x02s.",
+        b"\x80\x02K\x01K\x02R.",  # The number 1 is called.
+        b"\x80\x02K\x01Q.",  # The number 1 is a storage.
+        b"\x80\x02]K\x01b.",
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"(S'true'\nios\nsystem\n.",
+        b"(cos\nsystem\nS'true'\no.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
+        b"\x82\x01.",  # The extension registry.
+        b"\x80\x02X\xff\xff\xff\x7f.",  # A text of two gigabytes.
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fa.",
+        b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}.",
+        b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # A memo of two billion entries.
+        b"\x80\x02K\x01p2147483647\n.",
+        b"\x80\x02" + b")" + b"\x85" * 20_000 + b".",  # Deep.
+        b"\x80\x02]q\x00h\x00a.",  # A list that holds itself.
+        b"\x80\x02}q\0U\1ah\0s.",
+        b"\x80\x02" + b"(" * 2 * MEGABYTE + b".",
+        b"\x80\x04" + b"}\x94" * MEGABYTE + b".",
+        b"\x80\x02I" + b"9" * 10**6 + b"\n.",
+        # A name that would take 2⁶⁰ characters to write.
+        b"\x80\x04)q\0" + b"h\0h\0\x86q\0" * 60 + b"h\0h\0\x93.",
+    ],
+)
+def test_odd_pickles_are_refused(program: bytes, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(weights, "_MAX_INSTRUCTIONS", 30_000)
+    for path in write_program(tmp_path, program):
+        refused(lambda path=path: read_weights(path), str(path))
+
+
+OPCODES = b"}])(N.0aeusRbQqrhjpg\x85\x86\x87\x94\x88\x89KMJGXUTc\x93\x80\x95|ioIFLSVP"
+PIECES = [
+    *(bytes((code,)) for code in OPCODES),
+    *(b"cos\nsystem\n", b"ccollections\nOrderedDict\n", b"X\2\0\0\0id", b"K\1"),
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+]
+
+
+@FUZZ
+@hypothesis.given(
+    st.lists(st.sampled_from(PIECES) | st.binary(max_size=4), max_size=40)
+)
+def test_random_pickles_are_read_or_refused(tmp_path: Path, instructions):
+    for path in write_program(tmp_path, b"\x80\x02" + b"".join(instructions)):
+        read_or_refused(lambda path=path: read_weights(path))
 
 
 @pytest.mark.parametrize("write", TORCH_WRITERS)
