@@ -315,6 +315,9 @@ def _draw_curves(
             alpha=0.8,
             label=labels[-1],
         )
+    low, high = axis.get_ylim()
+    if sum(low <= tick <= high for tick in axis.get_yticks()) < 2:
+        axis.set_yscale("linear")  # Within a decade the others have no ticks.
     axis.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.1),
