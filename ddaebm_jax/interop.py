@@ -153,11 +153,12 @@ def parameter_paths(model: Any, side: int, params: Players) -> Players:
     """
     time = _layer("t_embed.main.0", "time", "dense_0")
     time |= _layer("t_embed.main.2", "time", "dense_1")
+    first = side // model.unet.patch_size
     is_residual = side >= choices.RESIDUAL_FROM
     posterior = _residual_encoder_paths() if is_residual else _conv_encoder_paths(side)
     return Players(
-        energy=_unet_paths(model.unet, side, params.energy),
-        generator=_unet_paths(model.unet, side, params.generator),
+        energy=_unet_paths(model.unet, first, params.energy),
+        generator=_unet_paths(model.unet, first, params.generator),
         posterior=time | posterior,
     )
 

@@ -267,6 +267,21 @@ def test_attention_is_softmax_attention():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_patch_is_one_position_of_the_u_net():
+    x = normals(0, 2, 4, 8, 3)
+    patches = ncsnpp.to_patches(x, 2)
+    assert patches.shape == (2, 2, 4, 12)
+    np.testing.assert_array_equal(patches[1, 1, 2], x[1, 2:4, 4:6].reshape(12))
+    np.testing.assert_array_equal(ncsnpp.from_patches(patches, 2), x)
+
+    trunk = trunk_of(tiny(ch_mult=(1,), attn_resolutions=(), patch_size=2))
+    t = jnp.array([0, 3])
+    actual, params = run(ncsnpp.UNet(**trunk), x, t)
+    network = ncsnpp.UNet(**trunk | {"patch_size": 1})
+    expected = quick.jit(network.apply)({"params": params}, patches, t)
+    np.testing.assert_allclose(ncsnpp.to_patches(actual, 2), expected, rtol=1e-5)
+
+
 def test_adaptive_group_norms_start_at_the_identity():
     module = ncsnpp.AdaptiveGroupNorm("float32")
     x, style = normals(0, 3, 2, 2, 8), normals(1, 3, 5)

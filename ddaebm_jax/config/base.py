@@ -96,11 +96,12 @@ def base() -> "ConfigDict":
     model.dtype = "float32"
     model.remat = "none"  # Of `ncsnpp`; `blocks`: recomputed backwards, to save memory.
     model.unet = ConfigDict()
+    model.unet.patch_size = 1  # Pixels on a side that are one position of the U-Net.
     model.unet.nf = 128  # Base width, even.
     # Width of each level in units of nf; every level but the last halves the image.
     model.unet.ch_mult = (1, 2, 2, 2)
     model.unet.num_res_blocks = 2  # Per level on the way down; one more on the way up.
-    model.unet.attn_resolutions = (16,)  # Sides at which attention follows; may be ().
+    model.unet.attn_resolutions = (16,)  # Sides with attention, in positions; or ().
     model.unet.dropout = 0.1  # Rate in residual blocks.
     model.unet.fir = True  # Resample by the filter (1, 3, 3, 1), else repeat and mean.
     model.unet.progressive_input = "residual"  # Pyramid of the input; `none`.

@@ -193,14 +193,18 @@ def _check_data(config: Any) -> Needs:
 
 
 def _check_unet(config: Any) -> Needs:
-    unet, side = config.model.unet, config.data.image_size
+    unet, patch = config.model.unet, config.model.unet.patch_size
+    side, rest = divmod(config.data.image_size, patch)
     sides = [side >> level for level, _ in enumerate(unet.ch_mult)]
-    if side % 2 ** (len(sides) - 1):
+    if rest or side % 2 ** (len(sides) - 1):
         needed = f"{len(sides)} levels halve the side {len(sides) - 1} times"
-        yield "data.image_size model.unet.ch_mult", needed
+        needed += f", of whole patches of {patch} pixels" * (patch > 1)
+        yield "data.image_size model.unet.patch_size model.unet.ch_mult", needed
     if not {*unet.attn_resolutions} <= {*sides}:
         needed = f"attention is possible at sides of levels, {sides}, or (): nowhere"
-        yield "model.unet.attn_resolutions data.image_size model.unet.ch_mult", needed
+        names = "attn_resolutions", "patch_size", "ch_mult"
+        names = " ".join(f"model.unet.{name}" for name in names)
+        yield f"{names} data.image_size", needed
     if unet.progressive_input == "residual" and not unet.fir:
         needed = "use fir=True, or progressive_input='none'"
         yield "model.unet.progressive_input model.unet.fir", needed

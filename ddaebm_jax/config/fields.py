@@ -39,6 +39,7 @@ _RANGES = {
     (0, 1000): "evaluation.langevin_moves",
     (10, 10**6): "evaluation.num_kept_features",
     (8, 1024): "data.image_size",
+    (1, 64): "model.unet.patch_size",
     (1, 1000): "data.num_threads data.prefetch model.unet.num_res_blocks "
     "game.num_negatives",
     (0, 256): "data.num_workers model.unet.n_mlp",

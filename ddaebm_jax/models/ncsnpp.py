@@ -159,6 +159,22 @@ class Attention(nn.Module):
         return (x + h.reshape(x.shape)) * _SQRT_HALF
 
 
+def to_patches(x: Image, size: int) -> Float[Array, "batch rows columns features"]:
+    """Return x with each square of size² pixels as the channels of one position."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height // size, width // size, size * size * channels)
+
+
+def from_patches(x: Float[Array, "batch rows columns features"], size: int) -> Image:
+    """Return the inverse of `to_patches`."""
+    batch, rows, columns, features = x.shape
+    x = x.reshape(batch, rows, columns, size, size, features // size**2)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * size, columns * size, features // size**2)
+
+
 class UNet(nn.Module):
     """The trunk: maps an image, its time and, in the generator, a style to an image.
 
@@ -166,12 +182,14 @@ class UNet(nn.Module):
     `down_{level}_resample`, `down_{level}_pyramid`; `middle_…`; `up_…` likewise.
 
     Attributes:
+      patch_size: pixels on a side that the first level takes as one position, p; the
+        p² pixels are its channels (Luhman & Luhman 2022, arXiv 2207.04316).
       nf: base width.
       ch_mult: width of each level in units of nf; every level but the last ends with
         halved sides.
       num_res_blocks: residual blocks per level of the down path; the up path has one
         more.
-      attn_resolutions: sides at which attention follows a block.
+      attn_resolutions: sides, in positions, at which attention follows a block.
       dropout_rate: share of dropped units.
       fir: True: resample with the filter (1, 3, 3, 1); False: by repeats and means.
       progressive_input: `residual`: add a pyramid of the input at every level; `none`.
@@ -181,6 +199,7 @@ class UNet(nn.Module):
         `none`.
     """
 
+    patch_size: int
     nf: int
     ch_mult: Sequence[int]
     num_res_blocks: int
@@ -226,6 +245,7 @@ class UNet(nn.Module):
             halve = conv(features, 3, dtype=self.dtype, strides=2, padding=0, name=name)
             return halve(resample.fir_filter(pyramid))
 
+        x = to_patches(x, self.patch_size)
         channels = x.shape[-1]
         pyramid = x.astype(self.dtype)
         h = conv(self.nf, 3, dtype=self.dtype, name="conv_in")(pyramid)
@@ -258,7 +278,8 @@ class UNet(nn.Module):
 
         # In float32: the energy is a difference of nearly equal numbers.
         h = nn.silu(GroupNorm("float32", name="norm_out")(h))
-        return conv(channels, 3, scale=0.0, name="conv_out")(h)
+        h = conv(channels, 3, scale=0.0, name="conv_out")(h)
+        return from_patches(h, self.patch_size)
 
 
 class Energy(nn.Module):

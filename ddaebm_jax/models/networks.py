@@ -144,6 +144,7 @@ def _image_networks(
 ) -> Networks:
     nz, unet = model.nz, model.unet
     trunk = {
+        "patch_size": unet.patch_size,
         "nf": unet.nf,
         "ch_mult": tuple(unet.ch_mult),
         "num_res_blocks": unet.num_res_blocks,
