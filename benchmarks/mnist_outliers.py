@@ -33,6 +33,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", str(_RECIPE), "The recipe.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
 _RESULTS = flags.DEFINE_string("results", None, "File of the figures.", required=True)
 _DIGITS = flags.DEFINE_list("digits", list("0123456789"), "Digits to leave out.")
+flags.register_validator("digits", set("0123456789").issuperset, "digits: 0 to 9")
 
 
 def main(argv: list[str]) -> None:

@@ -153,12 +153,11 @@ def parameter_paths(model: Any, side: int, params: Players) -> Players:
     """
     time = _layer("t_embed.main.0", "time", "dense_0")
     time |= _layer("t_embed.main.2", "time", "dense_1")
-    first = side // model.unet.patch_size
     is_residual = side >= choices.RESIDUAL_FROM
     posterior = _residual_encoder_paths() if is_residual else _conv_encoder_paths(side)
     return Players(
-        energy=_unet_paths(model.unet, first, params.energy),
-        generator=_unet_paths(model.unet, first, params.generator),
+        energy=_unet_paths(model.unet, side, params.energy),
+        generator=_unet_paths(model.unet, side, params.generator),
         posterior=time | posterior,
     )
 
@@ -193,8 +192,8 @@ def read_variables(config: Any, files: Players) -> Players:
       files: path of each network's state_dict; None: no file, and no variables.
 
     Raises:
-      InputError: if the recipe is not one of images or has a reference density, or a
-        file does not fit it.
+      InputError: if the recipe is not one of images, has a reference density or
+        patches, or a file does not fit it.
     """
     if config.model.name != "ncsnpp":
         raise InputError(
@@ -205,6 +204,11 @@ def read_variables(config: Any, files: Players) -> Players:
         raise InputError(
             f"model.reference is {config.model.reference}; imported energies have no "
             "reference density: set --config.model.reference=0"
+        )
+    if config.model.unet.patch_size > 1:
+        raise InputError(
+            f"model.unet.patch_size is {config.model.unet.patch_size}; the authors' "
+            "networks have no patches: set --config.model.unet.patch_size=1"
         )
     side = config.data.image_size
     networks = models.build(config.model, (side, side, config.data.channels))

@@ -335,7 +335,10 @@ def test_wrong_files_and_recipes(small: Released, files: Players, tmp_path: Path
     unknown = (str(files.generator), "unknown: ", "GroupNorm_0.style.weight", remedy)
     perceptrons = ("model.name is 'mlp'", "configs/cifar10.py")
     references = ("model.reference is 32", "--config.model.reference=0")
+    patched = small.config.copy_and_resolve_references()
+    patched.model.unet.update(patch_size=2, attn_resolutions=(4,))
     for config, given, parts in (
+        (patched, files, ("patch_size is 2", "--config.model.unet.patch_size=1")),
         (small.config, swapped, unknown),
         (recipe("gaussians25"), files, perceptrons),
         (recipe("digits"), files, references),
