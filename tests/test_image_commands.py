@@ -250,14 +250,13 @@ def test_a_strangers_run_chooses_no_paths_to_load_code_from_or_write_to(
     config = read_config(workdir)
     for section, field in (
         (config.compilation_cache, "directory"),
-        (config.evaluation, "reference_path"),
         (config.data, "tfds_dir"),
     ):
         section[field] = str(tmp_path / "chosen")
     (workdir / "config.json").write_text(config_lib.to_json(config))
     loaded = load_run(workdir).experiment.config
     assert loaded.compilation_cache.directory == ""
-    assert loaded.evaluation.reference_path == loaded.data.tfds_dir == ""
+    assert loaded.data.tfds_dir == ""
     assert not (tmp_path / "chosen").exists()
 
 

@@ -33,8 +33,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("preprocessing", None, choices.PREPROCESSINGS, text, values)
     text = "Images that samples are compared with. Default: the config's."
     flags.DEFINE_enum("reference", None, choices.REFERENCES, text, values)
-    text = "File of the reference's statistics, made if missing."
-    common.define_path(values, "reference_path", text)
     text = "Measure log Z and likelihoods of images, too: slow. Always of other data."
     flags.DEFINE_bool("likelihood", False, text, flag_values=values)
     common.define_data_path(values)
@@ -52,7 +50,7 @@ def run(values: flags.FlagValues) -> None:
             raise InputError(f"--{name} has no meaning {how} --input: leave it out")
     common.join_processes(values)
     settings = common.inception_settings(values.inception_weights)
-    for name in ("num_samples", "preprocessing", "reference", "reference_path"):
+    for name in ("num_samples", "preprocessing", "reference"):
         settings[name] = values[name].value
     given = values.checkpoint, values.input, values.skip_corrupt, values.data_path
     settings["with_likelihood"] = values.likelihood

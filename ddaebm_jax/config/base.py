@@ -196,7 +196,6 @@ def base() -> "ConfigDict":
     # torch-fidelity) or `pytorch_fid` (half-pixel resize); their FIDs differ.
     evaluation.preprocessing = "tf"
     evaluation.reference = "train"  # Images compared with samples: `train` or `test`.
-    evaluation.reference_path = ""  # File of its statistics; empty: the user's cache.
     evaluation.num_kept_features = 10_000  # Most images compared by KID, recall, ….
     # Sequential Monte Carlo, for log Z and samples of the energy: particles of a run,
     # independent runs, the proposal's defensive share (game.defensive is that of

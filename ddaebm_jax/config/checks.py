@@ -33,7 +33,7 @@ READ_WHEN = {
     "model.name mlp": "model.mlp model.confinement",
     "model.name ncsnpp": "model.unet model.encoder model.dtype model.remat "
     "evaluation.batch_size evaluation.inception evaluation.preprocessing "
-    "evaluation.reference evaluation.reference_path evaluation.num_kept_features",
+    "evaluation.reference evaluation.num_kept_features",
     "game.recon nll weighted_nll": "game.recon_floor",
     "evaluation.inception True": "evaluation.inception_weights",
     "compilation_cache.enabled True": "compilation_cache.directory",

@@ -21,7 +21,7 @@ OPTIONAL = (
 # Paths of files and directories; the last one may also be a URL, for JAX.
 PATHS = (
     "data.path data.tfds_dir train.init_from evaluation.inception_weights "
-    "evaluation.reference_path compilation_cache.directory"
+    "compilation_cache.directory"
 ).split()
 
 # The least and the greatest value, and the fields.

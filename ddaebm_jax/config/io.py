@@ -21,7 +21,7 @@ FREE_ON_RESUME = frozenset(
     "train.num_steps train.steps_per_dispatch train.report_every train.picture_every "
     "train.evaluate_every train.checkpoint_every train.keep_checkpoints "
     "train.tensorboard recovery.max_rollbacks parallel.num_devices parallel.mode "
-    "parallel.fsdp evaluation.batch_size evaluation.reference_path "
+    "parallel.fsdp evaluation.batch_size "
     "evaluation.num_kept_features evaluation.num_particles evaluation.num_runs "
     "evaluation.defensive evaluation.langevin_moves "
     "compilation_cache.enabled compilation_cache.directory".split()
@@ -34,6 +34,7 @@ _REMOVED: dict[str, Any] = {
     "recovery.max_energy": None,
     "recovery.max_gap": None,
     "evaluation.num_projections": None,
+    "evaluation.reference_path": None,
     "model.mlp.fourier_octaves": 0,
     "model.mlp.energy_fourier_octaves": 0,
 }

@@ -4,7 +4,6 @@ Every report names the preprocessing, the network and the reference, without whi
 FID means nothing.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,14 +19,14 @@ from jaxtyping import Float, UInt8
 
 from ddaebm_jax import progress
 from ddaebm_jax.data.records import Records, Subset, stack
-from ddaebm_jax.errors import InputError, one_line
+from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import fid, inception, inception_weights
 from ddaebm_jax.evaluation.inference import evaluation_mesh
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.files import read_npz, written_atomically
-from ddaebm_jax.paths import cache_directory, user_path
+from ddaebm_jax.paths import cache_directory
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 # Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
 _MAX_REFERENCE_BYTES = 9 * 2**30
 # Of the features that are kept, and of the kernel distance's subsets.
@@ -85,48 +84,23 @@ def collect(
     )
 
 
-def save_reference(
-    path: Path, reference: Statistics, fingerprint: dict[str, Any]
-) -> None:
-    """Writes reference statistics atomically, while other processes may do the same.
-
-    The fingerprint identifies the images, the network and the preprocessing.
-    """
+def save_reference(path: Path, reference: Statistics) -> None:
+    """Writes reference statistics atomically, while other processes may do the same."""
     own = path.with_name(f"{path.stem}.{jax.process_index()}.{os.getpid()}.npz")
-    text = json.dumps(fingerprint, sort_keys=True)
-    moments, features = reference.moments._asdict(), reference.features
     with written_atomically(own) as file:
-        np.savez(file, **moments, features=features, fingerprint=text)
+        np.savez(file, **reference.moments._asdict(), features=reference.features)
     own.replace(path)
 
 
-def load_reference(path: Path, fingerprint: dict[str, Any]) -> Statistics:
+def load_reference(path: Path) -> Statistics:
     """Reads what `save_reference` wrote.
 
     Raises:
-      InputError: if the file is damaged, or of other images, another network or
-        another preprocessing than asked for.
+      InputError: if the file is damaged.
     """
-    remedy = "remove it, and it is computed again"
-    names = (*fid.Moments._fields, "features", "fingerprint")
-    try:
-        arrays = read_npz(path, _MAX_REFERENCE_BYTES, names)
-        found = dict(json.loads(str(arrays["fingerprint"])))
-    except InputError as error:
-        raise InputError(f"{error}; or {remedy}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({one_line(error)}); {remedy}") from error
-    differing = [
-        f"{name} is {found.get(name)!r}, expected {expected!r}"
-        for name, expected in fingerprint.items()
-        if found.get(name) != expected
-    ]
-    if differing:
-        raise InputError(
-            f"{path} holds other reference statistics: {'; '.join(differing)}; name "
-            "another file in evaluation.reference_path, or leave it empty"
-        )
-    count, mean, scatter, features = (arrays[name] for name in names[:-1])
+    names = (*fid.Moments._fields, "features")
+    arrays = read_npz(path, _MAX_REFERENCE_BYTES, names)
+    count, mean, scatter, features = (arrays[name] for name in names)
     return Statistics(fid.Moments(int(count), mean, scatter), features)
 
 
@@ -269,37 +243,21 @@ def _open_reference(
     extract: Extract,
     fingerprint: dict[str, Any],
 ) -> Statistics:
-    """Loads the reference statistics, or computes and saves them.
+    """Loads the reference statistics from the user's cache, or computes and saves them.
 
-    A file that the user names must fit and be writable; one of the cache need not.
+    The fingerprint identifies the images, the network and the preprocessing.
     """
-    named = settings.reference_path
-    if named:
-        path = user_path(named, "evaluation.reference_path")
-    else:
-        path = _cached(fingerprint)
-    if path.suffix != ".npz":
-        raise InputError(
-            f"evaluation.reference_path is {path}; a name that ends in .npz is needed"
-        )
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
+    path = cache_directory("reference") / f"{key.hexdigest()[:32]}.npz"
     reference = None
     if path.exists():
         try:
-            reference = load_reference(path, fingerprint)
+            reference = load_reference(path)
         except InputError as error:
-            if named:
-                raise
             logging.warning("cached reference statistics are unusable: %s", error)
     # Together: the devices of all processes compute what one of them lacks.
     if multihost_utils.process_allgather(np.array(reference is not None)).all():
         return reference
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if named and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise InputError(
-            f"evaluation.reference_path is {path}, where no file can be written; name "
-            "another, or leave it empty"
-        )
     num, size = len(records), settings.batch_size
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
@@ -310,13 +268,8 @@ def _open_reference(
     with progress.phase(f"computing the reference statistics of {num} images once"):
         found = collect(extract, chunks, keep, keep_logits=False)
     try:
-        save_reference(path, found, fingerprint)
+        save_reference(path, found)
         logging.info("saved the reference statistics in %s", path)
     except OSError as error:
         logging.warning("the reference statistics cannot be saved: %s", error)
     return found
-
-
-def _cached(fingerprint: dict[str, Any]) -> Path:
-    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
-    return cache_directory("reference") / f"{key.hexdigest()[:32]}.npz"

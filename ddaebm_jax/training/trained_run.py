@@ -149,23 +149,19 @@ def _find_data(data: ml_collections.ConfigDict, path: str | Path) -> None:
 def _distrust(config: ml_collections.ConfigDict) -> None:
     """Clear the paths at which a config could have code loaded or files made.
 
-    JAX runs the programs in its compilation cache; reference statistics and TFDS sets
-    are written where there are none yet.
+    JAX runs the programs in its compilation cache; TFDS writes sets that are missing.
     """
     config.compilation_cache.directory = ""
-    data, evaluation = config.data, config.evaluation
-    for section, field, path in (
-        (evaluation, "reference_path", evaluation.reference_path),
-        (data, "tfds_dir", f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"),
-    ):
-        there = False
-        with contextlib.suppress(InputError):
-            there = user_path(path).exists()
-        if section[field] and not there:
-            logging.warning(
-                "%s of the run's config, %s, is ignored: nothing is there yet, and "
-                "nothing is written there; the default is used",
-                field,
-                section[field],
-            )
-            section[field] = ""
+    data, there = config.data, False
+    if not data.tfds_dir:
+        return
+    with contextlib.suppress(InputError):
+        path = f"{data.tfds_dir}/{data.tfds.partition(':')[0]}"
+        there = user_path(path).exists()
+    if not there:
+        logging.warning(
+            "tfds_dir of the run's config, %s, is ignored: nothing is there yet, and "
+            "nothing is written there; the default is used",
+            data.tfds_dir,
+        )
+        data.tfds_dir = ""
