@@ -68,13 +68,23 @@ def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
     return Prepared(described, dispatcher.mesh, traced, inputs, seconds)
 
 
-def abstract(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
-    """Returns one image step's jaxpr, and its state's shapes; nothing is computed."""
+def abstract_step(config: ml_collections.ConfigDict) -> tuple[Any, tuple[Any, ...]]:
+    """Returns (length, *inputs) → steps on images, and the shapes of the inputs of one.
+
+    Nothing is computed, and no device is touched.
+    """
     described = experiment.build(config, open_images=False)
     batch = config.data.batch_size
     state = experiment.state_shapes(described)
     images = jax.ShapeDtypeStruct((1, batch, *described.source.event_shape), jnp.uint8)
     index = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    constants = None, described.schedule, jnp.uint32(0), jnp.int32(0)
-    step = partial(experiment.make_steps(described), 1)
-    return jax.make_jaxpr(step)(state, images, index, constants), state
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    constants = None, described.schedule, seed, number
+    return experiment.make_steps(described), (state, images, index, constants)
+
+
+def abstract(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
+    """Returns one image step's jaxpr, and its state's shapes; nothing is computed."""
+    step, inputs = abstract_step(config)
+    return jax.make_jaxpr(partial(step, 1))(*inputs), inputs[0]

@@ -41,8 +41,14 @@ def interleaved_seconds(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matmul_rate(size: int = 2048, dtype: Any = jnp.float32) -> float:
-    """Returns one device's own rate of square matrix products, FLOP/s."""
+def matmul_rate(size: int = 0, dtype: Any = jnp.float32) -> float:
+    """Returns one device's own rate of square matrix products, FLOP/s.
+
+    Args:
+      size: of a side; 0: large enough that the time of a call does not count.
+      dtype: of the matrices.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     return 2 * size**3 / median_seconds(lambda: product(a, a))

@@ -180,8 +180,13 @@ def run_keys(seed: int | np.uint32 | Array) -> Keys:
 
 
 def init_state(experiment: Experiment) -> TrainState:
-    """Returns the state before the first step, a function of the seed and the data."""
-    state = blank_state(experiment, run_keys(experiment.config.seed).weights)
+    """Returns the state before the first step, a function of the seed and the data.
+
+    It is computed on the host's CPU: an accelerator's compiler takes a minute for the
+    small programs of the first weights.
+    """
+    with sharding.on_host():
+        state = blank_state(experiment, run_keys(experiment.config.seed).weights)
     if not experiment.config.model.reference:
         return state
     source = experiment.source

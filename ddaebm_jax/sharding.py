@@ -6,6 +6,7 @@ With a sharded state (`fsdp`) XLA splits the step of the whole batch. The state 
 pytree of global arrays in every layout.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from functools import partial
@@ -109,6 +110,15 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
         shapes,
         shardings,
     )
+
+
+def on_host() -> contextlib.AbstractContextManager:
+    """Returns a context in which JAX computes on the host's CPU, if it may use it."""
+    try:
+        (cpu, *_) = jax.local_devices(backend="cpu")
+    except RuntimeError:  # JAX_PLATFORMS names other platforms only.
+        return contextlib.nullcontext()
+    return jax.default_device(cpu)
 
 
 def put(tree: Any, shardings: Any) -> Any:

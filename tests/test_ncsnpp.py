@@ -241,7 +241,7 @@ NAIVE_RESIZE = {
     [(None, 8), (None, 12), (resample.mean_down, 8), (resample.repeat_up, 8)],
 )
 def test_residual_block(resampling: Any, features: int, adaptive: bool):
-    module = ncsnpp.ResidualBlock(features, "float32", 0.0, 0, resampling)
+    module = ncsnpp.ResidualBlock(features, "float32", 0.0, resampling)
     x, time = 2.0 * normals(0, 3, 4, 6, 8) + 0.5, normals(1, 3, 5)
     style = normals(2, 3, 7) if adaptive else None
     actual, params = run(module, x, time, style, None)
@@ -410,11 +410,15 @@ def dropout_keys(seed: int) -> jax.Array:
 
 def test_dropout_draws_a_mask_for_each_example_and_layer():
     x, keys = normals(0, BATCH, 50, 50, 8) + 9.0, dropout_keys(0)
-    drop = quick.jit(
-        lambda x, keys, layer: layers.dropout(x, 0.3, keys, layer), static_argnums=2
-    )
-    whole, elsewhere = jax.device_get([drop(x, keys, layer) for layer in (7, 8)])
-    halves = [drop(x[part], keys[part], 7) for part in (slice(0, 2), slice(2, 4))]
+
+    @quick.jit
+    def drop(x, keys):
+        masks = layers.dropout_masks(keys, 0.3, [x.shape[1:], (3,), x.shape[1:]])
+        assert masks[1].shape == (len(x), 3)
+        return [layers.dropout(x, 0.3, kept) for kept in masks[::2]]
+
+    whole, elsewhere = jax.device_get(drop(x, keys))
+    halves = [drop(x[part], keys[part])[0] for part in (slice(0, 2), slice(2, 4))]
     np.testing.assert_array_equal(whole, np.concatenate(halves))
     kept = whole > 0
     np.testing.assert_allclose(whole, np.where(kept, x / 0.7, 0.0), rtol=1e-5)
@@ -424,24 +428,26 @@ def test_dropout_draws_a_mask_for_each_example_and_layer():
     # 80,000 units: these means have standard deviations of 0.02 and 0.0016.
     np.testing.assert_allclose(whole.mean(), x.mean(), atol=0.1)
     np.testing.assert_allclose((whole == 0.0).mean(), 0.3, atol=0.01)
+    # Nor do neighbours, which are halves of one number, drop out together.
+    first, second = kept.reshape(-1, 2).T
+    np.testing.assert_allclose((first & second).mean(), 0.49, atol=0.01)
 
 
 def test_every_block_has_its_own_dropout(monkeypatch):
-    indices = []
+    masks, shapes = [], shapes_of(networks_of()).energy
 
-    def spy(x, rate, keys, index):
-        assert rate == 0.25 and keys is not None
-        indices.append(index)
+    def spy(x, rate, kept):
+        assert rate == 0.25 and kept.shape == x.shape
+        masks.append(kept)
         return x
 
     monkeypatch.setattr(ncsnpp, "dropout", spy)
     networks = models.build(tiny(dropout=0.25), (SIDE, SIDE, 3))
     (x, _, t), _ = inputs()
-    shapes = shapes_of(networks_of()).energy
     jax.eval_shape(networks.energy, shapes, x, t, dropout_keys(0))
     names = " ".join(shapes["params"]["trunk"])
     blocks = names.count("block") + names.count("resample")
-    assert len(indices) == len(set(indices)) == blocks == 10
+    assert len({id(kept) for kept in masks}) == len(masks) == blocks == 10
 
 
 def test_examples_are_independent_of_each_other_also_in_dropout(plain):

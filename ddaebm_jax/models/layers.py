@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @partial(jax.jit, static_argnums=1)
@@ -80,25 +80,45 @@ def dense(
     )
 
 
-def dropout(x: Array, rate: float, keys: Array | None, index: int) -> Array:
-    """Return x with units dropped, by a mask per example.
+def dropout_masks(
+    keys: Array, rate: float, shapes: Sequence[Sequence[int]]
+) -> list[Bool[Array, "batch *shape"]]:
+    """Return, for each layer of dropout in a network, which units it keeps.
+
+    One draw for all layers: each would have its own program of random bits to compile,
+    again in every operation that it is fused into.
+
+    Args:
+      keys: one per example.
+      rate: share of dropped units, to 1/2¹⁶.
+      shapes: of an example's units in each layer.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+
+    def draw(key: Array) -> Array:
+        pairs = jax.random.bits(key, ((sum(sizes) + 1) // 2,), jnp.uint32)
+        return jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(-1)
+
+    kept = jax.vmap(draw)(keys) < round((1.0 - rate) * 2**16)
+    ends = np.cumsum(sizes)
+    parts = jnp.split(jax.lax.optimization_barrier(kept), ends, axis=1)
+    return [
+        part.reshape(-1, *shape)
+        for part, shape in zip(parts[: len(sizes)], shapes, strict=True)
+    ]
+
+
+def dropout(x: Array, rate: float, kept: Array | None) -> Array:
+    """Return x with units dropped, the others scaled by 1/(1 − rate).
 
     Args:
       x: [batch, …].
-      rate: share of dropped units; the others are scaled by 1/(1 − rate).
-      keys: one per example; None: no dropout.
-      index: number of this dropout layer in its network, which selects its masks.
+      rate: share of dropped units.
+      kept: of `dropout_masks`; None: all units.
     """
-    if keys is None or rate == 0.0:
+    if kept is None:
         return x
-
-    def mask(key: Array) -> Array:
-        # A flat draw, of the same numbers, compiles three times as fast.
-        key = jax.random.fold_in(key, index)
-        flat = jax.random.bernoulli(key, 1.0 - rate, (math.prod(x.shape[1:]),))
-        return flat.reshape(x.shape[1:])
-
-    return jnp.where(jax.vmap(mask)(keys), x / (1.0 - rate), jnp.zeros_like(x))
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def sinusoidal_embedding(

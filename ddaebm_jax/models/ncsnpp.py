@@ -14,11 +14,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ddaebm_jax.config.choices import MAX_GROUPS
 from ddaebm_jax.models import resample
-from ddaebm_jax.models.layers import conv, dense, dropout, sinusoidal_embedding
+from ddaebm_jax.models.layers import (
+    conv,
+    dense,
+    dropout,
+    dropout_masks,
+    sinusoidal_embedding,
+)
 
 _SQRT_HALF = 0.5**0.5
 
@@ -104,14 +110,12 @@ class ResidualBlock(nn.Module):
       features: channels of the output.
       dtype: of the computation.
       dropout_rate: share of dropped units.
-      index: number of this block, which selects its dropout masks.
       resampling: function that resamples h and x; None: sides stay.
     """
 
     features: int
     dtype: str
     dropout_rate: float
-    index: int
     resampling: Callable[[Array], Array] | None = None
 
     def _norm(self, h: Array, style: Array | None, name: str) -> Array:
@@ -125,7 +129,7 @@ class ResidualBlock(nn.Module):
         x: Image,
         time: Float[Array, "batch time"],
         style: Float[Array, "batch style"] | None,
-        keys: Array | None,
+        kept: Bool[Array, "batch height2 width2 features"] | None,
     ) -> Float[Array, "batch height2 width2 features"]:
         h = nn.silu(self._norm(x, style, "norm_0"))
         if self.resampling is not None:
@@ -133,7 +137,7 @@ class ResidualBlock(nn.Module):
         h = conv(self.features, 3, dtype=self.dtype, name="conv_0")(h)
         shift = dense(self.features, dtype=self.dtype, name="time")(time)
         h = nn.silu(self._norm(h + shift[:, None, None, :], style, "norm_1"))
-        h = dropout(h, self.dropout_rate, keys, self.index)
+        h = dropout(h, self.dropout_rate, kept)
         h = conv(self.features, 3, scale=0.0, dtype=self.dtype, name="conv_1")(h)
         if self.resampling is not None or x.shape[-1] != self.features:
             x = conv(self.features, 1, dtype=self.dtype, name="skip")(x)
@@ -210,6 +214,23 @@ class UNet(nn.Module):
     dtype: str
     remat: str
 
+    def _block_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """Return the shapes, without the batch, of the blocks' outputs in order."""
+        last = len(self.ch_mult) - 1
+        sides = [(height >> level, width >> level) for level in range(last + 1)]
+        widths = [self.nf * multiple for multiple in self.ch_mult]
+        shapes = []
+        for level, features in enumerate(widths):
+            shapes += [(*sides[level], features)] * self.num_res_blocks
+            if level < last:
+                shapes.append((*sides[level + 1], features))
+        shapes += [(*sides[last], widths[last])] * 2
+        for level in range(last, -1, -1):
+            shapes += [(*sides[level], widths[level])] * (self.num_res_blocks + 1)
+            if level > 0:
+                shapes.append((*sides[level - 1], widths[level]))
+        return shapes
+
     @nn.compact
     def __call__(
         self,
@@ -225,7 +246,11 @@ class UNet(nn.Module):
         up = resample.fir_up if self.fir else resample.repeat_up
         last = len(self.ch_mult) - 1
         widths = [self.nf * multiple for multiple in self.ch_mult]
-        indices = itertools.count()
+        x = to_patches(x, self.patch_size)
+        masks = itertools.repeat(None)
+        if keys is not None and self.dropout_rate > 0:
+            shapes = self._block_shapes(*x.shape[1:3])
+            masks = iter(dropout_masks(keys, self.dropout_rate, shapes))
 
         time = sinusoidal_embedding(t, self.nf)
         time = dense(4 * self.nf, dtype=self.dtype, name="time_0")(time)
@@ -233,10 +258,9 @@ class UNet(nn.Module):
         time = nn.silu(time)
 
         def block(h: Array, features: int, name: str, resampling=None) -> Array:
-            index = next(indices)
             return block_type(
-                features, self.dtype, self.dropout_rate, index, resampling, name=name
-            )(h, time, style, keys)
+                features, self.dtype, self.dropout_rate, resampling, name=name
+            )(h, time, style, next(masks))
 
         def attention(h: Array, name: str) -> Array:
             return attention_type(self.dtype, name=name)(h)
@@ -245,7 +269,6 @@ class UNet(nn.Module):
             halve = conv(features, 3, dtype=self.dtype, strides=2, padding=0, name=name)
             return halve(resample.fir_filter(pyramid))
 
-        x = to_patches(x, self.patch_size)
         channels = x.shape[-1]
         pyramid = x.astype(self.dtype)
         h = conv(self.nf, 3, dtype=self.dtype, name="conv_in")(pyramid)
