@@ -116,7 +116,8 @@ def build_networks(
     networks = colour.with_colour(networks, source.colour)
     if num := config.model.reference:
         limit = None if source.holds_images else config.model.residual
-        networks = reference.with_reference(networks, schedule, num, limit)
+        kind = config.model.reference_kind
+        networks = reference.with_reference(networks, schedule, num, limit, kind)
     return networks
 
 
@@ -206,8 +207,9 @@ def with_reference_of(
     experiment: Experiment, state: TrainState, data: Float[np.ndarray, "n *shape"]
 ) -> TrainState:
     """Returns a state whose reference density is fitted to data."""
-    num = experiment.config.model.reference
-    fitted = reference_fit.fit(data, experiment.schedule, num)
+    model = experiment.config.model
+    how = model.reference, model.reference_kind
+    fitted = reference_fit.fit(data, experiment.schedule, *how)
     return state.replace(
         variables=reference.with_fitted(state.variables, fitted),
         ema=reference.with_fitted(state.ema, fitted),

@@ -7,7 +7,7 @@ image's network, −½‖x − U(x, t)‖², is not bounded: it only lowers the 
 
 p_ref of tables is one half a mixture of Gaussians and one half a window estimate
 (Parzen 1962), a narrow Gaussian around each of the training rows; that of images is the
-mixture alone, as windows would reward copies. p_ref(·, t) is its density after
+mixture alone, or wider windows alone. p_ref(·, t) is its density after
 diffusion, that of x_t = A_t x_0 + S_t ε. Both halves stay mixtures of Gaussians, and so
 does p_ref(x_t | x_{t+1}), which is the defensive part of the proposal. The reference
 travels with the energy's variables, and is not trained; `data.reference_fit` fits it.
@@ -75,18 +75,24 @@ class Reference(NamedTuple):
     """p_ref(x_0) before the noise of level 0; its arrays are among the variables.
 
     Attributes:
-      gaussians: one half of the density; of images, all of it.
-      points: training rows, of the other half; of images, one without weight.
+      gaussians: one half of the density; of images, all of it, or one without weight.
+      points: training rows, of the other half; of images, one without weight, or all.
       log_weights: of the points.
+      variance: of images' windows; None: windows have the noise of the level alone.
     """
 
     gaussians: Gaussians
     points: Float[Array | np.ndarray, "m d"]
     log_weights: Float[Array | np.ndarray, " m"]
+    variance: Float[Array | np.ndarray, ""] | None = None
 
 
 def with_reference(
-    networks: Networks, schedule: Schedule, num: int, limit: float | None
+    networks: Networks,
+    schedule: Schedule,
+    num: int,
+    limit: float | None,
+    kind: str = "mixture",
 ) -> Networks:
     """Returns networks whose energy has a reference of at most `num` Gaussians.
 
@@ -95,13 +101,14 @@ def with_reference(
     Args:
       networks: of points or images.
       schedule: the diffusion.
-      num: most Gaussians of the mixture.
+      num: most Gaussians of the mixture, or windows.
       limit: c, nats; None: what the network adds is not bounded.
+      kind: `mixture`, or, of images, `windows`.
     """
     shape = networks.event_shape
 
     def init(key: Array) -> Any:
-        return with_fitted(networks.init(key), empty(num, shape))
+        return with_fitted(networks.init(key), empty(num, shape, kind))
 
     def residual(variables, x, t, rngs=None):
         learnt = networks.energy({"params": variables["params"]}, x, t, rngs)
@@ -121,6 +128,8 @@ def with_fitted(variables: Any, reference: Reference) -> Any:
     held |= {"gaussians": reference.gaussians._asdict()}
     if reference.gaussians.axes is None:
         del held["gaussians"]["axes"]
+    if reference.variance is None:
+        del held["variance"]
     return variables._replace(energy={**variables.energy, COLLECTION: held})
 
 
@@ -133,15 +142,19 @@ def read(energy_variables: Any) -> Reference | None:
     return Reference(gaussians, **held)
 
 
-def empty(num: int, event_shape: tuple[int, ...]) -> Reference:
+def empty(num: int, event_shape: tuple[int, ...], kind: str = "mixture") -> Reference:
     """Returns a reference whose `num` Gaussians and points have no weight."""
     dim, num_points = math.prod(event_shape), NUM_POINTS if len(event_shape) == 1 else 1
+    variance, rotated = None, dim <= MAX_ROTATED
+    if kind == "windows":
+        num, num_points, variance, rotated = 1, num, np.float32(1), False
     zeros, absent = np.zeros((num, dim), np.float32), np.float32(_ABSENT)
-    axes = np.zeros((num, dim, dim), np.float32) if dim <= MAX_ROTATED else None
+    axes = np.zeros((num, dim, dim), np.float32) if rotated else None
     return Reference(
         Gaussians(np.full(num, absent), zeros, np.ones_like(zeros), axes),
         np.zeros((num_points, dim), np.float32),
         np.full(num_points, absent),
+        variance,
     )
 
 
@@ -194,6 +207,7 @@ def at_level(
     reference: Reference, schedule: Schedule, t: Int[Array, " batch"]
 ) -> Density:
     """Returns p_ref(x_t) for each t: means scaled by A_t, variances A_t² v + S_t²."""
+    own = 0.0 if reference.variance is None else reference.variance
     a, s = (jnp.asarray(v)[t][:, None] for v in (schedule.a_cum, schedule.sigma_cum))
     shape = (*t.shape, *reference.log_weights.shape)
     window = Window(
@@ -201,7 +215,7 @@ def at_level(
         points=reference.points,
         shift=jnp.zeros((*t.shape, reference.points.shape[1])),
         scale=a,
-        variance=s**2,
+        variance=a**2 * own + s**2,
     )
     return Density(gaussians_at_level(reference.gaussians, schedule, t), window)
 

@@ -246,6 +246,38 @@ def test_training_leaves_the_reference_and_penalises_what_is_learnt(tmp_path):
     assert 0.0 < float(metrics["energy/gradient_penalty"]) < 0.5
 
 
+def test_windows_around_images_are_as_wide_as_held_out_ones_need(tmp_path):
+    rng = np.random.default_rng(0)
+    centres, std = rng.uniform(-1, 1, (40, 8, 8, 1)), 0.1
+    images = centres.repeat(10, axis=0) + std * rng.standard_normal((400, 8, 8, 1))
+    found = reference_fit.fit(images, SCHEDULE, 500, "windows")
+    # Around another of the same centre: twice the variance of each.
+    assert std**2 < found.variance < 3 * std**2
+    assert (found.log_weights > -10).sum() == 400
+    networks = reference.with_reference(
+        smooth_networks(dim=64)._replace(event_shape=(8, 8, 1)),
+        *(SCHEDULE, 500, None, "windows"),
+    )
+    empty = networks.init(jax.random.key(0))
+    kept = reference.read(reference.with_fitted(empty, found).energy)
+    assert kept.variance == found.variance
+
+    x, t = (
+        jnp.asarray(images[:5].reshape(5, -1), jnp.float32),
+        jnp.array([0, 1, 2, 3, 0]),
+    )
+    density = reference.at_level(kept, SCHEDULE, t)
+    a, s = (np.asarray(v)[t] for v in (SCHEDULE.a_cum, SCHEDULE.sigma_cum))
+    variance = a**2 * float(found.variance) + s**2
+    squares = np.asarray(x)[:, None] - a[:, None, None] * images.reshape(1, 400, -1)
+    logs = -(squares**2).sum(axis=2) / (2 * variance[:, None])
+    expected = np.logaddexp.reduce(logs, axis=1) - np.log(400)
+    expected = expected - 32 * np.log(2 * np.pi * variance)
+    np.testing.assert_allclose(
+        reference.log_density(density, x), expected, rtol=1e-3, atol=0.05
+    )
+
+
 def test_images_have_a_mixture_under_an_unbounded_network(tmp_path):
     """And the defensive part of their proposal draws from it."""
     rng = np.random.default_rng(0)

@@ -24,7 +24,8 @@ READ_WHEN = {
     "data.name photos": "data.num_patches",
     "data.name digits mnist5k": "data.held_out_classes",
     f"data.name {' '.join(choices.IMAGES)}": "data.flip data.on_device data.channels "
-    "data.image_size data.num_threads data.num_workers data.prefetch",
+    "data.image_size data.num_threads data.num_workers data.prefetch "
+    "model.reference_kind",
     f"data.name {' '.join(choices.TABLES + choices.IMAGES)}": "data.test_fraction "
     "model.reference data.whiten",
     f"data.name {' '.join(choices.TABLES)}": "model.residual",
@@ -128,6 +129,9 @@ def _check_reference(config: Any) -> Needs:
         if config.model.residual != base().model.residual:
             needed = "nothing would read the first: leave it at 4.0"
             yield "model.residual model.reference", needed
+        if config.model.reference_kind == "windows":
+            needed = "the first is read only with the second above 0"
+            yield "model.reference_kind model.reference", needed
         return
     for field, default in (
         ("model.confinement", 0.0),

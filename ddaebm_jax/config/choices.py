@@ -18,6 +18,7 @@ ALLOWED = {
     "diffusion.variance": ("vp", "geometric", "cosine"),
     "diffusion.time": ("uniform", "lsun", "log_snr", "karras", "equal_cost"),
     "model.name": NETWORKS,
+    "model.reference_kind": ("mixture", "windows"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "blocks"),
     "model.unet.progressive_input": ("none", "residual"),

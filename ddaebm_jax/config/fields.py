@@ -48,7 +48,7 @@ _RANGES = {
     (1, WIDEST): "model.nz model.unet.z_emb_dim model.encoder.ngf "
     "model.mlp.posterior_features",
     (4, WIDEST): "model.unet.nf model.encoder.t_emb_dim model.mlp.t_embed_dim",
-    (0, 1024): "model.reference",
+    (0, 5000): "model.reference",
     (0, 0.5): "diffusion.time_eps",
     (1e-6, 0.9): "data.test_fraction",
     (0, 0.999999): "game.negatives_from game.defensive evaluation.defensive "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from scipy.special import logsumexp
 
 from ddaebm_jax import reference as reference_lib
 from ddaebm_jax.diffusion import Schedule
@@ -16,25 +17,34 @@ from ddaebm_jax.diffusion import Schedule
 _MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
 # Noise of level 0, in units of Scott's bandwidth.
 _BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
+# Variances of windows around images in [−1, 1].
+_WINDOW_VARIANCES = np.geomspace(1e-4, 1.0, 33)
 
 
 def fit(
-    data: Float[np.ndarray, "n *shape"], schedule: Schedule, num: int
+    data: Float[np.ndarray, "n *shape"],
+    schedule: Schedule,
+    num: int,
+    kind: str = "mixture",
 ) -> reference_lib.Reference:
     """Returns the reference of a table's rows, or of images, a pure function of them.
 
     How many Gaussians there are, a power of 2, and whether their covariances are full
     or diagonal, is chosen by the likelihood, with the noise of level 0, of a fifth of
-    the data that they are not fitted to. A table's window is over at most 1,000 rows.
+    the data that they are not fitted to; so is the variance of windows around images.
+    A table's window is over at most 1,000 rows.
 
     Args:
       data: standardised training rows, or training images in [−1, 1]; at most 5,000,
         drawn at random, are used.
       schedule: the diffusion, for the noise of level 0.
       num: most Gaussians.
+      kind: of images, `mixture` or `windows`.
     """
     shape = data.shape[1:]
     rows, rng = _some(data.reshape(len(data), -1)), np.random.default_rng(0)
+    if kind == "windows":
+        return _windows(rows[:num], schedule, reference_lib.empty(num, shape, kind))
     cut = round(len(rows) * _HELD_OUT)
     a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
     noise = rng.standard_normal((cut, rows.shape[1]))
@@ -60,6 +70,28 @@ def fit(
     log_weights = gaussians.log_weights - np.float32(np.log(2))
     gaussians = gaussians._replace(log_weights=log_weights)
     return reference._replace(gaussians=gaussians)
+
+
+def _windows(
+    rows: np.ndarray, schedule: Schedule, empty: reference_lib.Reference
+) -> reference_lib.Reference:
+    """Returns equal windows around rows, filled up to as many as `empty` has."""
+    cut = max(1, round(len(rows) * _HELD_OUT))
+    seen = rows[cut:] if len(rows) > 1 else rows
+    distances = ((rows[:cut] ** 2).sum(axis=1)[:, None] + (seen**2).sum(axis=1)) / 2
+    distances = 2 * (distances - rows[:cut] @ seen.T)
+    a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
+
+    def likelihood(variance: float) -> float:
+        """Expected of noisy rows: the noise moves every distance alike."""
+        whole, dim = a**2 * variance + s**2, rows.shape[1]
+        logs = -(a**2 * distances + dim * s**2) / (2 * whole)
+        return logsumexp(logs, axis=1).mean() - dim / 2 * np.log(whole)
+
+    empty.points[: len(rows)] = rows
+    empty.log_weights[: len(rows)] = -np.log(len(rows))
+    variance = max(_WINDOW_VARIANCES, key=likelihood)
+    return empty._replace(variance=np.float32(variance))
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
