@@ -15,13 +15,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "mnist5k"
     config.data.channels = 1
     config.data.test_fraction = 0.2
-    config.data.batch_size = 16
+    config.data.batch_size = 32
     config.data.on_device = True
+    config.diffusion.num_steps = 2
     config.diffusion.min_posterior_var = 1e-4
     config.model.name = "ncsnpp"
     config.model.nz = 32
-    config.model.unet.nf = 16
-    config.model.unet.ch_mult = (1, 2, 2)
+    config.model.unet.patch_size = 4
+    config.model.unet.nf = 32
+    config.model.unet.ch_mult = (1, 2)
     config.model.unet.num_res_blocks = 1
     config.model.unet.attn_resolutions = (8,)
     config.model.unet.dropout = 0.0
@@ -37,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.beta1 = 0.5
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 4_000
+    config.train.num_steps = 7_000
     config.train.report_every = 100
     config.train.picture_every = 1_000
     config.train.checkpoint_every = 500
