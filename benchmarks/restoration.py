@@ -415,13 +415,20 @@ def _fillers(
 
         return fill
 
+    # Without a range, regression on columns that depend on each other diverges.
+    iterative = IterativeImputer(
+        random_state=seed,
+        max_iter=20,
+        min_value=train.min(axis=0),
+        max_value=train.max(axis=0),
+    )
     return {
         "ours": lambda: imputation.draw_cells(
             experiment, variables(), test, known, 64, seed
         ),
         "mean": sklearn(SimpleImputer()),
         "KNN": sklearn(KNNImputer()),
-        "iterative": sklearn(IterativeImputer(random_state=seed, max_iter=20)),
+        "iterative": sklearn(iterative),
     }
 
 
