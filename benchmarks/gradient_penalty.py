@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     described = experiment.build(config, open_images=False)
     energy, gamma = described.networks.energy, config.game.gamma
     variables = experiment.init_state(described).variables.energy
+    variables = jax.device_put(variables, jax.devices()[0])
     index = jnp.arange(config.data.batch_size, dtype=jnp.int32)
     step = jnp.zeros((), jnp.int32)
     keys = game.example_keys(jax.random.key(1), step, index)

@@ -90,20 +90,31 @@ def main(argv: list[str]) -> None:
 
 
 def _print(found: dict[tuple[str, str], dict]) -> None:
-    metrics = [
-        m
-        for m in ("psnr", "ssim", "rmse", "auroc", "coverage")
-        if any(m in record for record in found.values())
-    ]
-    for metric in metrics:
-        chosen = {k: r[metric] for k, r in found.items() if metric in r}
-        rows, columns = (list(dict.fromkeys(k[i] for k in chosen)) for i in (0, 1))
+    """Prints a table for each metric; of tables, mean ± deviation over the seeds."""
+    for record in found.values():
+        if "auroc" in record:
+            record["change of AUROC"] = record["auroc"] - record["auroc_whole"]
+    for metric in ("psnr", "ssim", "rmse", "change of AUROC", "coverage"):
+        cells: dict[tuple[str, str], list[float]] = {}
+        for (what, method), record in found.items():
+            if metric in record:
+                row = what.partition(", seed ")[0]
+                cells.setdefault((row, method), []).append(record[metric])
+        if not cells:
+            continue
+        rows, columns = (list(dict.fromkeys(k[i] for k in cells)) for i in (0, 1))
         print(f"\n**{metric}**\n\n| | {' | '.join(columns)} |")
         print("| --- " * (len(columns) + 1) + "|")
         for row in rows:
-            cells = [chosen.get((row, c)) for c in columns]
-            texts = ["–" if v is None else f"{v:.3f}" for v in cells]
+            texts = [_text(cells.get((row, column), [])) for column in columns]
             print(f"| {row} | {' | '.join(texts)} |")
+
+
+def _text(values: list[float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
 
 
 # Images, in [−1, 1].

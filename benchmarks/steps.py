@@ -69,7 +69,7 @@ def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
 
 
 def abstract_step(config: ml_collections.ConfigDict) -> tuple[Any, tuple[Any, ...]]:
-    """Returns (length, *inputs) → steps on images, and the shapes of the inputs of one.
+    """Returns (length, *inputs) → K steps on images, and the inputs' shapes for K = 1.
 
     Nothing is computed, and no device is touched.
     """

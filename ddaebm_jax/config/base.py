@@ -91,7 +91,7 @@ def base() -> "ConfigDict":
     # Of tables and images: most Gaussians of the reference density, fitted to the
     # training data; 0: none. Of tables, the network adds at most ± `residual` nats.
     model.reference = 0
-    # Of images: `mixture`, or `windows`: Gaussians around so many training images.
+    # Of images: `mixture`, or `windows`, a Gaussian around each training image.
     model.reference_kind = "mixture"
     model.residual = 4.0
     # Of `ncsnpp`; `bfloat16` leaves parameters, norms, softmax, the energy's sum alone.

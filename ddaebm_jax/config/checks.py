@@ -130,9 +130,16 @@ def _check_reference(config: Any) -> Needs:
             needed = "nothing would read the first: leave it at 4.0"
             yield "model.residual model.reference", needed
         if config.model.reference_kind == "windows":
-            needed = "the first is read only with the second above 0"
+            needed = "leave the first at 'mixture' where the second is 0"
             yield "model.reference_kind model.reference", needed
         return
+    if config.model.reference_kind == "windows":
+        if config.data.whiten:
+            needed = "windows are chosen for pixels as they are: leave the second False"
+            yield "model.reference_kind data.whiten", needed
+    elif config.model.reference > 1024:
+        needed = "a mixture has 1024 Gaussians at most; windows may be 5000"
+        yield "model.reference model.reference_kind", needed
     for field, default in (
         ("model.confinement", 0.0),
         ("game.energy_l2", 0.0),

@@ -26,7 +26,7 @@ from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.files import read_npz, written_atomically
 from ddaebm_jax.paths import cache_directory
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 1
 # Above 2048² moments and the most features that may be kept, 10⁶ × 2048 floats.
 _MAX_REFERENCE_BYTES = 9 * 2**30
 # Of the features that are kept, and of the kernel distance's subsets.

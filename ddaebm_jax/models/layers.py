@@ -85,8 +85,8 @@ def dropout_masks(
 ) -> list[Bool[Array, "batch *shape"]]:
     """Return, for each layer of dropout in a network, which units it keeps.
 
-    One draw for all layers: each would have its own program of random bits to compile,
-    again in every operation that it is fused into.
+    One draw for all layers: XLA would compile the random bits of each anew, in every
+    operation that it fuses them into.
 
     Args:
       keys: one per example.
@@ -99,7 +99,8 @@ def dropout_masks(
         pairs = jax.random.bits(key, ((sum(sizes) + 1) // 2,), jnp.uint32)
         return jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(-1)
 
-    kept = jax.vmap(draw)(keys) < round((1.0 - rate) * 2**16)
+    # In 32 bits, as the bound may be 2¹⁶.
+    kept = jax.vmap(draw)(keys).astype(jnp.uint32) < round((1.0 - rate) * 2**16)
     ends = np.cumsum(sizes)
     parts = jnp.split(jax.lax.optimization_barrier(kept), ends, axis=1)
     return [
