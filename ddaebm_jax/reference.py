@@ -9,9 +9,9 @@ p_ref of tables is one half a mixture of Gaussians and one half a window estimat
 (Parzen 1962), a narrow Gaussian around each of the training rows; that of images is the
 mixture alone, or windows alone, under which training images score higher than equally
 likely new ones. p_ref(·, t) is its density after diffusion, that of x_t = A_t x_0 +
-S_t ε. Both halves stay mixtures of Gaussians, and so does p_ref(x_t | x_{t+1}), which is
-the defensive part of the proposal. The reference
-travels with the energy's variables, and is not trained; `data.reference_fit` fits it.
+S_t ε. Both halves stay mixtures of Gaussians, and so does p_ref(x_t | x_{t+1}), the
+defensive part of the proposal. The reference travels with the energy's variables, and
+is not trained; `data.reference_fit` fits it.
 """
 
 import math
