@@ -241,6 +241,12 @@ IMAGE_COMBINATIONS = [
     ("model.unet.fir=False", "use fir=True, or progressive_input='none'"),
     ("model.unet.nf=33", "model.unet.nf is 33; an even number is needed"),
     ("game.recon_floor='none'", "a finite number or None is needed"),
+    ("model.reference=2000", "a mixture has 1024 Gaussians at most"),
+    ("model.reference_kind='windows'", "leave the first at 'mixture' where the second"),
+    (
+        "model.reference=9 model.reference_kind='windows' data.whiten=True",
+        "windows are chosen for pixels as they are",
+    ),
     ("data.image_size=128 optimizer.accumulate=128", "must be a multiple of 4"),
 ]
 

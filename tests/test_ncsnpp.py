@@ -428,6 +428,7 @@ def test_dropout_draws_a_mask_for_each_example_and_layer():
     # 80,000 units: these means have standard deviations of 0.02 and 0.0016.
     np.testing.assert_allclose(whole.mean(), x.mean(), atol=0.1)
     np.testing.assert_allclose((whole == 0.0).mean(), 0.3, atol=0.01)
+    assert np.all(layers.dropout_masks(keys, 1e-6, [(9,)])[0])
     # Nor do neighbours, which are halves of one number, drop out together.
     first, second = kept.reshape(-1, 2).T
     np.testing.assert_allclose((first & second).mean(), 0.49, atol=0.01)
