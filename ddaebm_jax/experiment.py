@@ -208,8 +208,9 @@ def with_reference_of(
 ) -> TrainState:
     """Returns a state whose reference density is fitted to data."""
     model = experiment.config.model
-    how = model.reference, model.reference_kind
-    fitted = reference_fit.fit(data, experiment.schedule, *how)
+    fitted = reference_fit.fit(
+        data, experiment.schedule, model.reference, model.reference_kind
+    )
     return state.replace(
         variables=reference.with_fitted(state.variables, fitted),
         ema=reference.with_fitted(state.ema, fitted),

@@ -189,9 +189,8 @@ def _method(variables: Players, given: str | None) -> str:
     if given == "averaged" and not possible:
         raise InputError(
             "--method=averaged needs a run whose energy has a reference density of "
-            "full covariances (model.reference, a mixture, and at most 64 numbers "
-            "an image); leave "
-            "--method out"
+            "full covariances (model.reference, a mixture, of images of at most 64 "
+            "numbers); leave --method out"
         )
     return given or ("averaged" if possible else "noise_space")
 

@@ -78,8 +78,8 @@ def _windows(
     """Returns equal windows around rows, filled up to as many as `empty` has."""
     cut = max(1, round(len(rows) * _HELD_OUT))
     seen = rows[cut:] if len(rows) > 1 else rows
-    distances = ((rows[:cut] ** 2).sum(axis=1)[:, None] + (seen**2).sum(axis=1)) / 2
-    distances = 2 * (distances - rows[:cut] @ seen.T)
+    distances = (rows[:cut] ** 2).sum(axis=1)[:, None] + (seen**2).sum(axis=1)
+    distances = distances - 2 * rows[:cut] @ seen.T
     a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
 
     def likelihood(variance: float) -> float:
