@@ -32,6 +32,7 @@ from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation.outlier_sets import HELD_OUT_CLASSES
 from ddaebm_jax.training import loop, run_directory
 
+_LAST = "isolation forest"  # Of a digit's lines.
 _RECIPE = Path(__file__).resolve().parent.parent / "configs" / "mnist.py"
 _CONFIG = config_flags.DEFINE_config_file("config", str(_RECIPE), "The recipe.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs go.", required=True)
@@ -58,12 +59,15 @@ def _main() -> dict[runs.Job, dict[str, Any]]:
     found = runs.read_results(results, config)
     if not found:
         runs.append(results, {"config": config.to_dict()})
-    done = {(job.set, job.seed) for job in found}
-    for digit in _DIGITS.value:
-        if (digit, config.seed) not in done:
-            for record in _lines(config, digit):
-                runs.append(results, record)
+    for digit in dict.fromkeys(_DIGITS.value):
+        if runs.Job(digit, config.seed, _LAST) not in found:
+            records = _lines(config, digit)
+            runs.append(results, *(one for one in records if _job(one) not in found))
     return runs.read_results(results, config)
+
+
+def _job(record: dict[str, Any]) -> runs.Job:
+    return runs.Job(*(record[field] for field in runs.Job._fields))
 
 
 def _lines(config: ml_collections.ConfigDict, digit: str) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ ranks and wins are printed, and the ranks drawn with their critical difference.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -64,10 +64,10 @@ def main(argv: Sequence[str]) -> None:
 def _main() -> None:
     use_compilation_cache(_CONFIG.value.compilation_cache)
     config, results = _config(), Path(_RESULTS.value)
-    detectors, seeds = _detectors(), _seeds()
+    found = runs.read_results(results, config)
+    detectors, seeds = _detectors({job.detector for job in found}), _seeds()
     folder = sets_lib.data_folder(_DATA.value)
     names = sets_lib.names(_SETS.value, folder)
-    found = runs.read_results(results, config)
     tables = {name: sets_lib.load(name, folder) for name in names}
 
     def is_due(name: str, seed: int, detector: str) -> bool:
@@ -81,10 +81,11 @@ def _main() -> None:
             f"{record['set']} {record['seed']} {record['detector']}: {text}", flush=True
         )
 
+    installed = DETECTORS.keys() - missing().keys()
     for name, table in tables.items():
         for seed in seeds:
             for detector in detectors:
-                if detector in DETECTORS and is_due(name, seed, detector):
+                if detector in installed and is_due(name, seed, detector):
                     add(runs.run_baseline(table, Job(name, seed, detector)))
     ours = [detector for detector in detectors if detector in OURS]
     due = [
@@ -125,9 +126,13 @@ def _seeds() -> list[int]:
     return list(dict.fromkeys(map(int, _SEEDS.value)))
 
 
-def _detectors() -> list[str]:
-    """Returns the detectors to run; those that `all` leaves out are said."""
-    known, absent = [*OURS, *DETECTORS], missing()
+def _detectors(measured: Container[str]) -> list[str]:
+    """Returns the detectors to run, or to print; those that `all` leaves out are said.
+
+    Of those in the results the packages need not be installed.
+    """
+    known = [*OURS, *DETECTORS]
+    absent = {k: package for k, package in missing().items() if k not in measured}
     if _DETECTORS.value == ["all"]:
         for package in dict.fromkeys(absent.values()):
             left_out = [name for name in absent if absent[name] == package]

@@ -1,5 +1,7 @@
 """P-values and false discovery rates, by formulas and by simulation."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,6 +50,18 @@ def test_flags_are_those_of_adjusted_p_values(p_values, fdr):
     if np.abs(adjusted - fdr).min(initial=1.0) > 1e-9:
         found = benjamini_hochberg(p_values, fdr)
         np.testing.assert_array_equal(found, adjusted <= fdr)
+
+
+@given(st.data(), st.integers(1, 40), st.integers(1, 19))
+def test_p_values_on_the_limit_are_flagged(data, num, twentieths):
+    """Conformal p-values j/(n + 1), by exact arithmetic."""
+    counts = st.lists(st.integers(1, num + 1), min_size=1, max_size=60)
+    exact = sorted(Fraction(j, num + 1) for j in data.draw(counts))
+    m, fdr = len(exact), Fraction(twentieths, 20)
+    k = max((i for i in range(1, m + 1) if exact[i - 1] * m <= fdr * i), default=0)
+    expected = [k > 0 and p <= exact[k - 1] for p in exact]
+    found = benjamini_hochberg(np.array(exact, float), float(fdr))
+    assert found.tolist() == expected
 
 
 def test_the_false_discovery_rate_is_controlled():

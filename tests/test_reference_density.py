@@ -187,6 +187,7 @@ def test_settings_of_a_table_follow_from_what_its_rows_say(change):
         "columns": lambda x: x[:, [2, 0, 1]],
         "rows": lambda x: rng.permutation(x) if x is table else x,
         "copies": lambda x: np.repeat(x, 2, axis=0) if x is table else x,
+        "constant columns": lambda x: np.column_stack([x, np.full((len(x), 9), 3.0)]),
     }[change]
 
     def derived(table, new):

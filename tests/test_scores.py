@@ -173,6 +173,10 @@ def test_explanations_point_at_the_column_that_was_spoilt(whiten):
     inverse = np.eye(6) if not whiten else affine.whitening @ affine.whitening.T
     order = np.argsort(-np.abs(scaled @ inverse), axis=1)[:, :3]
     assert found == [";".join(names[j] for j in row) for row in order]
+    # Rows whose squares are beyond float32.
+    far = affine.transform(rows[:6] + 1e25 * np.diag(rows.std(axis=0)))
+    found = scores.leading_columns(made, NO_VARIABLES, far)
+    assert [line.split(";")[0] for line in found] == list(names)
 
 
 def correlated(num, seed):

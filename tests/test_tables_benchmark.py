@@ -71,6 +71,7 @@ def test_bad_sets_are_told(tmp_path: Path):
         "words:x": "'x', but found: b, d",
         "words:b": "2 inliers, 1 outliers and 0 columns",
         "absent": "no such file",
+        "short:": "the class or the column of labels is missing",
     }.items():
         with pytest.raises(InputError, match=message):
             sets.load(name, tmp_path)
@@ -129,11 +130,33 @@ def test_nothing_but_training_rows_reaches_the_weights():
     is_outlier = np.append(made.is_outlier, [True] * 7)
     tested = sets.OutlierTable("made_up", more, is_outlier)
     learnt = made._replace(rows=made.rows.copy())
-    learnt.rows[order[0]] += 1.0
-    found = many.train([described(one) for one in (made, tested, learnt)], together=1)
-    before, same, changed = (run.state for run in found)
-    assert_trees_equal(same, before)
-    assert differ(changed.variables, before.variables)
+    learnt.rows[order[:9]] = learnt.rows[order[0]]
+    by_rows = {"diffusion__time_eps": None, "model__reference": 2}
+    made, tested, learnt = (described(one, **by_rows) for one in (made, tested, learnt))
+    before, same, changed = many.train([made, tested, learnt], together=1)
+    assert_trees_equal(same.state, before.state)
+    assert differ(changed.state.variables, before.state.variables)
+    noise = [e.config.diffusion.time_eps for e in (made, tested, learnt)]
+    assert noise[0] == noise[1] != noise[2]
+
+
+def test_constant_training_rows_are_refused():
+    made = table(dim=1)
+    made.rows[~made.is_outlier] = 1.0
+    with pytest.raises(InputError, match="all columns of its training rows are const"):
+        sets.split(made, seed=0)
+
+
+# --- Results --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b'{"step": 1}', b"notes\nmore", b"\x89PNG\n\x1a"])
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path, content):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="results"):
+        runs.read_results(path, config())
+    assert path.read_bytes() == content
 
 
 # --- Runs together --------------------------------------------------------------
@@ -210,6 +233,12 @@ def test_friedmans_test():
     values[:, 0] += 1.0
     expected = friedmanchisquare(*values.T).pvalue
     assert report.ranking(values).p == pytest.approx(expected)
+
+
+def test_sets_of_a_family_count_once():
+    values = np.array([[0.2, 1.0], [0.4, 0.0], [0.6, 0.6]])
+    found = report.by_family(["ecoli-0_vs_1", "ecoli4", "pima"], values)
+    np.testing.assert_allclose(found, [[0.3, 0.5], [0.6, 0.6]])
 
 
 def test_cliques_are_the_largest_groups():

@@ -5,6 +5,7 @@ a set is one observation, and a detector's figure on it the mean over the seeds.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,8 @@ class Ranking(NamedTuple):
       mean: mean rank of each detector; 1: always the best.
       wins: number of sets on which it is the best, shared or alone.
       critical: mean ranks that differ by less are not told apart (Nemenyi).
-      p: of Friedman's test that all detectors are equal; NaN for fewer than three.
+      p: of Friedman's test that all detectors are equal; NaN for fewer than three, or
+        if all are tied.
     """
 
     mean: Float[np.ndarray, " k"]
@@ -38,19 +40,15 @@ class Ranking(NamedTuple):
 
 def ranking(values: Float[np.ndarray, "sets k"]) -> Ranking:
     """Ranks figures of which larger is better; ties share the mean of their ranks."""
-    from scipy.stats import chi2, rankdata
+    from scipy.stats import friedmanchisquare, rankdata
 
     num, k = values.shape
     ranks = rankdata(-values, axis=1)
-    p = math.nan
-    if k > 2:
-        # With the correction for ties; every set's ranks have the same mean.
-        between = num * ((ranks.mean(axis=0) - (k + 1) / 2) ** 2).sum()
-        within = ((ranks - (k + 1) / 2) ** 2).sum() / (num * (k - 1))
-        p = float(chi2.sf(between / within, k - 1)) if within else 1.0
+    all_tied = (ranks == ranks[:, :1]).all()
+    p = math.nan if k < 3 or all_tied else friedmanchisquare(*values.T).pvalue
     best = values == values.max(axis=1, keepdims=True)
     critical = critical_difference(k, num)
-    return Ranking(ranks.mean(axis=0), best.sum(axis=0), critical, p)
+    return Ranking(ranks.mean(axis=0), best.sum(axis=0), critical, float(p))
 
 
 def critical_difference(k: int, num: int, level: float = LEVEL) -> float:
@@ -147,6 +145,17 @@ def markdown(figures: Figures) -> str:
             f"{found.critical:.2f} are not told apart (Nemenyi, {LEVEL:g}); Friedman's "
             f"test that all are equal: p = {found.p:.2g}."
         )
+        names = [figures.sets[i] for i in np.flatnonzero(complete)]
+        families = by_family(names, figures.values["auroc"][complete])
+        if 1 < len(families) < num:
+            found = ranking(families)
+            ranks = zip(figures.detectors, found.mean, strict=True)
+            parts.append(
+                f"Many sets are made of the same data. Over {len(families)} families, "
+                "by the first word of their names, means of their sets: "
+                f"{', '.join(f'{name} {rank:.2f}' for name, rank in ranks)}; critical "
+                f"difference {found.critical:.2f}."
+            )
         if DEFAULT in figures.detectors:
             failed = failing(figures.values["auroc"])
             failed = failed[:, figures.detectors.index(DEFAULT)]
@@ -158,10 +167,18 @@ def markdown(figures: Figures) -> str:
     return "\n".join(parts)
 
 
+def by_family(
+    names: Sequence[str], values: Float[np.ndarray, "sets k"]
+) -> Float[np.ndarray, "families k"]:
+    """Returns means over the sets whose names have the same first word."""
+    words = np.array([re.split(r"[^a-z]", name.lower())[0] for name in names])
+    return np.stack([values[words == word].mean(axis=0) for word in np.unique(words)])
+
+
 def failing(values: Float[np.ndarray, "sets k"]) -> np.ndarray:
     """Returns where a detector is below 0.6 and the best of the others above 0.8."""
     others = [
-        np.delete(values, j, axis=1).max(axis=1, initial=-np.inf)
+        np.fmax.reduce(np.delete(values, j, axis=1), axis=1, initial=-np.inf)
         for j in range(values.shape[1])
     ]
     return (values < LOW) & (np.stack(others, axis=1) > HIGH)

@@ -4,6 +4,7 @@ Lines are appended as they are done, and a run that has one is not repeated.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -73,17 +74,22 @@ def read_results(path: Path, config: ml_collections.ConfigDict) -> dict[Job, Any
     A last line without an end, which a stopped command leaves, is cut off.
 
     Raises:
-      InputError: if a line cannot be read or is there twice, or the file holds runs of
-        another config.
+      InputError: if the file is none of results, a line cannot be read or is there
+        twice, or it holds runs of another config.
     """
     if not path.exists():
         return {}
-    whole, _, rest = path.read_bytes().rpartition(b"\n")
-    if rest:
-        logging.warning("%s: cutting off its last line, which has no end", path)
-        path.write_bytes(whole + b"\n" * bool(whole))
     found: dict[Job, Any] = {}
-    for number, line in enumerate(whole.decode().splitlines(), 1):
+    try:
+        whole, _, rest = path.read_bytes().rpartition(b"\n")
+        lines = whole.decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is no file of results ({one_line(error)}); name another --results"
+        ) from error
+    if rest and not lines:
+        raise InputError(f"{path} holds no line of results; name another --results")
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             saved = record.get("config")
@@ -99,6 +105,9 @@ def read_results(path: Path, config: ml_collections.ConfigDict) -> dict[Job, Any
             raise InputError(f"{path}: line {number} is there twice; delete one")
         else:
             found[job] = record
+    if rest:
+        logging.warning("%s: cutting off its last line, which has no end", path)
+        os.truncate(path, len(whole) + 1)
     return found
 
 
@@ -117,11 +126,11 @@ def _check_config(path: Path, saved: Any, config: ml_collections.ConfigDict) -> 
         )
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line to a results file."""
+def append(path: Path, *records: dict[str, Any]) -> None:
+    """Adds lines to a results file, in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def run_baseline(table: OutlierTable, job: Job) -> dict[str, Any]:
@@ -129,13 +138,13 @@ def run_baseline(table: OutlierTable, job: Job) -> dict[str, Any]:
     parts, started = split(table, job.seed), time.monotonic()
     standardizer = Standardizer.fit(parts.train)
     # In double precision: some mixtures cannot be fitted in single.
-    rows = [
-        standardizer.transform(part, job.set).astype(np.float64)
-        for part in (parts.train, parts.test)
-    ]
     try:
+        rows = [
+            standardizer.transform(part, job.set).astype(np.float64)
+            for part in (parts.train, parts.test)
+        ]
         found, error = DETECTORS[job.detector](*rows, job.seed), None
-    except Exception as failure:  # The library's.
+    except Exception as failure:  # The library's, or of rows beyond float32.
         found, error = None, one_line(failure)
     return line(job, parts, found, time.monotonic() - started, error)
 

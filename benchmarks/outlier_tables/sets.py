@@ -52,7 +52,7 @@ def split(table: OutlierTable, seed: int) -> Split:
 
     At most 6,000 inliers and 2,000 outliers are used. The outliers are drawn after the
     inliers are shuffled, and change nothing of the training rows. Columns that are
-    constant in these are left out.
+    constant in these are left out; an InputError is raised if all are.
     """
     rng = np.random.default_rng(seed)
     inliers = rng.permutation(table.rows[~table.is_outlier])[:MAX_INLIERS]
@@ -60,6 +60,8 @@ def split(table: OutlierTable, seed: int) -> Split:
     half = len(inliers) // 2
     train, test = inliers[:half], np.concatenate([inliers[half:], outliers])
     varies = (train != train[0]).any(axis=0)
+    if not varies.any():
+        raise InputError(f"{table.name}: all columns of its training rows are constant")
     is_outlier = np.arange(len(test)) >= len(inliers) - half
     return Split(train[:, varies], test[:, varies], is_outlier)
 
@@ -132,6 +134,8 @@ def load(name: str, folder: Path) -> OutlierTable:
       InputError: if there is no such set or class, or it holds no numbers.
     """
     stem, _, label = name.rpartition(":")
+    if stem and not label:
+        raise InputError(f"{name}: the class or the column of labels is missing")
     if stem.lower().endswith(".csv"):
         file = read_table_file(Path(stem), TableOptions(label_column=label))
         table = OutlierTable(name, file.rows, file.labels == OUTLIER)

@@ -78,8 +78,7 @@ def _windows(
     """Returns equal windows around rows, filled up to as many as `empty` has."""
     cut = max(1, round(len(rows) * _HELD_OUT))
     seen = rows[cut:] if len(rows) > 1 else rows
-    distances = (rows[:cut] ** 2).sum(axis=1)[:, None] + (seen**2).sum(axis=1)
-    distances = distances - 2 * rows[:cut] @ seen.T
+    distances = _squared_distances(rows[:cut], seen)
     a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
 
     def likelihood(variance: float) -> float:
@@ -92,6 +91,12 @@ def _windows(
     empty.log_weights[: len(rows)] = -np.log(len(rows))
     variance = max(_WINDOW_VARIANCES, key=likelihood)
     return empty._replace(variance=np.float32(variance))
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    from sklearn.metrics.pairwise import euclidean_distances
+
+    return euclidean_distances(x, y, squared=True)
 
 
 def _some(rows: np.ndarray) -> np.ndarray:
@@ -143,25 +148,22 @@ def bandwidth(rows: Float[np.ndarray, "n d"]) -> float:
     It is a standard deviation in units of the columns: 0.35, 0.5, 0.75 or 1 times
     Scott's n^(−1/(d+4)), by the leave-one-out likelihood of the n rows of a window, at
     most 1,000. Equal rows count once: they would be predicted best without any noise.
+    Constant columns do not count.
     """
-    rows = np.unique(_some(rows), axis=0)
+    rows = np.unique(_some(rows)[:, (rows != rows[:1]).any(axis=0)], axis=0)
     order = np.random.default_rng(0).permutation(len(rows))
     rows = rows[order[: reference_lib.NUM_POINTS]]
     num, dim = rows.shape
     scott = num ** (-1 / (dim + 4))
     if num < 2:
         return _BANDWIDTHS[-1] * scott
-    lengths = (rows**2).sum(axis=1)
-    distances = lengths[:, None] + lengths - 2 * rows @ rows.T
-    distances = np.maximum(distances, 0.0)
+    distances = _squared_distances(rows, rows)
     np.fill_diagonal(distances, np.inf)
 
     def likelihood(factor: float) -> float:
         h = factor * scott
         logs = -distances / (2 * h**2)
-        largest = logs.max(axis=1, keepdims=True)
-        sums = largest[:, 0] + np.log(np.exp(logs - largest).sum(axis=1))
-        return float(sums.mean() - dim * np.log(h))
+        return float(logsumexp(logs, axis=1).mean() - dim * np.log(h))
 
     # Rounded, so that the noise of a run is the same wherever it is read.
     return round(max(_BANDWIDTHS, key=likelihood) * scott, 6)

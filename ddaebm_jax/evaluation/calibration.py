@@ -49,9 +49,9 @@ def benjamini_hochberg(
       InputError: unless 0 < fdr < 1.
     """
     check_fdr(fdr)
-    ascending = np.sort(p_values)
-    limits = fdr * np.arange(1, len(ascending) + 1) / max(len(ascending), 1)
-    below = np.flatnonzero(ascending <= limits)
+    ascending, ranks = np.sort(p_values), np.arange(1, len(p_values) + 1)
+    # Conformal p-values meet the limit exactly, which must not fail by rounding.
+    below = np.flatnonzero(ascending * len(p_values) <= fdr * ranks * (1 + 1e-12))
     if not len(below):
         return np.zeros(len(p_values), bool)
     return p_values <= ascending[below[-1]]

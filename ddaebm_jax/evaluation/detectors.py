@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 
 from ddaebm_jax.errors import InputError
 
+_MAX_FITTED = 10_000  # Rows or images; more are too many for all distances.
 # Of the detectors of pixels.
-_MAX_TRAINING_IMAGES = 10_000
 _HELD_OUT_OF = 10  # Also the fewest images, so that one is held out.
 _BANDWIDTHS = np.geomspace(0.01, 1.0, 25)
 _COMPONENTS = (1, 5, 10, 20)
@@ -33,8 +33,11 @@ def table_scores(
 ) -> dict[str, Float[np.ndarray, " m"]]:
     """Returns the scores of test rows by `table_detectors`, by name.
 
-    Training rows are inliers. Larger scores mean more likely an inlier.
+    Training rows, of which at most 10,000 random ones are used, are inliers. Larger
+    scores mean more likely an inlier.
     """
+    order = np.random.default_rng(seed).permutation(len(train))
+    train = train[np.sort(order[:_MAX_FITTED])]
     return {
         name: np.asarray(detector.fit(train).score_samples(test), np.float64)
         for name, detector in table_detectors(seed).items()
@@ -75,10 +78,7 @@ def density_baselines(train: Float[np.ndarray, "n d"], seed: int) -> dict[str, S
             f"{len(train)} training rows; a tenth of them is held out, and so at least "
             f"{_HELD_OUT_OF} are needed"
         )
-    chosen = np.random.default_rng(seed).permutation(len(train))
-    rows = np.asarray(train, np.float64)[chosen[:_MAX_TRAINING_IMAGES]]
-    num_held_out = len(rows) // _HELD_OUT_OF
-    held_out, fitted = rows[:num_held_out], rows[num_held_out:]
+    rows, fitted, held_out = _parts(np.asarray(train, np.float64), seed)
     components = (*_COMPONENTS, 40)
     return {
         "kernel_density": _fit_kernel_density(rows, fitted, held_out),
@@ -128,10 +128,7 @@ def fit_pixel_detectors(
     from sklearn.ensemble import IsolationForest
 
     check_num_images(len(train_pixels))
-    chosen = np.random.default_rng(seed).permutation(len(train_pixels))
-    rows = _unit_rows(train_pixels[chosen[:_MAX_TRAINING_IMAGES]])
-    num_held_out = len(rows) // _HELD_OUT_OF
-    held_out, fitted = rows[:num_held_out], rows[num_held_out:]
+    rows, fitted, held_out = map(_unit_rows, _parts(train_pixels, seed))
     pca = _principal_components(rows)
     density = _fit_kernel_density(*map(pca.transform, (rows, fitted, held_out)))
     scorers = {
@@ -147,6 +144,14 @@ def fit_pixel_detectors(
         name: lambda images, scorer=scorer: scorer(_unit_rows(images))
         for name, scorer in scorers.items()
     }
+
+
+def _parts(rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns at most 10,000 random rows, nine tenths of these, and the rest."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))
+    rows = rows[chosen[:_MAX_FITTED]]
+    num_held_out = len(rows) // _HELD_OUT_OF
+    return rows, rows[num_held_out:], rows[:num_held_out]
 
 
 def _unit_rows(images: np.ndarray) -> np.ndarray:

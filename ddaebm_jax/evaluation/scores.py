@@ -261,6 +261,8 @@ def leading_columns(
     separated by `;`.
     """
     table = experiment.source.table
+    # Squares of larger numbers overflow, and gradients are NaN.
+    rows = np.clip(rows, -1e9, 1e9)
     gradients = inference.gradients(experiment, variables, rows)
     if table.standardizer.whitening is not None:
         gradients = gradients @ table.standardizer.whitening.T
