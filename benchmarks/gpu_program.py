@@ -12,12 +12,9 @@ there is one. The options of the compiler are those in XLA_FLAGS.
 """
 
 import collections
-import math
 import os
-import re
 import time
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 from steps import abstract_step
-from timing import print_rows
+from timing import kernels, print_rows
 
 from ddaebm_jax import config as config_lib
 
@@ -53,49 +50,6 @@ dnn_version_info { major: 9 minor: 13 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
-_BITS = re.compile(r"\b(?:pred|[sufb]+(\d+))\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
-# They run no kernel.
-_FREE = "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"
-
-
-class Kernel(NamedTuple):
-    """An instruction that runs a kernel: its kind, and the bytes it is given."""
-
-    kind: str
-    num_bytes: int
-
-
-def kernels(text: str) -> list[Kernel]:
-    """Returns the kernels of a compiled program, `jax.stages.Compiled.as_text()`.
-
-    Those of its entry computation.
-    """
-    entry = text[re.search(r"^ENTRY ", text, re.MULTILINE).start() :]
-    shapes, found = {}, []
-    for line in entry.splitlines()[1:]:
-        if (match := _INSTRUCTION.match(line)) is None:
-            continue
-        name, shape, kind, rest = match.groups()
-        shapes[name] = _num_bytes(shape)
-        if kind in _FREE:
-            continue
-        if kind == "fusion":
-            kind = re.sub(r"[.\d]+$", "", name)
-        elif target := re.search(r'custom_call_target="([^"]*)"', line):
-            kind = target[1]
-        operands = re.findall(r"%([\w.\-]+)", rest.partition("), ")[0])
-        total = shapes[name] + sum(shapes.get(operand, 0) for operand in operands)
-        found.append(Kernel(kind, total))
-    return found
-
-
-def _num_bytes(shape: str) -> int:
-    """Returns the size of an array, or of a tuple of arrays, as XLA writes it."""
-    return sum(
-        int(bits or 8) // 8 * math.prod(int(side) for side in sides.split(",") if side)
-        for bits, sides in _BITS.findall(shape)
-    )
 
 
 def main(argv: list[str]) -> None:

@@ -7,15 +7,22 @@ convolutions and matrix products and nothing else, so the same on every device.
 """
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
+
+# Of a compiled program's text: an array's type and shape, and an instruction.
+_BITS = re.compile(r"\b(?:pred|[sufbc]+(\d+))\w*\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+# They run no kernel.
+_FREE = "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 7) -> float:
@@ -205,3 +212,42 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+class Kernel(NamedTuple):
+    """An instruction that runs a kernel: its kind, and the bytes it is given."""
+
+    kind: str
+    num_bytes: int
+
+
+def kernels(text: str) -> list[Kernel]:
+    """Returns the kernels of a compiled program, `jax.stages.Compiled.as_text()`.
+
+    Those of its entry computation.
+    """
+    entry = text[re.search(r"^ENTRY ", text, re.MULTILINE).start() :]
+    shapes, found = {}, []
+    for line in entry.splitlines()[1:]:
+        if (match := _INSTRUCTION.match(line)) is None:
+            continue
+        name, shape, kind, rest = match.groups()
+        shapes[name] = _num_bytes(shape)
+        if kind in _FREE:
+            continue
+        if kind == "fusion":
+            kind = re.sub(r"[.\d]+$", "", name)
+        elif target := re.search(r'custom_call_target="([^"]*)"', line):
+            kind = target[1]
+        operands = re.findall(r"%([\w.\-]+)", rest.partition("), ")[0])
+        total = shapes[name] + sum(shapes.get(operand, 0) for operand in operands)
+        found.append(Kernel(kind, total))
+    return found
+
+
+def _num_bytes(shape: str) -> int:
+    """Returns the size of an array, or of a tuple of arrays, as XLA writes it."""
+    return sum(
+        int(bits or 8) // 8 * math.prod(int(side) for side in sides.split(",") if side)
+        for bits, sides in _BITS.findall(shape)
+    )
