@@ -24,6 +24,7 @@ it was stopped.
 
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import warnings
@@ -38,10 +39,12 @@ from jaxtyping import Bool, Float
 from ml_collections import config_flags
 from outlier_tables import runs
 from outlier_tables import sets as sets_lib
+from scipy.special import softmax
 
 from ddaebm_jax.data import images
 from ddaebm_jax.data.tabular import load_breast_cancer
 from ddaebm_jax.evaluation import imputation, inference, outliers, restoring
+from ddaebm_jax.reference import Gaussians, given_measurement
 from ddaebm_jax.restoration import BlockMean, Identity, Mask, Measurement
 from ddaebm_jax.training import many
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
@@ -264,7 +267,9 @@ class _Mixture:
             return GaussianMixture(num, reg_covar=1e-3, random_state=_SEED).fit(rows)
 
         scores = {k: fit(k, rows[cut:]).score(rows[:cut]) for k in (1, 5, 10, 20)}
-        self._found = fit(max(scores, key=scores.get), rows)
+        found = fit(max(scores, key=scores.get), rows)
+        spread = np.linalg.eigh(found.covariances_.astype(np.float64))
+        self._gaussians = Gaussians(np.log(found.weights_), found.means_, *spread)
 
     def mean_given(
         self, operator: Any, y: np.ndarray, known: np.ndarray, std: float
@@ -277,24 +282,11 @@ class _Mixture:
         means = []
         for one, seen in zip(y.reshape(len(y), -1), known, strict=True):
             kept = seen.reshape(-1) if isinstance(operator, Mask) else slice(None)
-            means.append(self._mean_of_one(matrix[kept], one[kept], std))
-        return np.stack(means).reshape(-1, *self._shape)
-
-    def _mean_of_one(self, a: np.ndarray, y: np.ndarray, std: float) -> np.ndarray:
-        found, logs, means = self._found, [], []
-        for weight, mu, c in zip(
-            found.weights_, found.means_, found.covariances_, strict=True
-        ):
-            s = a @ c @ a.T + std**2 * np.eye(len(a))
-            solved = np.linalg.solve(s, y - a @ mu)
-            logs.append(
-                np.log(weight)
-                - 0.5 * (y - a @ mu) @ solved
-                - 0.5 * np.linalg.slogdet(s)[1]
+            logs, centres, _ = given_measurement(
+                self._gaussians, matrix[kept], one[kept], std
             )
-            means.append(mu + c @ a.T @ solved)
-        shares = np.exp(np.array(logs) - max(logs))
-        return (shares / shares.sum()) @ np.array(means)
+            means.append(softmax(logs) @ centres)
+        return np.stack(means).reshape(-1, *self._shape)
 
 
 def _denoisers(train: np.ndarray, std: float) -> dict[str, Callable]:
@@ -378,15 +370,15 @@ def _table(name: str, measured: Callable) -> None:
         for share in _MISSING:
             known = rng.random(test.shape) >= share
             known[~known.any(axis=1), 0] = True
-            case = test, known, is_outlier, seed
+            case = test, known, is_outlier
             what = f"{name}, {share:.0%}, seed {seed}"
-            filled = _fillers(*model, train, *case)
+            filled = _fillers(*model, train, test, known, share, seed)
             for method, fill in filled.items():
                 measured(
                     what,
                     method,
                     lambda fill=fill, case=case, model=model: _filled_figures(
-                        *model, fill(), *case[:3]
+                        *model, fill(), *case
                     ),
                 )
 
@@ -408,23 +400,36 @@ def _fillers(
     train: Float[np.ndarray, "n d"],
     test: Float[np.ndarray, "m d"],
     known: Bool[np.ndarray, "m d"],
-    is_outlier: Bool[np.ndarray, " m"],
+    share: float,
     seed: int,
 ) -> dict[str, Callable[[], np.ndarray]]:
-    """Returns method → filled rows [m, d], or draws of them [m, draws, d]."""
+    """Returns method → filled rows [m, d], or draws of them [m, draws, d].
+
+    Training rows have no empty cells. A copy of them that lacks this share of its cells
+    is used as well: the regressions are fitted to both, in rounds until they converge,
+    and the neighbours' number and weights are chosen on a fifth of it, given the rest.
+    """
     from sklearn.experimental import enable_iterative_imputer  # noqa: F401
     from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 
-    del is_outlier
     given = np.where(known, test, np.nan)
+    hidden = np.random.default_rng((seed, 1)).random(train.shape) < share
+    lacking = np.where(hidden, np.nan, train)
+    cut = len(train) // 5
 
-    def sklearn(imputer: Any) -> Callable[[], np.ndarray]:
-        def fill() -> np.ndarray:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of convergence.
-                return imputer.fit(train).transform(given)
+    def filled(imputer: Any, rows: np.ndarray, lacking: np.ndarray) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of convergence.
+            return imputer.fit(rows).transform(lacking)
 
-        return fill
+    def neighbours() -> np.ndarray:
+        settings = itertools.product((3, 5, 10, 20), ("uniform", "distance"))
+        imputers = [KNNImputer(n_neighbors=k, weights=w) for k, w in settings]
+        errors = [
+            ((filled(one, train[cut:], lacking[:cut]) - train[:cut]) ** 2).mean()
+            for one in imputers
+        ]
+        return filled(imputers[int(np.argmin(errors))], train, given)
 
     # Without a range, regression on columns that depend on each other diverges.
     iterative = IterativeImputer(
@@ -437,9 +442,9 @@ def _fillers(
         "ours": lambda: imputation.draw_cells(
             experiment, variables(), test, known, 64, seed
         ),
-        "mean": sklearn(SimpleImputer()),
-        "KNN": sklearn(KNNImputer()),
-        "iterative": sklearn(iterative),
+        "mean": lambda: filled(SimpleImputer(), train, given),
+        "KNN": neighbours,
+        "iterative": lambda: filled(iterative, np.concatenate([train, lacking]), given),
     }
 
 

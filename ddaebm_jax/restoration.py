@@ -76,35 +76,34 @@ class BlockMean:
 
 @flax.struct.dataclass
 class Blur:
-    """Pixels are averaged by a kernel of odd sides, mirrored at the edges: deblurring.
+    """Pixels are averaged along both axes, mirrored at the edges: deblurring.
 
-    A kernel (rows) of nonnegative numbers with sum 1 has gain 1 up to mirrored edges.
+    `line`: an odd number of nonnegative weights with sum 1, the same from both ends;
+    the kernel is its outer product with itself.
     """
 
-    kernel: tuple[tuple[float, ...], ...] = flax.struct.field(pytree_node=False)
+    line: tuple[float, ...] = flax.struct.field(pytree_node=False)
     gain = 1.0
 
     def apply(
         self, x: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:
         """Returns the averages."""
-        rows, columns = len(self.kernel), len(self.kernel[0])
-        pads = [(0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)]
-        padded = jnp.pad(x, pads, mode="symmetric")
-        height, width = x.shape[1:3]
-        return sum(
-            self.kernel[i][j] * padded[:, i : i + height, j : j + width]
-            for i in range(rows)
-            for j in range(columns)
-        )
+        for axis in (1, 2):
+            pads = [(len(self.line) // 2 * (a == axis),) * 2 for a in range(4)]
+            padded, side = jnp.pad(x, pads, mode="symmetric"), x.shape[axis]
+            x = sum(
+                weight * jax.lax.slice_in_dim(padded, i, i + side, axis=axis)
+                for i, weight in enumerate(self.line)
+            )
+        return x
 
 
-def gaussian_kernel(std: float, side: int) -> tuple[tuple[float, ...], ...]:
+def gaussian_line(std: float, side: int) -> tuple[float, ...]:
     """Returns a Gaussian of this standard deviation, cut at 3σ or the image's side."""
     reach = min(int(np.ceil(3 * std)), side - 1)
     line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / std) ** 2)
-    kernel = np.outer(line, line)
-    return tuple(map(tuple, (kernel / kernel.sum()).tolist()))
+    return tuple((line / line.sum()).tolist())
 
 
 Operator = Identity | Mask | BlockMean | Blur
@@ -283,14 +282,10 @@ def leapfrog(
       step_size: of each example.
       start: ∇U(ξ).
     """
-
-    def kicked(momentum: NoisePath, slope: NoisePath) -> NoisePath:
-        return _moved(momentum, -0.5 * step_size, slope)
-
-    momentum = kicked(momentum, start)
+    momentum = _moved(momentum, -0.5 * step_size, start)
     path = _moved(path, step_size, momentum)
     end = gradient(path)
-    return path, kicked(momentum, end), end
+    return path, _moved(momentum, -0.5 * step_size, end), end
 
 
 def _moved(
@@ -322,13 +317,8 @@ def accept(
       after: where it ends.
       uniform: of [0, 1).
     """
-    lost = (
-        _half_squares(before.momentum)
-        + before.potential
-        - _half_squares(after.momentum)
-        - after.potential
-    )
-    acceptance = jnp.exp(jnp.minimum(jnp.nan_to_num(lost, nan=-jnp.inf), 0.0))
+    start, end = (_half_squares(s.momentum) + s.potential for s in (before, after))
+    acceptance = jnp.exp(jnp.minimum(jnp.nan_to_num(start - end, nan=-jnp.inf), 0.0))
     taken = uniform < acceptance
 
     def chosen(new: Array, old: Array) -> Array:

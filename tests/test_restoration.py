@@ -24,7 +24,7 @@ def operators():
         "identity": (Identity(), lambda x: x),
         "mask": (Mask(jnp.asarray(known)), lambda x: np.where(known, x, 0.0)),
         "mean": (BlockMean(2), block_means),
-        "blur": (Blur(tuple(map(tuple, KERNEL.tolist()))), blurred),
+        "blur": (Blur((0.25, 0.5, 0.25)), blurred),
     }
 
 
@@ -124,18 +124,23 @@ def posterior(operator, y, mean, covariance):
     return found, np.diag(covariance - gain @ matrix @ covariance)
 
 
-@pytest.mark.parametrize("name", ["identity", "mask", "mean", "blur"])
-def test_draws_of_the_reference_given_a_measurement(name: str):
-    """One Gaussian of full covariance, by the normal equations."""
-    operator, _ = operators()[name]
-    rng, size, num = np.random.default_rng(0), int(np.prod(SHAPE)), 4_000
-    found = reference.empty(2, SHAPE)
+def one_gaussian(shape: tuple[int, ...]):
+    """A reference of one Gaussian of full covariance, and variables that hold it."""
+    rng, size = np.random.default_rng(0), int(np.prod(shape))
+    found = reference.empty(2, shape)
     found.gaussians.log_weights[1] = 0.0
     found.gaussians.means[1] = rng.normal(size=size)
     found.gaussians.variances[1] = rng.uniform(0.1, 1.0, size)
     found.gaussians.axes[1] = np.linalg.qr(rng.normal(size=(size, size)))[0]
     variables = Players({"params": {}}, {"params": {}}, {"params": {}})
-    variables = reference.with_fitted(variables, found)
+    return found, reference.with_fitted(variables, found)
+
+
+@pytest.mark.parametrize("name", ["identity", "mask", "mean", "blur"])
+def test_draws_of_the_reference_given_a_measurement(name: str):
+    """One Gaussian of full covariance, by the normal equations."""
+    operator, _ = operators()[name]
+    (found, variables), num = one_gaussian(SHAPE), 4_000
     assert reference_draws.are_possible(variables)
     y = np.asarray(operator.apply(normals(4, 3, *SHAPE)))
     measurement = Measurement(operator, y, np.full(3, 0.3, np.float32))
@@ -147,6 +152,35 @@ def test_draws_of_the_reference_given_a_measurement(name: str):
         own = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], operator)
         expected = posterior(own, y[i], found.gaussians.means[1], covariance)
         close(drawn[i].reshape(1, num, -1), *expected, count=num)
+
+
+def test_two_models_give_draws_in_turn():
+    exact, (_, variables) = experiment(gaussian_networks()), one_gaussian((2,))
+    model = exact, variables, known_gaussians()[0]
+    search, error = restoring.Search(3, num_moves=4), np.full(2, 0.1, np.float32)
+    draws = restoring.averaged(*model, 5, 0, search, error)
+    first = restoring.noise_space(*model, 5, 0, search, error)
+    assert draws.shape == (3, 20, 2) and first.shape == (3, 10, 2)
+    np.testing.assert_array_equal(draws[:, ::2], first)
+    second = reference_draws.draws(*model, 10, 0)
+    np.testing.assert_array_equal(draws[:, 1::2], second)
+    other = restoring.averaged(*model, 5, 1, search, error)
+    assert (draws != other).any(axis=(0, 2)).all()
+
+
+def test_what_is_known_without_noise_is_kept():
+    """Of a mask, by p_ref and by the generator's error; the rest is drawn."""
+    measurement, _, _ = known_gaussians(std=1e-3)
+    known, y = measurement.operator.known, measurement.y
+    exact, (_, variables) = experiment(gaussian_networks()), one_gaussian((2,))
+    first = reference_draws.draws(exact, variables, measurement, 20, 0)
+    rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, 20, axis=0), measurement)
+    noise = [normals(seed, 60, 2) for seed in (6, 7, 8)]
+    second = restoration.with_error(rows, noise[0], jnp.full(2, 0.3), *noise[1:])
+    for draws in (first, np.asarray(second).reshape(3, 20, 2)):
+        error = np.abs(draws - y[:, None]).max(axis=1)
+        assert (error[known] < 0.01).all()
+        assert (draws.std(axis=1)[~known] > 0.1).all()
 
 
 @pytest.mark.parametrize("name", ["identity", "mask", "mean", "blur"])
@@ -242,10 +276,10 @@ def test_seeds_repeat_and_devices_agree():
 
 
 @given(st.floats(0.1, 3.0), st.integers(2, 12))
-def test_gaussian_kernel(std: float, side: int):
-    kernel = np.array(restoration.gaussian_kernel(std, side))
-    assert kernel.sum() == pytest.approx(1.0, rel=1e-5)
-    assert kernel.shape[0] % 2 == 1 and kernel.shape[0] < 2 * side
-    centre = len(kernel) // 2
-    ratio = kernel[centre, centre - 1] / kernel[centre, centre]
+def test_gaussian_line(std: float, side: int):
+    line = restoration.gaussian_line(std, side)
+    assert sum(line) == pytest.approx(1.0, rel=1e-5) and line == line[::-1]
+    assert len(line) % 2 == 1 and len(line) < 2 * side
+    centre = len(line) // 2
+    ratio = line[centre - 1] / line[centre]
     assert ratio == pytest.approx(np.exp(-0.5 / std**2), rel=1e-4)

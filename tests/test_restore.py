@@ -12,6 +12,7 @@ from ddaebm_jax import reference
 from ddaebm_jax.commands import restore
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
+from ddaebm_jax.training.trained_run import load_run
 
 # --- Tables -----------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def read(path: Path) -> list[list[str]]:
 
 def test_empty_cells_are_filled_in_the_tables_units(table_run: Path, tmp_path: Path):
     lines = ["age,height,weight", "95,105,", "105,,90", "nan,107.25,114", "100,100,100"]
-    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n\n")  # A blank line, too.
     flags = (
         f"--workdir={table_run}",
         f"--input={tmp_path / 'rows.csv'}",
@@ -78,14 +79,19 @@ def test_empty_cells_are_filled_in_the_tables_units(table_run: Path, tmp_path: P
         assert float(low) < float(mean) < float(high) and 0 < float(std) < 8
     with np.load(tmp_path / "out.npz") as file:
         assert file["draws"].shape == (4, 16, 3)
-        np.testing.assert_allclose(file["draws"].mean(axis=1), filled, atol=1e-3)
+        # Means are of more draws than are kept.
+        np.testing.assert_allclose(file["draws"].mean(axis=1), filled, atol=4.0)
+        assert np.abs(file["draws"].mean(axis=1) - filled).max() > 1e-3
+        np.testing.assert_array_equal(file["draws"][3], [[100.0] * 3] * 16)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("height,weight,age\n1,2,3\n", "no cell is empty"),
-        ("height,weight,age\n1,,3\n,,\n", "row 1 (from 0) has no number"),
+        ("height,weight,age\n100,,100\n,,\n100,,100\n", "line 3 has no number"),
+        ("age,weight,height\n100,99999,\n", "line 2, column weight is 99999, "),
+        ("100,,100\n,,99999\n", "line 2, column column_2 is 99999, "),
         ("height,weight,age\n1,tall,3\n", "tall"),
         ("height,weight\n1,\n", "no column 'age'"),
     ],
@@ -139,6 +145,17 @@ def test_the_default_method_follows_from_the_reference():
     assert restore._method(wide, None) == "noise_space"
 
 
+@pytest.mark.parametrize("task", ["denoise", "superres", "deblur"])
+def test_pixels_and_noise_are_in_the_networks_units(task, digits_run, tmp_path):
+    """0 … 255 becomes −1 … 1, and σ, a share of the range, twice that."""
+    given = pixels(tmp_path / "given.npz", side=4 if task == "superres" else 8)
+    how = 0.1, None, 2, 1.0, 0
+    _, measurement = restore._measured(load_run(digits_run), given, task, *how)
+    np.testing.assert_allclose(measurement.std, [0.2] * 3, rtol=1e-6)
+    with np.load(given) as file:
+        np.testing.assert_allclose(measurement.y, file["x"] / 127.5 - 1.0, atol=1e-6)
+
+
 TASKS = {
     "noise": ("--task=denoise", "--sigma=0.1", "--method=direct"),
     "hole": ("--task=inpaint", "--mask=center:4", "--error=0.05"),
@@ -172,10 +189,19 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
 
 
 def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Path):
-    given = pixels(tmp_path / "given.npz")
+    given, other = pixels(tmp_path / "given.npz"), pixels(tmp_path / "two.npz", num=2)
     Image.new("L", (9, 8)).save(tmp_path / "hole.png")
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    Image.new("1", (8, 8), 1).save(tmp_path / "none.png")
+    Image.new("1", (8, 8)).save(tmp_path / "all.png")
+    Image.new("1", (14_000, 14_000)).save(tmp_path / "huge.png")
+    (tmp_path / "folder").mkdir()
+    Image.new("L", (8, 9)).save(tmp_path / "folder" / "a.png")
+    mask = f"--mask={tmp_path}"
     for words, *flags in [
-        ("--sigma=-1.0: a positive number", "--task=denoise", "--sigma=-1"),
+        ("--sigma=-1.0: a share of the range", "--task=denoise", "--sigma=-1"),
+        ("--sigma=25.0: a share of the range", "--task=denoise", "--sigma=25"),
         ("needs --sigma", "--task=denoise"),
         ("--task=inpaint needs --mask", "--task=inpaint"),
         ("--factor is for --task=superres", "--task=deblur", "--factor=2"),
@@ -187,10 +213,18 @@ def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Pa
             *("--task=deblur", "--method=particles", "--error=0.1"),
         ),
         ("--mask=center:9", "--task=inpaint", "--mask=center:9"),
-        ("has 8×9 pixels", "--task=inpaint", f"--mask={tmp_path / 'hole.png'}"),
+        ("9×8 pixels; exactly 8×8", "--task=inpaint", f"{mask}/hole.png"),
+        ("16 bits a channel", "--task=inpaint", f"{mask}/deep.png"),
+        ("mode is RGBA; allowed", "--task=inpaint", f"{mask}/clear.png"),
+        ("hides nothing", "--task=inpaint", f"{mask}/none.png"),
+        ("hides everything", "--task=inpaint", f"{mask}/all.png"),
+        ("DecompressionBombError", "--task=inpaint", f"{mask}/huge.png"),
+        ("holds 2 images, and --input 3", "--task=deblur", f"--truth={other}"),
+        ("a.png: 8×9 pixels; exactly", "--task=deblur", f"--input={tmp_path}/folder"),
+        ("is for runs of data.name", "--task=deblur", f"--data_path={tmp_path}"),
         ("is for rows of a table", "--task=impute"),
     ]:
-        flags += [f"--workdir={digits_run}", f"--input={given}"]
+        flags = f"--workdir={digits_run}", f"--input={given}", *flags
         assert_error(run("--mode=restore", *flags), words)
     flags = f"--workdir={table_run}", f"--input={given}"
     result = run("--mode=restore", *flags, "--task=denoise", "--sigma=0.1")

@@ -223,6 +223,14 @@ def test_csv_forms_that_programs_write(save):
     np.testing.assert_array_equal(to_score(path), [[1, 2], [3, -0.5], [7, 8]])
 
 
+def test_where_cells_may_miss_blank_columns_and_lines_between_stay(save):
+    options = table_files.TableOptions(columns=tuple("abc"), may_miss=True)
+    path = save("t.csv", "1,,3\n\n4,,\n\n,,\n")
+    read, nan = table_files.read_table_file(path, options), np.nan
+    np.testing.assert_array_equal(read.rows, [[1, nan, 3], [nan] * 3, [4, nan, nan]])
+    assert read.row_name(2) == "line 3"
+
+
 def refused(path, *parts, dim=None):
     message = refused_cheaply(lambda: to_score(path, dim), *parts)
     assert message.startswith(f"{path}: ") and len(message) < 600

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags, logging
 from jaxtyping import Bool, Float, UInt8
 
-from ddaebm_jax import progress
+from ddaebm_jax import progress, restoration
 from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images
@@ -32,26 +32,22 @@ from ddaebm_jax.files import written_atomically
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import user_path
 from ddaebm_jax.reference import read as read_reference
-from ddaebm_jax.restoration import (
-    BlockMean,
-    Blur,
-    Identity,
-    Mask,
-    Measurement,
-    gaussian_kernel,
-)
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
 TASKS = "denoise", "inpaint", "superres", "deblur", "impute"
 # σ of tasks in which it is not given, as a share of the range of pixels.
 _LITTLE_NOISE = 0.02
-# Rows of the picture, the interval of a cell, and particles of each draw.
-_SHOWN, _INTERVAL, _PARTICLES = 8, (5.0, 95.0), 8
+# Rows of the picture, and particles of each draw.
+_SHOWN, _PARTICLES = 8, 8
+# The interval of a cell, and the draws that it is taken from; values of a row that are
+# so many times farther from the mean than all of training are refused.
+_INTERVAL, _CELL_DRAWS, _FARTHEST = (5.0, 95.0), 200, 10.0
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
     common.define_trained_run(values)
+    common.define_data_path(values)
     text = "What to repair: folder or NPZ of images; CSV or NPZ of rows."
     common.define_path(values, "input", text)
     common.require(values, "input", "images, or a CSV or NPZ of rows")
@@ -59,8 +55,8 @@ def define_flags(values: flags.FlagValues) -> None:
     common.require(values, "task", "one of " + ", ".join(TASKS))
     text = "NPZ (images) or CSV (rows) to write. Default: a new one in --workdir."
     common.define_path(values, "output", text)
-    text = "Noise: its standard deviation as a share of the range of pixels. "
-    text += f"Needed to denoise; otherwise {_LITTLE_NOISE}."
+    text = "Noise: its standard deviation as a share of the range of pixels, 0.001 to "
+    text += f"1. Needed to denoise; otherwise {_LITTLE_NOISE}."
     flags.DEFINE_float("sigma", None, text, flag_values=values)
     text = "Hole to inpaint: center:SIDE, random:SHARE, or a PNG, black in the hole."
     flags.DEFINE_string("mask", None, text, flag_values=values)
@@ -87,7 +83,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def run(values: flags.FlagValues) -> None:
     """Restore, and print the path of what is written."""
     names = "task sigma mask factor blur method error num_draws truth header seed"
-    names += " output"
+    names += " output data_path"
     settings = {name: values[name].value for name in names.split()}
     settings["checkpoint"] = values.checkpoint
     with common.out_of_memory_advice():
@@ -110,6 +106,7 @@ def restore(
     seed: int = 0,
     output: str | Path | None = None,
     checkpoint: str = "latest",
+    data_path: str | Path | None = None,
 ) -> Path:
     """Restores images or fills the empty cells of rows; the arguments are the flags.
 
@@ -128,7 +125,7 @@ def restore(
     _check(task, given_flags)
     in_noise_space = not is_table and method in (None, "averaged", "noise_space")
     measure = in_noise_space and error is None
-    loaded = load_run(workdir, checkpoint=checkpoint, open_images=measure)
+    loaded = load_run(workdir, measure, checkpoint, data_path)
     source = loaded.experiment.source
     if source.holds_images == is_table or (is_table and source.table is None):
         kind = "rows of a table" if is_table else "images"
@@ -148,7 +145,7 @@ def restore(
     given, known = _measured(loaded, input_path, task, *how)
     whole = None
     if truth is not None:
-        whole, _ = images.read_images(truth, source.event_shape)
+        whole, _ = images.read_images(truth, source.event_shape, exact=True)
         if len(whole) != len(given):
             raise InputError(
                 f"--truth={truth} holds {len(whole)} images, and --input {len(given)}; "
@@ -162,7 +159,7 @@ def restore(
 
 
 def _draw_images(
-    model: tuple[Experiment, Players, Measurement],
+    model: tuple[Experiment, Players, restoration.Measurement],
     method: str,
     num_draws: int,
     seed: int,
@@ -235,8 +232,11 @@ def _check(task: str, given: dict[str, Any]) -> None:
                 f"--{name} is for --task={' or '.join(tasks)}, not {task}; leave it out"
             )
     sigma = given["sigma"]
-    if sigma is not None and not sigma > 0:
-        raise InputError(f"--sigma={sigma}: a positive number is needed, such as 0.1")
+    if sigma is not None and not 0.001 <= sigma <= 1:
+        raise InputError(
+            f"--sigma={sigma}: a share of the range of pixels, from 0.001 to 1, is "
+            "needed; divide a standard deviation in pixel values 0 … 255 by 255"
+        )
     if task == "denoise" and sigma is None:
         raise InputError("--task=denoise needs --sigma, for example --sigma=0.25")
     if task == "inpaint" and given["mask"] is None:
@@ -262,7 +262,7 @@ def _measured(
     factor: int,
     blur: float,
     seed: int,
-) -> tuple[UInt8[np.ndarray, "n h w c"], Measurement]:
+) -> tuple[UInt8[np.ndarray, "n h w c"], restoration.Measurement]:
     """Return the images to restore, and what they measure."""
     shape = loaded.experiment.source.event_shape
     side, _, channels = shape
@@ -273,20 +273,20 @@ def _measured(
                 f"{side}; give one of {[f for f in range(2, side + 1) if not side % f]}"
             )
         shape = (side // factor, side // factor, channels)
-    given, _ = images.read_images(path, shape)
+    given, _ = images.read_images(path, shape, exact=True)
     y = np.asarray(images.to_float(given))
-    operator: Any = Identity()
+    operator: Any = restoration.Identity()
     if task == "inpaint":
         known = _mask(mask, len(y), shape, seed)
-        operator, y = Mask(known), np.where(known, y, 0.0).astype(np.float32)
+        operator, y = restoration.Mask(known), np.where(known, y, np.float32(0.0))
         given = np.where(known, given, 128).astype(np.uint8)
     elif task == "superres":
-        operator = BlockMean(factor)
+        operator = restoration.BlockMean(factor)
     elif task == "deblur":
-        operator = Blur(gaussian_kernel(blur, side))
+        operator = restoration.Blur(restoration.gaussian_line(blur, side))
     # Pixels have a range of 2.
     std = np.full(len(y), 2.0 * (sigma or _LITTLE_NOISE), np.float32)
-    return given, Measurement(operator, y, std)
+    return given, restoration.Measurement(operator, y, std)
 
 
 def _mask(
@@ -363,50 +363,48 @@ def _impute(
 ) -> Path:
     table, data = loaded.experiment.source.table, loaded.experiment.config.data
     standardizer = table.standardizer
-    if (
-        standardizer.whitening is not None
-        or read_reference(loaded.variables.energy) is None
-    ):
+    reference = read_reference(loaded.variables.energy)
+    if standardizer.whitening is not None or reference is None:
         raise InputError(
             "--task=impute needs a run with model.reference and without data.whiten, "
             "such as those of configs/table.py; train one"
         )
-    options = TableOptions(
-        header or data.header,
-        "--header",
-        data.label_column,
-        tuple(data.drop_columns),
-        columns=table.columns,
-        may_miss=True,
-    )
-    rows = read_table_file(user_path(input_path, "--input"), options).rows
-    known = ~np.isnan(rows)
+    how = header or data.header, "--header", data.label_column, tuple(data.drop_columns)
+    options = TableOptions(*how, columns=table.columns, may_miss=True)
+    file = read_table_file(user_path(input_path, "--input"), options)
+    rows, known = file.rows, ~np.isnan(file.rows)
     if not known.any(axis=1).all() or known.all():
-        i = int(np.argmin(known.any(axis=1)))
-        found = "no cell is empty" if known.all() else f"row {i} (from 0) has no number"
+        empty = file.row_name(int(np.argmin(known.any(axis=1))))
+        found = "no cell is empty" if known.all() else f"{empty} has no number"
         raise InputError(f"--input={input_path}: {found}; there is nothing to go by")
     whole = standardizer.transform(np.where(known, rows, standardizer.mean), "--input")
-    model = loaded.experiment, loaded.variables
-    num_cells = int((~known).sum())
+    most = _FARTHEST * np.abs(table.train).max()
+    for i, j in np.argwhere(np.abs(whole) > most)[:1].tolist():
+        raise InputError(
+            f"--input={input_path}: {file.row_name(i)}, column {file.columns[j]} is "
+            f"{rows[i, j]:g}, {abs(whole[i, j]):.3g} standard deviations from the mean "
+            f"of training; at most {most:.3g} are allowed; correct the cell or empty it"
+        )
+    model, num = (loaded.experiment, loaded.variables), max(num_draws, _CELL_DRAWS)
+    num_cells, gaps = int((~known).sum()), ~known.all(axis=1)
     with progress.phase(f"filling {num_cells} cells of {len(rows)} rows"):
-        drawn = imputation.draw_cells(*model, whole, known, num_draws, seed)
+        drawn = imputation.draw_cells(*model, whole[gaps], known[gaps], num, seed)
     drawn = standardizer.inverse(drawn.reshape(-1, rows.shape[1])).reshape(drawn.shape)
-    filled = np.where(known, rows, drawn.mean(axis=1))
+    filled, draws = rows.copy(), rows[:, None].repeat(num_draws, axis=1)
+    filled[gaps] = np.where(known[gaps], rows[gaps], drawn.mean(axis=1))
+    draws[gaps] = drawn[:, :num_draws]
     path = output or common.claimed(loaded.workdir / "filled.csv", ".npz")
     _write_csv(path, table.columns, filled)
     intervals = common.claimed(path.with_name(f"{path.stem}-intervals.csv"))
-    low, high = np.percentile(drawn, _INTERVAL, axis=1)
+    figures = filled[gaps], drawn.std(1), *np.percentile(drawn, _INTERVAL, axis=1)
     lines = [
-        [
-            i,
-            table.columns[j],
-            *(_text(v[i, j]) for v in (filled, drawn.std(1), low, high)),
-        ]
-        for i, j in np.argwhere(~known)
+        (np.flatnonzero(gaps)[i], table.columns[j], *(v[i, j] for v in figures))
+        for i, j in np.argwhere(~known[gaps])
     ]
     _write_csv(intervals, ("row", "column", "mean", "std", "5%", "95%"), lines)
-    with written_atomically(common.claimed(path.with_suffix(".npz"))) as file:
-        np.savez(file, draws=drawn, known=known, columns=np.array(table.columns))
+    with written_atomically(common.claimed(path.with_suffix(".npz"))) as output_file:
+        columns = np.array(table.columns)
+        np.savez(output_file, draws=draws, known=known, columns=columns)
     logging.info("filled %d cells of %d rows", num_cells, len(rows))
     return path
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, UInt8
+from PIL import Image
 
-from ddaebm_jax.data.decoding import Crop, decode_file
+from ddaebm_jax.data.decoding import FORMATS, MAX_FILE_BYTES, Crop, decode_file
 from ddaebm_jax.data.records import (
     ImageSet,
     Records,
@@ -21,6 +22,7 @@ from ddaebm_jax.data.records import (
     digest,
     hold_out,
     in_parallel,
+    reading,
     split_set,
     stack,
 )
@@ -28,6 +30,7 @@ from ddaebm_jax.errors import InputError, listed, one_line
 from ddaebm_jax.files import (
     choose_array,
     npz_headers,
+    open_regular,
     printable,
     read_npz,
     written_atomically,
@@ -225,20 +228,23 @@ def read_images(
     event_shape: tuple[int, int, int],
     skip_corrupt: bool = False,
     crop: Crop | None = None,
+    exact: bool = False,
 ) -> tuple[UInt8[np.ndarray, "n height width channels"], tuple[str, ...]]:
-    """Returns images from outside, to be scored, and their names.
+    """Returns images from outside, to be scored or restored, and their names.
 
     A folder is read as by `read_folder`; a file's name is its path in the folder. An
     NPZ file's images are its array `x`, or its only 4-D array: uint8 [n, height,
     width, channels] of the model's shape, or [n, height, width] for one channel; their
     names are their indices. Raises FileNotFoundError, or InputError for what cannot
-    be used.
+    be used; if `exact`, also for files of another size, which are else resized.
     """
     path = user_path(path, "--input")
     if _is_npz(path):
         images = _read_npz(path, event_shape)
         return images, tuple(map(str, range(len(images))))
     size, _, channels = event_shape
+    for name in find_images(path)[0] if exact and path.is_dir() else ():
+        _check_size(path / name, printable(name), size)
     folder = read_folder(path, size, channels, crop, skip_corrupt)
     num_bytes = len(folder.names) * math.prod(event_shape)
     if num_bytes > MAX_BYTES:
@@ -250,24 +256,33 @@ def read_images(
     return found, folder.names
 
 
-def read_mask(path: str | Path, side: int) -> Bool[np.ndarray, "side side"]:
-    """Returns which pixels of a grey image of this side are brighter than half."""
-    from PIL import Image
-
-    path = user_path(path, "--mask")
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L"))
-    except (OSError, ValueError) as error:
+def _check_size(path: Path, name: str, side: int) -> None:
+    """Raises InputError for an image file that is not of this side."""
+    with (
+        reading(name, f"a file of {', '.join(FORMATS)} is needed; fetch it again"),
+        open_regular(path, MAX_FILE_BYTES, name) as file,
+        Image.open(file, formats=FORMATS) as image,
+    ):
+        width, height = image.size
+    if (width, height) != (side, side):
         raise InputError(
-            f"--mask={path}: cannot be read ({one_line(error)})"
-        ) from error
-    if pixels.shape != (side, side):
-        found = "×".join(map(str, pixels.shape))
-        raise InputError(
-            f"--mask={path} has {found} pixels; the model's images have {side}×{side}"
+            f"{name}: {width}×{height} pixels; exactly {side}×{side} are needed, as "
+            "nothing is resized or cropped; bring it to that size"
         )
-    return pixels > 127
+
+
+def read_mask(path: str | Path, side: int) -> Bool[np.ndarray, "side side"]:
+    """Returns which pixels of an image of this side are brighter than half."""
+    path = user_path(path, "--mask")
+    name = f"--mask={path}"
+    _check_size(path, name, side)
+    known = decode_file(path, name, side, 3, None).mean(axis=2) > 127
+    if known.all() or not known.any():
+        hidden = "nothing" if known.all() else "everything"
+        raise InputError(
+            f"{name} hides {hidden}; a hole of black pixels in a white image is needed"
+        )
+    return known
 
 
 def _is_npz(path: Path) -> bool:
@@ -322,8 +337,6 @@ def write_images(folder: Path, images: np.ndarray) -> None:
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Writes a uint8 image [height, width, channels] as a PNG, atomically."""
-    from PIL import Image
-
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
     with written_atomically(path) as file:

@@ -1,7 +1,8 @@
 """Tables of numbers from CSV files, by pandas, and from NPZ files.
 
 CSV: comma-separated numbers in UTF-8. Blank lines, and columns that are blank on every
-line, are left out. Columns without a header are `column_0`, `column_1`, ….
+line, are left out; where cells may be missing, only blank lines at the end. Columns
+without a header are `column_0`, `column_1`, ….
 
 A first line with a cell that is no number is a header. One of numbers is a header if it
 holds the names of the trained columns, or else if it is unlike every row below it:
@@ -227,9 +228,10 @@ def _read_csv(path: Path, options: TableOptions) -> TableFile:
 
 
 def _cells(path: Path, may_miss: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a CSV's cells as text, and each row's line, without blank columns.
+    """Returns a CSV's cells as text, and each row's line, without blanks.
 
-    And without blank lines, unless cells may be missing: such a line may be a row.
+    Those are lines and columns. Where cells may be missing, blank columns stay, and so
+    do blank lines that others follow: such a line may be a row.
     """
     import pandas as pd
 
@@ -258,8 +260,15 @@ def _cells(path: Path, may_miss: bool) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     filled = np.fromiter((bool(cell.strip()) for cell in cells.flat), bool)
     filled = filled.reshape(cells.shape)
-    lines = np.flatnonzero(filled.any(axis=1) | may_miss)
-    blank = ~filled.any(axis=0)
+    lines = np.flatnonzero(filled.any(axis=1))
+    if may_miss:
+        lines = np.arange(lines.max(initial=-1) + 1)
+        num, text = (
+            len(cells) - len(lines),
+            "%s: %d blank lines at its end are left out",
+        )
+        logging.log_if(logging.INFO, text, num > 0, path, num)
+    blank = ~filled.any(axis=0) & (not may_miss)
     if len(lines) and blank.any():
         places = listed(np.flatnonzero(blank) + 1)
         logging.info("%s: columns left out, as they are blank: %s", path, places)

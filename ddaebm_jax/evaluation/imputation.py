@@ -48,9 +48,8 @@ def draw_cells(
     reference = reference_lib.read(variables.energy)
     schedule = experiment.schedule
     noise = float(schedule.sigma_cum[0] / schedule.a_cum[0])
-    drawn = np.empty((count, num, dim), np.float32)
-    for i, part in enumerate(_candidates(reference, rows, known, noise, num, seed)):
-        drawn[i] = part
+    found = _candidates(reference, rows, known, noise, num, seed)
+    drawn = np.fromiter(found, (np.float32, (num, dim)), count)
     flat = drawn.reshape(-1, dim)
     run = partial(_residual, experiment.networks)
     added = inference.by_rows(experiment, run, len(flat), (flat,), (variables.energy,))

@@ -84,7 +84,7 @@ def noise_space(
         taken to be exact.
     """
     num = len(measurement.y)
-    known = jax.tree.map(lambda leaf: np.repeat(leaf, num_chains, axis=0), measurement)
+    known = _repeated(measurement, num_chains)
     chains = _Chains(experiment, variables, known, num * num_chains, seed)
     chains.descend(search)
     draws = []
@@ -110,12 +110,7 @@ def generator_error(
     given x, and τ² is the mean squared error of what they generate, one τ for all
     pixels while they move. The fit is slow and stopped after `search.num_moves`.
 
-    Args:
-      experiment: the trained experiment.
-      variables: the generator's are used.
-      x: data that training did not see, in the networks' units.
-      seed: of everything that is drawn.
-      search: settings.
+    `x` are data that training did not see; for the other arguments see `noise_space`.
     """
     std = np.full(len(x), _FIRST_ERROR, np.float32)
     known = Measurement(restoration.Identity(), x, std)
@@ -147,11 +142,9 @@ class _Chains:
         self._sizes = _FIRST_STEP * jnp.minimum(measurement.std, 1.0)
 
     def _normals(self, number: int) -> NoisePath:
-        networks, schedule = self._experiment.networks, self._experiment.schedule
-        shape, steps = networks.event_shape, schedule.num_steps
-        shapes = shape, (steps, networks.nz), (steps, *shape)
+        model = self._experiment.networks, self._experiment.schedule
         key = jax.random.fold_in(jax.random.key(self._seed), number)
-        return NoisePath(*row_normals(key, jnp.arange(self._num), *shapes))
+        return _noise_path(*model, key, jnp.arange(self._num))
 
     def _potential(self, path: NoisePath, std: np.ndarray) -> Any:
         """Returns U, x_0, and the gradient of U."""
@@ -200,17 +193,11 @@ class _Chains:
             )
         key = jax.random.fold_in(jax.random.key(self._seed), _TEST_KEYS + number)
         uniform = jax.random.uniform(key, (self._num,))
-        end, acceptance = restoration.accept(
-            before, State(path, momentum, *found), uniform
-        )
+        after = State(path, momentum, *found)
+        end, acceptance = restoration.accept(before, after, uniform)
         self._path = end.path
-        logging.log_every_n_seconds(
-            logging.INFO,
-            "noise space: move %d, acceptance %.2f",
-            10,
-            number,
-            acceptance.mean(),
-        )
+        text = "noise space: move %d, acceptance %.2f"
+        logging.log_every_n_seconds(logging.INFO, text, 10, number, acceptance.mean())
         if adapt:
             rate = (acceptance - _ACCEPTANCE) / (1 + number) ** 0.5
             self._sizes = self._sizes * jnp.exp(rate)
@@ -266,38 +253,29 @@ def particles(
     weighted: bool,
     num_predictions: int = 2,
 ) -> Restored:
-    """Returns draws of p(x_0 | y) by twisted sequential Monte Carlo.
+    """Returns draws of p(x_0 | y), as many as particles, by twisted SMC.
 
-    Args:
-      experiment: the trained experiment.
-      variables: of all three networks.
-      measurement: of n examples, in the networks' units.
-      num_particles: of each example; as many draws come of them.
-      seed: of everything that is drawn.
-      weighted: whether the prior is exp f(·, 0); else it is the generator's law.
-      num_predictions: draws of z that x̂_0 is the mean of.
+    The prior is exp f(·, 0) if `weighted`, else the generator's law; x̂_0 is the mean of
+    `num_predictions` draws of z. For the other arguments see `noise_space`.
     """
     num, key = len(measurement.y), jax.random.key(seed)
-    known = jax.tree.map(
-        lambda leaf: np.repeat(leaf, num_particles, axis=0), measurement
-    )
     errors = prediction_errors(experiment, variables, num_predictions)
     total = num * num_particles
     schedule = experiment.schedule
-    rows, tree = jax.tree.flatten(known)
+    rows, tree = jax.tree.flatten(_repeated(measurement, num_particles))
 
     def take(function: Any, t: int, *before: np.ndarray) -> Twisted:
-        how = experiment.game.proposal, weighted, num_predictions, tree
-        run = partial(function, experiment.networks, *how)
+        run = partial(function, experiment.networks, weighted, num_predictions, tree)
         shared = key, variables, schedule, errors, np.int32(t)
         return inference.by_rows(experiment, run, total, (*before, *rows), shared)
 
+    move = partial(_move, experiment.game.proposal)
     found = take(_start, schedule.num_steps)
     log_weights, effective = found.log_weight.reshape(num, -1), np.ones(num)
     for t in reversed(range(schedule.num_steps)):
         found, log_weights, shares = _resampled(found, log_weights, seed, t + 1)
         effective = np.minimum(effective, shares)
-        found = take(_move, t, found.x, found.x0, found.log_target)
+        found = take(move, t, found.x, found.x0, found.log_target)
         log_weights = log_weights + found.log_weight.reshape(num, -1)
     found, _, shares = _resampled(found, log_weights, seed, 0)
     shape = num, num_particles, *experiment.networks.event_shape
@@ -332,11 +310,15 @@ def direct(
     """Returns what the sampler makes of y, from the level whose noise is like y's."""
     num, schedule = len(measurement.y), experiment.schedule
     level = restoration.entry_level(schedule, float(np.max(measurement.std)))
-    y, std = (np.repeat(leaf, num_draws, axis=0) for leaf in measurement[1:])
+    _, y, std = _repeated(measurement, num_draws)
     run = partial(_from_level, experiment.networks, experiment.game.latent, level)
     shared = jax.random.key(seed), variables.generator, schedule
     drawn = inference.by_rows(experiment, run, len(y), (y, std), shared)
     return drawn.reshape(num, num_draws, *experiment.networks.event_shape)
+
+
+def _repeated(measurement: Measurement, times: int) -> Measurement:
+    return jax.tree.map(lambda leaf: np.repeat(leaf, times, axis=0), measurement)
 
 
 def prediction_errors(
@@ -354,6 +336,12 @@ def prediction_errors(
     return np.array(found, np.float32)
 
 
+def _noise_path(networks, schedule, key, places):
+    shape, steps = networks.event_shape, schedule.num_steps
+    shapes = shape, (steps, networks.nz), (steps, *shape)
+    return NoisePath(*row_normals(key, places, *shapes))
+
+
 # Networks are functions and so static: one program for all chunks of a run.
 
 
@@ -363,9 +351,8 @@ def _potential(networks, latent, tree, places, *rest):
     path, measurement = jax.tree.unflatten(tree, rows)
 
     def total(path):
-        values, x0 = restoration.potential(
-            schedule, networks, generator, measurement, path, latent
-        )
+        how = schedule, networks, generator, measurement
+        values, x0 = restoration.potential(*how, path, latent)
         return values.sum(), (values, x0)
 
     slope, found = jax.grad(total, has_aux=True)(path)
@@ -382,10 +369,9 @@ def _with_error(tree, places, x0, *rest):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _from_level(networks, latent, level, places, y, std, key, generator, schedule):
-    shape, steps = networks.event_shape, schedule.num_steps
-    shapes = shape, (steps, networks.nz), (steps, *shape)
-    eps, *noise = row_normals(key, places, *shapes)
-    path = NoisePath(restoration.entered(schedule, level, y, std, eps), *noise)
+    path = _noise_path(networks, schedule, key, places)
+    start = restoration.entered(schedule, level, y, std, path.x_last)
+    path = path._replace(x_last=start)
     return restoration.generate(schedule, networks, generator, path, latent, level)
 
 
@@ -399,9 +385,8 @@ def _prediction_error(networks, num, places, x0, key, generator, schedule, level
     return ((found - x0) ** 2).reshape(len(x0), -1).mean(axis=1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _start(networks, proposal, weighted, num, tree, places, *rest):
-    del proposal
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _start(networks, weighted, num, tree, places, *rest):
     *rows, key, variables, schedule, errors, t = rest
     shapes = networks.event_shape, (num, networks.nz)
     x, z = row_normals(jax.random.fold_in(key, t), places, *shapes)
@@ -412,7 +397,7 @@ def _start(networks, proposal, weighted, num, tree, places, *rest):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _move(networks, proposal, weighted, num, tree, places, x, x0, log_target, *rest):
+def _move(proposal, networks, weighted, num, tree, places, x, x0, log_target, *rest):
     *rows, key, variables, schedule, errors, t = rest
     own = jax.random.fold_in(key, t)
     noise = proposal_noise(networks, proposal, own, places)
