@@ -44,13 +44,19 @@ def virtual_devices(count: int) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={count}".strip()
 
 
+def build(config: ml_collections.ConfigDict) -> experiment.Experiment:
+    """Builds a recipe; images are opened only if something is fitted to them."""
+    fitted = bool(config.model.reference or config.data.whiten)
+    return experiment.build(config, open_images=fitted)
+
+
 def prepare(config: ml_collections.ConfigDict, steps: int = 1) -> Prepared:
     """Builds a recipe's training step as training does, and traces it.
 
-    Image recipes get random images, as from an input stream; others, and those with a
-    reference density, which is fitted to images, their own data.
+    Image recipes get random images, as from an input stream; others, and those with
+    something that is fitted to images, their own data.
     """
-    described = experiment.build(config, open_images=bool(config.model.reference))
+    described = build(config)
     dispatcher = Dispatcher(described)
     source, images = described.source, None
     if source.holds_images:

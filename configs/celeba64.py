@@ -30,7 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-5
     config.optimizer.schedule = "cosine"
     config.optimizer.ema_decay = 0.999
-    config.train.num_steps = 600 * 162_770 // 128
+    # A multiple of the steps per dispatch: the rest would be compiled of its own.
+    config.train.num_steps = round(600 * 162_770 // 128, -1)
     config.train.report_every = 100
     config.train.evaluate_every = 10_000
     config.evaluation.num_samples = 50_000

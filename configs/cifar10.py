@@ -25,7 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.game.recon_floor = None
     config.optimizer.schedule = "cosine"
     config.optimizer.ema_decay = 0.9999
-    config.train.num_steps = 1_300 * 50_000 // 256
+    # A multiple of the steps per dispatch: the rest would be compiled of its own.
+    config.train.num_steps = round(1_300 * 50_000 // 256, -1)
     config.train.report_every = 100
     config.train.picture_every = 2_000
     config.train.checkpoint_every = 2_000

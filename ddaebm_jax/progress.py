@@ -1,4 +1,4 @@
-"""What is seen of long work: its phases in the log, and bars on a terminal.
+"""What is seen of long work: its phases in the log, and bars or lines of its loops.
 
 Of several processes the first one shows them.
 """
@@ -8,13 +8,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 from absl import logging
 from tqdm import tqdm
 
-_SHORT_SECONDS = 1.0  # A phase that takes less ends without a line.
+_SHORT_SECONDS = 1.0  # A phase that takes less ends without a line, a loop has no bar.
+_LINE_SECONDS = 30.0  # Between the lines of a loop, where there is no bar.
+_open: set[tqdm] = set()  # Bars of loops.
 
 
 @contextlib.contextmanager
@@ -42,9 +45,31 @@ def run_bar(num_steps: int, step: int) -> tqdm:
     return tqdm(total=num_steps, initial=step, unit="step", leave=True, **_where())
 
 
-def loop_bar(num: int, unit: str) -> tqdm:
-    """Return the bar of a loop, which goes when it is closed."""
-    return tqdm(total=num, unit=unit, leave=False, **_where())
+@contextlib.contextmanager
+def loop_bar(num: int, unit: str, what: str = "") -> Iterator[tqdm]:
+    """Show how far a loop is, for example "drawing"; inside another loop nothing.
+
+    On a terminal as a bar, which goes at the end; elsewhere as lines of the log.
+    """
+    where = _where() | {"delay": _SHORT_SECONDS}
+    if where["disable"]:
+        text = "{desc}: {n:,} of {total:,} {unit}s, {remaining} left"
+        times = dict.fromkeys(("delay", "mininterval", "maxinterval"), _LINE_SECONDS)
+        where = {"file": _LOG, "bar_format": text, "miniters": 1, **times}
+    where["disable"] = bool(_open) or jax.process_index() != 0
+    with tqdm(total=num, unit=unit, desc=what, leave=False, **where) as bar:
+        _open.add(bar)
+        try:
+            yield bar
+        finally:
+            _open.discard(bar)
+
+
+# A stream whose text goes to the log.
+_LOG = SimpleNamespace(
+    write=lambda text: log(text.strip()) if text.strip() else None,
+    flush=lambda: None,
+)
 
 
 def _where() -> dict[str, Any]:

@@ -94,7 +94,7 @@ data.crop=None data.limit=0 diffusion.time="uniform" model.unet.dropout=0.1
 model.unet.nf=128 model.unet.ch_mult=(1,2,2,2) model.unet.fir=True
 model.unet.progressive_input="residual" game.recon="mse" game.recon_latent="prior"
 game.gamma=0.02 optimizer.learning_rate=1e-4 optimizer.ema_decay=0.9999
-train.num_steps=253906
+train.num_steps=253910
 """,
     "celeba64": """
 data.tfds="celeb_a" data.test_split="test" data.batch_size=128 data.image_size=64
@@ -102,7 +102,7 @@ data.crop=(15,40,163,188) data.limit=0 diffusion.time="uniform" model.unet.dropo
 model.unet.nf=64 model.unet.ch_mult=(1,1,2,2,4) model.unet.fir=True
 model.unet.progressive_input="residual" game.recon="mse" game.recon_latent="prior"
 game.gamma=0.002 optimizer.learning_rate=5e-5 optimizer.ema_decay=0.999
-train.num_steps=762984
+train.num_steps=762980
 """,
     "lsun_church128": """
 data.tfds="lsun/church_outdoor" data.test_split="validation" data.batch_size=48

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,10 +27,10 @@ from sklearn.datasets import load_digits
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import density
-from ddaebm_jax.commands import evaluate, ood
+from ddaebm_jax.commands import evaluate, ood, sample
 from ddaebm_jax.data import images
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import likelihood
+from ddaebm_jax.evaluation import likelihood, plots
 from ddaebm_jax.training.run_directory import read_config
 from ddaebm_jax.training.trained_run import load_run
 
@@ -182,6 +183,17 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(
     config.evaluation.batch_size = 4
     (in_fours / "config.json").write_text(config_lib.to_json(config))
     np.testing.assert_allclose(sample(in_fours, 9, seed=3), first[:9], atol=1)
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_no_file(
+    digits_run: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
+):
+    monkeypatch.setattr(plots, "write_grid", lambda *_: None)
+    caplog.set_level("INFO")
+    path = sample.sample(digits_run, 5, output=tmp_path / "a.npz")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a", "a.npz"]
+    assert len(list((tmp_path / "a").iterdir())) == 5
+    assert f"wrote {path}" in caplog.messages
 
 
 # --- Scored -----------------------------------------------------------------------

@@ -187,6 +187,30 @@ def test_a_phase_says_what_begins_and_how_long_it_took(
     assert caplog.messages == expected
 
 
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
+def test_a_loop_shows_how_far_it_is_and_one_inside_it_nothing(
+    stream: io.StringIO,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = [0.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    caplog.set_level("INFO")
+    with progress.loop_bar(50_000, "image", "drawing") as bar:
+        for _ in range(3):
+            now[0] += 20.0
+            bar.update(5_000)
+            with progress.loop_bar(9, "row", "inside") as inner:
+                now[0] += 1.0
+                inner.update(9)
+    shown = isinstance(stream, Terminal)
+    assert ("drawing:  30%" in stream.getvalue()) is shown
+    assert "inside" not in stream.getvalue()
+    line = "drawing: 10,000 of 50,000 images, 02:44 left"
+    assert caplog.messages == ([] if shown else [line])
+
+
 def test_a_report_is_a_table():
     text = format_report({"step": 3, "figures": {"auroc": 0.98765}})
     assert text.splitlines() == ["step           3", "figures/auroc  0.9877"]

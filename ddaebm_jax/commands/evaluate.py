@@ -137,14 +137,13 @@ def _measure_images(
     loaded: TrainedRun, input_path: str | Path, skip_corrupt: bool
 ) -> dict[str, Any]:
     source, config = loaded.experiment.source, loaded.experiment.config
-    pixels, _ = images.read_images(
-        input_path, source.event_shape, skip_corrupt, config.data.crop
-    )
+    how = source.event_shape, skip_corrupt, config.data.crop
+    with progress.phase(f"reading {input_path}"):
+        pixels, _ = images.read_images(input_path, *how)
     # Files are often sorted by kind; splits and subsets should be alike.
     pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
     config.evaluation.inception = True
     meter = image_quality.open_meter(loaded.experiment)
-    size = config.evaluation.batch_size
-    return meter.measure(
-        pixels[start : start + size] for start in range(0, len(pixels), size)
-    )
+    num, size = len(pixels), config.evaluation.batch_size
+    with progress.phase(f"measuring {num} images"):
+        return meter.measure(pixels[i : i + size] for i in range(0, num, size))

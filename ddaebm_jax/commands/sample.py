@@ -1,5 +1,8 @@
 """`--mode=sample`: draw samples from a trained run."""
 
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,7 @@ from absl import flags, logging
 from ddaebm_jax import progress
 from ddaebm_jax.commands import common
 from ddaebm_jax.data import tabular, test_rows
-from ddaebm_jax.data.image_files import write_images
+from ddaebm_jax.data.image_files import write_image
 from ddaebm_jax.evaluation import inference, particles, plots
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.training.trained_run import load_run
@@ -16,6 +19,7 @@ from ddaebm_jax.training.trained_run import load_run
 SAMPLERS = ("generator", "energy")
 # A grid of more would be too small to look at.
 _GRID_IMAGES = 100
+_WRITERS = 8  # Threads that write PNG files.
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -57,27 +61,32 @@ def sample(
     """
     output = common.check_output(output, ".npz")
     loaded = load_run(workdir, checkpoint=checkpoint)
-    source = loaded.experiment.source
+    source, model = loaded.experiment.source, (loaded.experiment, loaded.variables)
+    default_num, name, companions = 10_000, "samples.npz", (".png",)
     if source.holds_images:
         default_num, name, companions = 100, "images.npz", (".png", "")
-    else:
-        default_num, name, companions = 10_000, "samples.npz", (".png",)
     num_samples = num_samples or default_num
-    model = loaded.experiment, loaded.variables
-    with progress.phase(f"drawing {num_samples} samples"):
-        if sampler == "energy":
-            drawn = particles.draw_from_energy(*model, num_samples, seed)
+    draw = particles.draw_from_energy if sampler == "energy" else inference.draw_samples
+    beside = output.parent if output else loaded.workdir
+    # Images get their names when all are drawn: an end on the way leaves nothing.
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".drawing-") as folder:
+        folder = Path(folder, "images")
+        if source.holds_images and sampler == "generator":
+            chunks = inference.draw_images(*model, num_samples, seed)
         else:
-            drawn = inference.draw_samples(*model, num_samples, seed)
-    samples = source.to_own_units(drawn)
-    path = output or common.claimed(loaded.workdir / name, *companions)
-    with written_atomically(path) as file:
-        np.savez(file, x=samples, seed=seed, step=loaded.step)
+            with progress.phase(f"drawing {num_samples} samples"):
+                drawn = draw(*model, num_samples, seed)
+            chunks = [source.to_own_units(drawn)]
+        images = source.holds_images
+        samples = _write_images(folder, chunks, num_samples) if images else chunks[0]
+        path = output or common.claimed(loaded.workdir / name, *companions)
+        with written_atomically(path) as file:
+            np.savez(file, x=samples, seed=seed, step=loaded.step)
+        if images:
+            folder.rename(common.claimed(path.with_suffix(""), folder=True))
     picture = common.claimed(path.with_suffix(".png"))
     title = f"{num_samples} samples, step {loaded.step}"
     if source.holds_images:
-        folder = common.claimed(path.with_suffix(""), folder=True)
-        write_images(folder, samples)
         plots.write_grid(picture, samples[:_GRID_IMAGES])
     elif source.table is not None:
         held_out = test_rows(source.table, tabular.INLIER)
@@ -90,6 +99,23 @@ def sample(
     else:
         box = plots.square(max(1e-6, 1.1 * float(np.abs(samples).max())))
         plots.write(picture, plots.plot_samples, samples, box, title)
+    if not picture.stat().st_size:  # It could not be drawn.
+        picture.unlink()
     written = [str(one) for one in (path, picture) if one.exists()]
     logging.info("wrote %s", " and ".join(written))
     return path
+
+
+def _write_images(folder: Path, chunks: Iterable[np.ndarray], num: int) -> np.ndarray:
+    """Write images as PNG files, by number, while the next are drawn; return all."""
+    paths = (folder / f"{i:0{len(str(num - 1))}}.png" for i in range(num))
+    drawn, jobs, write = [], [], lambda image, path: write_image(path, image)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        with progress.phase(f"drawing {num} samples"):
+            for chunk in chunks:
+                jobs.append(pool.map(write, chunk, paths))
+                drawn.append(chunk)
+        with progress.phase(f"writing {num} PNG files"):
+            for job in jobs:
+                list(job)
+    return np.concatenate(drawn)

@@ -67,8 +67,7 @@ class Source(NamedTuple):
         """
         if self.distribution is not None:
             keys = jax.random.split(jax.random.key(seed), num)
-            draw = jax.jit(lambda keys: self.draw(self.arrays, None, keys))
-            return np.asarray(draw(keys))
+            return np.asarray(_draw(self.draw, self.arrays, None, keys))
         if self.image_set is not None:
             test = self.image_set.test
             # Not the first ones: files in order of names may be of one kind.
@@ -80,8 +79,7 @@ class Source(NamedTuple):
     def to_own_units(self, x: Float[np.ndarray, "n *shape"]) -> np.ndarray:
         """Returns points of the networks' units in the data's: images as uint8."""
         if self.holds_images:
-            x = x if self.colour is None else colour_lib.coloured(self.colour, x)
-            return np.asarray(images.to_uint8(x))
+            return np.asarray(pixels(self.colour, x))
         return x if self.table is None else self.table.standardizer.inverse(x)
 
     def from_own_units(self, x: np.ndarray, name: str = "the rows") -> np.ndarray:
@@ -140,6 +138,16 @@ class Source(NamedTuple):
         if self.colour is not None and not (workdir / COLOUR_FILE).exists():
             with written_atomically(workdir / COLOUR_FILE) as file:
                 np.savez(file, std=self.colour)
+
+
+# Jitted once: each program compiles at its first use only.
+_draw = jax.jit(lambda draw, *inputs: draw(*inputs), static_argnums=0)
+
+
+@jax.jit
+def pixels(colour: colour_lib.Std | None, x: Array | np.ndarray) -> Array:
+    """Returns images of the networks' units as uint8, on the device."""
+    return images.to_uint8(x if colour is None else colour_lib.coloured(colour, x))
 
 
 def test_rows(table: tabular.Table, label: int) -> Float[np.ndarray, "n dim"]:

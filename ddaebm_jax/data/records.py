@@ -208,7 +208,7 @@ def in_parallel(function: Callable[[int], _Result], num: int) -> list[_Result]:
     results: list[_Result] = []
     pool = ThreadPoolExecutor(_NUM_THREADS)
     try:
-        with progress.loop_bar(num, "image") as bar:
+        with progress.loop_bar(num, "image", "reading or writing") as bar:
             for found in pool.map(work, range(0, num, size)):
                 results += found
                 bar.update(len(found))

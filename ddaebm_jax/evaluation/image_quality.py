@@ -5,9 +5,10 @@ FID means nothing.
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def collect(
     keep: np.ndarray,
     keep_logits: bool,
 ) -> Statistics:
-    """Returns statistics of images, of which one chunk at a time is in memory.
+    """Returns statistics of images, of which two chunks at a time are in memory.
 
     Kept are the features of the images of the ascending numbers `keep`. The first
     chunk is the largest.
@@ -64,18 +65,24 @@ def collect(
       InputError: if there is no image.
     """
     total: fid.Moments | None = None
-    kept, logits, start, size = [], [], 0, 0
-    for images in chunks:
-        count = len(images)
-        size = max(size, count)
-        # A smaller last chunk is filled up, so that one program serves all.
-        filling = np.repeat(images[:1], size - count, axis=0)
-        features = extract(np.concatenate([images, filling]))
-        pool = features.pool[:count]
+    kept, logits, start = [], [], 0
+
+    def started() -> Iterator[tuple[int, inception.Features] | None]:
+        size = 0
+        for images in chunks:
+            size = max(size, len(images))
+            # A smaller last chunk is filled up, so that one program serves all.
+            filling = np.repeat(images[:1], size - len(images), axis=0)
+            yield len(images), extract(np.concatenate([images, filling]))
+        yield None
+
+    # Features are fetched when the next ones are under way.
+    for (count, features), _ in itertools.pairwise(started()):
+        pool = np.asarray(features.pool)[:count]
         total = fid.add(total, fid.moments(pool))
         kept.append(pool[keep[(keep >= start) & (keep < start + count)] - start])
         if keep_logits:
-            logits.append(features.logits[:count])
+            logits.append(np.asarray(features.logits)[:count])
         start += count
     if total is None:
         raise InputError("there is no image to measure; give at least two")
@@ -261,12 +268,15 @@ def _open_reference(
     num, size = len(records), settings.batch_size
     keep = np.random.default_rng(_SEED).permutation(num)
     keep = np.sort(keep[: fingerprint["num_features_kept"]])
-    chunks = (
-        stack(Subset(records, np.arange(start, min(start + size, num))))
-        for start in range(0, num, size)
-    )
+
+    def chunks() -> Iterator[np.ndarray]:
+        with progress.loop_bar(num, "image", "reference statistics") as bar:
+            for part in np.split(np.arange(num), range(size, num, size)):
+                yield stack(Subset(records, part))
+                bar.update(len(part))
+
     with progress.phase(f"computing the reference statistics of {num} images once"):
-        found = collect(extract, chunks, keep, keep_logits=False)
+        found = collect(extract, chunks(), keep, keep_logits=False)
     try:
         save_reference(path, found)
         logging.info("saved the reference statistics in %s", path)

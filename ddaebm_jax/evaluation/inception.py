@@ -333,15 +333,15 @@ class Network(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The network's outputs, on the host.
+    """The network's outputs, for use by `numpy.asarray` when they are needed.
 
     Attributes:
       pool: activations averaged over space, for the FID.
       logits: of the classes, without the bias, for the Inception Score.
     """
 
-    pool: Float[np.ndarray, "n d"]
-    logits: Float[np.ndarray, "n classes"]
+    pool: Float[Array | np.ndarray, "n d"]
+    logits: Float[Array | np.ndarray, "n classes"]
 
 
 def make_extractor(
@@ -376,6 +376,6 @@ def make_extractor(
                 np.zeros((0, network.num_classes), np.float32),
             )
         pool, logits = compute(variables, sharding.split_rows(mesh, images))
-        return Features(np.asarray(pool)[:count], np.asarray(logits)[:count])
+        return Features(pool[:count], logits[:count])
 
     return extract

@@ -4,6 +4,7 @@ Several processes call these functions together, and each gets the whole result.
 `variables` are usually the averages. Points are in the networks' units.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from ddaebm_jax import density, progress, sampling, sharding
+from ddaebm_jax import data, density, progress, sampling, sharding
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
@@ -35,8 +36,7 @@ def draw_samples(
     experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
 ) -> Float[np.ndarray, "n *shape"]:
     """Returns samples of the data; sample i depends on (seed, i) only."""
-    drawn = _draw(experiment, variables, num, seed, sampling.sample)
-    return np.concatenate(list(drawn))
+    return np.concatenate(list(_draw(experiment, variables, num, seed)))
 
 
 def draw_trajectories(
@@ -51,8 +51,8 @@ def draw_images(
     experiment: Experiment, variables: Players, num: int, seed: int = SAMPLE_SEED
 ) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:
     """Yields the samples of `draw_samples` as images, a chunk at a time."""
-    for chunk in _draw(experiment, variables, num, seed, sampling.sample):
-        yield experiment.source.to_own_units(chunk)
+    convert = partial(data.pixels, experiment.source.colour)
+    return _draw(experiment, variables, num, seed, convert=convert)
 
 
 def energies(
@@ -74,7 +74,10 @@ def gradients(
 
 
 def _in_chunks(
-    experiment: Experiment, num: int, compute: Callable[[Mesh, np.ndarray], Any]
+    experiment: Experiment,
+    num: int,
+    compute: Callable[[Mesh, np.ndarray], Any],
+    what: str,
 ) -> Iterator[Any]:
     """Yields compute(mesh, row numbers) of 0 … num − 1 in chunks, on the host.
 
@@ -84,9 +87,8 @@ def _in_chunks(
     """
     mesh = evaluation_mesh(experiment)
     batch_size = experiment.config.evaluation.batch_size
-    limit, unit = _ROWS, "row"
-    if experiment.source.holds_images:
-        limit, unit = batch_size, "image"
+    is_image = experiment.source.holds_images
+    limit, unit = (batch_size, "image") if is_image else (_ROWS, "row")
     size = sharding.whole_rows(mesh, min(num, limit))
 
     def started(start: int) -> Any:
@@ -94,11 +96,10 @@ def _in_chunks(
         # Whole on every device, so that every process can read it.
         return _replicate(mesh, chunk)
 
-    with progress.loop_bar(num, unit) as bar:
-        following = started(0)
-        for start in range(0, num, size):
-            chunk = following
-            following = started(start + size) if start + size < num else None
+    starts = range(0, num, size)
+    chunks = itertools.chain(map(started, starts), [None])
+    with progress.loop_bar(num, unit, what) as bar:
+        for start, (chunk, _) in zip(starts, itertools.pairwise(chunks), strict=True):
             whole = jax.tree.map(np.asarray, chunk)
             bar.update(min(size, num - start))
             yield jax.tree.map(operator.itemgetter(slice(num - start)), whole)
@@ -110,6 +111,7 @@ def by_rows(
     num: int,
     rows: tuple[np.ndarray, ...] = (),
     shared: tuple[Any, ...] = (),
+    what: str = "computing",
 ) -> Any:
     """Returns function(row numbers, *rows, *shared) of `num` rows, on the host.
 
@@ -119,6 +121,7 @@ def by_rows(
       num: number of rows.
       rows: arrays of `num` rows.
       shared: pytrees, the same for all rows, placed on every device.
+      what: the name of the bar.
     """
     shared = _replicate(evaluation_mesh(experiment), shared)
 
@@ -127,7 +130,7 @@ def by_rows(
         parts = [sharding.split_rows(mesh, leaf[kept]) for leaf in rows]
         return function(sharding.split_rows(mesh, places), *parts, *shared)
 
-    chunks = list(_in_chunks(experiment, num, compute))
+    chunks = list(_in_chunks(experiment, num, compute, what))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks)
 
 
@@ -136,22 +139,23 @@ def _replicate(mesh: Mesh, tree):
 
 
 def _draw(
-    experiment: Experiment, variables: Players, num: int, seed: int, sampler: Callable
+    experiment: Experiment,
+    variables: Players,
+    num: int,
+    seed: int,
+    sampler: Callable = sampling.sample,
+    convert: Callable[[Array], Array] = lambda x: x,
 ) -> Iterator[np.ndarray]:
+    """Yields `convert`, a program of its own, of what the sampler draws."""
     params = _replicate(evaluation_mesh(experiment), variables.generator)
 
     def draw(mesh: Mesh, places: np.ndarray) -> Array:
-        return _draw_chunk(
-            sampler,
-            experiment.networks,
-            experiment.game.latent,
-            experiment.schedule,
-            params,
-            jax.random.key(seed),
-            sharding.split_rows(mesh, places),
-        )
+        rows = sharding.split_rows(mesh, places)
+        networks, latent = experiment.networks, experiment.game.latent
+        inputs = experiment.schedule, params, jax.random.key(seed), rows
+        return convert(_draw_chunk(sampler, networks, latent, *inputs))
 
-    return _in_chunks(experiment, num, draw)
+    return _in_chunks(experiment, num, draw, "drawing")
 
 
 def _of_energy(
@@ -167,7 +171,7 @@ def _of_energy(
         del places
         return function(networks, params, part)
 
-    return by_rows(experiment, of_rows, len(x), rows, (variables.energy,))
+    return by_rows(experiment, of_rows, len(x), rows, (variables.energy,), "scoring")
 
 
 def _trajectories_by_sample(*args) -> Array:
@@ -180,14 +184,10 @@ def _draw_chunk(sampler, networks, latent, schedule, params, key, places):
     return sampler(schedule, networks, params, key, len(places), latent, places)
 
 
-@partial(jax.jit, static_argnums=0)
-def _energy(networks, params, x):
-    return density.energy_at_data(networks, params, x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _gradient(networks, params, x):
-    return density.score_at_data(networks, params, x)
+_energy, _gradient = (
+    jax.jit(function, static_argnums=0)
+    for function in (density.energy_at_data, density.score_at_data)
+)
 
 
 def in_units(

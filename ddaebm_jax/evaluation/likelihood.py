@@ -14,7 +14,7 @@ from absl import logging
 from jaxtyping import Float
 from scipy.special import logsumexp
 
-from ddaebm_jax import density, diffusion, objective
+from ddaebm_jax import density, diffusion, objective, progress
 from ddaebm_jax.data import Source, images
 from ddaebm_jax.data.records import Subset
 from ddaebm_jax.errors import InputError
@@ -139,18 +139,19 @@ def consistency(
     The integral is estimated by `num_draws` draws; x_{t+1} are diffused `rows`.
     """
     key = jax.random.key(_CONSISTENCY_SEED)
+    diffused = partial(_diffused, experiment.networks)
     step = partial(_marginal_gap, experiment.networks, experiment.game.proposal)
-    values = []
-    for t in range(experiment.schedule.num_steps):
-        total = np.full(len(rows), -np.inf)
-        for number in range(num_draws):
-            logging.log_every_n_seconds(
-                logging.INFO, "consistency, t = %d: draw %d", 10, t, number
-            )
-            shared = key, variables, experiment.schedule, np.int32(t), np.int32(number)
-            gap = inference.by_rows(experiment, step, len(rows), (rows,), shared)
-            total = np.logaddexp(total, gap)
-        values.append(float(total.std(dtype=np.float64)))
+    steps, values = experiment.schedule.num_steps, []
+    with progress.loop_bar(steps * num_draws, "draw", "consistency") as bar:
+        for t in range(steps):
+            total, num = np.full(len(rows), -np.inf), len(rows)
+            shared = key, variables, experiment.schedule, np.int32(t)
+            above = inference.by_rows(experiment, diffused, num, (rows,), shared)
+            for number in map(np.int32, range(num_draws)):
+                how = num, above, (*shared, number)
+                total = np.logaddexp(total, inference.by_rows(experiment, step, *how))
+                bar.update()
+            values.append(float(total.std(dtype=np.float64)))
     return tuple(values)
 
 
@@ -171,12 +172,11 @@ def generator_bound(
     squares, _ = _climb(experiment, variables, np.zeros(num_steps), train_rows, 0)
     log_var = np.log(squares / math.prod(experiment.networks.event_shape))
     total = np.full(len(rows), -np.inf)
-    for path in range(num_paths):
-        logging.log_every_n_seconds(
-            logging.INFO, "generator's bound: path %d of %d", 10, path + 1, num_paths
-        )
-        _, log_weight = _climb(experiment, variables, log_var, rows, path + 1)
-        total = np.logaddexp(total, log_weight)
+    with progress.loop_bar(num_paths, "path", "generator's bound") as bar:
+        for path in range(num_paths):
+            _, log_weight = _climb(experiment, variables, log_var, rows, path + 1)
+            total = np.logaddexp(total, log_weight)
+            bar.update()
     return total - math.log(num_paths)
 
 
@@ -208,14 +208,23 @@ def _climb(
 # Networks are functions and so static: one program for all chunks of a run.
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _marginal_gap(networks, proposal, places, x, key, variables, schedule, t, number):
+@partial(jax.jit, static_argnums=0)
+def _diffused(networks, places, x, key, variables, schedule, t):
+    """Returns x_{t+1} and f(x_{t+1}, t+1)."""
     times = jnp.full(places.shape, t)
     (eps,) = row_normals(key, places, networks.event_shape)
     x_next = diffusion.diffuse(schedule, x, times + 1, eps)
     f_next = networks.energy(variables.energy, x_next, times + 1)
     is_last = t + 1 == schedule.num_steps
     f_next = jnp.where(is_last, objective.log_standard_normal(x_next), f_next)
+    return x_next, f_next
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _marginal_gap(
+    networks, proposal, places, x_next, f_next, key, variables, schedule, t, number
+):
+    times = jnp.full(places.shape, t)
     own = jax.random.fold_in(jax.random.fold_in(key, 1 + number), t)
     noise = proposal_noise(networks, proposal, own, places)
     move = density.denoise_weighted(

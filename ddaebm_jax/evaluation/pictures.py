@@ -1,5 +1,6 @@
 """Pictures of a trained model, by kind of data."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # Commands that draw nothing do without it.
 _PLANE_POINTS = 5_000
 _PLANE_CELLS = 400
 _GRID_IMAGES, _TRAJECTORY_IMAGES, _HISTOGRAM_IMAGES = 100, 8, 500
+_MOST_BYTES = 2**28
 _PAIR_ROWS, _PAIR_COLUMNS = 5, 10
 # Around the points of a plane, in their range.
 _MARGIN = 0.125
@@ -140,19 +142,26 @@ def _draw_images(
     nearest: Path | None = None,
 ) -> dict[str, np.ndarray]:
     source = experiment.source
-    samples = inference.draw_samples(experiment, variables, _HISTOGRAM_IMAGES)
+    # By one program, if it does not take too much memory to keep all levels.
+    size = 4 * math.prod((*source.event_shape, experiment.schedule.num_steps + 1))
+    num, fits = _HISTOGRAM_IMAGES, _HISTOGRAM_IMAGES * size <= _MOST_BYTES
+    rows = num if fits else _TRAJECTORY_IMAGES
+    rows = inference.draw_trajectories(experiment, variables, rows)
+    samples = rows[:, -1]
+    if not fits:
+        samples = inference.draw_samples(experiment, variables, num)
+    # A row for each sample, from noise to image.
+    rows = rows[:_TRAJECTORY_IMAGES]
     shown = source.to_own_units(samples[:_GRID_IMAGES])
     plots.write_grid(grid, shown)
     if nearest is not None:
         train = images.stack(source.image_set.train)
         shown = shown[: _PAIR_ROWS * _PAIR_COLUMNS]
         places, _ = digits.nearest(shown, train)
-        rows = _PAIR_ROWS, _PAIR_COLUMNS, *shown.shape[1:]
-        pairs = np.stack([shown.reshape(rows), train[places].reshape(rows)], axis=1)
+        cells = _PAIR_ROWS, _PAIR_COLUMNS, *shown.shape[1:]
+        pairs = np.stack([shown.reshape(cells), train[places].reshape(cells)], axis=1)
         pairs = pairs.reshape(-1, *shown.shape[1:])
         plots.write_grid(nearest, pairs, _PAIR_COLUMNS)
-    # A row for each sample, from noise to image.
-    rows = inference.draw_trajectories(experiment, variables, _TRAJECTORY_IMAGES)
     pixels = source.to_own_units(rows.reshape(-1, *rows.shape[2:]))
     plots.write_grid(steps, pixels, rows.shape[1])
     held_out = source.held_out(_HISTOGRAM_IMAGES, inference.HELD_OUT_SEED)

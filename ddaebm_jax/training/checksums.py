@@ -54,9 +54,11 @@ def described(tree: Any) -> dict[str, str]:
 
 def of_tree(tree: Any) -> dict[str, str]:
     """Returns name → checksum of every array, in hexadecimal; see `described`."""
-    texts = []
-    for leaf in jax.tree.leaves(tree):  # One at a time: of NumPy's a copy is made.
+    sums = []
+    for leaf in jax.tree.leaves(tree):
         array = jnp.asarray(leaf)
-        sums = _sums(array, getattr(array.sharding, "mesh", None))
-        texts.append("".join(f"{int(one):08x}" for one in jax.device_get(sums)))
+        sums.append(_sums(array, getattr(array.sharding, "mesh", None)))
+        if not isinstance(leaf, jax.Array):  # One at a time, as a copy is made.
+            jax.block_until_ready(sums[-1])
+    texts = ("".join(f"{one:08x}" for one in pair) for pair in jax.device_get(sums))
     return dict(zip(described(tree), texts, strict=True))

@@ -121,8 +121,10 @@ class Dispatcher:
         inputs = self.inputs(batches)
         if not self.compiles(length):
             return self.steps.collect(self.steps.program(length)(state, *inputs))
-        low, high = (per_array * self._num_arrays for per_array in _SECONDS_PER_ARRAY)
-        hint = f"{low:.0f} to {high:.0f} s on CPUs, less if an earlier run has done it"
+        hint = "less if an earlier run has done it"
+        if jax.default_backend() == "cpu":
+            low, high = (one * self._num_arrays for one in _SECONDS_PER_ARRAY)
+            hint = f"{low:.0f} to {high:.0f} s, {hint}"
         start = time.monotonic()
         with progress.phase(f"compiling {length} steps", hint):
             # The call compiles, and then only starts the steps.

@@ -157,7 +157,10 @@ def _restore(run: Run) -> tuple[TrainState, int]:
     Raises:
       InputError: if it lies beyond the end of the run, or belongs to other data.
     """
-    found = run.checkpoints.restore_newest(run.dispatcher.like())
+    found, steps = None, run.checkpoints.steps()
+    if steps:
+        with progress.phase(f"restoring step {steps[-1]}"):
+            found = run.checkpoints.restore_newest(run.dispatcher.like())
     if found is None:
         with progress.phase("making the initial state"):
             state, step, info = run.dispatcher.init(run.first), 0, {}

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax
 import ml_collections
 from absl import logging
 
 from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax import progress
 from ddaebm_jax.data import Source
 from ddaebm_jax.evaluation import placement
 from ddaebm_jax.experiment import Experiment
@@ -57,11 +59,13 @@ def _pilot(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def _train(pilots: Sequence[Experiment]) -> list[tuple[Experiment, Players]]:
     """Returns the pilots with their networks after the last step."""
-    if pilots:
-        logging.info("training a pilot run for the levels of the diffusion")
-    if not pilots or pilots[0].source.holds_images:
-        return [(pilot, _train_alone(pilot)) for pilot in pilots]
-    return [(run.experiment, run.state.ema) for run in many.train(pilots, len(pilots))]
+    if not pilots:
+        return []
+    with progress.phase("training a pilot run for the levels of the diffusion"):
+        if pilots[0].source.holds_images:
+            return [(pilot, _train_alone(pilot)) for pilot in pilots]
+        trained = many.train(pilots, len(pilots))
+        return [(run.experiment, run.state.ema) for run in trained]
 
 
 def _train_alone(pilot: Experiment) -> Players:
@@ -77,4 +81,4 @@ def _train_alone(pilot: Experiment) -> Players:
     finally:
         if batches is not None:
             batches.close()
-    return state.ema
+    return jax.block_until_ready(state.ema)

@@ -10,6 +10,7 @@ import ml_collections
 from absl import logging
 
 from ddaebm_jax import experiment as experiment_lib
+from ddaebm_jax import progress
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import user_path
@@ -100,15 +101,15 @@ def _load(
                 f"--checkpoint={checkpoint}: no such checkpoint in {workdir}; allowed: "
                 f"latest, best, {', '.join(kept)}"
             )
-        experiment = experiment_lib.build(config, workdir, open_images)
+        with progress.phase(f"opening the data '{config.data.name}'"):
+            experiment = experiment_lib.build(config, workdir, open_images)
         like = experiment_lib.evaluation_state(experiment)
-        if checkpoint == "latest":
-            found = checkpoints.restore_newest(like)
-            found = found or checkpoints.restore(like)  # Raises where there is none.
-        elif checkpoint == "best":
-            found = checkpoints.restore(like, best=True)
-        else:
-            found = checkpoints.restore(like, int(checkpoint))
+        latest, best = checkpoint == "latest", checkpoint == "best"
+        step = None if latest or best else int(checkpoint)
+        with progress.phase(f"restoring the checkpoint ({checkpoint})"):
+            found = checkpoints.restore_newest(like) if latest else None
+            # Raises where there is none.
+            found = found or checkpoints.restore(like, step, best)
     finally:
         checkpoints.close()
     data = experiment.source.metadata()
