@@ -298,7 +298,7 @@ def _read_npz(
         shapes = " or ".join("n×" + "×".join(map(str, shape)) for shape in allowed)
         raise InputError(
             f"{path}: the array {array} is empty or not of the model's shape; {shapes} "
-            "is needed; resize the images, or give them as a folder of files"
+            "is needed; bring the images to that size"
         )
     images = read_npz(path, MAX_BYTES, [array.name])[array.name]
     if array.dtype.kind not in "biuf":
