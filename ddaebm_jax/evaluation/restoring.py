@@ -110,7 +110,12 @@ def generator_error(
     given x, and τ² is the mean squared error of what they generate, one τ for all
     pixels while they move. The fit is slow and stopped after `search.num_moves`.
 
-    `x` are data that training did not see; for the other arguments see `noise_space`.
+    Args:
+      experiment: the trained experiment.
+      variables: the generator's are used.
+      x: data that training did not see, in the networks' units.
+      seed: of everything that is drawn.
+      search: settings.
     """
     std = np.full(len(x), _FIRST_ERROR, np.float32)
     known = Measurement(restoration.Identity(), x, std)
@@ -253,10 +258,16 @@ def particles(
     weighted: bool,
     num_predictions: int = 2,
 ) -> Restored:
-    """Returns draws of p(x_0 | y), as many as particles, by twisted SMC.
+    """Returns draws of p(x_0 | y) by twisted sequential Monte Carlo.
 
-    The prior is exp f(·, 0) if `weighted`, else the generator's law; x̂_0 is the mean of
-    `num_predictions` draws of z. For the other arguments see `noise_space`.
+    Args:
+      experiment: the trained experiment.
+      variables: of all three networks.
+      measurement: of n examples, in the networks' units.
+      num_particles: of each example; as many draws come of them.
+      seed: of everything that is drawn.
+      weighted: whether the prior is exp f(·, 0); else it is the generator's law.
+      num_predictions: draws of z that x̂_0 is the mean of.
     """
     num, key = len(measurement.y), jax.random.key(seed)
     errors = prediction_errors(experiment, variables, num_predictions)
