@@ -62,12 +62,8 @@ def _main() -> dict[runs.Job, dict[str, Any]]:
     for digit in dict.fromkeys(_DIGITS.value):
         if runs.Job(digit, config.seed, _LAST) not in found:
             records = _lines(config, digit)
-            runs.append(results, *(one for one in records if _job(one) not in found))
+            runs.append(results, *(r for r in records if runs.job_of(r) not in found))
     return runs.read_results(results, config)
-
-
-def _job(record: dict[str, Any]) -> runs.Job:
-    return runs.Job(*(record[field] for field in runs.Job._fields))
 
 
 def _lines(config: ml_collections.ConfigDict, digit: str) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ def _main() -> None:
 
     def add(record: dict) -> None:
         runs.append(results, record)
-        found[Job(*(record[field] for field in Job._fields))] = record
+        found[runs.job_of(record)] = record
         text = record.get("error") or f"AUROC {record['auroc']:.3f}"
         print(
             f"{record['set']} {record['seed']} {record['detector']}: {text}", flush=True

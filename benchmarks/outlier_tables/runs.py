@@ -68,6 +68,11 @@ class Job(NamedTuple):
     detector: str
 
 
+def job_of(record: dict[str, Any]) -> Job:
+    """Returns which line of a results file a record is."""
+    return Job(*(record[field] for field in Job._fields))
+
+
 def read_results(path: Path, config: ml_collections.ConfigDict) -> dict[Job, Any]:
     """Returns the lines of a results file; none if it is not there.
 
@@ -93,7 +98,7 @@ def read_results(path: Path, config: ml_collections.ConfigDict) -> dict[Job, Any
         try:
             record = json.loads(line)
             saved = record.get("config")
-            job = None if saved else Job(*(record[field] for field in Job._fields))
+            job = None if saved else job_of(record)
         except (ValueError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{path}: line {number} is no line of results ({one_line(error)}); "
