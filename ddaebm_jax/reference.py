@@ -26,8 +26,9 @@ from ddaebm_jax.diffusion import Schedule
 from ddaebm_jax.models import Networks
 
 COLLECTION = "reference"
-# Rows of the window; and full covariances up to this width, beyond it diagonal ones.
-NUM_POINTS, MAX_ROTATED = 1_000, 64
+# Rows of the window; and full covariances up to these widths, of tables and images,
+# beyond them diagonal ones.
+NUM_POINTS, _MAX_COLUMNS, _MAX_PIXELS = 1_000, 64, 256
 _ABSENT = -1e30  # Log weight of Gaussians that are not used.
 # Fewer bits, the default on GPUs and TPUs, would cost tenths of a nat.
 _EXACT = jax.lax.Precision.HIGHEST
@@ -143,10 +144,16 @@ def read(energy_variables: Any) -> Reference | None:
     return Reference(gaussians, **held)
 
 
+def has_axes(event_shape: tuple[int, ...]) -> bool:
+    """Returns whether Gaussians of this shape may have full covariances."""
+    most = _MAX_COLUMNS if len(event_shape) == 1 else _MAX_PIXELS
+    return math.prod(event_shape) <= most
+
+
 def empty(num: int, event_shape: tuple[int, ...], kind: str = "mixture") -> Reference:
     """Returns a reference whose `num` Gaussians and points have no weight."""
     dim, num_points = math.prod(event_shape), NUM_POINTS if len(event_shape) == 1 else 1
-    variance, rotated = None, dim <= MAX_ROTATED
+    variance, rotated = None, has_axes(event_shape)
     if kind == "windows":
         num, num_points, variance, rotated = 1, num, np.float32(1), False
     zeros, absent = np.zeros((num, dim), np.float32), np.float32(_ABSENT)

@@ -11,7 +11,7 @@ from test_likelihood import NO_VARIABLES, experiment, gaussian_networks
 
 from ddaebm_jax import reference, restoration
 from ddaebm_jax.evaluation import reference_draws, restoring
-from ddaebm_jax.models import Players
+from ddaebm_jax.models import Networks, Players
 from ddaebm_jax.restoration import BlockMean, Blur, Identity, Mask, Measurement
 
 SHAPE = (4, 6, 2)
@@ -223,6 +223,55 @@ def test_particles_draw_from_the_posterior(weighted: bool):
     found = restoring.particles(exact, NO_VARIABLES, measurement, 2_000, 0, weighted)
     assert (found.effective > 0.05).all()
     close(found.x, mean, variance, count=300)
+
+
+SIDE, SPREAD = np.array([-1.4, -0.7, 0.0, 0.7, 1.4]), 0.1
+CENTRES = np.stack(np.meshgrid(SIDE, SIDE), axis=-1).reshape(25, 2)
+
+
+def grid_networks() -> Networks:
+    """The exact generator of 25 Gaussians: z chooses one given x_{t+1}, and a point."""
+
+    def generator(variables, x_next, t, z, rngs=None):
+        a, s = (v[t + 1][:, None] for v in (SCHEDULE.a_cum, SCHEDULE.sigma_cum))
+        variance = (a * SPREAD) ** 2 + s**2
+        centres = jnp.asarray(CENTRES, jnp.float32)
+        away = x_next[:, None] - a[:, None] * centres[None]
+        below = jnp.cumsum(jax.nn.softmax(-0.5 * (away**2).sum(2) / variance), axis=1)
+        uniform = jax.scipy.stats.norm.cdf(z[:, :1]) * below[:, -1:]
+        k = jnp.minimum((below < uniform).sum(axis=1), 24)
+        gain = a * SPREAD**2 / variance
+        moved = gain * (x_next - a * centres[k])
+        return centres[k] + moved + SPREAD * s / jnp.sqrt(variance) * z[:, 1:]
+
+    return gaussian_networks()._replace(generator=generator, nz=3)
+
+
+def test_particles_draw_from_the_posterior_of_25_gaussians():
+    """Against quadrature over the plane."""
+    known = np.array([[True, False], [True, True], [False, True]])
+    y = np.where(known, [[0.3, 0.0], [-1.1, 0.5], [0.0, 1.0]], 0.0).astype(np.float32)
+    std = np.array([0.3, 0.5, 0.2], np.float32)
+    measurement = Measurement(Mask(known), y, std)
+    exact = experiment(grid_networks())
+    found = restoring.particles(exact, NO_VARIABLES, measurement, 4_000, 0, False)
+    line = np.linspace(-2.5, 2.5, 501)
+    grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
+    parts = np.exp(-0.5 * ((grid[:, None] - CENTRES) / SPREAD) ** 2).prod(axis=2)
+    for seen, value, sigma, drawn in zip(known, y, std, found.x, strict=True):
+        likelihood = np.exp(-0.5 * (((grid - value) / sigma) ** 2 * seen).sum(axis=1))
+        p = parts.sum(axis=1) * likelihood
+        p = p / p.sum()
+        mean = p @ grid
+        variance = p @ (grid - mean) ** 2
+        close(drawn[None], mean[None], variance[None], count=400)
+        # Of modes, too: a mean does not tell five of them from one.
+        nearest = ((drawn[:, None] - CENTRES) ** 2).sum(axis=2).argmin(axis=1)
+        shares = np.bincount(nearest, minlength=25) / len(drawn)
+        expected = np.bincount(
+            ((grid[:, None] - CENTRES) ** 2).sum(axis=2).argmin(axis=1), p, 25
+        )
+        np.testing.assert_allclose(shares, expected, atol=0.03)
 
 
 def test_energies_correct_a_wrong_generator():

@@ -186,7 +186,7 @@ def _method(variables: Players, given: str | None) -> str:
     if given == "averaged" and not possible:
         raise InputError(
             "--method=averaged needs a run whose energy has a reference density of "
-            "full covariances (model.reference, a mixture, of images of at most 64 "
+            "full covariances (model.reference, a mixture, of images of at most 256 "
             "numbers); leave --method out"
         )
     return given or ("averaged" if possible else "noise_space")
@@ -394,7 +394,13 @@ def _impute(
     filled[gaps] = np.where(known[gaps], rows[gaps], drawn.mean(axis=1))
     draws[gaps] = drawn[:, :num_draws]
     path = output or common.claimed(loaded.workdir / "filled.csv", ".npz")
-    _write_csv(path, table.columns, filled)
+    if file.text is None:
+        _write_csv(path, table.columns, filled)
+    else:  # The user's own file, but for the empty cells.
+        header, cells, places = file.text
+        cells, values = cells.copy(), np.vectorize(_text, [object])(filled)
+        cells[:, places] = np.where(known, cells[:, places], values)
+        _write_csv(path, header, cells)
     intervals = common.claimed(path.with_name(f"{path.stem}-intervals.csv"))
     figures = filled[gaps], drawn.std(1), *np.percentile(drawn, _INTERVAL, axis=1)
     lines = [
@@ -415,10 +421,11 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _write_csv(path: Path, columns: Any, rows: Any) -> None:
+def _write_csv(path: Path, header: Any, rows: Any) -> None:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(columns)
+    if header:
+        lines.writerow(header)
     lines.writerows([_text(value) for value in row] for row in rows)
     with written_atomically(path) as file:
         file.write(text.getvalue().encode())

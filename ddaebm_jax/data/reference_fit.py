@@ -53,14 +53,14 @@ def fit(
 
     def likelihood(kind: str, k: int) -> float:
         found = reference_lib.gaussians_at_level(
-            _fitted(rows[cut:], kind, k, k), schedule, level
+            _fitted(rows[cut:], shape, kind, k, k), schedule, level
         )
         parts = reference_lib.log_parts(found, noisy)
         return float(jax.scipy.special.logsumexp(parts, axis=1).mean())
 
-    choices = list(_choices(len(rows) - cut, rows.shape[1], num))
+    choices = list(_choices(len(rows) - cut, shape, num))
     best = max(choices, key=lambda choice: likelihood(*choice)) if cut else choices[0]
-    gaussians = _fitted(rows, *best, num)
+    gaussians = _fitted(rows, shape, *best, num)
     reference = reference_lib.empty(num, shape)
     if len(shape) > 1:
         return reference._replace(gaussians=gaussians)
@@ -105,19 +105,21 @@ def _some(rows: np.ndarray) -> np.ndarray:
     return np.asarray(rows[chosen], np.float64)
 
 
-def _choices(num_rows: int, dim: int, num: int) -> Iterator[tuple[str, int]]:
-    yield "diag", 1
-    if dim <= reference_lib.MAX_ROTATED and num_rows >= _ROWS_EACH:
-        yield "full", 1
-    for k in (2**power for power in range(1, num.bit_length())):
-        if k * _ROWS_EACH <= num_rows:
+def _choices(
+    num_rows: int, shape: tuple[int, ...], num: int
+) -> Iterator[tuple[str, int]]:
+    for k in (2**power for power in range(num.bit_length())):
+        enough = k * _ROWS_EACH <= num_rows
+        if enough or k == 1:
             yield "diag", k
-            if dim <= reference_lib.MAX_ROTATED:
-                yield "full", k
+        if enough and reference_lib.has_axes(shape):
+            yield "full", k
 
 
-def _fitted(rows: np.ndarray, kind: str, k: int, num: int) -> reference_lib.Gaussians:
-    """Returns a mixture of k Gaussians fitted to rows, filled up to `num`."""
+def _fitted(
+    rows: np.ndarray, shape: tuple[int, ...], kind: str, k: int, num: int
+) -> reference_lib.Gaussians:
+    """Returns a mixture of k Gaussians fitted to flat rows, filled up to `num`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
@@ -130,7 +132,7 @@ def _fitted(rows: np.ndarray, kind: str, k: int, num: int) -> reference_lib.Gaus
         found = GaussianMixture(
             k, covariance_type=kind, reg_covar=_LEAST_VARIANCE, random_state=0
         ).fit(rows)
-    gaussians = reference_lib.empty(num, rows.shape[1:]).gaussians
+    gaussians = reference_lib.empty(num, shape).gaussians
     gaussians.log_weights[:k] = np.log(found.weights_)
     gaussians.means[:k] = found.means_
     if kind == "full":
@@ -140,6 +142,17 @@ def _fitted(rows: np.ndarray, kind: str, k: int, num: int) -> reference_lib.Gaus
     if gaussians.axes is not None:
         gaussians.axes[:] = np.eye(rows.shape[1])
     return gaussians
+
+
+def refitted(
+    gaussians: reference_lib.Gaussians, rows: Float[np.ndarray, "n d"]
+) -> reference_lib.Gaussians:
+    """Returns as many Gaussians of the same kind fitted to other rows, if they do."""
+    axes = gaussians.axes
+    full = axes is not None and (axes != np.eye(rows.shape[1])).any()
+    k = min(len(gaussians.log_weights), max(1, len(rows) // _ROWS_EACH))
+    kind = "full" if full else "diag"
+    return reference_lib.in_use(_fitted(rows, rows.shape[1:], kind, k, k))
 
 
 def bandwidth(rows: Float[np.ndarray, "n d"]) -> float:

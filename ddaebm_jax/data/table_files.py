@@ -67,14 +67,32 @@ class TableOptions(NamedTuple):
     may_miss: bool = False
 
 
+class TableText(NamedTuple):
+    """All cells of a CSV as text, its header if it has one, the table's columns."""
+
+    header: tuple[str, ...] | None
+    cells: np.ndarray
+    places: list[int]
+
+
 class TableFile(NamedTuple):
-    """Columns' names, float64 rows, labels, row i → its place in the file, and ids."""
+    """A table.
+
+    Attributes:
+      columns: names.
+      rows: in float64.
+      labels: of the rows, if they are read.
+      row_name: row i → its place in the file.
+      ids: the rows' names, if they are read.
+      text: of a CSV, the whole file.
+    """
 
     columns: tuple[str, ...]
     rows: Float[np.ndarray, "n d"]
     labels: Float[np.ndarray, " n"] | None
     row_name: Callable[[int], str]
     ids: tuple[str, ...] | None = None
+    text: TableText | None = None
 
 
 def read_table_file(path: Path, options: TableOptions = TableOptions()) -> TableFile:  # noqa: B008
@@ -224,7 +242,8 @@ def _read_csv(path: Path, options: TableOptions) -> TableFile:
         labels = _labels(path, column(options.label_column), row_name)
     if options.id_column:
         ids = column(options.id_column)
-    return TableFile(columns, rows, labels, row_name, ids)
+    text = TableText(names if has_header else None, cells, chosen)
+    return TableFile(columns, rows, labels, row_name, ids, text)
 
 
 def _cells(path: Path, may_miss: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -1,29 +1,45 @@
 """Missing cells of a table's rows, drawn given the known ones.
 
-The reference density (see `reference`) has exact conditionals. Candidates come from
-them and are weighted by exp of what the network adds to log p_ref, a few nats at most,
-so that many of them count: importance sampling of exp f(·, 0) given the known cells.
-Known cells are taken to carry the noise of level 0. So are draws around training rows,
-whose kernel it is; those of the Gaussians come without it.
+Both halves of the reference density (see `reference`) have exact conditionals.
+Candidates come from the one or the other and are weighted by exp of what the network
+adds to log p_ref, a few nats at most, so that many of them count. How many come from
+which half is chosen by the training rows that the reference holds: by the squared error
+of the mean in cells that are hidden in a part of them. The density of the known cells,
+which would tell it as well, prefers the window wherever a row is odd in any of its many
+columns, and the window knows little of how columns depend on each other.
+
+Known cells are exact. Draws around training rows carry the noise of level 0, the width
+of the window; those of the Gaussians come without it.
 """
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 from ddaebm_jax import reference as reference_lib
+from ddaebm_jax.data import reference_fit
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.evaluation.particles import systematic
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 
-# Candidates of every draw.
-_CANDIDATES = 4
+# Candidates of every draw; parts of the training rows in which cells are hidden, and
+# most rows of each; noise of known cells, which keeps matrices regular.
+_CANDIDATES, _PARTS, _MOST_ROWS, _EXACT = 4, 5, 50, 0.01
+
+
+class _Halves(NamedTuple):
+    """The reference: Gaussians of clean rows, and windows of a width around others."""
+
+    gaussians: reference_lib.Gaussians
+    points: Float[np.ndarray, "m d"]
+    width: float
 
 
 def draw_cells(
@@ -47,8 +63,14 @@ def draw_cells(
     num, (count, dim) = _CANDIDATES * num_draws, rows.shape
     reference = reference_lib.read(variables.energy)
     schedule = experiment.schedule
-    noise = float(schedule.sigma_cum[0] / schedule.a_cum[0])
-    found = _candidates(reference, rows, known, noise, num, seed)
+    used = np.asarray(reference.log_weights) > -1e20
+    halves = _Halves(
+        reference_lib.in_use(reference.gaussians),
+        np.asarray(reference.points, np.float64)[used],
+        float(schedule.sigma_cum[0] / schedule.a_cum[0]),
+    )
+    share = _share(halves, known, seed)
+    found = _candidates(halves, share, rows.astype(np.float64), known, num, seed)
     drawn = np.fromiter(found, (np.float32, (num, dim)), count)
     flat = drawn.reshape(-1, dim)
     run = partial(_residual, experiment.networks)
@@ -63,50 +85,81 @@ def draw_cells(
     )
 
 
+def _share(halves: _Halves, known: Bool[np.ndarray, "n d"], seed: int) -> float:
+    """Returns the share of candidates that come from the Gaussians.
+
+    Each fifth of the points is seen with the holes of some of the rows to be filled,
+    by both halves of a reference of the other points. The share is that of the mean
+    with the least squared error.
+    """
+    rng = np.random.default_rng((seed, 3))
+    points = rng.permutation(halves.points)
+    if len(points) < 2 * _PARTS:
+        return 0.5
+    products, squares = 0.0, 0.0
+    for part in range(_PARTS):
+        chosen = np.arange(len(points)) % _PARTS == part
+        others = points[~chosen]
+        gaussians = reference_fit.refitted(halves.gaussians, others)
+        fitted = _Halves(gaussians, others, halves.width)
+        seen_rows = rng.permutation(points[chosen])[:_MOST_ROWS]
+        for row in seen_rows:
+            seen = known[rng.integers(len(known))]
+            logs, centres, _ = _of_gaussians(fitted, row, seen)
+            of_gaussians = softmax(logs) @ centres
+            of_window = (_of_window(fitted, row, seen) @ others)[~seen]
+            apart = of_gaussians - of_window
+            products += apart @ (row[~seen] - of_window)
+            squares += apart @ apart
+    return float(np.clip(products / squares, 0.0, 1.0)) if squares else 0.5
+
+
+def _of_gaussians(
+    halves: _Halves, row: Float[np.ndarray, " d"], seen: Bool[np.ndarray, " d"]
+) -> tuple[np.ndarray, Float[np.ndarray, "k h"], Float[np.ndarray, "k h h"]]:
+    """Returns log weights, means and covariances of the hidden cells."""
+    log_weights, means, variances, axes = halves.gaussians
+    hidden = ~seen
+    if axes is None:
+        terms = (row[seen] - means[:, seen]) ** 2 / variances[:, seen]
+        terms = terms + np.log(2 * np.pi * variances[:, seen])
+        logs = log_weights - 0.5 * terms.sum(axis=1)
+        return logs, means[:, hidden], variances[:, hidden, None] * np.eye(hidden.sum())
+    given = np.eye(len(row))[seen], row[seen], _EXACT
+    logs, centres, rest = reference_lib.given_measurement(halves.gaussians, *given)
+    return logs, centres[:, hidden], rest[:, hidden][:, :, hidden]
+
+
+def _of_window(
+    halves: _Halves, row: Float[np.ndarray, " d"], seen: Bool[np.ndarray, " d"]
+) -> Float[np.ndarray, " m"]:
+    """Returns how probable it is that each point is the one around which the row is."""
+    squares = ((row[seen] - halves.points[:, seen]) ** 2).sum(axis=1)
+    return softmax(-0.5 * squares / halves.width**2)
+
+
 def _candidates(
-    reference: reference_lib.Reference,
+    halves: _Halves,
+    share: float,
     rows: Float[np.ndarray, "n d"],
     known: Bool[np.ndarray, "n d"],
-    noise: float,
     num: int,
     seed: int,
 ) -> Iterator[Float[np.ndarray, "num d"]]:
-    """Yields draws from p_ref of each row given its known cells."""
-    points = np.asarray(reference.points, np.float64)
-    log_points = np.asarray(reference.log_weights, np.float64)
-    points, log_points = (leaf[log_points > -1e20] for leaf in (points, log_points))
-    gaussians = reference_lib.in_use(reference.gaussians)
-    log_weights, means, variances, axes = gaussians
-    every = np.eye(rows.shape[1])
-    for i, (row, seen) in enumerate(zip(rows.astype(np.float64), known, strict=True)):
+    """Yields draws of each row given its known cells."""
+    of_gaussians = round(share * num)
+    for i, (row, seen) in enumerate(zip(rows, known, strict=True)):
         rng = np.random.default_rng((seed, 0, i))
-        hidden = ~seen
-        if axes is None:
-            residual = row[seen] - means[:, seen]
-            inner = variances[:, seen] + noise**2
-            terms = residual**2 / inner + np.log(2 * np.pi * inner)
-            logs = log_weights - 0.5 * terms.sum(axis=1)
-            centres = means[:, hidden]
-            spread = np.sqrt(variances[:, hidden])[:, :, None] * np.eye(hidden.sum())
-        else:
-            given = every[seen], row[seen], noise
-            logs, centres, rest = reference_lib.given_measurement(gaussians, *given)
-            centres = centres[:, hidden]
-            spread = reference_lib.roots(rest[:, hidden][:, :, hidden])
-        squares = ((row[seen] - points[:, seen]) ** 2).sum(axis=1) / noise**2
-        log_near = -0.5 * (squares + seen.sum() * np.log(2 * np.pi * noise**2))
-        total = np.concatenate([logs, log_points + log_near])
-        shares = np.exp(total - logsumexp(total))
-        chosen = rng.choice(len(total), num, p=shares / shares.sum())
+        logs, centres, covariances = _of_gaussians(halves, row, seen)
+        spread = reference_lib.roots(covariances)
+        eps = rng.standard_normal((num, int((~seen).sum())))
+        k = rng.choice(len(logs), of_gaussians, p=softmax(logs))
+        moved = np.einsum("nij,nj->ni", spread[k], eps[:of_gaussians])
+        near = _of_window(halves, row, seen)
+        places = rng.choice(len(near), num - of_gaussians, p=near)
+        around = halves.points[places][:, ~seen] + halves.width * eps[of_gaussians:]
         drawn = np.tile(row, (num, 1))
-        of_gaussian = chosen < len(means)
-        k = chosen[of_gaussian]
-        eps = rng.standard_normal((len(k), int(hidden.sum())))
-        moved = np.einsum("nij,nj->ni", spread[k], eps)
-        drawn[np.ix_(of_gaussian, hidden)] = centres[k] + moved
-        near = chosen[~of_gaussian] - len(means)
-        eps = rng.standard_normal((len(near), int(hidden.sum())))
-        drawn[np.ix_(~of_gaussian, hidden)] = points[near][:, hidden] + noise * eps
+        drawn[:, ~seen] = np.concatenate([centres[k] + moved, around])
         yield drawn
 
 
