@@ -97,7 +97,7 @@ def _print(found: dict[tuple[str, str], dict]) -> None:
     for record in found.values():
         if "auroc" in record:
             record["change of AUROC"] = record["auroc"] - record["auroc_whole"]
-    for metric in ("psnr", "ssim", "rmse", "change of AUROC", "coverage"):
+    for metric in ("psnr", "ssim", "rmse", "change of AUROC", "coverage", "share"):
         cells: dict[tuple[str, str], list[float]] = {}
         for (what, method), record in found.items():
             if metric in record:
@@ -183,12 +183,12 @@ class _Model:
 
     def __init__(self, run: TrainedRun, x: np.ndarray) -> None:
         self.parts = run.experiment, run.variables
-        self._x = x
+        self.held_out = x
 
     @functools.cached_property
     def error(self) -> np.ndarray:
         """τ of each pixel."""
-        how = self._x, _SEED, restoring.Search()
+        how = self.held_out, _SEED, restoring.Search()
         return restoring.generator_error(*self.parts, *how)
 
 
@@ -221,14 +221,19 @@ def _cell(
         return found
 
     def ours(method: str) -> dict[str, float]:
-        if method in ("averaged", "noise_space"):
-            how = _CHAINS.value, _SEED, restoring.Search(), model.error
-            draws = getattr(restoring, method)(*inputs, *how)
+        how, extra = (_SEED, restoring.Search()), {}
+        if method == "averaged":
+            how = *how, model.error
+            share = restoring.generator_share(*inputs, model.held_out, *how)
+            draws = restoring.averaged(*inputs, _CHAINS.value, *how, share)
+            extra = {"share": share}
+        elif method == "noise_space":
+            draws = restoring.noise_space(*inputs, _CHAINS.value, *how, model.error)
         elif method == "particles":
             draws = restoring.particles(*inputs, 128, _SEED, weighted=False).x
         else:
             draws = restoring.direct(*inputs, 64, _SEED)
-        return figures(draws.mean(axis=1), draws)
+        return figures(draws.mean(axis=1), draws) | extra
 
     for method in _METHODS.value:
         if method != "direct" or what.startswith("denoise"):

@@ -96,10 +96,8 @@ def first_fault(metrics: Metrics, start: Int[Array, ""]) -> Fault:
       metrics: of the steps, stacked: leaves [K, …].
       start: number of steps taken before the first of them.
     """
-    finite = [
-        jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1)
-        for leaf in metrics.values()
-    ]
+    rows = (leaf.reshape(leaf.shape[0], -1) for leaf in metrics.values())
+    finite = [jnp.isfinite(leaf).all(axis=1) for leaf in rows]
     bad = ~jnp.stack(finite).all(axis=0)
     place = jnp.argmax(bad)
     return Fault(

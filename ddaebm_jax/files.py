@@ -208,10 +208,8 @@ def _header(
     path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo
 ) -> ArrayHeader:
     """Compares a .npy header with the size of its entry, at which zipfile stops."""
-    with (
-        _damage_refused(path, f"the entry {shown(entry.filename)}"),
-        archive.open(entry) as file,
-    ):
+    what = f"the entry {shown(entry.filename)}"
+    with _damage_refused(path, what), archive.open(entry) as file:
         start = io.BytesIO(file.read(_MAX_HEADER_BYTES))
         shape, _, dtype = _HEADER_PARSERS[np.lib.format.read_magic(start)](start)
         held = entry.file_size - start.tell()

@@ -292,7 +292,7 @@ def _parse(argv: list[str]) -> list[str]:
     from ddaebm_jax.commands import common
     from ddaebm_jax.config import flags as config_flags
 
-    config_flags.define_config_flag("An image recipe.")
+    config_flags.define_config_flag(help_text="An image recipe.")
     for name, text in (
         ("generator", "The generator's weights, netG_*.pth."),
         ("energy", "The energy's weights, netD_*.pth. Default: initial ones."),

@@ -45,9 +45,7 @@ def energy_and_score(
     return f, score
 
 
-def gradient_penalty(
-    score: Float[Array, "batch *shape"],
-) -> Float[Array, " batch"]:
+def gradient_penalty(score: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
     """Returns ½‖score‖², the penalty before its weight γ.
 
     Args:
@@ -166,17 +164,13 @@ def log_standard_normal(x: Float[Array, "batch *shape"]) -> Float[Array, " batch
     return gaussian_log_prob(x, jnp.zeros_like(x), jnp.zeros(len(x)))
 
 
-def log_mean_exp(
-    log_weights: Float[Array, "batch draws"],
-) -> Float[Array, " batch"]:
+def log_mean_exp(log_weights: Float[Array, "batch draws"]) -> Float[Array, " batch"]:
     """Returns the log of each row's mean weight."""
     num = log_weights.shape[1]
     return jax.nn.logsumexp(log_weights, axis=1) - jnp.log(num)
 
 
-def effective_share(
-    log_weights: Float[Array, "batch draws"],
-) -> Float[Array, " batch"]:
+def effective_share(log_weights: Float[Array, "batch draws"]) -> Float[Array, " batch"]:
     """Returns (Σw)²/(n Σw²) of each row, the effective sample size as a share of n.
 
     1: all weights are equal; 1/n: one draw has all the weight.

@@ -67,8 +67,7 @@ def loop_bar(num: int, unit: str, what: str = "") -> Iterator[tqdm]:
 
 # A stream whose text goes to the log.
 _LOG = SimpleNamespace(
-    write=lambda text: log(text.strip()) if text.strip() else None,
-    flush=lambda: None,
+    write=lambda text: log(text.strip()) if text.strip() else None, flush=lambda: None
 )
 
 

@@ -67,10 +67,7 @@ def test_named_studies_change_these_fields():
             "diffusion.beta_min": 1e-4,
             "diffusion.beta_max": 0.999,
         },
-        "time = lsun": {
-            "diffusion.time": "lsun",
-            "diffusion.min_posterior_var": 1e-4,
-        },
+        "time = lsun": {"diffusion.time": "lsun", "diffusion.min_posterior_var": 1e-4},
         "time = log_snr": {"diffusion.time": "log_snr"},
         "time = karras": {"diffusion.time": "karras"},
         "time = equal_cost": {"diffusion.time": "equal_cost"},

@@ -18,13 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from cli import BAD_CHARACTERS, Result, call
-from failing import (
-    full_disk,
-    save_and_die,
-    save_and_restore,
-    split_rows,
-    state_of,
-)
+from failing import full_disk, save_and_die, save_and_restore, split_rows, state_of
 from helpers import assert_trees_equal
 from processes import free_port
 

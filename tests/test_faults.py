@@ -13,16 +13,7 @@ import pytest
 from cli import assert_error, tiny
 from helpers import assert_trees_equal, differ
 from processes import Started
-from runs import (
-    final_state,
-    hooked,
-    lines,
-    newest_step,
-    poisoned,
-    small,
-    steps,
-    train,
-)
+from runs import final_state, hooked, lines, newest_step, poisoned, small, steps, train
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.errors import InputError, TrainingError

@@ -135,9 +135,7 @@ def test_neighbours_of_one_cloud_and_of_two():
     assert equal.coverage == pytest.approx(1 - 2**-5, abs=0.02)
 
 
-def test_neighbours_in_chunks_and_far_from_the_origin(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_neighbours_in_chunks_and_far_from_the_origin(monkeypatch: pytest.MonkeyPatch):
     real, fake = normals(0, 50, 6), normals(1, 40, 6) + 0.3
     whole = fid.neighbours(real, fake)
     assert fid.neighbours(real + 1e3, fake + 1e3) == whole

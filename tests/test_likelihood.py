@@ -50,10 +50,7 @@ def gaussian_networks(shift: float = 0.0, spread: float = 1.0) -> Networks:
         logvar = jnp.log(r**2 / beta) * jnp.ones_like(x_t)
         return k * (x_t - a * x_next) / beta, logvar
 
-    return Networks(
-        *(None, energy, generator, posterior, None, None, (DIM,)),
-        nz=DIM,
-    )
+    return Networks(*(None, energy, generator, posterior, None, None, (DIM,)), nz=DIM)
 
 
 def experiment(networks: Networks, defensive: float = 0.0) -> Experiment:

@@ -154,18 +154,29 @@ def test_draws_of_the_reference_given_a_measurement(name: str):
         close(drawn[i].reshape(1, num, -1), *expected, count=num)
 
 
-def test_two_models_give_draws_in_turn():
+def test_two_models_share_the_draws():
     exact, (_, variables) = experiment(gaussian_networks()), one_gaussian((2,))
     model = exact, variables, known_gaussians()[0]
     search, error = restoring.Search(3, num_moves=4), np.full(2, 0.1, np.float32)
-    draws = restoring.averaged(*model, 5, 0, search, error)
+    draws = restoring.averaged(*model, 5, 0, search, error, share=0.3)
     first = restoring.noise_space(*model, 5, 0, search, error)
-    assert draws.shape == (3, 20, 2) and first.shape == (3, 10, 2)
-    np.testing.assert_array_equal(draws[:, ::2], first)
-    second = reference_draws.draws(*model, 10, 0)
-    np.testing.assert_array_equal(draws[:, 1::2], second)
-    other = restoring.averaged(*model, 5, 1, search, error)
-    assert (draws != other).any(axis=(0, 2)).all()
+    second = reference_draws.draws(*model, 7, 0)
+    assert draws.shape == first.shape == (3, 10, 2)
+    of_first = (draws[:, :, None] == first[:, None]).all(axis=3).any(axis=2)
+    of_second = (draws[:, :, None] == second[:, None]).all(axis=3).any(axis=2)
+    assert (of_first.sum(axis=1) == 3).all() and (of_second.sum(axis=1) == 7).all()
+
+
+@pytest.mark.parametrize("right", ["generator", "reference"])
+def test_the_share_is_that_of_the_better_model(right: str):
+    exact, (found, variables) = experiment(gaussian_networks()), one_gaussian((2,))
+    x = np.asarray(normals(6, 100, 2))
+    if right == "reference":
+        _, means, variances, axes = (leaf[1] for leaf in found.gaussians)
+        x = means + (np.sqrt(variances) * x) @ axes.T
+    model = exact, variables, known_gaussians()[0]
+    share = restoring.generator_share(*model, x, 0, restoring.Search(5, num_moves=10))
+    assert share > 0.8 if right == "generator" else share < 0.2
 
 
 def test_what_is_known_without_noise_is_kept():

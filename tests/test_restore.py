@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from cli import TINY_UNET, assert_error, flags_of, run, succeed, tiny
 from PIL import Image
+from test_likelihood import NO_VARIABLES, experiment, gaussian_networks
 
 from ddaebm_jax import reference
 from ddaebm_jax.commands import restore
+from ddaebm_jax.data.image_files import write_image, write_images
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.models import Players
+from ddaebm_jax.restoration import Mask, Measurement
 from ddaebm_jax.training.trained_run import load_run
 
 # --- Tables -----------------------------------------------------------------------
@@ -143,7 +146,7 @@ def test_the_default_method_follows_from_the_reference():
         restore._method(without, "averaged")
     found = reference.with_fitted(without, reference.empty(1, (8, 8, 1)))
     assert restore._method(found, None) == "averaged"
-    wide = reference.with_fitted(without, reference.empty(1, (9, 9, 1)))
+    wide = reference.with_fitted(without, reference.empty(1, (17, 17, 1)))
     assert restore._method(wide, None) == "noise_space"
 
 
@@ -152,7 +155,7 @@ def test_pixels_and_noise_are_in_the_networks_units(task, digits_run, tmp_path):
     """0 … 255 becomes −1 … 1, and σ, a share of the range, twice that."""
     given = pixels(tmp_path / "given.npz", side=4 if task == "superres" else 8)
     how = 0.1, None, 2, 1.0, 0
-    _, measurement = restore._measured(load_run(digits_run), given, task, *how)
+    _, _, measurement = restore._measured(load_run(digits_run), given, task, *how)
     np.testing.assert_allclose(measurement.std, [0.2] * 3, rtol=1e-6)
     with np.load(given) as file:
         np.testing.assert_allclose(measurement.y, file["x"] / 127.5 - 1.0, atol=1e-6)
@@ -171,6 +174,13 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
     side = 4 if name == "small" else 8
     given = pixels(tmp_path / "given.npz", side)
     truth, output = pixels(tmp_path / "truth.npz"), tmp_path / "out.npz"
+    names = [f"{i}.png" for i in range(3)]
+    if name == "noise":
+        names = ["a/x.png", "a/y.png", "b.png"]
+        with np.load(given) as file:
+            for image, path in zip(file["x"], names, strict=True):
+                write_image(tmp_path / "folder" / path, image)
+        given = tmp_path / "folder"
     flags = f"--workdir={digits_run}", f"--input={given}", f"--truth={truth}"
     flags += ("--num_draws=4", f"--output={output}")
     result = succeed("--mode=restore", *flags, *TASKS[name])
@@ -185,9 +195,30 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
             known[2:6, 2:6] = False
             spread = file["std"][..., 0].mean(axis=0)
             assert spread[known].mean() < spread[~known].mean()
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    written = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*")]
+    assert sorted(map(str, written)) == names
     with Image.open(tmp_path / "out.png") as image:
         assert image.width > 2 * image.height  # Seven columns of three images.
+
+
+def test_images_are_restored_in_groups(monkeypatch: pytest.MonkeyPatch):
+    def draw(model, method, num_draws, seed, errors, share):
+        known = model[2]
+        return known.y[:, None] + known.std[0] * np.zeros((1, num_draws, 1, 1, 1))
+
+    monkeypatch.setattr(restore, "_GROUP", 2)
+    monkeypatch.setattr(restore, "_draw_images", draw)
+    y = np.linspace(-1.0, 1.0, 5 * 4, dtype=np.float32).reshape(5, 2, 2, 1)
+    known = Measurement(Mask(np.ones(y.shape, bool)), y, np.full(5, 0.1, np.float32))
+    trained = experiment(gaussian_networks()), NO_VARIABLES
+    found = restore._restored((*trained, known), "direct", 3, 0, None, 0.5)
+    np.testing.assert_allclose(found.mean, (y + 1) * 127.5, rtol=1e-5)
+    assert found.draws.shape == (5, 3, 2, 2, 1) and not found.std.any()
+
+
+def test_files_of_one_stem_keep_their_whole_names(tmp_path: Path):
+    write_images(tmp_path, np.zeros((2, 4, 4, 1), np.uint8), ("a.jpg", "a.bmp"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bmp.png", "a.jpg.png"]
 
 
 def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Path):

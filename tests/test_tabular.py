@@ -18,9 +18,7 @@ from ddaebm_jax.errors import InputError
 
 values = st.floats(-1e6, 1e6, allow_subnormal=False)
 tables = hnp.arrays(
-    np.float64,
-    st.tuples(st.integers(2, 12), st.integers(1, 4)),
-    elements=values,
+    np.float64, st.tuples(st.integers(2, 12), st.integers(1, 4)), elements=values
 )
 
 

@@ -273,10 +273,7 @@ def test_lsun_is_prepared_from_its_database(tmp_path, monkeypatch):
         lambda self, urls: {part: str(tmp_path / part) for part in urls},
     )
     found = opened(
-        tmp_path / "tfds",
-        tfds="lsun/church_outdoor",
-        test_split="validation",
-        limit=3,
+        tmp_path / "tfds", tfds="lsun/church_outdoor", test_split="validation", limit=3
     )
     assert (len(found.train), len(found.test)) == (3, 2)
     levels = images.stack(found.test).mean(axis=(1, 2, 3))

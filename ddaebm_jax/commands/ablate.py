@@ -1,6 +1,5 @@
 """`--mode=ablate`: compare a recipe with variations of it, over seeds."""
 
-import sys
 from pathlib import Path
 
 import ml_collections
@@ -14,16 +13,14 @@ from ddaebm_jax.config import variations as variations_lib
 from ddaebm_jax.errors import InputError, listed, shown
 from ddaebm_jax.evaluation import ablation, plots
 from ddaebm_jax.files import write_json_atomically, write_text_atomically
-from ddaebm_jax.training import preemption, run_directory, study
+from ddaebm_jax.training import run_directory, study
 
 _REPORT = "ablation.json"
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
-    config_flags.define_config_flag(
-        "The recipe; --config.section.field=value changes a field.", values
-    )
+    config_flags.define_config_flag(values)
     text = "paper, schedule, noise, density, or section.field=a,b; repeatable."
     flags.DEFINE_multi_string("vary", [], text, values)
     text = "Seeds, separated by commas."
@@ -50,16 +47,10 @@ def run(values: flags.FlagValues) -> None:
     if len(seeds) == 1:
         logging.warning("one seed gives no error: add others to --seeds")
     workdir, name = Path(values.workdir), config_flags.recipe_name()
-    try:
-        with run_directory.lock(workdir), common.out_of_memory_advice(_ADVICE):
-            records = study.run(config, found, seeds, workdir)
-            title = f"{name}: {', '.join(values.vary)}"
-            text = _write(workdir, records, config, title)
-    except preemption.Stopped as stopped:
-        logging.info("%s", stopped)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        common.leave("interrupted; finished runs are kept", 130)
+    with run_directory.lock(workdir), common.out_of_memory_advice(_ADVICE):
+        records = study.run(config, found, seeds, workdir)
+        title = f"{name}: {', '.join(values.vary)}"
+        text = _write(workdir, records, config, title)
     common.show(f"{text}\n{workdir / _REPORT}")
 
 

@@ -20,7 +20,7 @@ from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.evaluation import inference
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.paths import user_path
-from ddaebm_jax.training import processes
+from ddaebm_jax.training import preemption, processes
 
 # Errors and ends.
 
@@ -74,6 +74,11 @@ def user_errors() -> Iterator[None]:
     except (InputError, OSError) as error:
         logging.debug("raised here", exc_info=True)
         fail(str(error))
+    except preemption.Stopped as stopped:
+        logging.info("%s", stopped)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        leave("interrupted; what is saved is kept", 130)
     except UnicodeError as error:
         fail(f"{error}; save that text as UTF-8, or set PYTHONUTF8=1")
     except Exception:

@@ -18,14 +18,8 @@ from ddaebm_jax import files
 from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.paths import user_path
-from ddaebm_jax.training.checkpoints import (
-    BEST,
-    DAMAGED,
-    NEWEST,
-    CheckpointError,
-    Checkpoints,
-    DamagedCheckpointError,
-)
+from ddaebm_jax.training import checkpoints as checkpoints_lib
+from ddaebm_jax.training.checkpoints import BEST, DAMAGED, NEWEST, Checkpoints
 from ddaebm_jax.training.run_directory import CONFIG_FILE, LOCK_FILE, read_config
 
 # Bytes read of files that somebody else may have written.
@@ -149,9 +143,9 @@ def _checkpoints(workdir: Path, running: bool) -> dict[str, str]:
             verdict = "intact"
             try:
                 checkpoints.verify(step, best)
-            except CheckpointError as error:
+            except checkpoints_lib.CheckpointError as error:
                 time.sleep(0.5 if running else 0)  # It may be about to go.
-                damaged = isinstance(error, DamagedCheckpointError)
+                damaged = isinstance(error, checkpoints_lib.DamagedCheckpointError)
                 verdict = f"{'DAMAGED' if damaged else 'NOT READ'}: {error}"
             if step in checkpoints.steps(best):
                 about = _about(workdir / folder / str(step))

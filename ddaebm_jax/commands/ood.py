@@ -12,27 +12,20 @@ from absl import flags, logging
 from ddaebm_jax import files
 from ddaebm_jax.commands import common
 from ddaebm_jax.errors import InputError
+from ddaebm_jax.evaluation import outlier_sets, plots
 from ddaebm_jax.evaluation import outliers as outliers_lib
-from ddaebm_jax.evaluation import plots
-from ddaebm_jax.evaluation.outlier_sets import (
-    BUILT_IN,
-    DERIVED,
-    HELD_OUT,
-    HELD_OUT_CLASSES,
-    is_path,
-)
 from ddaebm_jax.paths import user_path
 from ddaebm_jax.training import processes
 from ddaebm_jax.training.trained_run import load_run
 
-_BUILT_IN = ", ".join((*BUILT_IN, HELD_OUT_CLASSES))
+_BUILT_IN = ", ".join((*outlier_sets.BUILT_IN, outlier_sets.HELD_OUT_CLASSES))
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
     common.define_trained_run(values)
     text = "Inliers: `test` (held-out images), or a set as in --out."
-    flags.DEFINE_string("in", HELD_OUT, text, values)
+    flags.DEFINE_string("in", outlier_sets.HELD_OUT, text, values)
     text = "Outliers, separated by commas or in several --out: built-in sets "
     text += f"({_BUILT_IN}), folders, NPZ files, TFDS names. A name with a comma is "
     text += """quoted: --out='"my,folder",noise'."""
@@ -67,7 +60,7 @@ def run(values: flags.FlagValues) -> None:
 def detect(
     workdir: str | Path,
     outliers: Sequence[str],
-    inliers: str = HELD_OUT,
+    inliers: str = outlier_sets.HELD_OUT,
     checkpoint: str = "latest",
     seed: int = 0,
     num_draws: int = 10,
@@ -86,7 +79,7 @@ def detect(
     """
     started = time.monotonic()
     _check(outliers, inliers)
-    own = {HELD_OUT, HELD_OUT_CLASSES} & {inliers, *outliers}
+    own = {outlier_sets.HELD_OUT, outlier_sets.HELD_OUT_CLASSES} & {inliers, *outliers}
     run = load_run(workdir, baselines or bool(own), checkpoint, data_path)
     config = run.experiment.config
     if not run.experiment.source.holds_images:
@@ -137,13 +130,14 @@ def _check(outliers: Sequence[str], inliers: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"--in and --out name {twice[0]} twice; name each set once")
-    if HELD_OUT in outliers:
+    if outlier_sets.HELD_OUT in outliers:
         raise InputError(
-            f"--out has {HELD_OUT}, the run's own held-out images; it is for --in"
+            f"--out has {outlier_sets.HELD_OUT}, the run's own held-out images; it is "
+            "for --in"
         )
-    for name in filter(is_path, names):
+    for name in filter(outlier_sets.is_path, names):
         user_path(name, "--in" if name == inliers else "--out")
-    if inliers in DERIVED:
+    if inliers in outlier_sets.DERIVED:
         raise InputError(
             f"--in={inliers} is made from inliers, and so it can only be in --out"
         )

@@ -10,38 +10,34 @@ The picture's columns: given, mean, three draws, uncertainty (two standard devia
 and the truth, if it is given.
 """
 
-import csv
-import io
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags, logging
 from jaxtyping import Bool, Float, UInt8
 
 from ddaebm_jax import progress, restoration
 from ddaebm_jax.commands import common
+from ddaebm_jax.commands.impute import impute
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images
 from ddaebm_jax.data.image_files import read_mask, write_images
-from ddaebm_jax.data.table_files import TableOptions, read_table_file
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import imputation, plots, reference_draws, restoring
+from ddaebm_jax.evaluation import plots, reference_draws, restoring
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.files import written_atomically
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import user_path
-from ddaebm_jax.reference import read as read_reference
 from ddaebm_jax.training.trained_run import TrainedRun, load_run
 
 TASKS = "denoise", "inpaint", "superres", "deblur", "impute"
 # σ of tasks in which it is not given, as a share of the range of pixels.
 _LITTLE_NOISE = 0.02
-# Rows of the picture, and particles of each draw.
-_SHOWN, _PARTICLES = 8, 8
-# The interval of a cell, and the draws that it is taken from; values of a row that are
-# so many times farther from the mean than all of training are refused.
-_INTERVAL, _CELL_DRAWS, _FARTHEST = (5.0, 95.0), 200, 10.0
+# Rows of the picture, particles of each draw, and images that are restored at a time.
+_SHOWN, _PARTICLES, _GROUP = 8, 8, 256
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -112,9 +108,9 @@ def restore(
 
     Returns the path of what is written. Of images that is an NPZ: `x`, the mean of the
     draws, uint8; `draws` [n, num_draws, …]; `std`, in pixel values 0 … 255; beside it a
-    picture and a folder of the means as PNG. Of rows it is a CSV in the table's own
-    units, with means in its empty cells; beside it `…-intervals.csv`, with a line for
-    each of those cells, and an NPZ with the draws.
+    picture and a folder of the means as PNG, by the names of the files. Of rows it is
+    the CSV with means in its empty cells, in the table's own units; beside it
+    `…-intervals.csv`, with a line for each of those cells, and an NPZ with the draws.
 
     Raises InputError for what cannot be used, before anything is drawn.
     """
@@ -139,10 +135,10 @@ def restore(
             "with data.whiten; train one without"
         )
     if is_table:
-        return _impute(loaded, input_path, num_draws, header, seed, output)
+        return impute(loaded, input_path, num_draws, header, seed, output)
     method = _method(loaded.variables, method)
     how = sigma, mask, factor or 2, blur or 1.0, seed
-    given, known = _measured(loaded, input_path, task, *how)
+    given, names, known = _measured(loaded, input_path, task, *how)
     whole = None
     if truth is not None:
         whole, _ = images.read_images(truth, source.event_shape, exact=True)
@@ -153,9 +149,43 @@ def restore(
             )
     model = loaded.experiment, loaded.variables, known
     errors = _error(loaded, error, seed) if in_noise_space else None
+    share = 0.5
+    if method == "averaged" and error is None:
+        share = _share(loaded, known, errors, seed)
     with progress.phase(f"restoring {len(given)} images, --method={method}"):
-        drawn = _draw_images(model, method, num_draws, seed, errors)
-    return _write_images(loaded, drawn, given, whole, num_draws, output)
+        restored = _restored(model, method, num_draws, seed, errors, share)
+    return _write_images(loaded, restored, given, names, whole, output)
+
+
+class _Restored(NamedTuple):
+    """Images, in pixel values 0 … 255."""
+
+    mean: Float[np.ndarray, "n h w c"]
+    std: Float[np.ndarray, "n h w c"]
+    draws: UInt8[np.ndarray, "n draws h w c"]
+
+
+def _restored(
+    model: tuple[Experiment, Players, restoration.Measurement],
+    method: str,
+    num_draws: int,
+    seed: int,
+    errors: np.ndarray | None,
+    share: float,
+) -> _Restored:
+    """Return what is written of every image, of groups of them one after the other."""
+    *trained, known = model
+    num, groups = len(known.y), []
+    for start in range(0, num, _GROUP):
+        group = jax.tree.map(itemgetter(slice(start, start + _GROUP)), known)
+        how = method, num_draws, seed + start, errors, share
+        drawn = (np.clip(_draw_images((*trained, group), *how), -1.0, 1.0) + 1) * 127.5
+        # The last draws: chains are longest there.
+        kept = np.round(drawn[:, -num_draws:]).astype(np.uint8)
+        groups.append(_Restored(drawn.mean(axis=1), drawn.std(axis=1), kept))
+        if num > _GROUP:
+            progress.log(f"restored {start + len(kept)} of {num} images")
+    return _Restored(*map(np.concatenate, zip(*groups, strict=True)))
 
 
 def _draw_images(
@@ -164,11 +194,14 @@ def _draw_images(
     num_draws: int,
     seed: int,
     errors: np.ndarray | None,
+    share: float,
 ) -> np.ndarray:
     """Return draws of every image given its measurement, [n, num_draws, …]."""
-    if method in ("averaged", "noise_space"):
-        draw = restoring.averaged if method == "averaged" else restoring.noise_space
-        return draw(*model, num_draws, seed, restoring.Search(), errors)
+    how = num_draws, seed, restoring.Search(), errors
+    if method == "averaged":
+        return restoring.averaged(*model, *how, share)
+    if method == "noise_space":
+        return restoring.noise_space(*model, *how)
     if method == "particles":
         num_particles = _PARTICLES * num_draws
         found = restoring.particles(*model, num_particles, seed, weighted=False)
@@ -192,22 +225,42 @@ def _method(variables: Players, given: str | None) -> str:
     return given or ("averaged" if possible else "noise_space")
 
 
-def _error(loaded: TrainedRun, given: float | None, seed: int) -> np.ndarray:
-    """Return the standard deviation of the generator's error, of each pixel."""
-    source = loaded.experiment.source
-    if given is not None:
-        return np.full(source.event_shape, 2.0 * given, np.float32)
-    held_out = source.held_out(restoring.ERROR_IMAGES, seed)
+def _held_out(loaded: TrainedRun, seed: int) -> Float[np.ndarray, "n h w c"]:
+    """Return the held-out images by which the generator is judged, in [−1, 1]."""
+    held_out = loaded.experiment.source.held_out(restoring.ERROR_IMAGES, seed)
     if not len(held_out):
         raise InputError(
             "no image is held out to measure the generator's error on; give --error"
         )
-    x = np.asarray(images.to_float(held_out))
+    return np.asarray(images.to_float(held_out))
+
+
+def _error(loaded: TrainedRun, given: float | None, seed: int) -> np.ndarray:
+    """Return the standard deviation of the generator's error, of each pixel."""
+    if given is not None:
+        shape = loaded.experiment.source.event_shape
+        return np.full(shape, 2.0 * given, np.float32)
+    x = _held_out(loaded, seed)
     how = x, seed, restoring.Search()
     with progress.phase(f"measuring the generator's error on {len(x)} images"):
         found = restoring.generator_error(loaded.experiment, loaded.variables, *how)
     mean = float(np.sqrt((found**2).mean())) / 2.0
     logging.info("the generator's error is %.3f of the range: --error=%.3f", mean, mean)
+    return found
+
+
+def _share(
+    loaded: TrainedRun,
+    known: restoration.Measurement,
+    errors: np.ndarray,
+    seed: int,
+) -> float:
+    """Return how many of the draws come from the generator."""
+    x = _held_out(loaded, seed)
+    model = loaded.experiment, loaded.variables, known
+    with progress.phase(f"restoring {len(x)} held-out images by both models"):
+        found = restoring.generator_share(*model, x, seed, restoring.Search(), errors)
+    logging.info("a share of %.2f of the draws comes from the generator", found)
     return found
 
 
@@ -262,8 +315,8 @@ def _measured(
     factor: int,
     blur: float,
     seed: int,
-) -> tuple[UInt8[np.ndarray, "n h w c"], restoration.Measurement]:
-    """Return the images to restore, and what they measure."""
+) -> tuple[UInt8[np.ndarray, "n h w c"], tuple[str, ...], restoration.Measurement]:
+    """Return the images to restore, the names of files, and what they measure."""
     shape = loaded.experiment.source.event_shape
     side, _, channels = shape
     if task == "superres":
@@ -273,7 +326,8 @@ def _measured(
                 f"{side}; give one of {[f for f in range(2, side + 1) if not side % f]}"
             )
         shape = (side // factor, side // factor, channels)
-    given, _ = images.read_images(path, shape, exact=True)
+    given, names = images.read_images(path, shape, exact=True)
+    names = names if user_path(path, "--input").is_dir() else ()
     y = np.asarray(images.to_float(given))
     operator: Any = restoration.Identity()
     if task == "inpaint":
@@ -286,7 +340,7 @@ def _measured(
         operator = restoration.Blur(restoration.gaussian_line(blur, side))
     # Pixels have a range of 2.
     std = np.full(len(y), 2.0 * (sigma or _LITTLE_NOISE), np.float32)
-    return given, restoration.Measurement(operator, y, std)
+    return given, names, restoration.Measurement(operator, y, std)
 
 
 def _mask(
@@ -318,16 +372,13 @@ def _mask(
 
 def _write_images(
     loaded: TrainedRun,
-    drawn: Float[np.ndarray, "n draws h w c"],
+    found: _Restored,
     given: UInt8[np.ndarray, "n h w c"],
+    names: tuple[str, ...],
     whole: UInt8[np.ndarray, "n h w c"] | None,
-    num_draws: int,
     output: Path | None,
 ) -> Path:
-    drawn = (np.clip(drawn, -1.0, 1.0) + 1.0) * 127.5
-    mean, std = drawn.mean(axis=1), drawn.std(axis=1)
-    # The last ones: chains are longest there.
-    draws = np.round(drawn[:, -num_draws:]).astype(np.uint8)
+    mean, std, draws = found
     restored = np.round(mean).astype(np.uint8)
     path = output or common.claimed(loaded.workdir / "restored.npz", ".png", "")
     with written_atomically(path) as file:
@@ -345,87 +396,6 @@ def _write_images(
     grid = np.stack([column[:_SHOWN] for column in columns], axis=1)
     plots.write_grid(picture, grid.reshape(-1, *restored.shape[1:]), len(columns))
     folder = common.claimed(path.with_suffix(""), folder=True)
-    write_images(folder, restored)
+    write_images(folder, restored, names)
     logging.info("wrote %s, %s and %s", path, picture, folder)
     return path
-
-
-# Tables.
-
-
-def _impute(
-    loaded: TrainedRun,
-    input_path: str | Path,
-    num_draws: int,
-    header: str | None,
-    seed: int,
-    output: Path | None,
-) -> Path:
-    table, data = loaded.experiment.source.table, loaded.experiment.config.data
-    standardizer = table.standardizer
-    reference = read_reference(loaded.variables.energy)
-    if standardizer.whitening is not None or reference is None:
-        raise InputError(
-            "--task=impute needs a run with model.reference and without data.whiten, "
-            "such as those of configs/table.py; train one"
-        )
-    how = header or data.header, "--header", data.label_column, tuple(data.drop_columns)
-    options = TableOptions(*how, columns=table.columns, may_miss=True)
-    file = read_table_file(user_path(input_path, "--input"), options)
-    rows, known = file.rows, ~np.isnan(file.rows)
-    if not known.any(axis=1).all() or known.all():
-        empty = file.row_name(int(np.argmin(known.any(axis=1))))
-        found = "no cell is empty" if known.all() else f"{empty} has no number"
-        raise InputError(f"--input={input_path}: {found}; there is nothing to go by")
-    whole = standardizer.transform(np.where(known, rows, standardizer.mean), "--input")
-    most = _FARTHEST * np.abs(table.train).max()
-    for i, j in np.argwhere(np.abs(whole) > most)[:1].tolist():
-        raise InputError(
-            f"--input={input_path}: {file.row_name(i)}, column {file.columns[j]} is "
-            f"{rows[i, j]:g}, {abs(whole[i, j]):.3g} standard deviations from the mean "
-            f"of training; at most {most:.3g} are allowed; correct the cell or empty it"
-        )
-    model, num = (loaded.experiment, loaded.variables), max(num_draws, _CELL_DRAWS)
-    num_cells, gaps = int((~known).sum()), ~known.all(axis=1)
-    with progress.phase(f"filling {num_cells} cells of {len(rows)} rows"):
-        drawn = imputation.draw_cells(*model, whole[gaps], known[gaps], num, seed)
-    drawn = standardizer.inverse(drawn.reshape(-1, rows.shape[1])).reshape(drawn.shape)
-    filled, draws = rows.copy(), rows[:, None].repeat(num_draws, axis=1)
-    filled[gaps] = np.where(known[gaps], rows[gaps], drawn.mean(axis=1))
-    draws[gaps] = drawn[:, :num_draws]
-    path = output or common.claimed(loaded.workdir / "filled.csv", ".npz")
-    if file.text is None:
-        _write_csv(path, table.columns, filled)
-    else:  # The user's own file, but for the empty cells.
-        header, cells, places = file.text
-        cells, values = cells.copy(), np.vectorize(_text, [object])(filled)
-        cells[:, places] = np.where(known, cells[:, places], values)
-        _write_csv(path, header, cells)
-    intervals = common.claimed(path.with_name(f"{path.stem}-intervals.csv"))
-    figures = filled[gaps], drawn.std(1), *np.percentile(drawn, _INTERVAL, axis=1)
-    lines = [
-        (np.flatnonzero(gaps)[i], table.columns[j], *(v[i, j] for v in figures))
-        for i, j in np.argwhere(~known[gaps])
-    ]
-    _write_csv(intervals, ("row", "column", "mean", "std", "5%", "95%"), lines)
-    with written_atomically(common.claimed(path.with_suffix(".npz"))) as output_file:
-        columns = np.array(table.columns)
-        np.savez(output_file, draws=draws, known=known, columns=columns)
-    logging.info("filled %d cells of %d rows", num_cells, len(rows))
-    return path
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float | np.floating):
-        return np.format_float_positional(value, trim="-")
-    return str(value)
-
-
-def _write_csv(path: Path, header: Any, rows: Any) -> None:
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    if header:
-        lines.writerow(header)
-    lines.writerows([_text(value) for value in row] for row in rows)
-    with written_atomically(path) as file:
-        file.write(text.getvalue().encode())

@@ -1,7 +1,5 @@
 """`--mode=score`: write scores of rows or images, and p-values."""
 
-import csv
-import io
 import math
 from pathlib import Path
 
@@ -261,18 +259,11 @@ def _log_z(loaded: TrainedRun) -> float:
 
 
 def _write(path: Path, found: dict[str, np.ndarray]) -> None:
+    import pandas as pd
+
     with written_atomically(path) as file:
         if path.suffix == ".npz":
             np.savez(file, **found)
         else:
-            file.write(_csv(found).encode())
-
-
-def _csv(found: dict[str, np.ndarray]) -> str:
-    numbers = {"energy", "score", "log_density", "p_value"} & found.keys()
-    columns = found | {n: np.array([f"{e:.9g}" for e in found[n]]) for n in numbers}
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(columns)
-    lines.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue()
+            how = {"index": False, "float_format": "%.9g", "lineterminator": "\n"}
+            file.write(pd.DataFrame(found).to_csv(**how).encode())

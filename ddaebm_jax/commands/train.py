@@ -1,25 +1,22 @@
 """`--mode=train`, the default: train a recipe, or go on with a run."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax.commands import common
 from ddaebm_jax.config import flags as config_flags
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.training import loop, preemption, processes, reports
+from ddaebm_jax.training import loop, processes, reports
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this mode."""
-    config_flags.define_config_flag(
-        "The recipe; --config.section.field=value changes a field.", values
-    )
+    config_flags.define_config_flag(values)
     text = "The run directory, new or to go on with. Default: runs/<config>/<time>."
     common.define_path(values, "workdir", text)
     text = "Start a new run from this one's averaged weights."
@@ -48,14 +45,8 @@ def run(values: flags.FlagValues) -> None:
         f"optimizer.accumulate ({config.optimizer.accumulate}), or on images set "
         f"model.remat to blocks ({config.model.remat}), or narrow the networks"
     )
-    try:
-        with _workdir(values.workdir) as workdir, common.out_of_memory_advice(advice):
-            report = loop.train(config, workdir)
-    except preemption.Stopped as stopped:
-        logging.info("%s", stopped)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        common.leave("interrupted; the newest checkpoint is kept", 130)
+    with _workdir(values.workdir) as workdir, common.out_of_memory_advice(advice):
+        report = loop.train(config, workdir)
     if processes.is_first_process():
         common.show(f"{workdir}\n{reports.format_report(report)}")
 

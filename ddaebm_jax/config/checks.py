@@ -225,10 +225,7 @@ def _check_unet(config: Any) -> Needs:
     for width in sorted({*widths, *joined, *(2 * width for width in widths[1:])}):
         if width > fields.WIDEST or width % min(width // 4, choices.MAX_GROUPS):
             use = f"use multiples of 4 up to 128, then of 32 up to {fields.WIDEST}"
-            yield (
-                "model.unet.nf model.unet.ch_mult",
-                f"a layer is {width} wide; {use}",
-            )
+            yield "model.unet.nf model.unet.ch_mult", f"a layer is {width} wide; {use}"
             return
 
 

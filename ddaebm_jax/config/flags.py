@@ -45,7 +45,8 @@ _arguments: list[str] = []
 
 
 def define_config_flag(
-    help_text: str = "The recipe.", values: flags.FlagValues = flags.FLAGS
+    values: flags.FlagValues = flags.FLAGS,
+    help_text: str = "The recipe; --config.section.field=value changes a field.",
 ) -> flags.FlagHolder:
     """Define --config, whose value is the changed config of a recipe, or None."""
     for kind in (float, tuple):

@@ -123,12 +123,7 @@ def _noise(current: Fields) -> dict[str, Fields]:
     return {"coloured noise" if whiten else "white noise": {"data.whiten": whiten}}
 
 
-_STUDIES = {
-    "paper": _paper,
-    "schedule": _schedule,
-    "noise": _noise,
-    "density": _density,
-}
+_STUDIES = {f.__name__[1:]: f for f in (_paper, _schedule, _noise, _density)}
 
 
 def _of_field(study: str) -> dict[str, Fields]:

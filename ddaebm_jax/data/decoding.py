@@ -94,11 +94,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def decode_file(
-    path: Path,
-    name: str,
-    size: int,
-    channels: int,
-    crop: Crop | None,
+    path: Path, name: str, size: int, channels: int, crop: Crop | None
 ) -> UInt8[np.ndarray, "size size channels"]:
     """Decodes a file of one of the `FORMATS`, and prepares its image.
 

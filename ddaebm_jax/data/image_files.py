@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -325,12 +325,19 @@ def _as_pixels(low: float, high: float) -> str:
     return f"save numpy.round({levels}).astype('uint8')"
 
 
-def write_images(folder: Path, images: np.ndarray) -> None:
-    """Writes uint8 images [n, height, width, channels] as PNG files, by number."""
+def write_images(folder: Path, images: np.ndarray, names: Sequence[str] = ()) -> None:
+    """Writes uint8 images [n, height, width, channels] as PNG files.
+
+    They are called by `names`, paths of other image files, or else by number.
+    """
     digits = len(str(len(images) - 1))
+    stems = [name.rpartition(".")[0] for name in names]
+    if len({*stems}) < len(stems):  # Such as a.jpg and a.bmp.
+        stems = names
+    stems = stems or [f"{i:0{digits}}" for i in range(len(images))]
 
     def save(i: int) -> None:
-        write_image(folder / f"{i:0{digits}}.png", images[i])
+        write_image(folder / f"{stems[i]}.png", images[i])
 
     in_parallel(save, len(images))
 

@@ -6,13 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from ddaebm_jax.data.records import (
-    ImageSet,
-    Split,
-    digest,
-    hold_out,
-    split_set,
-)
+from ddaebm_jax.data.records import ImageSet, Split, digest, hold_out, split_set
 from ddaebm_jax.errors import InputError, one_line
 
 _DIGIT_SIZE = 8

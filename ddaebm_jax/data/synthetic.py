@@ -144,10 +144,8 @@ def _noisy_curve(
 
     The density is the midpoint rule over `nodes` parameters of each curve.
     """
-    parameter = (np.arange(nodes) + 0.5) / nodes
-    centres = np.concatenate(
-        [np.asarray(curve(jnp.asarray(parameter))) for curve in curves]
-    )
+    parameter = jnp.asarray((np.arange(nodes) + 0.5) / nodes)
+    centres = np.concatenate([np.asarray(curve(parameter)) for curve in curves])
 
     def sample(key: Array) -> Array:
         key_curve, key_place, key_noise = jax.random.split(key, 3)

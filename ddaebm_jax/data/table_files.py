@@ -282,10 +282,8 @@ def _cells(path: Path, may_miss: bool) -> tuple[np.ndarray, np.ndarray]:
     lines = np.flatnonzero(filled.any(axis=1))
     if may_miss:
         lines = np.arange(lines.max(initial=-1) + 1)
-        num, text = (
-            len(cells) - len(lines),
-            "%s: %d blank lines at its end are left out",
-        )
+        num = len(cells) - len(lines)
+        text = "%s: %d blank lines at its end are left out"
         logging.log_if(logging.INFO, text, num > 0, path, num)
     blank = ~filled.any(axis=0) & (not may_miss)
     if len(lines) and blank.any():
@@ -380,10 +378,8 @@ def _read_npz(path: Path, options: TableOptions) -> TableFile:
             "× columns with numpy.savez(path, x=rows)"
         )
     num = table.shape[0]
-    for name, what in (
-        (label, "data.label_column"),
-        (options.id_column, "--id_column"),
-    ):
+    id_column = options.id_column
+    for name, what in ((label, "data.label_column"), (id_column, "--id_column")):
         shape = arrays[name].shape if name in arrays else None
         if name and shape not in ((num,), (num, 1)):
             raise InputError(

@@ -159,9 +159,7 @@ def load_breast_cancer(seed: int, test_fraction: float, whiten: bool = False) ->
     # scikit-learn's target is 1 for benign.
     labels = np.where(raw.target == 1, INLIER, OUTLIER)
     columns = tuple(map(str, raw.feature_names))
-    table = TableFile(
-        columns, np.asarray(raw.data, np.float64), labels, "row {}".format
-    )
+    table = TableFile(columns, raw.data, labels, "row {}".format)
     name = "scikit-learn's breast-cancer table"
     return _split(name, table, seed, test_fraction, whiten)
 
@@ -240,13 +238,11 @@ def _split(
 ) -> Table:
     """Holds out a random share of the inliers; all outliers are for testing."""
     columns, rows, labels, *_ = table
-    inliers = (
-        np.arange(len(rows)) if labels is None else np.flatnonzero(labels == INLIER)
-    )
-    kind = "rows" if labels is None else "rows labelled 0"
+    inliers, kind, test_labels = np.arange(len(rows)), "rows", None
+    if labels is not None:
+        inliers, kind = np.flatnonzero(labels == INLIER), "rows labelled 0"
     split = hold_out(len(inliers), test_fraction, seed, f"{name}: {kind}", min_train=2)
     kept, test = inliers[split.train], inliers[split.test]
-    test_labels = None
     if labels is not None:
         test = np.concatenate([test, np.flatnonzero(labels == OUTLIER)])
         test_labels = labels[test].astype(np.int64)

@@ -15,17 +15,8 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from ddaebm_jax.data import records
 from ddaebm_jax.data.decoding import Crop, prepare
-from ddaebm_jax.data.records import (
-    ImageSet,
-    Records,
-    SkipUnusable,
-    Subset,
-    digest,
-    hold_out,
-    reading,
-    split_set,
-)
 from ddaebm_jax.errors import InputError, listed, one_line
 from ddaebm_jax.paths import user_path
 
@@ -54,13 +45,13 @@ class _TfdsImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         name = f"{self._folder}: record {index} of '{self._split}'"
-        with reading(name, "remove the folder and prepare the set again"):
+        with records.reading(name, "remove the folder and prepare the set again"):
             pixels = self._source[index]["image"]
             image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             return prepare(image, *self._how, name)
 
 
-def load_tfds(data: Any, seed: int) -> ImageSet:
+def load_tfds(data: Any, seed: int) -> records.ImageSet:
     """Loads the set that a config's `data` section names; prepares it if needed.
 
     `data.test_split` is held out, or, if that is empty, a share of `data.split` chosen
@@ -74,28 +65,28 @@ def load_tfds(data: Any, seed: int) -> ImageSet:
     event_shape = (data.image_size, data.image_size, data.channels)
 
     train = _TfdsImages(folder, data.split, *event_shape[1:], crop)
-    readable = SkipUnusable(train, folder) if data.skip_corrupt else train
+    readable = records.SkipUnusable(train, folder) if data.skip_corrupt else train
     how = repr((builder.info.full_name, data.split, len(train), event_shape, crop))
     # A set prepared again may have another order; to read all would take too long.
     places = np.linspace(0, len(train) - 1, _FINGERPRINTED).round().astype(int)
     some = np.stack([readable[int(place)] for place in places])
-    content = digest(how.encode(), some)
+    content = records.digest(how.encode(), some)
     if data.test_split:
         test = _TfdsImages(folder, data.test_split, *event_shape[1:], crop)
         _check_apart(folder, data.split, data.test_split)
         part = repr((data.test_split, len(test)))
-        fingerprint = digest(content.encode(), part.encode())
-        images = ImageSet("tfds", event_shape, train, test, fingerprint)
+        fingerprint = records.digest(content.encode(), part.encode())
+        images = records.ImageSet("tfds", event_shape, train, test, fingerprint)
     else:
         share, name = data.test_fraction, f"data.tfds = '{data.tfds}': records"
-        held_out = hold_out(len(train), share, seed, name)
-        images = split_set("tfds", train, event_shape, held_out, content)
+        held_out = records.hold_out(len(train), share, seed, name)
+        images = records.split_set("tfds", train, event_shape, held_out, content)
     if not 0 < data.limit < len(images.train):
         return images
     return dataclasses.replace(
         images,
-        train=Subset(images.train, np.arange(data.limit)),
-        fingerprint=digest(images.fingerprint.encode(), np.array(data.limit)),
+        train=records.Subset(images.train, np.arange(data.limit)),
+        fingerprint=records.digest(images.fingerprint.encode(), np.array(data.limit)),
     )
 
 
@@ -107,11 +98,11 @@ def open_split(
     channels: int,
     crop: Crop | None,
     skip_corrupt: bool = False,
-) -> Records:
+) -> records.Records:
     """Opens the images of one split of a TFDS set; otherwise as `load_tfds`."""
     folder = os.fspath(_prepared(name, tfds_dir, channels).data_dir)
-    records = _TfdsImages(folder, split, image_size, channels, crop)
-    return SkipUnusable(records, folder) if skip_corrupt else records
+    images = _TfdsImages(folder, split, image_size, channels, crop)
+    return records.SkipUnusable(images, folder) if skip_corrupt else images
 
 
 def _check_apart(folder: str, split: str, test_split: str) -> None:

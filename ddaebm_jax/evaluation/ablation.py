@@ -77,14 +77,12 @@ def summarize(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figures:
 
     full, figures = next(iter(records.values())), {}
     for variation, runs in records.items():
-        found = {
-            name: compare(values(runs, name), values(full, name)) for name in names
-        }
+        own = {name: compare(values(runs, name), values(full, name)) for name in names}
         # Runs that train together share their time, so that it has no error.
         seconds = np.array([run["seconds"] for run in runs], np.float64)
         number, mean, _ = mean_and_error(seconds)
-        found[_SECONDS] = Figure(number, mean, math.nan, 0, math.nan, math.nan)
-        figures[variation] = found
+        own[_SECONDS] = Figure(number, mean, math.nan, 0, math.nan, math.nan)
+        figures[variation] = own
     return figures
 
 

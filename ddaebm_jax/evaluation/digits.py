@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
 
-from ddaebm_jax.evaluation.fid import (
-    MOST_NEIGHBOURS,
-    frechet_distance,
-    moments,
-    neighbours,
-)
+from ddaebm_jax.evaluation import fid
 
 # Chosen on the digits: accuracy 0.977 on held-out ones with a mean top probability of
 # 0.971. Less weight decay is as accurate, but surer of noise; more is too unsure.
@@ -154,7 +149,7 @@ def _feature_metrics(judge, samples, train, test, seed) -> dict[str, float]:
     sampled, seen, unseen = (features(judge, x) for x in (samples, train, test))
 
     def distance(first: np.ndarray, second: np.ndarray = unseen) -> float:
-        return frechet_distance(moments(first), moments(second))
+        return fid.frechet_distance(fid.moments(first), fid.moments(second))
 
     rng = np.random.default_rng(seed)
     drawn = [distance(rng.choice(seen, len(samples))) for _ in range(_RANDOM_PAIRS)]
@@ -164,9 +159,9 @@ def _feature_metrics(judge, samples, train, test, seed) -> dict[str, float]:
         "frechet_train_drawn": float(np.mean(drawn)),
     }
     num = min(len(sampled), len(unseen))
-    if num > MOST_NEIGHBOURS:
+    if num > fid.MOST_NEIGHBOURS:
         # Not the first held-out images: a set in the order of its labels is cut, too.
-        overlap = neighbours(rng.permutation(unseen)[:num], sampled[:num])
+        overlap = fid.neighbours(rng.permutation(unseen)[:num], sampled[:num])
         found |= {"precision": overlap.precision, "recall": overlap.recall}
     return found
 
@@ -174,9 +169,8 @@ def _feature_metrics(judge, samples, train, test, seed) -> dict[str, float]:
 def _class_metrics(by_sample: np.ndarray, by_held_out: np.ndarray) -> dict[str, Any]:
     num_samples, classes = by_sample.shape
     shares = np.bincount(by_sample.argmax(axis=1), minlength=classes) / num_samples
-    sure, sure_held_out = (
-        (x.max(axis=1) > _CONFIDENT).mean() for x in (by_sample, by_held_out)
-    )
+    both = by_sample, by_held_out
+    sure, sure_held_out = ((x.max(axis=1) > _CONFIDENT).mean() for x in both)
     return {
         "confident_share": float(sure),
         "confident_share_held_out": float(sure_held_out),

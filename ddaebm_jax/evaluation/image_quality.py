@@ -245,10 +245,7 @@ def open_meter(experiment: Experiment) -> Meter | None:
 
 
 def _open_reference(
-    settings: Any,
-    records: Records,
-    extract: Extract,
-    fingerprint: dict[str, Any],
+    settings: Any, records: Records, extract: Extract, fingerprint: dict[str, Any]
 ) -> Statistics:
     """Loads the reference statistics from the user's cache, or computes and saves them.
 

@@ -101,9 +101,7 @@ def _of_plane(
     figures = {
         "log_z_quadrature": float(logsumexp(log_p) + math.log(area)),
         "energy_samples_sliced_wasserstein": plane.sliced_wasserstein(
-            samples[order[:num]],
-            held_out[:num],
-            jax.random.key(plane.PROJECTION_SEED),
+            samples[order[:num]], held_out[:num], jax.random.key(plane.PROJECTION_SEED)
         ),
     }
     if truth.modes is not None:

@@ -10,14 +10,7 @@ from absl import logging
 from ddaebm_jax import density
 from ddaebm_jax.data import images, tabular, test_rows
 from ddaebm_jax.errors import InputError
-from ddaebm_jax.evaluation import (
-    detectors,
-    digits,
-    inference,
-    outliers,
-    plane,
-    scores,
-)
+from ddaebm_jax.evaluation import detectors, digits, inference, outliers, plane, scores
 from ddaebm_jax.evaluation.image_quality import Meter
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
@@ -96,10 +89,8 @@ def _evaluate_table(experiment: Experiment, variables: Players) -> dict[str, Any
         seed = experiment.config.seed
         baselines = detectors.table_scores(table.train, table.test, seed)
         is_outlier = table.test_labels == tabular.OUTLIER
-        for name, values in baselines.items():
-            metrics[f"auroc_{name}"] = outliers.auroc(
-                values[~is_outlier], values[is_outlier]
-            )
+        for name, own in baselines.items():
+            metrics[f"auroc_{name}"] = outliers.auroc(own[~is_outlier], own[is_outlier])
     return metrics
 
 

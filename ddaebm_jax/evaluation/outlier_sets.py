@@ -97,10 +97,7 @@ def open_set(
         return images[: limit or len(images)]
     if is_path(name):
         images, _ = image_files.read_images(
-            user_path(name, "--out"),
-            source.event_shape,
-            data.skip_corrupt,
-            data.crop,
+            user_path(name, "--out"), source.event_shape, data.skip_corrupt, data.crop
         )
         return images[choose(len(images), limit, seed)]
     return _read_tfds(name, source.event_shape, data, seed, limit)

@@ -113,10 +113,8 @@ def _grid(box: plots.Box, cells: int) -> Float[np.ndarray, "points 2"]:
 
 def _plane_box(source: Source, data: np.ndarray) -> plots.Box:
     """Returns where the data are, not the square on which densities are compared."""
-    half = min(
-        source.distribution.extent, (1 + 2 * _MARGIN) * float(np.abs(data).max())
-    )
-    return plots.square(half)
+    reach = (1 + 2 * _MARGIN) * float(np.abs(data).max())
+    return plots.square(min(source.distribution.extent, reach))
 
 
 def _draw_plane(

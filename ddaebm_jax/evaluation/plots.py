@@ -37,11 +37,7 @@ _PANELS = (
     ("mean energy f(x, t)", r"energy/(real|fake)", {"value": "linear"}),
     _GAPS,
     ("gradient norm", r"(\w+)/grad_norm", {"value": "log"}),
-    (
-        "evaluation",
-        r"evaluation/(?!num_)(.+)",
-        {"value": "symlog", "linthresh": 0.01},
-    ),
+    ("evaluation", r"evaluation/(?!num_)(.+)", {"value": "symlog", "linthresh": 0.01}),
     ("noise of the levels", r"levels/noise_(\d+)", {"value": "log"}),
 )
 _WIDE = 20  # Values of so wide a range are on a logarithmic axis.
@@ -85,9 +81,8 @@ def _axes(
     from matplotlib.figure import Figure
 
     with matplotlib.style.context("default"):
-        figure = Figure(
-            figsize=(side * columns, side * rows + 0.3), layout="constrained"
-        )
+        size = side * columns, side * rows + 0.3
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield list(figure.subplots(rows, columns, squeeze=False).ravel())
         if title:
@@ -143,11 +138,8 @@ def plot_plane(
     panels, high = {"model's density  exp f(·, 0) / Z": model}, _largest(model)
     if log_truth is not None:
         truth = _normalized(log_truth, box)
-        panels, high = (
-            {"true density": truth} | panels,
-            min(high, 1.5 * _largest(truth)),
-        )
-        high = max(high, _largest(truth))
+        panels = {"true density": truth} | panels
+        high = max(min(high, 1.5 * _largest(truth)), _largest(truth))
     with _axes(2 + len(panels), title=title) as axes:
         _scatter(axes[0], data, "data", box)
         _scatter(axes[1], samples, "samples", box)

@@ -4,8 +4,6 @@ The released encoders of Geng et al. 2024; that of large images is built like DD
 discriminator (Xiao et al. 2022).
 """
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,8 @@ from ddaebm_jax.models.layers import (
     conv,
     dense,
     sinusoidal_embedding,
-    uniform,
     uniform_fan_in,
+    uniform_within,
 )
 
 _SQRT_HALF = 0.5**0.5
@@ -91,10 +89,7 @@ class ConvEncoder(nn.Module):
             shift = dense(width, dtype=self.dtype, name=f"time_{i}")(time)
             h = activation(h) + shift[:, None, None, :]
 
-        bound = (h.shape[1] * h.shape[2] * h.shape[3]) ** -0.5
-
-        def bias_init(key: Array, shape: Sequence[int], dtype) -> Array:
-            return uniform(key, shape, bound).astype(dtype)
+        bias_init = uniform_within((h.shape[1] * h.shape[2] * h.shape[3]) ** -0.5)
 
         def head(name: str) -> Array:
             out = nn.Conv(

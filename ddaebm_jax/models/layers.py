@@ -43,6 +43,11 @@ def variance_scaling(scale: float) -> nn.initializers.Initializer:
     return init
 
 
+def uniform_within(bound: float) -> nn.initializers.Initializer:
+    """Return an initialiser that draws uniformly from ±bound."""
+    return lambda key, shape, dtype: uniform(key, shape, bound).astype(dtype)
+
+
 def uniform_fan_in(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
     """Draw a kernel (last axis: outputs) uniformly from ±1/√fan_in."""
     return uniform(key, shape, math.prod(shape[:-1]) ** -0.5).astype(dtype)
@@ -75,9 +80,8 @@ def dense(
     features: int, scale: float = 1.0, dtype: str = "float32", **kwargs
 ) -> nn.Dense:
     """Return a Dense layer with kernel vs(scale) and bias 0; see `conv`."""
-    return nn.Dense(
-        features, kernel_init=variance_scaling(scale), dtype=dtype, **kwargs
-    )
+    kernel_init = variance_scaling(scale)
+    return nn.Dense(features, kernel_init=kernel_init, dtype=dtype, **kwargs)
 
 
 def dropout_masks(
@@ -103,10 +107,8 @@ def dropout_masks(
     kept = jax.vmap(draw)(keys).astype(jnp.uint32) < round((1.0 - rate) * 2**16)
     ends = np.cumsum(sizes)
     parts = jnp.split(jax.lax.optimization_barrier(kept), ends, axis=1)
-    return [
-        part.reshape(-1, *shape)
-        for part, shape in zip(parts[: len(sizes)], shapes, strict=True)
-    ]
+    pairs = zip(parts, shapes, strict=False)  # What is left over is cut.
+    return [part.reshape(-1, *shape) for part, shape in pairs]
 
 
 def dropout(x: Array, rate: float, kept: Array | None) -> Array:

@@ -12,13 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ddaebm_jax.models.layers import (
-    BatchNorm,
-    PReLU,
-    sinusoidal_embedding,
-    uniform,
-    uniform_fan_in,
-)
+from ddaebm_jax.models import layers
 
 
 class UniformDense(nn.Module):
@@ -32,29 +26,14 @@ class UniformDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch inputs"]) -> Float[Array, "batch out"]:
-        bound = x.shape[-1] ** -0.5
-
-        def bias_init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
-            return uniform(key, shape, bound).astype(dtype)
-
-        return nn.Dense(
-            self.features,
-            kernel_init=uniform_fan_in,
-            bias_init=bias_init,
-            name="dense",
-        )(x)
+        init = layers.uniform_within(x.shape[-1] ** -0.5)
+        dense = nn.Dense(self.features, kernel_init=init, bias_init=init, name="dense")
+        return dense(x)
 
 
 def activation(name: str) -> Callable[[Array], Array]:
     """Return a new activation; each `prelu` has one learned slope."""
-    if name == "prelu":
-        return PReLU()
-    return {
-        "relu": nn.relu,
-        "silu": nn.silu,
-        "gelu": nn.gelu,
-        "softplus": nn.softplus,
-    }[name]
+    return layers.PReLU() if name == "prelu" else getattr(nn, name)
 
 
 class Trunk(nn.Module):
@@ -86,22 +65,19 @@ class Trunk(nn.Module):
     ) -> Float[Array, "batch width"]:
         h = UniformDense(width)(h)
         if norm:
-            h = BatchNorm(self.axis_name)(h, train=train)
+            h = layers.BatchNorm(self.axis_name)(h, train=train)
         return activation(self.act)(h)
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch dim"],
-        t: Int[Array, " batch"],
-        train: bool = False,
+        self, x: Float[Array, "batch dim"], t: Int[Array, " batch"], train: bool = False
     ) -> Float[Array, "batch out"]:
         batch_norm = self.norm == "batch"
         h = x
         for width in self.x_widths[:-1]:
             h = self._hidden_layer(h, width, batch_norm, train)
         h = UniformDense(self.x_widths[-1])(h)
-        s = sinusoidal_embedding(t, self.t_embed_dim)
+        s = layers.sinusoidal_embedding(t, self.t_embed_dim)
         for width in self.t_widths[:-1]:
             s = self._hidden_layer(s, width, False, train)
         s = UniformDense(self.t_widths[-1])(s)

@@ -85,11 +85,7 @@ class AdaptiveGroupNorm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(
-        self,
-        x: Image,
-        style: Float[Array, "batch style"],
-    ) -> Image:
+    def __call__(self, x: Image, style: Float[Array, "batch style"]) -> Image:
         channels = x.shape[-1]
 
         def identity_init(key: Array, shape: Sequence[int], dtype) -> Array:
@@ -316,10 +312,7 @@ class Energy(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Image,
-        t: Int[Array, " batch"],
-        keys: Array | None = None,
+        self, x: Image, t: Int[Array, " batch"], keys: Array | None = None
     ) -> Float[Array, " batch"]:
         h = UNet(**self.trunk, name="trunk")(x, t, keys=keys)
         residual = x.astype(jnp.float32) - h

@@ -70,16 +70,9 @@ def build(
       event_shape: shape of one example.
       axis_name: mapped axis over which training batches are split, so that batch
         statistics are those of the whole batch; None: batches are not split.
-
-    Raises:
-      ValueError: for an unknown `model.name`.
     """
-    if model.name == "mlp":
-        return _mlp_networks(model, event_shape, axis_name)
-    if model.name == "ncsnpp":
-        return _image_networks(model, event_shape, axis_name)
-    allowed = ", ".join(choices.NETWORKS)
-    raise ValueError(f"model.name is '{model.name}'; allowed: {allowed}")
+    make = _mlp_networks if model.name == "mlp" else _image_networks
+    return make(model, event_shape, axis_name)
 
 
 def _mlp_networks(
@@ -113,17 +106,13 @@ def _mlp_networks(
         f = energy.apply(variables, x, t)
         return f - 0.5 * confinement * (x**2).sum(axis=1) if confinement else f
 
-    def train_generator(variables, x_next, t, z, rngs=None):
-        x0, updates = generator.apply(
-            variables, x_next, t, z, train=True, mutable=["batch_stats"]
-        )
-        return x0, updates.get("batch_stats", {})
+    def in_training(network):
+        def apply(variables, *inputs, rngs=None):
+            how = {"train": True, "mutable": ["batch_stats"]}
+            found, updates = network.apply(variables, *inputs, **how)
+            return found, updates.get("batch_stats", {})
 
-    def train_posterior(variables, x_t, x_next, t):
-        moments, updates = posterior.apply(
-            variables, x_t, x_next, t, train=True, mutable=["batch_stats"]
-        )
-        return moments, updates.get("batch_stats", {})
+        return apply
 
     return Networks(
         init=init,
@@ -132,8 +121,8 @@ def _mlp_networks(
             variables, x_next, t, z
         ),
         posterior=posterior.apply,
-        train_generator=train_generator,
-        train_posterior=train_posterior,
+        train_generator=in_training(generator),
+        train_posterior=in_training(posterior),
         event_shape=event_shape,
         nz=nz,
     )

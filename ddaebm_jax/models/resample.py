@@ -33,22 +33,12 @@ def _up_axis(x: Array, axis: int) -> Array:
     return _interleave(before + centre, centre + after, axis)
 
 
-def _down_axis(x: Array, axis: int) -> Array:
-    """Outputs are (x_{2i−1} + 3x_{2i} + 3x_{2i+1} + x_{2i+2})/8."""
-    end = x.shape[axis] - 1
-    padded = _padded(x, axis, 1, 1)
+def _filter_axis(x: Array, axis: int, pad: int, stride: int) -> Array:
+    """Every `stride`-th of (x_i + 3x_{i+1} + 3x_{i+2} + x_{i+3})/8 of the padded x."""
+    padded = _padded(x, axis, pad, pad)
+    end = padded.shape[axis] - 3
     first, second, third, fourth = (
-        jax.lax.slice_in_dim(padded, i, i + end, 2, axis) for i in range(4)
-    )
-    return 0.125 * (first + fourth) + 0.375 * (second + third)
-
-
-def _filter_axis(x: Array, axis: int) -> Array:
-    """Outputs are (x_{i−2} + 3x_{i−1} + 3x_i + x_{i+1})/8, one more than inputs."""
-    end = x.shape[axis] + 1
-    padded = _padded(x, axis, 2, 2)
-    first, second, third, fourth = (
-        jax.lax.slice_in_dim(padded, i, i + end, axis=axis) for i in range(4)
+        jax.lax.slice_in_dim(padded, i, i + end, stride, axis) for i in range(4)
     )
     return 0.125 * (first + fourth) + 0.375 * (second + third)
 
@@ -64,7 +54,7 @@ def fir_down(
     x: Float[Array, "batch height width channels"],
 ) -> Float[Array, "batch height2 width2 channels"]:
     """Halve both sides, rounded down: padding (1, 1), filter, every second sample."""
-    return _down_axis(_down_axis(x, 1), 2)
+    return _filter_axis(_filter_axis(x, 1, 1, 2), 2, 1, 2)
 
 
 def fir_filter(
@@ -74,7 +64,7 @@ def fir_filter(
 
     A 3×3 convolution with stride 2 and no padding then halves an even side.
     """
-    return _filter_axis(_filter_axis(x, 1), 2)
+    return _filter_axis(_filter_axis(x, 1, 2, 1), 2, 2, 1)
 
 
 def repeat_up(

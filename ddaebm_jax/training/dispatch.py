@@ -11,16 +11,10 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from ddaebm_jax import experiment as experiment_lib
 from ddaebm_jax import progress, reference, sharding
 from ddaebm_jax.diagnostics import Fault, Metrics
 from ddaebm_jax.diffusion import Schedule
-from ddaebm_jax.experiment import (
-    Experiment,
-    init_state,
-    make_steps,
-    seed_argument,
-    state_shapes,
-)
 from ddaebm_jax.game import TrainState
 from ddaebm_jax.models import Players
 from ddaebm_jax.paths import cache_directory, user_path
@@ -42,7 +36,7 @@ class Dispatcher:
       compile_seconds: time spent tracing and compiling so far.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: experiment_lib.Experiment) -> None:
         """Lays out the steps.
 
         Raises:
@@ -57,8 +51,8 @@ class Dispatcher:
         )
         # With a sharded state XLA splits the step of the whole batch.
         axis_name = None if layout.fsdp else sharding.DATA_AXIS
-        steps = make_steps(experiment, axis_name)
-        shapes = state_shapes(experiment)
+        steps = experiment_lib.make_steps(experiment, axis_name)
+        self._shapes = shapes = experiment_lib.state_shapes(experiment)
         if layout.mode == "pmap":
             self.steps = sharding.pmap_steps(steps, self.mesh)
         else:
@@ -67,7 +61,7 @@ class Dispatcher:
         self._experiment = experiment
         self._index = sharding.process_rows(self.mesh, config.data.batch_size)
         self._arrays = sharding.replicate(self.mesh, experiment.source.arrays)
-        seed = seed_argument(experiment.config.seed)
+        seed = experiment_lib.seed_argument(experiment.config.seed)
         self._seed = sharding.replicate(self.mesh, seed)
         self.set_levels(experiment.schedule)
         self._compiled: set[int] = set()
@@ -80,7 +74,7 @@ class Dispatcher:
         With the seed's weights, or these, which every process holds. A reference
         density is always that of the run's own rows.
         """
-        state = init_state(self._experiment)
+        state = experiment_lib.init_state(self._experiment)
         if variables is not None:
             fitted = reference.read(state.variables.energy)
             if fitted is not None:
@@ -91,9 +85,7 @@ class Dispatcher:
 
     def like(self) -> TrainState:
         """Returns the state's shapes and shardings, to restore a checkpoint into."""
-        return sharding.with_shardings(
-            state_shapes(self._experiment), self._shardings()
-        )
+        return sharding.with_shardings(self._shapes, self._shardings())
 
     def reseed(self, trial: int) -> None:
         """Gives the steps from here on the noise of a trial; 0 is the first."""
@@ -139,9 +131,8 @@ class Dispatcher:
         return (*self.steps.place(batches, self._index), constants)
 
     def _shardings(self) -> TrainState:
-        shapes = state_shapes(self._experiment)
         fsdp = self._experiment.config.parallel.fsdp
-        return sharding.state_shardings(self.mesh, shapes, fsdp)
+        return sharding.state_shardings(self.mesh, self._shapes, fsdp)
 
 
 def use_compilation_cache(cache: ml_collections.ConfigDict) -> None:
@@ -201,11 +192,7 @@ def dispatch_end(config: ml_collections.ConfigDict, start: int) -> int:
     """Returns the step at which the dispatch from `start` ends; see `next_stop`."""
     train = config.train
     per_dispatch = train.steps_per_dispatch or steps_per_dispatch(config.model.name)
-    intervals = [
-        train.report_every,
-        train.picture_every,
-        train.evaluate_every,
-        train.checkpoint_every,
-    ]
+    names = "report", "picture", "evaluate", "checkpoint"
+    intervals = [train[f"{name}_every"] for name in names]
     moves = config.levels.move_at
     return next_stop(start, per_dispatch, train.num_steps, intervals, moves)

@@ -17,18 +17,11 @@ from absl import logging
 from clu import parameter_overview
 
 from ddaebm_jax import config as config_lib
+from ddaebm_jax import errors, progress
 from ddaebm_jax import experiment as experiment_lib
-from ddaebm_jax import progress
 from ddaebm_jax.data import open_source
 from ddaebm_jax.data.batches import Batches
 from ddaebm_jax.diagnostics import Fault, Metrics
-from ddaebm_jax.errors import (
-    DivergedError,
-    InputError,
-    LostProcessError,
-    TrainingError,
-    one_line,
-)
 from ddaebm_jax.evaluation import image_quality, pictures, placement
 from ddaebm_jax.evaluation import metrics as metrics_lib
 from ddaebm_jax.game import TrainState
@@ -100,7 +93,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
             return _finish(run, state, first_step, started)
     except Exception as error:
         if processes.is_lost_process(error):
-            raise LostProcessError(error) from error
+            raise errors.LostProcessError(error) from error
         raise
 
 
@@ -139,14 +132,11 @@ def _open(
     stack.push(close)
     reports = Reports(workdir, config, experiment.source.holds_images)
     stack.callback(reports.close)
-    for name, value in (
-        experiment_lib.state_shapes(experiment).variables._asdict().items()
-    ):
+    shapes = experiment_lib.state_shapes(experiment).variables._asdict()
+    table_of = parameter_overview.get_parameter_overview
+    for name, value in shapes.items():
         if params := value["params"]:
-            table = parameter_overview.get_parameter_overview(
-                params, include_stats=False
-            )
-            progress.log(f"{name}\n{table}")
+            progress.log(f"{name}\n{table_of(params, include_stats=False)}")
     tools = dispatcher, batches, meter, checkpoints, reports, first
     return Run(config, experiment, workdir, *tools)
 
@@ -168,14 +158,14 @@ def _restore(run: Run) -> tuple[TrainState, int]:
         step, state, info = found
     total = run.experiment.config.train.num_steps
     if step > total:
-        raise InputError(
+        raise errors.InputError(
             f"{run.workdir} has a checkpoint at step {step}, beyond train.num_steps "
             f"{total}; raise it, or name a new --workdir"
         )
     source = run.experiment.source
     # Imported weights come without data (None).
     if info.get("data") not in (None, source.metadata()):
-        raise InputError(
+        raise errors.InputError(
             f"the data '{source.name}' are not those that {run.workdir} was trained "
             "on; bring the old files back, or name a new --workdir"
         )
@@ -302,7 +292,7 @@ def _roll_back(run: Run, fault: Fault) -> tuple[TrainState, int]:
     if trial >= most:
         last = max(run.checkpoints.steps(), default=None)
         kept = "there is no checkpoint" if last is None else f"step {last} is kept"
-        raise DivergedError(
+        raise errors.DivergedError(
             f"{fault.describe()}; recovery.max_rollbacks is {most}, and the run has "
             f"gone back {trial} times; {kept}. Try a lower optimizer.learning_rate, a "
             "higher game.gamma, or optimizer.max_grad_norm, in a new --workdir"
@@ -331,7 +321,7 @@ def _evaluate(run: Run, state: TrainState, step: int) -> None:
     except Exception as error:
         if jax.process_count() > 1:
             raise
-        text = f"the evaluation of step {step} failed: {one_line(error)}"
+        text = f"the evaluation of step {step} failed: {errors.one_line(error)}"
         progress.log(text, logging.WARNING)
         return
     run.reports.write(step, {f"evaluation/{k}": v for k, v in found.items()})
@@ -363,7 +353,7 @@ def _draw(run: Run, state: TrainState, step: int) -> None:
     except Exception as error:
         if jax.process_count() > 1:
             raise
-        text = f"the pictures of step {step} cannot be drawn: {one_line(error)}"
+        text = f"the pictures of step {step} cannot be drawn: {errors.one_line(error)}"
         progress.log(text, logging.WARNING)
 
 
@@ -385,8 +375,9 @@ def _finish(
             if run.meter is not None and fewer not in (0, num):
                 compared = metrics_lib.evaluate(*inputs, fewer)
     except Exception as error:
-        reason = error if isinstance(error, InputError) else one_line(error)
-        raise TrainingError(
+        is_ours = isinstance(error, errors.InputError)
+        reason = error if is_ours else errors.one_line(error)
+        raise errors.TrainingError(
             f"the model cannot be evaluated ({reason}); step {step} is saved: the same "
             "command evaluates it again, in less memory with a lower "
             f"evaluation.batch_size ({config.evaluation.batch_size})"

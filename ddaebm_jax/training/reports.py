@@ -94,10 +94,8 @@ class Reports:
         if self._images_per_step is not None:
             rates["images_per_second"] = rate * self._images_per_step
         self.write(step, {**values, **rates})
-        losses = (
-            f"energy {values['energy/loss']:+.3f}  "
-            f"generator {values['generator/loss']:+.3f}"
-        )
+        both = values["energy/loss"], values["generator/loss"]
+        losses = "energy {:+.3f}  generator {:+.3f}".format(*both)
         self._bar.set_postfix_str(losses)
         if self._bar.disable:
             left = progress.duration((self._total - step) / rate)

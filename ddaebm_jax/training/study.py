@@ -17,19 +17,13 @@ import numpy as np
 
 from ddaebm_jax import config as config_lib
 from ddaebm_jax import experiment as experiment_lib
-from ddaebm_jax import progress
+from ddaebm_jax import files, progress
 from ddaebm_jax.config import fields as fields_lib
 from ddaebm_jax.config.variations import Fields, varied
 from ddaebm_jax.data import open_source
 from ddaebm_jax.errors import DivergedError, InputError, one_line
 from ddaebm_jax.evaluation import metrics, pictures
 from ddaebm_jax.experiment import Experiment
-from ddaebm_jax.files import (
-    read_npz,
-    read_text,
-    write_text_atomically,
-    written_atomically,
-)
 from ddaebm_jax.models import Players
 from ddaebm_jax.training import dispatch, loop, many, pilot, processes, reports
 from ddaebm_jax.training.trained_run import load_run
@@ -86,7 +80,7 @@ def run(
                         record |= {"variation": name, "fields": fields}
                         done[record["key"]] = record
                     lines = (json.dumps(record) + "\n" for record in done.values())
-                    write_text_atomically(workdir / RECORDS_FILE, "".join(lines))
+                    files.write_text_atomically(workdir / RECORDS_FILE, "".join(lines))
         found[name] = [done[key] | {"fields": fields} for key in keys]
     return found
 
@@ -105,7 +99,7 @@ def panels(workdir: Path, records: Mapping[str, Sequence[Record]]) -> dict[str, 
     for name, runs in records.items():
         paths = [_panel_path(workdir, record["key"]) for record in runs]
         if path := next(filter(Path.exists, paths), None):
-            found[name] = read_npz(path, _LARGEST_FILE)
+            found[name] = files.read_npz(path, _LARGEST_FILE)
     return found
 
 
@@ -119,7 +113,7 @@ def _open_records(path: Path) -> dict[str, Record]:
         )
     path.touch()
     done = {}
-    for number, line in enumerate(read_text(path, _LARGEST_FILE).splitlines(), 1):
+    for number, line in enumerate(files.read_text(path, _LARGEST_FILE).splitlines(), 1):
         try:
             record = json.loads(line)
             done[record["key"]] = record
@@ -220,7 +214,7 @@ def _save_panel(
     panel = pictures.panel(experiment, variables) | _curves(lines)
     path = _panel_path(workdir, key)
     path.parent.mkdir(exist_ok=True)
-    with written_atomically(path) as file:
+    with files.written_atomically(path) as file:
         np.savez_compressed(file, **panel)
 
 
