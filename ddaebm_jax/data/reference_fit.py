@@ -14,7 +14,7 @@ from ddaebm_jax.diffusion import Schedule
 
 # Most rows that are looked at; least rows for each Gaussian, the share of rows by whose
 # likelihood their number is chosen, and what is added to variances.
-_MAX_ROWS, _ROWS_EACH, _HELD_OUT, _LEAST_VARIANCE = 5_000, 5, 0.2, 0.01
+_MAX_ROWS, _ROWS_EACH, _HELD_OUT, ADDED_VARIANCE = 5_000, 5, 0.2, 0.01
 # Noise of level 0, in units of Scott's bandwidth.
 _BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
 # Variances of windows around images in [−1, 1]; float32 does not do for smaller ones.
@@ -130,7 +130,7 @@ def _fitted(
         # A hundred iterations do, converged or not.
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = GaussianMixture(
-            k, covariance_type=kind, reg_covar=_LEAST_VARIANCE, random_state=0
+            k, covariance_type=kind, reg_covar=ADDED_VARIANCE, random_state=0
         ).fit(rows)
     gaussians = reference_lib.empty(num, shape).gaussians
     gaussians.log_weights[:k] = np.log(found.weights_)
