@@ -178,7 +178,7 @@ def test_the_share_is_that_of_the_better_model(right: str):
         x = means + (np.sqrt(variances) * x) @ axes.T
     model = exact, variables, known_gaussians()[0]
     share = restoring.generator_share(*model, x, 0, restoring.Search(5, num_moves=10))
-    assert share > 0.8 if right == "generator" else share < 0.2
+    assert share > 0.7 if right == "generator" else share < 0.3, share
 
 
 def test_what_is_known_without_noise_is_kept():
