@@ -43,7 +43,13 @@ from scipy.special import softmax
 
 from ddaebm_jax.data import images
 from ddaebm_jax.data.tabular import load_breast_cancer
-from ddaebm_jax.evaluation import imputation, inference, outliers, restoring
+from ddaebm_jax.evaluation import (
+    imputation,
+    inference,
+    outliers,
+    reference_draws,
+    restoring,
+)
 from ddaebm_jax.reference import Gaussians, given_measurement
 from ddaebm_jax.restoration import BlockMean, Identity, Mask, Measurement
 from ddaebm_jax.training import many
@@ -224,8 +230,8 @@ def _cell(
         how, extra = (_SEED, restoring.Search()), {}
         if method == "averaged":
             how = *how, model.error
-            share = restoring.generator_share(*inputs, model.held_out, *how)
-            draws = restoring.averaged(*inputs, _CHAINS.value, *how, share)
+            share = reference_draws.generator_share(*inputs, model.held_out, *how)
+            draws = reference_draws.averaged(*inputs, _CHAINS.value, *how, share)
             extra = {"share": share}
         elif method == "noise_space":
             draws = restoring.noise_space(*inputs, _CHAINS.value, *how, model.error)

@@ -160,7 +160,7 @@ def test_two_models_share_the_draws():
     exact, (_, variables) = experiment(gaussian_networks()), one_gaussian((2,))
     model = exact, variables, known_gaussians()[0]
     search, error = restoring.Search(3, num_moves=4), np.full(2, 0.1, np.float32)
-    draws = restoring.averaged(*model, 5, 0, search, error, share=0.3)
+    draws = reference_draws.averaged(*model, 5, 0, search, error, share=0.3)
     first = restoring.noise_space(*model, 5, 0, search, error)
     second = reference_draws.draws(*model, 7, 0)
     assert draws.shape == first.shape == (3, 10, 2)
@@ -177,7 +177,9 @@ def test_the_share_is_that_of_the_better_model(right: str):
         _, means, variances, axes = (leaf[1] for leaf in found.gaussians)
         x = means + (np.sqrt(variances) * x) @ axes.T
     model = exact, variables, known_gaussians()[0]
-    share = restoring.generator_share(*model, x, 0, restoring.Search(5, num_moves=10))
+    share = reference_draws.generator_share(
+        *model, x, 0, restoring.Search(5, num_moves=10)
+    )
     assert share > 0.7 if right == "generator" else share < 0.3, share
 
 

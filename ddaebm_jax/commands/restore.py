@@ -199,7 +199,7 @@ def _draw_images(
     """Return draws of every image given its measurement, [n, num_draws, …]."""
     how = num_draws, seed, restoring.Search(), errors
     if method == "averaged":
-        return restoring.averaged(*model, *how, share)
+        return reference_draws.averaged(*model, *how, share)
     if method == "noise_space":
         return restoring.noise_space(*model, *how)
     if method == "particles":
@@ -259,7 +259,9 @@ def _share(
     x = _held_out(loaded, seed)
     model = loaded.experiment, loaded.variables, known
     with progress.phase(f"restoring {len(x)} held-out images by both models"):
-        found = restoring.generator_share(*model, x, seed, restoring.Search(), errors)
+        found = reference_draws.generator_share(
+            *model, x, seed, restoring.Search(), errors
+        )
     logging.info("a share of %.2f of the draws comes from the generator", found)
     return found
 

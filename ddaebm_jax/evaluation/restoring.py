@@ -6,7 +6,6 @@ together, and each gets the result.
 """
 
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from absl import logging
 from jaxtyping import Float
 
 from ddaebm_jax import diffusion, restoration
-from ddaebm_jax.evaluation import inference, reference_draws
+from ddaebm_jax.evaluation import inference
 from ddaebm_jax.evaluation.particles import proposal_noise, row_normals, systematic
 from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
@@ -33,8 +32,6 @@ _ERRORS_SEED, _ERROR_SAMPLES = 1_010, 512
 # Held-out images on which the generator's error is measured, and τ at the start of its
 # fit, in units of [−1, 1].
 ERROR_IMAGES, _FIRST_ERROR = 48, 0.3
-# Chains of each of them that say how much the generator's draws count.
-_SHARE_CHAINS = 4
 # Added to a move's number, for the keys of its test and of the generator's error.
 _TEST_KEYS, _ERROR_KEYS = 100_000, 200_000
 
@@ -213,76 +210,6 @@ class _Chains:
         key = jax.random.fold_in(jax.random.key(self._seed), _ERROR_KEYS + number)
         how = self._experiment, partial(_with_error, tree), self._num
         return inference.by_rows(*how, (x0, *map(np.asarray, rows)), (key, error))
-
-
-def averaged(
-    experiment: Experiment,
-    variables: Players,
-    measurement: Measurement,
-    num_chains: int,
-    seed: int,
-    search: Search,
-    error: Float[np.ndarray, "*shape"] | None = None,
-    share: float = 0.5,
-) -> Float[np.ndarray, "n draws *shape"]:
-    """Returns draws of two models' posteriors: `noise_space`, and p_ref's.
-
-    Their mean can be nearer to the truth than either's (docs/restoration.md). `share`
-    of the draws come from the noise space (see `generator_share`); for the other
-    arguments see `noise_space`.
-    """
-    model = experiment, variables, measurement
-    num = num_chains * (search.num_moves - search.num_moves // 2)
-    kept = np.linspace(0, num - 1, round(share * num)).round().astype(int)
-    parts = [reference_draws.draws(*model, num - len(kept), seed)]
-    if len(kept):
-        found = noise_space(*model, num_chains, seed, search, error)
-        parts.append(found[:, kept])
-    order = np.random.default_rng(seed).permutation(num)
-    return np.concatenate(parts, axis=1)[:, order]
-
-
-def generator_share(
-    experiment: Experiment,
-    variables: Players,
-    measurement: Measurement,
-    x: Float[np.ndarray, "m *shape"],
-    seed: int,
-    search: Search,
-    error: Float[np.ndarray, "*shape"] | None = None,
-) -> float:
-    """Returns the `share` of `averaged` whose mean restores held-out data best.
-
-    They are measured as the n examples are, and restored by both models. Best is the
-    largest mean PSNR: a squared error would be that of a few examples.
-
-    Args:
-      experiment: the trained experiment.
-      variables: of its networks.
-      measurement: of n examples.
-      x: data that training did not see, in the networks' units.
-      seed: of everything that is drawn.
-      search: settings.
-      error: τ of each pixel; see `generator_error`.
-    """
-    places = np.arange(len(x)) % len(measurement.y)
-    operator, std = jax.tree.map(
-        itemgetter(places), (measurement.operator, measurement.std)
-    )
-    y = np.asarray(operator.apply(jnp.asarray(x)))
-    eps = np.random.default_rng(seed).standard_normal(y.shape, np.float32)
-    y = y + std.reshape(-1, *[1] * (y.ndim - 1)) * eps
-    model = experiment, variables, Measurement(operator, y, std)
-    first = noise_space(*model, _SHARE_CHAINS, seed, search, error)
-    second = reference_draws.draws(*model, first.shape[1], seed).mean(axis=1)
-    apart = first.mean(axis=1) - second
-
-    def error_of(share: float) -> float:
-        squares = (second + share * apart - x) ** 2
-        means = squares.reshape(len(x), -1).mean(axis=1)
-        return float(np.log(means + 1e-12).mean())
-
-    return min(np.linspace(0.0, 1.0, 21).tolist(), key=error_of)
 
 
 class Restored(NamedTuple):
