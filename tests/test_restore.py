@@ -120,6 +120,7 @@ def test_rows_that_cannot_be_filled(text, words, table_run: Path, tmp_path: Path
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("digits") / "run"
     fields = TINY_UNET | {
+        "model.reference": 2,
         "data.batch_size": 8,
         "train.num_steps": 2,
         "train.picture_every": 0,
@@ -163,9 +164,9 @@ def test_pixels_and_noise_are_in_the_networks_units(task, digits_run, tmp_path):
 
 TASKS = {
     "noise": ("--task=denoise", "--sigma=0.1", "--method=direct"),
-    "hole": ("--task=inpaint", "--mask=center:4", "--error=0.05"),
+    "hole": ("--task=inpaint", "--mask=center:4"),
     "small": ("--task=superres", "--method=particles"),
-    "blur": ("--task=deblur", "--blur=0.5", "--method=particles"),
+    "blur": ("--task=deblur", "--blur=0.5", "--method=noise_space", "--error=0.05"),
 }
 
 
@@ -185,6 +186,7 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
     flags += ("--num_draws=4", f"--output={output}")
     result = succeed("--mode=restore", *flags, *TASKS[name])
     assert result.out.strip() == str(output) and "PSNR of the mean" in result.err
+    assert ("of the draws comes from the generator" in result.err) == (name == "hole")
     with np.load(output) as file:
         assert file["x"].shape == file["std"].shape == (3, 8, 8, 1)
         assert file["draws"].shape == (3, 4, 8, 8, 1)
@@ -202,16 +204,14 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
 
 
 def test_images_are_restored_in_groups(monkeypatch: pytest.MonkeyPatch):
-    def draw(model, method, num_draws, seed, errors, share):
-        known = model[2]
-        return known.y[:, None] + known.std[0] * np.zeros((1, num_draws, 1, 1, 1))
+    def draw(experiment, variables, known, seed):
+        return known.y[:, None] + np.zeros((1, 3, 1, 1, 1))
 
     monkeypatch.setattr(restore, "_GROUP", 2)
-    monkeypatch.setattr(restore, "_draw_images", draw)
     y = np.linspace(-1.0, 1.0, 5 * 4, dtype=np.float32).reshape(5, 2, 2, 1)
     known = Measurement(Mask(np.ones(y.shape, bool)), y, np.full(5, 0.1, np.float32))
-    trained = experiment(gaussian_networks()), NO_VARIABLES
-    found = restore._restored((*trained, known), "direct", 3, 0, None, 0.5)
+    model = experiment(gaussian_networks()), NO_VARIABLES, known
+    found = restore._restored(model, draw, 3, 0)
     np.testing.assert_allclose(found.mean, (y + 1) * 127.5, rtol=1e-5)
     assert found.draws.shape == (5, 3, 2, 2, 1) and not found.std.any()
 

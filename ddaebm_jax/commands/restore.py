@@ -10,6 +10,8 @@ The picture's columns: given, mean, three draws, uncertainty (two standard devia
 and the truth, if it is given.
 """
 
+from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,8 +154,9 @@ def restore(
     share = 0.5
     if method == "averaged" and error is None:
         share = _share(loaded, known, errors, seed)
+    draw = partial(_draw_images, method, num_draws, errors, share)
     with progress.phase(f"restoring {len(given)} images, --method={method}"):
-        restored = _restored(model, method, num_draws, seed, errors, share)
+        restored = _restored(model, draw, num_draws, seed)
     return _write_images(loaded, restored, given, names, whole, output)
 
 
@@ -167,19 +170,17 @@ class _Restored(NamedTuple):
 
 def _restored(
     model: tuple[Experiment, Players, restoration.Measurement],
-    method: str,
+    draw: Callable[..., np.ndarray],
     num_draws: int,
     seed: int,
-    errors: np.ndarray | None,
-    share: float,
 ) -> _Restored:
     """Return what is written of every image, of groups of them one after the other."""
     *trained, known = model
     num, groups = len(known.y), []
     for start in range(0, num, _GROUP):
         group = jax.tree.map(itemgetter(slice(start, start + _GROUP)), known)
-        how = method, num_draws, seed + start, errors, share
-        drawn = (np.clip(_draw_images((*trained, group), *how), -1.0, 1.0) + 1) * 127.5
+        drawn = draw(*trained, group, seed + start)
+        drawn = (np.clip(drawn, -1.0, 1.0) + 1.0) * 127.5
         # The last draws: chains are longest there.
         kept = np.round(drawn[:, -num_draws:]).astype(np.uint8)
         groups.append(_Restored(drawn.mean(axis=1), drawn.std(axis=1), kept))
@@ -189,14 +190,17 @@ def _restored(
 
 
 def _draw_images(
-    model: tuple[Experiment, Players, restoration.Measurement],
     method: str,
     num_draws: int,
-    seed: int,
     errors: np.ndarray | None,
     share: float,
+    experiment: Experiment,
+    variables: Players,
+    known: restoration.Measurement,
+    seed: int,
 ) -> np.ndarray:
     """Return draws of every image given its measurement, [n, num_draws, …]."""
+    model = experiment, variables, known
     how = num_draws, seed, restoring.Search(), errors
     if method == "averaged":
         return reference_draws.averaged(*model, *how, share)
@@ -255,7 +259,7 @@ def _share(
     errors: np.ndarray,
     seed: int,
 ) -> float:
-    """Return how many of the draws come from the generator."""
+    """Return the share of the draws that come from the generator."""
     x = _held_out(loaded, seed)
     model = loaded.experiment, loaded.variables, known
     with progress.phase(f"restoring {len(x)} held-out images by both models"):
