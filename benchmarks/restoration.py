@@ -77,7 +77,11 @@ def main(argv: list[str]) -> None:
     del argv
     path = Path(_RESULTS.value)
     lines = path.read_text().splitlines() if path.exists() else []
-    of = f"{_WORKDIR.value} {_NUM.value} {_CHAINS.value} {_CONFIG.value.to_json()}"
+    run, config, step = None, _CONFIG.value, ""
+    if _WORKDIR.value:
+        run = load_run(_WORKDIR.value, open_images=True)
+        config, step = run.experiment.config, run.step
+    of = f"{step} {_NUM.value} {_CHAINS.value} {config.to_json()}"
     of = hashlib.sha256(of.encode()).hexdigest()[:16]
     found = {(r["what"], r["method"]): r for r in map(json.loads, lines)}
     if any(record["of"] != of for record in found.values()):
@@ -91,8 +95,8 @@ def main(argv: list[str]) -> None:
             found[what, method] = record
             print(record, flush=True)
 
-    if _WORKDIR.value:
-        _images(load_run(_WORKDIR.value, open_images=True), measured)
+    if run is not None:
+        _images(run, measured)
     for name in _SETS.value:
         _table(name, measured)
     _print(found)
@@ -103,7 +107,8 @@ def _print(found: dict[tuple[str, str], dict]) -> None:
     for record in found.values():
         if "auroc" in record:
             record["change of AUROC"] = record["auroc"] - record["auroc_whole"]
-    for metric in ("psnr", "ssim", "rmse", "change of AUROC", "coverage", "share"):
+    shares = reference_draws.Mix._fields
+    for metric in ("psnr", "ssim", "rmse", "change of AUROC", "coverage", *shares):
         cells: dict[tuple[str, str], list[float]] = {}
         for (what, method), record in found.items():
             if metric in record:
@@ -131,8 +136,9 @@ def _text(values: list[float]) -> str:
 
 def _images(run: TrainedRun, measured: Callable) -> None:
     source = run.experiment.source
-    chosen = source.held_out(_NUM.value, _SEED)
-    more = source.held_out(_NUM.value + restoring.ERROR_IMAGES, _SEED)
+    seed = run.config.seed
+    chosen = source.held_out(_NUM.value, seed)
+    more = source.held_out(_NUM.value + restoring.ERROR_IMAGES, seed)
     taken = {one.tobytes() for one in chosen}
     others = np.stack([one for one in more if one.tobytes() not in taken])
     model = _Model(run, np.asarray(images.to_float(others)))
@@ -145,43 +151,24 @@ def _images(run: TrainedRun, measured: Callable) -> None:
     quarter = slice(side // 4, side // 4 + side // 2)
     centre[:, quarter, quarter] = False
     half = np.broadcast_to(rng.random((*truth.shape[:3], 1)) < 0.5, truth.shape)
+
+    def cell(what: str, operator: Any, y: Any, known: Any, std: float, **methods: Any):
+        inputs = model, truth, operator, y, known, std, measured, methods, mixture
+        _cell(what, *inputs)
+
     for share in _NOISE:
         std = 2.0 * share
         y = truth + std * rng.standard_normal(truth.shape)
         tuned = _denoisers(train[:_TUNING], std)
-        methods = {name: lambda f=f, y=y: f(y) for name, f in tuned.items()}
-        _cell(
-            f"denoise {share}",
-            model,
-            truth,
-            Identity(),
-            y,
-            full,
-            std,
-            measured,
-            methods,
-            mixture,
-        )
+        tuned = {name: functools.partial(f, y) for name, f in tuned.items()}
+        cell(f"denoise {share}", Identity(), y, full, std, **tuned)
     for name, known in (("centre", centre), ("half", half)):
         y = np.where(known, truth, 0.0)
-        methods = {"biharmonic": lambda y=y, known=known: _biharmonic(y, known)}
-        _cell(
-            name, model, truth, Mask(known), y, known, 0.04, measured, methods, mixture
-        )
+        biharmonic = functools.partial(_biharmonic, y, known)
+        cell(name, Mask(known), y, known, 0.04, biharmonic=biharmonic)
     y = np.asarray(BlockMean(2).apply(jnp.asarray(truth)))
-    methods = {"bicubic": lambda: _bicubic(y)}
-    _cell(
-        "half side",
-        model,
-        truth,
-        BlockMean(2),
-        y,
-        full,
-        0.04,
-        measured,
-        methods,
-        mixture,
-    )
+    bicubic = functools.partial(_bicubic, y)
+    cell("half side", BlockMean(2), y, full, 0.04, bicubic=bicubic)
 
 
 class _Model:
@@ -230,9 +217,9 @@ def _cell(
         how, extra = (_SEED, restoring.Search()), {}
         if method == "averaged":
             how = *how, model.error
-            share = reference_draws.generator_share(*inputs, model.held_out, *how)
-            draws = reference_draws.averaged(*inputs, _CHAINS.value, *how, share)
-            extra = {"share": share}
+            mix = reference_draws.best_mix(*inputs, model.held_out, *how)
+            draws = reference_draws.averaged(*inputs, _CHAINS.value, *how, mix)
+            extra = mix._asdict()
         elif method == "noise_space":
             draws = restoring.noise_space(*inputs, _CHAINS.value, *how, model.error)
         elif method == "particles":

@@ -80,26 +80,17 @@ def load(
     Raises:
       InputError: if there is no such run or checkpoint, or it is damaged.
     """
-    folder = user_path(workdir, "workdir")
-    if not (folder / run_directory.CONFIG_FILE).exists():
-        found = [
-            path
-            for depth in ("*", "*/*")
-            for path in folder.glob(f"{depth}/{run_directory.CONFIG_FILE}")
-        ]
+    folder, name = user_path(workdir, "workdir"), run_directory.CONFIG_FILE
+    if not (folder / name).exists():
+        found = [*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]
         if not found:
             raise InputError(
                 f"{folder} is not a run directory and contains none; give one that "
                 "training has made"
             )
         # Before its first checkpoint a run cannot be loaded.
-        found.sort(
-            key=lambda path: (
-                any((path.parent / "checkpoints").glob("[0-9]*")),
-                path.stat().st_mtime,
-            )
-        )
-        folder = found[-1].parent
+        saved = [p for p in found if any(p.parent.glob("checkpoints/[0-9]*"))]
+        folder = max(saved or found, key=lambda path: path.stat().st_mtime).parent
     return Model(load_run(folder, False, str(checkpoint), data_path))
 
 

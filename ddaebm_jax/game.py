@@ -73,9 +73,8 @@ class Game(NamedTuple):
     @property
     def has_second_pass(self) -> bool:
         """Whether the generator runs a second time, on z ~ q_ψ(z|x_t, x_{t+1})."""
-        return (
-            self.has_forward and self.has_encoder and self.recon_latent == "posterior"
-        )
+        from_posterior = self.recon_latent == "posterior"
+        return self.has_forward and self.has_encoder and from_posterior
 
 
 class Optimizers(NamedTuple):

@@ -288,12 +288,9 @@ def leapfrog(
     return path, _moved(momentum, -0.5 * step_size, end), end
 
 
-def _moved(
-    start: NoisePath, size: Float[Array, " batch"], direction: NoisePath
-) -> NoisePath:
-    return jax.tree.map(
-        lambda x, d: x + diffusion.per_example(size, x) * d, start, direction
-    )
+@jax.jit
+def _moved(start: NoisePath, size: Float[Array, " batch"], way: NoisePath) -> NoisePath:
+    return jax.tree.map(lambda x, d: x + diffusion.per_example(size, x) * d, start, way)
 
 
 class State(NamedTuple):
@@ -305,6 +302,7 @@ class State(NamedTuple):
     x0: Float[Array, "batch *shape"]
 
 
+@jax.jit
 def accept(
     before: State, after: State, uniform: Float[Array, " batch"]
 ) -> tuple[State, Float[Array, " batch"]]:

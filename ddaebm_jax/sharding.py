@@ -126,9 +126,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
     def one(leaf: Any, sharding: Sharding) -> Array:
         values = np.asarray(leaf)
-        return jax.make_array_from_callback(
-            values.shape, sharding, lambda part: values[part]
-        )
+        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
     return jax.tree.map(one, tree, shardings)
 

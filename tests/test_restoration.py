@@ -146,10 +146,9 @@ def test_draws_of_the_reference_given_a_measurement(name: str):
     y = np.asarray(operator.apply(normals(4, 3, *SHAPE)))
     measurement = Measurement(operator, y, np.full(3, 0.3, np.float32))
     model = experiment(gaussian_networks()._replace(event_shape=SHAPE)), variables
-    drawn = reference_draws.draws(*model, measurement, num, seed=0)
+    drawn = reference_draws.draws(*model, measurement, num, seed=0, kept=0.3)
     axes, variances = found.gaussians.axes[1], found.gaussians.variances[1]
-    # Nine tenths of the variance that the fit has added are taken off.
-    covariance = axes * (variances - 0.9 * reference_fit.ADDED_VARIANCE) @ axes.T
+    covariance = axes * (variances - 0.7 * reference_fit.ADDED_VARIANCE) @ axes.T
     for i in range(3):
         own = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], operator)
         expected = posterior(own, y[i], found.gaussians.means[1], covariance)
@@ -160,7 +159,9 @@ def test_two_models_share_the_draws():
     exact, (_, variables) = experiment(gaussian_networks()), one_gaussian((2,))
     model = exact, variables, known_gaussians()[0]
     search, error = restoring.Search(3, num_moves=4), np.full(2, 0.1, np.float32)
-    draws = reference_draws.averaged(*model, 5, 0, search, error, share=0.3)
+    draws = reference_draws.averaged(
+        *model, 5, 0, search, error, reference_draws.Mix(0.3)
+    )
     first = restoring.noise_space(*model, 5, 0, search, error)
     second = reference_draws.draws(*model, 7, 0)
     assert draws.shape == first.shape == (3, 10, 2)
@@ -177,10 +178,24 @@ def test_the_share_is_that_of_the_better_model(right: str):
         _, means, variances, axes = (leaf[1] for leaf in found.gaussians)
         x = means + (np.sqrt(variances) * x) @ axes.T
     model = exact, variables, known_gaussians()[0]
-    share = reference_draws.generator_share(
-        *model, x, 0, restoring.Search(5, num_moves=10)
-    )
-    assert share > 0.7 if right == "generator" else share < 0.3, share
+    found = reference_draws.best_mix(*model, x, 0, restoring.Search(5, num_moves=10))
+    right_share = found.generator if right == "generator" else 1 - found.generator
+    assert right_share > 0.7, found
+
+
+@pytest.mark.parametrize("kept", [0.1, 1.0])
+def test_as_much_added_variance_is_kept_as_the_data_have(kept: float):
+    exact, (found, _) = experiment(gaussian_networks()), one_gaussian((2,))
+    added = reference_fit.ADDED_VARIANCE
+    found.gaussians.variances[1] = added, 1.0
+    variables = reference.with_fitted(Players({"params": {}}, *2 * [{}]), found)
+    _, means, variances, axes = (leaf[1] for leaf in found.gaussians)
+    x = np.asarray(normals(6, 500, 2))
+    x = means + (np.sqrt(variances - (1 - kept) * added) * x) @ axes.T
+    y, std = np.zeros((1, 2), np.float32), np.full(1, 0.1, np.float32)
+    model = exact, variables, Measurement(Identity(), y, std)
+    found = reference_draws.best_mix(*model, x, 0, restoring.Search(5, num_moves=10))
+    assert found.kept == kept, found
 
 
 def test_what_is_known_without_noise_is_kept():

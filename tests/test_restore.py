@@ -204,28 +204,29 @@ def test_images_are_restored(name: str, digits_run: Path, tmp_path: Path):
         assert image.width > 2 * image.height  # Seven columns of three images.
 
 
-def test_error_and_share_are_measured(
+def test_error_and_mix_are_measured(
     digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """By a shorter search; the share is what `averaged` is given."""
-    shares, draw = [], reference_draws.averaged
+    """By a shorter search; the mix is what `averaged` is given."""
+    given, draw = [], reference_draws.averaged
+    measured = reference_draws.Mix(0.25, 0.3)
 
     def averaged(*inputs):
-        shares.append(inputs[-1])
+        given.append(inputs[-1])
         return draw(*inputs)
 
     monkeypatch.setattr(reference_draws, "averaged", averaged)
-    monkeypatch.setattr(reference_draws, "generator_share", lambda *inputs: 0.25)
+    monkeypatch.setattr(reference_draws, "best_mix", lambda *inputs: measured)
     short = functools.partial(restoring.Search, num_steps=2, num_moves=4)
     monkeypatch.setattr(restoring, "Search", short)
-    given, output = pixels(tmp_path / "given.npz"), tmp_path / "out.npz"
+    file, output = pixels(tmp_path / "given.npz"), tmp_path / "out.npz"
     for error in (None, 0.05):
         how = {"mask": "center:4", "num_draws": 4, "error": error}
-        restore.restore(digits_run, given, "inpaint", output=output, **how)
-        with np.load(output) as file:
-            assert file["draws"].shape == (3, 4, 8, 8, 1)
+        restore.restore(digits_run, file, "inpaint", output=output, **how)
+        with np.load(output) as written:
+            assert written["draws"].shape == (3, 4, 8, 8, 1)
         output = tmp_path / "other.npz"
-    assert shares == [0.25, 0.5]
+    assert given == [measured, reference_draws.Mix()]
 
 
 def test_images_are_restored_in_groups(monkeypatch: pytest.MonkeyPatch):

@@ -151,10 +151,10 @@ def restore(
             )
     model = loaded.experiment, loaded.variables, known
     errors = _error(loaded, error, seed) if in_noise_space else None
-    share = 0.5
+    mix = reference_draws.Mix()
     if method == "averaged" and error is None:
-        share = _share(loaded, known, errors, seed)
-    draw = partial(_draw_images, method, num_draws, errors, share)
+        mix = _mix(loaded, known, errors, seed)
+    draw = partial(_draw_images, method, num_draws, errors, mix)
     with progress.phase(f"restoring {len(given)} images, --method={method}"):
         restored = _restored(model, draw, num_draws, seed)
     return _write_images(loaded, restored, given, names, whole, output)
@@ -193,7 +193,7 @@ def _draw_images(
     method: str,
     num_draws: int,
     errors: np.ndarray | None,
-    share: float,
+    mix: reference_draws.Mix,
     experiment: Experiment,
     variables: Players,
     known: restoration.Measurement,
@@ -203,7 +203,7 @@ def _draw_images(
     model = experiment, variables, known
     how = num_draws, seed, restoring.Search(), errors
     if method == "averaged":
-        return reference_draws.averaged(*model, *how, share)
+        return reference_draws.averaged(*model, *how, mix)
     if method == "noise_space":
         return restoring.noise_space(*model, *how)
     if method == "particles":
@@ -253,20 +253,19 @@ def _error(loaded: TrainedRun, given: float | None, seed: int) -> np.ndarray:
     return found
 
 
-def _share(
+def _mix(
     loaded: TrainedRun,
     known: restoration.Measurement,
     errors: np.ndarray,
     seed: int,
-) -> float:
-    """Return the share of the draws that come from the generator."""
+) -> reference_draws.Mix:
+    """Return how draws of both models are mixed."""
     x = _held_out(loaded, seed)
-    model = loaded.experiment, loaded.variables, known
+    how = known, x, seed, restoring.Search(), errors
     with progress.phase(f"restoring {len(x)} held-out images by both models"):
-        found = reference_draws.generator_share(
-            *model, x, seed, restoring.Search(), errors
-        )
-    logging.info("a share of %.2f of the draws comes from the generator", found)
+        found = reference_draws.best_mix(loaded.experiment, loaded.variables, *how)
+    text = "a share of %.2f of the draws comes from the generator"
+    logging.info(text, found.generator)
     return found
 
 

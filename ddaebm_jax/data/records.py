@@ -217,18 +217,12 @@ def in_parallel(function: Callable[[int], _Result], num: int) -> list[_Result]:
     return results
 
 
-def stack(
-    records: Records, limit: int | None = None
-) -> UInt8[np.ndarray, "n height width channels"]:
-    """Loads records of one shape, or the first `limit`, into one array.
-
-    There must be a record.
-    """
-    num = len(records) if limit is None else min(limit, len(records))
-    images = np.empty((num, *records[0].shape), np.uint8)
+def stack(records: Records) -> UInt8[np.ndarray, "n height width channels"]:
+    """Loads records of one shape, of which there must be one, into an array."""
+    images = np.empty((len(records), *records[0].shape), np.uint8)
 
     def load(index: int) -> None:
         images[index] = records[index]
 
-    in_parallel(load, num)
+    in_parallel(load, len(records))
     return images

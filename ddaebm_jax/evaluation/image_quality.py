@@ -86,9 +86,8 @@ def collect(
         start += count
     if total is None:
         raise InputError("there is no image to measure; give at least two")
-    return Statistics(
-        total, np.concatenate(kept), np.concatenate(logits) if keep_logits else None
-    )
+    logits = np.concatenate(logits) if keep_logits else None
+    return Statistics(total, np.concatenate(kept), logits)
 
 
 def save_reference(path: Path, reference: Statistics) -> None:
@@ -218,9 +217,8 @@ def open_meter(experiment: Experiment) -> Meter | None:
             "metrics compare with no one else's, unless you converted that very file",
             network.fingerprint[:16],
         )
-    extract = inception.make_extractor(
-        network, evaluation_mesh(experiment), settings.preprocessing
-    )
+    mesh = evaluation_mesh(experiment)
+    extract = inception.make_extractor(network, mesh, settings.preprocessing)
     images = image_set.metadata()["fingerprint"]
     fingerprint = {
         "format": _FORMAT_VERSION,

@@ -80,9 +80,7 @@ def draw_cells(
     uniform = np.random.default_rng((seed, 1)).random(count)
     places = [systematic(*pair) for pair in zip(weights, uniform, strict=True)]
     order = np.random.default_rng((seed, 2)).permutation(num)[:num_draws]
-    return np.stack(
-        [one[place[order]] for one, place in zip(drawn, places, strict=True)]
-    )
+    return np.stack([one[kept[order]] for one, kept in zip(drawn, places, strict=True)])
 
 
 def _share(halves: _Halves, known: Bool[np.ndarray, "n d"], seed: int) -> float:

@@ -53,9 +53,8 @@ def load_network(path: str = "") -> Network:
         if not name.endswith(".num_batches_tracked")
         and not name.startswith("AuxLogits.")
     }
-    is_published = file.stat().st_size == PUBLISHED_BYTES and (
-        _sha256(file) == PUBLISHED_SHA256
-    )
+    same_size = file.stat().st_size == PUBLISHED_BYTES
+    is_published = same_size and _sha256(file) == PUBLISHED_SHA256
     arrays = torch_layout.select_float32(arrays, paths, origin, _REMEDY)
     _check_values(arrays, origin)
     widths = _widths(arrays)

@@ -43,9 +43,7 @@ def metrics(experiment: Experiment, variables: Players) -> dict[str, Any]:
     held_out = source.held_out(_MOST_ROWS, inference.HELD_OUT_SEED)
     held_out = inference.in_units(experiment, _some(held_out))
     train = training_rows(source)
-    flat_train, flat_held_out = (
-        rows.reshape(len(rows), -1) for rows in (train, held_out)
-    )
+    flat_train, flat_held_out = (x.reshape(len(x), -1) for x in (train, held_out))
     samples, found = measure(experiment, variables)
     figures: dict[str, Any] = {
         "log_z": found.log_z,

@@ -112,10 +112,8 @@ def choose(num: int, limit: int, seed: int) -> Integer[np.ndarray, " n"]:
 def _shuffled(images: Images, seed: int) -> Images:
     number, height, width, channels = images.shape
     pixels = images.reshape(number, height * width, channels)
-    moved = [
-        np.random.default_rng((seed, i)).permutation(image)
-        for i, image in enumerate(pixels)
-    ]
+    rngs = (np.random.default_rng((seed, i)) for i in range(number))
+    moved = [rng.permutation(image) for rng, image in zip(rngs, pixels, strict=True)]
     return np.stack(moved).reshape(images.shape)
 
 

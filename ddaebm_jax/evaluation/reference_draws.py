@@ -1,6 +1,9 @@
 """Draws from the reference density given a measurement, alone or beside others."""
 
+import itertools
+from collections.abc import Iterator
 from operator import itemgetter
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,22 @@ from ddaebm_jax.experiment import Experiment
 from ddaebm_jax.models import Players
 from ddaebm_jax.restoration import Measurement
 
-# Chains of each held-out example that say how much the generator's draws count.
-_SHARE_CHAINS = 4
+# Chains of each held-out example that say how much the generator's draws count, and
+# shares of the variance that the fit adds that may be kept.
+_CHAINS, _KEPT = 4, (0.1, 0.3, 1.0)
+
+
+class Mix(NamedTuple):
+    """How the draws of `averaged` come about.
+
+    Attributes:
+      generator: the share of them that comes from the noise space.
+      kept: the share of the variance that the fit of p_ref adds to every direction
+        (`reference_fit.ADDED_VARIANCE`) that is kept; smooth images vary less in most.
+    """
+
+    generator: float = 0.5
+    kept: float = 1.0
 
 
 def are_possible(variables: Players) -> bool:
@@ -31,11 +48,9 @@ def draws(
     measurement: Measurement,
     num_draws: int,
     seed: int,
+    kept: float = 1.0,
 ) -> Float[np.ndarray, "n draws *shape"]:
     """Returns draws of p_ref(x_0 | y), in closed form.
-
-    The variance that the fit adds to every direction is taken off but for a tenth:
-    smooth images vary less in most.
 
     Args:
       experiment: the trained experiment.
@@ -43,24 +58,34 @@ def draws(
       measurement: of n examples, in the networks' units.
       num_draws: of each example.
       seed: of everything that is drawn.
+      kept: see `Mix`.
     """
+    drawn = []
+    for i, given in enumerate(_given(experiment, variables, measurement, kept)):
+        (logs, means, covariances), rng = given, np.random.default_rng((seed, i))
+        k = rng.choice(len(logs), num_draws, p=softmax(logs))
+        eps = rng.standard_normal((num_draws, means.shape[1]))
+        moved = np.einsum("nij,nj->ni", reference.roots(covariances)[k], eps)
+        drawn.append(means[k] + moved)
+    shape = len(drawn), num_draws, *experiment.networks.event_shape
+    return np.array(drawn, np.float32).reshape(shape)
+
+
+def _given(
+    experiment: Experiment, variables: Players, measurement: Measurement, kept: float
+) -> Iterator[tuple[np.ndarray, Float[np.ndarray, "k d"], Float[np.ndarray, "k d d"]]]:
+    """Yields log weights, means and covariances of p_ref(x_0 | y) of each example."""
     gaussians = reference.in_use(reference.read(variables.energy).gaussians)
     own = np.maximum(gaussians.variances - ADDED_VARIANCE, 0.0)
-    gaussians = gaussians._replace(variances=own + 0.1 * ADDED_VARIANCE)
-    shape, dim = experiment.networks.event_shape, gaussians.means.shape[1]
-    basis, drawn = jnp.eye(dim).reshape(dim, *shape), []
+    gaussians = gaussians._replace(variances=own + kept * ADDED_VARIANCE)
+    dim = gaussians.means.shape[1]
+    basis = jnp.eye(dim).reshape(dim, *experiment.networks.event_shape)
     for i, (y, std) in enumerate(zip(*measurement[1:], strict=True)):
-        rng = np.random.default_rng((seed, i))
         row = itemgetter(slice(i, i + 1))
-        own = jax.tree.map(row, measurement.operator)
-        matrix = np.asarray(own.apply(basis), np.float64).reshape(dim, -1).T
+        operator = jax.tree.map(row, measurement.operator)
+        matrix = np.asarray(operator.apply(basis), np.float64).reshape(dim, -1).T
         given = matrix, y.reshape(-1).astype(np.float64), float(std)
-        logs, means, covariances = reference.given_measurement(gaussians, *given)
-        k = rng.choice(len(logs), num_draws, p=softmax(logs))
-        eps = rng.standard_normal((num_draws, dim))
-        moved = np.einsum("nij,nj->ni", reference.roots(covariances)[k], eps)
-        drawn.append((means[k] + moved).reshape(num_draws, *shape))
-    return np.array(drawn, np.float32)
+        yield reference.given_measurement(gaussians, *given)
 
 
 def averaged(
@@ -70,27 +95,27 @@ def averaged(
     num_chains: int,
     seed: int,
     search: restoring.Search,
-    error: Float[np.ndarray, "*shape"] | None = None,
-    share: float = 0.5,
+    error: Float[np.ndarray, "*shape"] | None,
+    mix: Mix,
 ) -> Float[np.ndarray, "n draws *shape"]:
     """Returns draws of two models' posteriors: `restoring.noise_space`, and p_ref's.
 
-    Their mean can be nearer to the truth than either's (docs/restoration.md). `share`
-    of the draws come from the noise space (see `generator_share`); for the other
-    arguments see `restoring.noise_space`.
+    Their mean can be nearer to the truth than either's (docs/restoration.md). `mix`
+    says how many come from which (see `best_mix`); for the other arguments see
+    `restoring.noise_space`.
     """
     model = experiment, variables, measurement
     num = num_chains * (search.num_moves - search.num_moves // 2)
-    kept = np.linspace(0, num - 1, round(share * num)).round().astype(int)
-    parts = [draws(*model, num - len(kept), seed)]
-    if len(kept):
+    chosen = np.linspace(0, num - 1, round(mix.generator * num)).round().astype(int)
+    parts = [draws(*model, num - len(chosen), seed, mix.kept)]
+    if len(chosen):
         found = restoring.noise_space(*model, num_chains, seed, search, error)
-        parts.append(found[:, kept])
+        parts.append(found[:, chosen])
     order = np.random.default_rng(seed).permutation(num)
     return np.concatenate(parts, axis=1)[:, order]
 
 
-def generator_share(
+def best_mix(
     experiment: Experiment,
     variables: Players,
     measurement: Measurement,
@@ -98,8 +123,8 @@ def generator_share(
     seed: int,
     search: restoring.Search,
     error: Float[np.ndarray, "*shape"] | None = None,
-) -> float:
-    """Returns the `share` of `averaged` whose mean restores held-out data best.
+) -> Mix:
+    """Returns how `averaged` restores held-out data best.
 
     They are measured as the n examples are, and restored by both models. Best is the
     largest mean PSNR: a squared error would be that of a few examples.
@@ -121,13 +146,16 @@ def generator_share(
     eps = np.random.default_rng(seed).standard_normal(y.shape, np.float32)
     y = y + std.reshape(-1, *[1] * (y.ndim - 1)) * eps
     model = experiment, variables, Measurement(operator, y, std)
-    first = restoring.noise_space(*model, _SHARE_CHAINS, seed, search, error)
-    second = draws(*model, first.shape[1], seed).mean(axis=1)
-    apart = first.mean(axis=1) - second
+    first = restoring.noise_space(*model, _CHAINS, seed, search, error).mean(axis=1)
+    second = {}
+    for kept in _KEPT:
+        means = [softmax(logs) @ means for logs, means, _ in _given(*model, kept)]
+        second[kept] = np.array(means, np.float32).reshape(x.shape)
 
-    def error_of(share: float) -> float:
-        squares = (second + share * apart - x) ** 2
-        means = squares.reshape(len(x), -1).mean(axis=1)
-        return float(np.log(means + 1e-12).mean())
+    def error_of(mix: Mix) -> float:
+        mean = mix.generator * first + (1 - mix.generator) * second[mix.kept]
+        squares = ((mean - x) ** 2).reshape(len(x), -1).mean(axis=1)
+        return float(np.log(squares + 1e-12).mean())
 
-    return min(np.linspace(0.0, 1.0, 21).tolist(), key=error_of)
+    shares = np.linspace(0.0, 1.0, 21).tolist()
+    return min(itertools.starmap(Mix, itertools.product(shares, _KEPT)), key=error_of)

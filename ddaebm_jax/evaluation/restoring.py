@@ -164,8 +164,8 @@ class _Chains:
 
     def descend(self, search: Search) -> None:
         """Follows Adam, while σ falls geometrically to the measurement's."""
-        adam = optax.adam(search.learning_rate)
-        state, std = adam.init(self._path), self._measurement.std
+        rate, std = search.learning_rate, self._measurement.std
+        state = optax.adam(rate).init(self._path)
         for number in range(search.num_steps):
             logging.log_every_n_seconds(
                 logging.INFO, "noise space: step %d of %d", 10, number, search.num_steps
@@ -173,8 +173,7 @@ class _Chains:
             share = (number + 1) / search.num_steps
             now = np.maximum(search.first_std, std) ** (1 - share) * std**share
             _, _, slope = self._potential(self._path, now)
-            updates, state = adam.update(slope, state)
-            self._path = optax.apply_updates(self._path, updates)
+            self._path, state = _adam_step(rate, self._path, state, slope)
 
     def move(self, number: int, adapt: bool) -> np.ndarray:
         """Takes a trajectory with its Metropolis test; returns x_0."""
@@ -255,8 +254,8 @@ def particles(
         shared = key, variables, schedule, errors, np.int32(t)
         return inference.by_rows(experiment, run, total, (*before, *rows), shared)
 
-    move = partial(_move, experiment.game.proposal)
-    found = take(_start, schedule.num_steps)
+    start, move = (partial(f, experiment.game.proposal) for f in (_start, _move))
+    found = take(start, schedule.num_steps)
     log_weights, effective = found.log_weight.reshape(num, -1), np.ones(num)
     for t in reversed(range(schedule.num_steps)):
         found, log_weights, shares = _resampled(found, log_weights, seed, t + 1)
@@ -313,7 +312,8 @@ def prediction_errors(
     """Returns τ_t², t = 0 … T, the mean squared error of x̂_0(x_t) on samples."""
     schedule, key = experiment.schedule, jax.random.key(_ERRORS_SEED)
     x0 = inference.draw_samples(experiment, variables, _ERROR_SAMPLES, _ERRORS_SEED)
-    run = partial(_prediction_error, experiment.networks, num_predictions)
+    latent = experiment.game.latent
+    run = partial(_prediction_error, experiment.networks, latent, num_predictions)
     found = [0.0]
     for level in range(1, schedule.num_steps + 1):
         shared = key, variables.generator, schedule, np.int32(level)
@@ -326,6 +326,12 @@ def _noise_path(networks, schedule, key, places):
     shape, steps = networks.event_shape, schedule.num_steps
     shapes = shape, (steps, networks.nz), (steps, *shape)
     return NoisePath(*row_normals(key, places, *shapes))
+
+
+@partial(jax.jit, static_argnums=0)
+def _adam_step(rate, path, state, slope):
+    updates, state = optax.adam(rate).update(slope, state)
+    return optax.apply_updates(path, updates), state
 
 
 # Networks are functions and so static: one program for all chunks of a run.
@@ -361,21 +367,24 @@ def _from_level(networks, latent, level, places, y, std, key, generator, schedul
     return restoration.generate(schedule, networks, generator, path, latent, level)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _prediction_error(networks, num, places, x0, key, generator, schedule, level):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _prediction_error(networks, latent, num, places, x0, *rest):
+    key, generator, schedule, level = rest
     shapes = networks.event_shape, (num, networks.nz)
     eps, z = row_normals(jax.random.fold_in(key, level), places, *shapes)
     levels = jnp.full(places.shape, level)
+    z = z if latent else jnp.zeros_like(z)
     x = diffusion.diffuse(schedule, x0, levels, eps)
     found = restoration.predicted(networks, generator, x, levels, z)
     return ((found - x0) ** 2).reshape(len(x0), -1).mean(axis=1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _start(networks, weighted, num, tree, places, *rest):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _start(proposal, networks, weighted, num, tree, places, *rest):
     *rows, key, variables, schedule, errors, t = rest
     shapes = networks.event_shape, (num, networks.nz)
     x, z = row_normals(jax.random.fold_in(key, t), places, *shapes)
+    z = z if proposal.latent else jnp.zeros_like(z)
     measurement = jax.tree.unflatten(tree, rows)
     return restoration.twisted_start(
         weighted, schedule, networks, variables, measurement, errors, x, z
