@@ -136,7 +136,7 @@ def _text(values: list[float]) -> str:
 
 def _images(run: TrainedRun, measured: Callable) -> None:
     source = run.experiment.source
-    seed = run.config.seed
+    seed = run.experiment.config.seed
     chosen = source.held_out(_NUM.value, seed)
     more = source.held_out(_NUM.value + restoring.ERROR_IMAGES, seed)
     taken = {one.tobytes() for one in chosen}

@@ -85,9 +85,8 @@ def denoise_weighted(
       t: which step.
       noise: of the draws.
     """
-    x, log_ratio = proposal_lib.draw(
-        proposal, schedule, networks, variables, x_next, t, noise
-    )
+    model = schedule, networks, variables
+    x, log_ratio = proposal_lib.draw(proposal, *model, x_next, t, noise)
     log_target = networks.energy(variables.energy, x, t)
     return Move(x, log_target, log_target + log_ratio - log_target_next)
 
@@ -151,11 +150,9 @@ def reconstruction_error(
         z = jnp.zeros_like(z)
     x0_pred = networks.generator(variables.generator, x_next, t, z)
     residual = x_t - diffusion.posterior_mean(schedule, x0_pred, x_next, t)
-    log_weight = objective.log_standard_normal(z) - objective.gaussian_log_prob(
-        z, mu, logvar
-    )
-    log_weight = log_weight - diffusion.log_q(schedule, x_next, x_t, t)
-    return x_next, residual, log_weight
+    log_posterior = objective.gaussian_log_prob(z, mu, logvar)
+    log_weight = objective.log_standard_normal(z) - log_posterior
+    return x_next, residual, log_weight - diffusion.log_q(schedule, x_next, x_t, t)
 
 
 def grid_points(extent: float, cells: int) -> Float[Array, "points 2"]:

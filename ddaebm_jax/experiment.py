@@ -208,9 +208,8 @@ def with_reference_of(
 ) -> TrainState:
     """Returns a state whose reference density is fitted to data."""
     model = experiment.config.model
-    fitted = reference_fit.fit(
-        data, experiment.schedule, model.reference, model.reference_kind
-    )
+    how = model.reference, model.reference_kind
+    fitted = reference_fit.fit(data, experiment.schedule, *how)
     return state.replace(
         variables=reference.with_fitted(state.variables, fitted),
         ema=reference.with_fitted(state.ema, fitted),

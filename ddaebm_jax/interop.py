@@ -45,7 +45,7 @@ def _norm(name: str, *path: str) -> Paths:
     return _layer(name, *path, weight="scale")
 
 
-def _residual_block(name: str, *path: str, has_skip: bool, is_adaptive: bool) -> Paths:
+def _residual_block(name: str, has_skip: bool, is_adaptive: bool, *path: str) -> Paths:
     paths = _layer(f"{name}.Dense_0", *path, "time")
     for i in range(2):
         paths |= _layer(f"{name}.Conv_{i}", *path, f"conv_{i}")
@@ -111,9 +111,7 @@ def _unet_paths(unet: Any, side: int, params: Any) -> Paths:
                 paths |= _attention(name, *path)
             case "block":
                 has_skip = "skip" in params["trunk"][module]
-                paths |= _residual_block(
-                    name, *path, has_skip=has_skip, is_adaptive=is_adaptive
-                )
+                paths |= _residual_block(name, has_skip, is_adaptive, *path)
     if is_adaptive:
         for i in range(unet.n_mlp + 1):
             paths |= _layer(f"z_transform.{2 * i + 1}", f"latent_{i}")

@@ -173,28 +173,26 @@ def energy_loss(
     """
     (x_t, x_next, noise), t = pair, pair.noise.t
 
-    def energy(x: Array, call: int) -> Array:
+    def f(x: Array, call: int) -> Array:
         return networks.energy(variables, x, t, rngs=noise.dropout_keys(call))
 
     if negatives.log_ratio is None:
-        f_fake = normalizer = energy(negatives.x, ENERGY_FAKE)
+        f_fake = normalizer = f(negatives.x, ENERGY_FAKE)
     else:
         f_fake, normalizer, share = _energy_of_weighted(
             networks, variables, negatives, t, noise.dropout_keys(ENERGY_FAKE)
         )
     if gamma is None:
-        f_real = energy(x_t, ENERGY_REAL)
+        f_real = f(x_t, ENERGY_REAL)
         gamma, penalty = 0.0, jnp.zeros_like(f_real)
     elif networks.residual is not None:
         # Of what is learnt only: the reference and log q are as they should be.
         _, score = objective.energy_and_score(
             lambda x: networks.residual(variables, x, t), x_t
         )
-        f_real, penalty = energy(x_t, ENERGY_REAL), objective.gradient_penalty(score)
+        f_real, penalty = f(x_t, ENERGY_REAL), objective.gradient_penalty(score)
     else:
-        f_real, score = objective.energy_and_score(
-            lambda x: energy(x, ENERGY_REAL), x_t
-        )
+        f_real, score = objective.energy_and_score(lambda x: f(x, ENERGY_REAL), x_t)
         penalty = objective.gradient_penalty(
             score + diffusion.score_log_q(schedule, x_next, x_t, t)
         )

@@ -102,9 +102,8 @@ def draw(
       noise: the draws' randomness, one or as many for each x_{t+1}, in their order.
     """
     if proposal.defensive > 0.0:
-        x_defensive, log_defensive = _defensive_part(
-            proposal, schedule, variables, x_next, t, noise
-        )
+        how = proposal, schedule, variables, x_next, t, noise
+        x_defensive, log_defensive = _defensive_part(*how)
     num = len(noise.z) // len(x_next)
     x_next, t = jnp.repeat(x_next, num, axis=0), jnp.repeat(t, num)
     floor = objective.variance_floor(schedule, proposal.floor)

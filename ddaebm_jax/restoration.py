@@ -413,9 +413,8 @@ def twisted_move(
     c1 = diffusion.per_example(schedule.posterior_c1[t], x_next)
     shift = c1 * (guided(measurement, before.x0, variance) - before.x0)
     if weighted:
-        drawn = proposal_lib.draw(
-            proposal, schedule, networks, variables, x_next, t, noise
-        )
+        model = schedule, networks, variables
+        drawn = proposal_lib.draw(proposal, *model, x_next, t, noise)
         x = drawn.x + shift
         log_weight = drawn.log_ratio + (
             diffusion.log_q(schedule, x_next, x, t)

@@ -89,6 +89,5 @@ def sample(
     rows: Int[Array, " num_samples"] | None = None,
 ) -> Float[Array, "num_samples *shape"]:
     """Draws samples of the data; see `sample_trajectory`."""
-    return sample_trajectory(
-        schedule, networks, variables, key, num_samples, latent, rows
-    )[-1]
+    how = key, num_samples, latent, rows
+    return sample_trajectory(schedule, networks, variables, *how)[-1]

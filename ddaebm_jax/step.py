@@ -58,9 +58,8 @@ def make_step(
 
     def step(state: TrainState, x0: Array, noise: Noise) -> tuple[TrainState, Metrics]:
         variables = state.variables
-        x_t, x_next = diffusion.diffuse_pair(
-            schedule, x0, noise.t, noise.eps_t, noise.eps_next
-        )
+        drawn = noise.t, noise.eps_t, noise.eps_next
+        x_t, x_next = diffusion.diffuse_pair(schedule, x0, *drawn)
         pair = Pair(x_t, x_next, noise)
         # With accumulation each part has a first pass of its own.
         first = first_pass(variables, pair) if accumulate == 1 else None

@@ -177,7 +177,9 @@ def test_bandwidth_heeds_neither_order_nor_copies_of_rows(seed, copies):
     )
 
 
-@pytest.mark.parametrize("change", ["units", "columns", "rows", "copies"])
+@pytest.mark.parametrize(
+    "change", ["units", "columns", "rows", "copies", "constant columns"]
+)
 def test_settings_of_a_table_follow_from_what_its_rows_say(change):
     """Units change nothing; orders and copies what is drawn, hardly the density."""
     rng = np.random.default_rng(0)

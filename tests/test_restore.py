@@ -219,14 +219,30 @@ def test_error_and_mix_are_measured(
     monkeypatch.setattr(reference_draws, "best_mix", lambda *inputs: measured)
     short = functools.partial(restoring.Search, num_steps=2, num_moves=4)
     monkeypatch.setattr(restoring, "Search", short)
-    file, output = pixels(tmp_path / "given.npz"), tmp_path / "out.npz"
+    file, outputs = pixels(tmp_path / "given.npz"), []
     for error in (None, 0.05):
-        how = {"mask": "center:4", "num_draws": 4, "error": error}
-        restore.restore(digits_run, file, "inpaint", output=output, **how)
-        with np.load(output) as written:
-            assert written["draws"].shape == (3, 4, 8, 8, 1)
-        output = tmp_path / "other.npz"
+        how = {"mask": "random:0.5", "num_draws": 4, "error": error}
+        outputs.append(restore.restore(digits_run, file, "inpaint", **how))
     assert given == [measured, reference_draws.Mix()]
+    # The second in files of its own.
+    assert len({output.parent for output in outputs}) == 1
+    first, second = (np.load(output)["draws"] for output in outputs)
+    assert first.shape == second.shape == (3, 4, 8, 8, 1) and (first != second).any()
+
+
+def test_masks(tmp_path: Path):
+    hole = np.full((8, 8), 255, np.uint8)
+    hole[2:4, 5] = 0
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    known = restore._mask(str(tmp_path / "hole.png"), 2, (8, 8, 3), 0)
+    np.testing.assert_array_equal(
+        known, np.stack([hole > 0] * 6).reshape(2, 3, 8, 8).transpose(0, 2, 3, 1)
+    )
+    centre = restore._mask("center:4", 1, (8, 8, 1), 0)
+    assert not centre[0, 2:6, 2:6].any() and centre.sum() == 48
+    drawn = restore._mask("random:0.25", 100, (8, 8, 3), 0)
+    assert abs(drawn.mean() - 0.75) < 0.02 and (drawn == drawn[..., :1]).all()
+    assert (drawn[0] != drawn[1]).any()
 
 
 def test_images_are_restored_in_groups(monkeypatch: pytest.MonkeyPatch):

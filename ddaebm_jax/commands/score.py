@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags, logging
 
-from ddaebm_jax import progress
+from ddaebm_jax import progress, reference
 from ddaebm_jax.commands import common
 from ddaebm_jax.config import choices
 from ddaebm_jax.data import images, tabular
@@ -107,6 +107,12 @@ def score(
         raise InputError(
             f"the score '{by}' is fitted to the run's images, which are not opened; "
             "give their --data_path, or --score=energy"
+        )
+    without = source.holds_images and reference.read(loaded.variables.energy) is None
+    if by == "energy" and without:
+        logging.warning(
+            "energies of a run without a reference density are unreliable far from its "
+            "training images; --score=generator_bound ranks other images better"
         )
     rows, found = _read(loaded, input_path, skip_corrupt, header, id_column)
     most = _MOST_IMAGES if source.holds_images else _MOST_ROWS

@@ -39,9 +39,8 @@ def open_images(data: Any, seed: int) -> ImageSet:
     else:
         images = tfds_images.load_tfds(data, seed)
     sizes = len(images.train), len(images.test)
-    logging.info(
-        "data.name = '%s': %d images to train on, %d held out", data.name, *sizes
-    )
+    text = "data.name = '%s': %d images to train on, %d held out"
+    logging.info(text, data.name, *sizes)
     if not data.skip_corrupt:
         return images
     # After the split: what is held out must not take the place of what is not.

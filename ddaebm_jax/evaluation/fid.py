@@ -189,9 +189,8 @@ def neighbours(
     (fake_radius,) = _radii(fake, (_K,))
     precise, recalled = np.zeros(len(fake), bool), np.zeros(len(real), bool)
     covered, num_inside, start = np.zeros(len(real), bool), 0, 0
-    for distances in pairwise_distances_chunked(
-        real, fake, working_memory=_DISTANCES_MIB
-    ):
+    chunks = pairwise_distances_chunked(real, fake, working_memory=_DISTANCES_MIB)
+    for distances in chunks:
         rows = slice(start, start + len(distances))
         precise |= (distances <= radius[rows, None]).any(axis=0)
         recalled[rows] = (distances <= fake_radius).any(axis=1)

@@ -192,9 +192,8 @@ def _climb(
     x, total, squares = rows, np.zeros(len(rows)), []
     for t, level in enumerate(log_var.astype(np.float32)):
         shared = key, variables, experiment.schedule, level, np.int32(t)
-        x, residuals, log_weight = inference.by_rows(
-            experiment, step, len(rows), (x,), shared
-        )
+        inputs = len(rows), (x,), shared
+        x, residuals, log_weight = inference.by_rows(experiment, step, *inputs)
         squares.append(residuals.mean(dtype=np.float64))
         total += log_weight
     start = np.asarray(objective.log_standard_normal(jnp.asarray(x)))

@@ -96,11 +96,9 @@ def detection(
     rngs = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2)]
     # Sorted once: a resample only changes the number of scores at each rank. This
     # takes milliseconds where scikit-learn's metrics, which sort, take minutes.
-    resamples = []
+    resamples, pairs = [], list(zip(rngs, both, strict=True))
     for _ in range(num_bootstrap):
-        drawn = (
-            rng.choice(ranks, len(ranks)) for rng, ranks in zip(rngs, both, strict=True)
-        )
+        drawn = (rng.choice(ranks, len(ranks)) for rng, ranks in pairs)
         resamples.append(_metrics(*_counts(*drawn, num)))
     tail = (1.0 - confidence) / 2.0
     ends = np.quantile(resamples, (tail, 1.0 - tail), axis=0)
@@ -239,19 +237,15 @@ def measure(
         detectors.check_num_images(len(source.image_set.train))
     # Everything is opened before anything is computed.
     known = outlier_sets.open_set(inliers, source, data, None, seed, limit)
-    others = {
-        name: outlier_sets.open_set(name, source, data, known, seed, limit)
-        for name in outliers
-    }
-    names, fit_rows = scores_lib.SCORES, None
+    how = source, data, known, seed, limit
+    others = {name: outlier_sets.open_set(name, *how) for name in outliers}
+    names, rows = scores_lib.SCORES, None
     if source.image_set is not None:
-        fit_rows = scores_lib.fit_rows(source)
+        rows = scores_lib.fit_rows(source)
     else:
         logging.info("left out, as they need --in=test: %s", scores_lib.FITTED)
         names = [name for name in names if name not in scores_lib.FITTED]
-    score = scores_lib.fit_scores(
-        experiment, variables, names, fit_rows, seed, num_draws
-    )
+    score = scores_lib.fit_scores(experiment, variables, names, rows, seed, num_draws)
     fitted = {}
     if baselines:
         with progress.phase("fitting the baselines to the training images"):

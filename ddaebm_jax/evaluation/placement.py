@@ -40,9 +40,8 @@ def step_costs(
     size, costs = math.prod(experiment.networks.event_shape), []
     for t, own in enumerate(np.asarray(schedule.posterior_var, np.float64)):
         shared = key, variables, schedule, np.int32(t)
-        squares, divergence = inference.by_rows(
-            experiment, step, len(rows), (rows,), shared
-        )
+        inputs = len(rows), (rows,), shared
+        squares, divergence = inference.by_rows(experiment, step, *inputs)
         variance = squares.mean(dtype=np.float64) / size
         divergence = divergence.mean(dtype=np.float64)
         costs.append(0.5 * size * math.log(variance / own) + divergence)

@@ -147,10 +147,9 @@ class _Chains:
         key = jax.random.fold_in(jax.random.key(self._seed), number)
         return _noise_path(*model, key, jnp.arange(self._num))
 
-    def _potential(self, path: NoisePath, std: np.ndarray) -> Any:
+    def _potential(self, path: NoisePath, measurement: Measurement) -> Any:
         """Returns U, x_0, and the gradient of U."""
         experiment = self._experiment
-        measurement = self._measurement._replace(std=np.asarray(std, np.float32))
         rows, tree = jax.tree.flatten((path, measurement))
         rows = tuple(map(np.asarray, rows))
         run = partial(_potential, experiment.networks, experiment.game.latent, tree)
@@ -163,34 +162,43 @@ class _Chains:
         self._measurement = self._measurement._replace(std=std)
 
     def descend(self, search: Search) -> None:
-        """Follows Adam, while σ falls geometrically to the measurement's."""
-        rate, std = search.learning_rate, self._measurement.std
-        state = optax.adam(rate).init(self._path)
+        """Follows Adam, while σ falls geometrically to the measurement's.
+
+        What it minimizes is U with ‖ξ − ξ_0‖² in place of ‖ξ‖², ξ_0 the start, and with
+        noise of σ added to y (randomized maximum likelihood, Ba et al. 2021): of a
+        linear generator the minimum is a draw of p(ξ | y), of others it is near one.
+        The minimum of U itself would be the same for all chains, and they would stay.
+        """
+        rate, (_, y, std) = search.learning_rate, self._measurement
+        rng, first = np.random.default_rng((self._seed, 1)), self._path
+        eps = rng.standard_normal(y.shape, np.float32)
+        moved = y + std.reshape(-1, *[1] * (y.ndim - 1)) * eps
+        state = optax.adam(rate).init(first)
         for number in range(search.num_steps):
             logging.log_every_n_seconds(
                 logging.INFO, "noise space: step %d of %d", 10, number, search.num_steps
             )
             share = (number + 1) / search.num_steps
             now = np.maximum(search.first_std, std) ** (1 - share) * std**share
+            now = self._measurement._replace(y=moved, std=now.astype(np.float32))
             _, _, slope = self._potential(self._path, now)
-            self._path, state = _adam_step(rate, self._path, state, slope)
+            self._path, state = _adam_step(rate, first, self._path, state, slope)
 
     def move(self, number: int, adapt: bool) -> np.ndarray:
         """Takes a trajectory with its Metropolis test; returns x_0."""
-        std, found = self._measurement.std, None
+        found = None
 
         def gradient(path: NoisePath) -> NoisePath:
             nonlocal found
-            *found, slope = self._potential(path, std)
+            *found, slope = self._potential(path, self._measurement)
             return slope
 
         path, momentum = self._path, self._normals(1 + number)
         slope = gradient(path)
         before = State(path, momentum, *found)
         for _ in range(_LEAPFROG_STEPS):
-            path, momentum, slope = restoration.leapfrog(
-                gradient, path, momentum, self._sizes, slope
-            )
+            how = gradient, path, momentum, self._sizes, slope
+            path, momentum, slope = restoration.leapfrog(*how)
         key = jax.random.fold_in(jax.random.key(self._seed), _TEST_KEYS + number)
         uniform = jax.random.uniform(key, (self._num,))
         after = State(path, momentum, *found)
@@ -329,7 +337,8 @@ def _noise_path(networks, schedule, key, places):
 
 
 @partial(jax.jit, static_argnums=0)
-def _adam_step(rate, path, state, slope):
+def _adam_step(rate, first, path, state, slope):
+    slope = jax.tree.map(jnp.subtract, slope, first)
     updates, state = optax.adam(rate).update(slope, state)
     return optax.apply_updates(path, updates), state
 

@@ -72,9 +72,8 @@ def train(experiments: Sequence[Experiment], together: int) -> Iterator[Trained]
         group = [experiments[i] for i in chunk]
         state = _init(group)
         with progress.loop_bar(group[0].config.train.num_steps, "step") as bar:
-            group, state, metrics, faults = _train_chunk(
-                group, take_steps, bar, state, *inputs
-            )
+            how = take_steps, bar, state
+            group, state, metrics, faults = _train_chunk(group, *how, *inputs)
         seconds = (time.monotonic() - started) / len(set(chunk))
         for place in range(len(set(chunk))):
             one = _at(state.replace(step=None), place).replace(step=state.step)
