@@ -224,8 +224,6 @@ def test_error_and_mix_are_measured(
         how = {"mask": "random:0.5", "num_draws": 4, "error": error}
         outputs.append(restore.restore(digits_run, file, "inpaint", **how))
     assert given == [measured, reference_draws.Mix()]
-    # The second in files of its own.
-    assert len({output.parent for output in outputs}) == 1
     first, second = (np.load(output)["draws"] for output in outputs)
     assert first.shape == second.shape == (3, 4, 8, 8, 1) and (first != second).any()
 
@@ -265,6 +263,7 @@ def test_files_of_one_stem_keep_their_whole_names(tmp_path: Path):
 
 def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Path):
     given, other = pixels(tmp_path / "given.npz"), pixels(tmp_path / "two.npz", num=2)
+    before = set(digits_run.glob("restored*"))
     Image.new("L", (9, 8)).save(tmp_path / "hole.png")
     Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
     Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
@@ -304,4 +303,4 @@ def test_what_cannot_be_restored(digits_run: Path, table_run: Path, tmp_path: Pa
     flags = f"--workdir={table_run}", f"--input={given}"
     result = run("--mode=restore", *flags, "--task=denoise", "--sigma=0.1")
     assert_error(result, "is for images")
-    assert not list(digits_run.glob("restored*"))
+    assert set(digits_run.glob("restored*")) == before

@@ -151,9 +151,8 @@ def restore(
             )
     model = loaded.experiment, loaded.variables, known
     errors = _error(loaded, error, seed) if in_noise_space else None
-    mix = reference_draws.Mix()
-    if method == "averaged" and error is None:
-        mix = _mix(loaded, known, errors, seed)
+    measured = method == "averaged" and error is None
+    mix = _mix(loaded, known, errors, seed) if measured else reference_draws.Mix()
     draw = partial(_draw_images, method, num_draws, errors, mix)
     with progress.phase(f"restoring {len(given)} images, --method={method}"):
         restored = _restored(model, draw, num_draws, seed)
@@ -264,8 +263,7 @@ def _mix(
     how = known, x, seed, restoring.Search(), errors
     with progress.phase(f"restoring {len(x)} held-out images by both models"):
         found = reference_draws.best_mix(loaded.experiment, loaded.variables, *how)
-    text = "a share of %.2f of the draws comes from the generator"
-    logging.info(text, found.generator)
+    logging.info("the generator's share of the draws is %.2f", found.generator)
     return found
 
 

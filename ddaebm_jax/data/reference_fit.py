@@ -132,6 +132,9 @@ def _fitted(
         found = GaussianMixture(
             k, covariance_type=kind, reg_covar=ADDED_VARIANCE, random_state=0
         ).fit(rows)
+    if len(shape) == 1:  # A table's constant columns are in windows without it.
+        (at,) = np.nonzero((rows == rows[:1]).all(axis=0))
+        found.covariances_[(slice(None), *[at] * (1 + (kind == "full")))] = 0.0
     gaussians = reference_lib.empty(num, shape).gaussians
     gaussians.log_weights[:k] = np.log(found.weights_)
     gaussians.means[:k] = found.means_
