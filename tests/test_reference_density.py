@@ -210,6 +210,14 @@ def test_settings_of_a_table_follow_from_what_its_rows_say(change):
     assert np.corrcoef(other, density)[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("columns", [3, 80])
+def test_constant_columns_have_little_variance_but_some(columns: int):
+    """Of full and of diagonal covariances: known cells are divided by it."""
+    table = np.column_stack([rows(60, columns), np.zeros(60)])
+    found = reference.in_use(reference_fit.fit(table, SCHEDULE, 2).gaussians)
+    assert (found.variances > 0).all() and found.variances.min() < 1e-3
+
+
 def test_energy_departs_from_the_reference_by_the_limit_at_most(fitted):
     plain = smooth_networks(dim=2)
     networks = reference.with_reference(plain, SCHEDULE, NUM, limit=2.0)

@@ -108,12 +108,10 @@ def score(
             f"the score '{by}' is fitted to the run's images, which are not opened; "
             "give their --data_path, or --score=energy"
         )
-    without = source.holds_images and reference.read(loaded.variables.energy) is None
+    without = source.holds_images and not reference.read(loaded.variables.energy)
     if by == "energy" and without:
-        logging.warning(
-            "energies of a run without a reference density are unreliable far from its "
-            "training images; --score=generator_bound ranks other images better"
-        )
+        text = "without a reference density, energies are unreliable far from the "
+        logging.warning(text + "training images; consider --score=generator_bound")
     rows, found = _read(loaded, input_path, skip_corrupt, header, id_column)
     most = _MOST_IMAGES if source.holds_images else _MOST_ROWS
     known = _calibration_rows(loaded, by, most if calibration is None else calibration)

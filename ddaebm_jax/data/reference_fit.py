@@ -13,8 +13,9 @@ from ddaebm_jax import reference as reference_lib
 from ddaebm_jax.diffusion import Schedule
 
 # Most rows that are looked at; least rows for each Gaussian, the share of rows by whose
-# likelihood their number is chosen, and what is added to variances.
-_MAX_ROWS, _ROWS_EACH, _HELD_OUT, ADDED_VARIANCE = 5_000, 5, 0.2, 0.01
+# likelihood their number is chosen, what is added to variances, and the variance of a
+# table's constant columns.
+_MAX_ROWS, _ROWS_EACH, _HELD_OUT, ADDED_VARIANCE, _CONSTANT = 5_000, 5, 0.2, 0.01, 1e-4
 # Noise of level 0, in units of Scott's bandwidth.
 _BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
 # Variances of windows around images in [−1, 1]; float32 does not do for smaller ones.
@@ -132,9 +133,10 @@ def _fitted(
         found = GaussianMixture(
             k, covariance_type=kind, reg_covar=ADDED_VARIANCE, random_state=0
         ).fit(rows)
-    if len(shape) == 1:  # A table's constant columns are in windows without it.
+    if len(shape) == 1:  # Windows add no variance to a table's constant columns.
         (at,) = np.nonzero((rows == rows[:1]).all(axis=0))
-        found.covariances_[(slice(None), *[at] * (1 + (kind == "full")))] = 0.0
+        diagonal = (at, at) if kind == "full" else (at,)
+        found.covariances_[:, *diagonal] = _CONSTANT
     gaussians = reference_lib.empty(num, shape).gaussians
     gaussians.log_weights[:k] = np.log(found.weights_)
     gaussians.means[:k] = found.means_
