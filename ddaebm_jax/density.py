@@ -171,14 +171,10 @@ def evaluate_in_chunks(
 ) -> Array:
     """Applies a jitted row-wise function to many rows, a chunk at a time.
 
-    The last chunk is padded with its first row, so that one program serves all.
-
-    Raises:
-      ValueError: if there are no rows.
+    The last chunk is padded with its first row, so that one program serves all. There
+    must be a row.
     """
     rows = x.shape[0]
-    if rows == 0:
-        raise ValueError("there are no rows to evaluate")
     chunk = min(chunk, rows)
     parts = []
     for start in range(0, rows, chunk):

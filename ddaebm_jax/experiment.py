@@ -191,8 +191,10 @@ def init_state(experiment: Experiment) -> TrainState:
     if not experiment.config.model.reference:
         return state
     source = experiment.source
-    table = source.table
-    data = source.some_training_images() if table is None else table.train
+    if source.table is not None:
+        return with_reference_of(experiment, state, source.table.train)
+    most = reference_fit.most_fitted(source.event_shape)
+    data = source.some_training_images(most)
     return with_reference_of(experiment, state, data)
 
 

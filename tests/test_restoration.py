@@ -153,6 +153,9 @@ def test_draws_of_the_reference_given_a_measurement(name: str):
         own = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], operator)
         expected = posterior(own, y[i], found.gaussians.means[1], covariance)
         close(drawn[i].reshape(1, num, -1), *expected, count=num)
+        np.testing.assert_allclose(
+            drawn[i].mean(axis=0).ravel(), expected[0], atol=1e-5
+        )
 
 
 def test_two_models_share_the_draws():

@@ -18,8 +18,6 @@ from ddaebm_jax.errors import InputError, one_line
 from ddaebm_jax.files import read_npz, written_atomically
 
 TABLE_FILE, COLOUR_FILE = "table.npz", "colour.npz"
-# Most training images that a reference or the colour of noise is fitted to.
-_MOST_FITTED = 5_000
 _CHUNK = 5_000  # Images that are converted at once.
 
 
@@ -101,10 +99,12 @@ class Source(NamedTuple):
         x = images.to_float(pixels) if pixels.dtype == np.uint8 else jnp.asarray(pixels)
         return x if self.colour is None else colour_lib.whitened(self.colour, x)
 
-    def some_training_images(self) -> Float[np.ndarray, "n height width channels"]:
-        """Returns at most 5,000 training images, in the networks' units."""
+    def some_training_images(
+        self, most: int = 5_000, seed: int = 0
+    ) -> Float[np.ndarray, "n height width channels"]:
+        """Returns at most so many training images, in the networks' units."""
         train = self.image_set.train
-        chosen = np.random.default_rng(0).permutation(len(train))[:_MOST_FITTED]
+        chosen = np.random.default_rng(seed).permutation(len(train))[:most]
         found = images.stack(Subset(train, np.sort(chosen)))
         return self.from_own_units(found)
 

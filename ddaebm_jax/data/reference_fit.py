@@ -12,10 +12,11 @@ from scipy.special import logsumexp
 from ddaebm_jax import reference as reference_lib
 from ddaebm_jax.diffusion import Schedule
 
-# Most rows that are looked at; least rows for each Gaussian, the share of rows by whose
-# likelihood their number is chosen, what is added to variances, and the variance of a
-# table's constant columns.
-_MAX_ROWS, _ROWS_EACH, _HELD_OUT, ADDED_VARIANCE, _CONSTANT = 5_000, 5, 0.2, 0.01, 1e-4
+# Most rows that are looked at, and small images; least rows for each Gaussian, the
+# share of rows by whose likelihood their number is chosen, what is added to variances,
+# and the variance of a table's constant columns.
+_MAX_ROWS, _MAX_SMALL, _ROWS_EACH, _HELD_OUT = 5_000, 20_000, 5, 0.2
+ADDED_VARIANCE, _CONSTANT = 0.01, 1e-4
 # Noise of level 0, in units of Scott's bandwidth.
 _BANDWIDTHS = 0.35, 0.5, 0.75, 1.0
 # Variances of windows around images in [−1, 1]; float32 does not do for smaller ones.
@@ -36,19 +37,19 @@ def fit(
     A table's window is over at most 1,000 rows.
 
     Args:
-      data: standardised training rows, or training images in [−1, 1]; at most 5,000,
-        drawn at random, are used.
+      data: standardised training rows, or training images in [−1, 1]; at most
+        `most_fitted`, drawn at random, are used.
       schedule: the diffusion, for the noise of level 0.
       num: most Gaussians.
       kind: of images, `mixture` or `windows`.
     """
     shape = data.shape[1:]
-    rows, rng = _some(data.reshape(len(data), -1)), np.random.default_rng(0)
+    rows = _some(data.reshape(len(data), -1), most_fitted(shape))
     if kind == "windows":
         return _windows(rows[:num], schedule, reference_lib.empty(num, shape, kind))
     cut = round(len(rows) * _HELD_OUT)
     a, s = float(schedule.a_cum[0]), float(schedule.sigma_cum[0])
-    noise = rng.standard_normal((cut, rows.shape[1]))
+    noise = np.random.default_rng(0).standard_normal((cut, rows.shape[1]))
     noisy = jnp.asarray(a * rows[:cut] + s * noise, jnp.float32)
     level = jnp.zeros(1, jnp.int32)
 
@@ -71,6 +72,12 @@ def fit(
     log_weights = gaussians.log_weights - np.float32(np.log(2))
     gaussians = gaussians._replace(log_weights=log_weights)
     return reference._replace(gaussians=gaussians)
+
+
+def most_fitted(shape: tuple[int, ...]) -> int:
+    """Returns how many rows or images of a shape `fit` looks at, at most."""
+    small = len(shape) > 1 and reference_lib.has_axes(shape)
+    return _MAX_SMALL if small else _MAX_ROWS
 
 
 def _windows(
@@ -100,9 +107,9 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return euclidean_distances(x, y, squared=True)
 
 
-def _some(rows: np.ndarray) -> np.ndarray:
-    """Returns rows in random order, at most 5,000, in double precision."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:_MAX_ROWS]
+def _some(rows: np.ndarray, most: int = _MAX_ROWS) -> np.ndarray:
+    """Returns at most so many rows in random order, in double precision."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:most]
     return np.asarray(rows[chosen], np.float64)
 
 

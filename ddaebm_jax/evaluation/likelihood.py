@@ -15,8 +15,7 @@ from jaxtyping import Float
 from scipy.special import logsumexp
 
 from ddaebm_jax import density, diffusion, objective, progress
-from ddaebm_jax.data import Source, images
-from ddaebm_jax.data.records import Subset
+from ddaebm_jax.data import Source
 from ddaebm_jax.errors import InputError
 from ddaebm_jax.evaluation import detectors, inference, plane
 from ddaebm_jax.evaluation.particles import measure, proposal_noise, row_normals
@@ -114,9 +113,7 @@ def training_rows(source: Source, num: int = _MOST_ROWS) -> np.ndarray:
         return source.held_out(num, _TRAIN_SEED)
     if source.table is not None:
         return _some(source.table.train, num)
-    chosen = _some(np.arange(len(source.image_set.train)), num)
-    chosen = Subset(source.image_set.train, chosen)
-    return source.from_own_units(images.stack(chosen))
+    return source.some_training_images(num, _TRAIN_SEED)
 
 
 def _some(rows: np.ndarray, num: int = _MOST_ROWS) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Draws from the reference density given a measurement, alone or beside others."""
 
-import itertools
 from collections.abc import Iterator
 from operator import itemgetter
 from typing import NamedTuple
@@ -52,6 +51,9 @@ def draws(
 ) -> Float[np.ndarray, "n draws *shape"]:
     """Returns draws of p_ref(x_0 | y), in closed form.
 
+    They come in pairs on both sides of a Gaussian's mean, and each Gaussian has as many
+    as its weight says, so that their mean is close to E[x_0 | y].
+
     Args:
       experiment: the trained experiment.
       variables: those of the energy have a reference with full covariances.
@@ -63,8 +65,11 @@ def draws(
     drawn = []
     for i, given in enumerate(_given(experiment, variables, measurement, kept)):
         (logs, means, covariances), rng = given, np.random.default_rng((seed, i))
-        k = rng.choice(len(logs), num_draws, p=softmax(logs))
-        eps = rng.standard_normal((num_draws, means.shape[1]))
+        pairs = (num_draws + 1) // 2
+        at = rng.permutation(np.arange(pairs) + rng.random()) / pairs
+        k = np.searchsorted(softmax(logs).cumsum()[:-1], at)
+        eps = rng.standard_normal((pairs, means.shape[1]))
+        k, eps = np.tile(k, 2)[:num_draws], np.concatenate([eps, -eps])[:num_draws]
         moved = np.einsum("nij,nj->ni", reference.roots(covariances)[k], eps)
         drawn.append(means[k] + moved)
     shape = len(drawn), num_draws, *experiment.networks.event_shape
@@ -124,19 +129,10 @@ def best_mix(
     search: restoring.Search,
     error: Float[np.ndarray, "*shape"] | None = None,
 ) -> Mix:
-    """Returns how `averaged` restores held-out data best.
+    """Returns how `averaged` restores held-out data best, by their mean PSNR.
 
-    They are measured as the n examples are, and restored by both models. Best is the
-    largest mean PSNR: a squared error would be that of a few examples.
-
-    Args:
-      experiment: the trained experiment.
-      variables: of its networks.
-      measurement: of n examples.
-      x: data that training did not see, in the networks' units.
-      seed: of everything that is drawn.
-      search: settings.
-      error: τ of each pixel; see `restoring.generator_error`.
+    They, x, are measured as the n examples are, and restored by both models. For the
+    other arguments see `restoring.noise_space`.
     """
     places = np.arange(len(x)) % len(measurement.y)
     operator, std = jax.tree.map(
@@ -158,4 +154,4 @@ def best_mix(
         return float(np.log(squares + 1e-12).mean())
 
     shares = np.linspace(0.0, 1.0, 21).tolist()
-    return min(itertools.starmap(Mix, itertools.product(shares, _KEPT)), key=error_of)
+    return min((Mix(share, k) for share in shares for k in _KEPT), key=error_of)

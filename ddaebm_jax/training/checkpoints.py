@@ -207,9 +207,8 @@ class Checkpoints:
         self.wait()
         steps = self.steps(best) if step is None else [step]
         if not steps:
-            which = (
-                "best checkpoint (see evaluation.inception)" if best else "checkpoint"
-            )
+            best_one = "best checkpoint (see evaluation.inception)"
+            which = best_one if best else "checkpoint"
             raise CheckpointError(f"{self._workdir} holds no {which}; train first")
         return _load(self.path(steps[-1], best), like)
 
