@@ -161,9 +161,8 @@ def test_likelihoods_and_samples_of_the_energy(
     table: Path, table_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Refused where too few particles count; in the table's own units."""
-    np.savez(
-        tmp_path / "rows.npz", x=np.loadtxt(table, delimiter=",", skiprows=1)[:9, :3]
-    )
+    x = np.loadtxt(table, delimiter=",", skiprows=1)[:9, :3]
+    np.savez(tmp_path / "rows.npz", x=x)
     inputs = table_run, tmp_path / "rows.npz"
     for use in (
         lambda: score.score(*inputs, normalized=True),

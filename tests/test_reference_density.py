@@ -116,9 +116,8 @@ def test_density_is_half_gaussians_and_half_a_window(fitted):
     x = GRID[::500]
     at_0 = reference.at_level(fitted, SCHEDULE, jnp.zeros(len(x), jnp.int32))
     a, s = float(SCHEDULE.a_cum[0]), float(SCHEDULE.sigma_cum[0])
-    distances = ((x[:, None] - np.asarray(a * rows(), np.float32)[None]) ** 2).sum(
-        axis=2
-    )
+    moved = x[:, None] - np.asarray(a * rows(), np.float32)[None]
+    distances = (moved**2).sum(axis=2)
     window = jnp.exp(-distances / (2 * s**2)).mean(axis=1) / (2 * np.pi * s**2)
     of_gaussians = 0.0
     gaussians = fitted.gaussians
@@ -149,10 +148,8 @@ def test_any_table_has_a_finite_reference(num, dim):
     x, t = jnp.asarray(table, jnp.float32), jnp.zeros(num, jnp.int32)
     at_0 = reference.at_level(kept, SCHEDULE, t)
     assert np.isfinite(reference.log_density(at_0, 1e3 * x)).all()
-    weight = np.exp(found.gaussians.log_weights).sum()
-    np.testing.assert_allclose(
-        [weight, np.exp(found.log_weights).sum()], 0.5, rtol=1e-5
-    )
+    for half in (found.gaussians, found):
+        np.testing.assert_allclose(np.exp(half.log_weights).sum(), 0.5, rtol=1e-5)
     assert 0.0 < reference_fit.bandwidth(table) <= 1.0
 
 
@@ -216,6 +213,12 @@ def test_constant_columns_have_little_variance_but_some(columns: int):
     table = np.column_stack([rows(60, columns), np.zeros(60)])
     found = reference.in_use(reference_fit.fit(table, SCHEDULE, 2).gaussians)
     assert (found.variances > 0).all() and found.variances.min() < 1e-3
+
+
+def test_all_small_images_are_fitted():
+    images = np.random.default_rng(0).uniform(-1, 1, (6_000, 1, 2, 1))
+    found = reference.in_use(reference_fit.fit(images, SCHEDULE, 1).gaussians)
+    np.testing.assert_allclose(found.means[0], images.mean(axis=0).ravel(), atol=1e-6)
 
 
 def test_energy_departs_from_the_reference_by_the_limit_at_most(fitted):

@@ -153,18 +153,16 @@ def test_draws_of_the_reference_given_a_measurement(name: str):
         own = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], operator)
         expected = posterior(own, y[i], found.gaussians.means[1], covariance)
         close(drawn[i].reshape(1, num, -1), *expected, count=num)
-        np.testing.assert_allclose(
-            drawn[i].mean(axis=0).ravel(), expected[0], atol=1e-5
-        )
+        mean = drawn[i].mean(axis=0).ravel()
+        np.testing.assert_allclose(mean, expected[0], atol=1e-5)
 
 
 def test_two_models_share_the_draws():
     exact, (_, variables) = experiment(gaussian_networks()), one_gaussian((2,))
     model = exact, variables, known_gaussians()[0]
     search, error = restoring.Search(3, num_moves=4), np.full(2, 0.1, np.float32)
-    draws = reference_draws.averaged(
-        *model, 5, 0, search, error, reference_draws.Mix(0.3)
-    )
+    mix = reference_draws.Mix(0.3)
+    draws = reference_draws.averaged(*model, 5, 0, search, error, mix)
     first = restoring.noise_space(*model, 5, 0, search, error)
     second = reference_draws.draws(*model, 7, 0)
     assert draws.shape == first.shape == (3, 10, 2)

@@ -110,8 +110,10 @@ def score(
         )
     without = source.holds_images and not reference.read(loaded.variables.energy)
     if by == "energy" and without:
-        text = "without a reference density, energies are unreliable far from the "
-        logging.warning(text + "training images; consider --score=generator_bound")
+        logging.warning(
+            "without a reference density, energies are unreliable far from the "
+            "training images; consider --score=generator_bound"
+        )
     rows, found = _read(loaded, input_path, skip_corrupt, header, id_column)
     most = _MOST_IMAGES if source.holds_images else _MOST_ROWS
     known = _calibration_rows(loaded, by, most if calibration is None else calibration)

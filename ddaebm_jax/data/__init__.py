@@ -102,7 +102,7 @@ class Source(NamedTuple):
     def some_training_images(
         self, most: int = 5_000, seed: int = 0
     ) -> Float[np.ndarray, "n height width channels"]:
-        """Returns at most so many training images, in the networks' units."""
+        """Returns at most `most` training images, in the networks' units."""
         train = self.image_set.train
         chosen = np.random.default_rng(seed).permutation(len(train))[:most]
         found = images.stack(Subset(train, np.sort(chosen)))

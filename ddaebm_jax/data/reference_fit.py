@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from ddaebm_jax import reference as reference_lib
 from ddaebm_jax.diffusion import Schedule
 
-# Most rows that are looked at, and small images; least rows for each Gaussian, the
+# Most rows, and most small images, that are used; least rows for each Gaussian, the
 # share of rows by whose likelihood their number is chosen, what is added to variances,
 # and the variance of a table's constant columns.
 _MAX_ROWS, _MAX_SMALL, _ROWS_EACH, _HELD_OUT = 5_000, 20_000, 5, 0.2
@@ -75,7 +75,7 @@ def fit(
 
 
 def most_fitted(shape: tuple[int, ...]) -> int:
-    """Returns how many rows or images of a shape `fit` looks at, at most."""
+    """Returns how many rows or images of a shape `fit` uses at most."""
     small = len(shape) > 1 and reference_lib.has_axes(shape)
     return _MAX_SMALL if small else _MAX_ROWS
 
@@ -108,7 +108,7 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _some(rows: np.ndarray, most: int = _MAX_ROWS) -> np.ndarray:
-    """Returns at most so many rows in random order, in double precision."""
+    """Returns at most `most` rows in random order, in double precision."""
     chosen = np.random.default_rng(0).permutation(len(rows))[:most]
     return np.asarray(rows[chosen], np.float64)
 

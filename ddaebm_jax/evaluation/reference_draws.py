@@ -131,8 +131,8 @@ def best_mix(
 ) -> Mix:
     """Returns how `averaged` restores held-out data best, by their mean PSNR.
 
-    They, x, are measured as the n examples are, and restored by both models. For the
-    other arguments see `restoring.noise_space`.
+    The held-out data `x`, in the networks' units, are measured like the n examples and
+    restored by both models. For the other arguments see `restoring.noise_space`.
     """
     places = np.arange(len(x)) % len(measurement.y)
     operator, std = jax.tree.map(
